@@ -1,0 +1,43 @@
+"""Errors of the core. Each message names the culprit, what was received and the remedy."""
+
+from __future__ import annotations
+
+
+class SparseError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError, a base of some subclasses, would print the repr of the message.
+        return str(self.args[0]) if self.args else ""
+
+
+class PatternError(SparseError, ValueError):
+    """A pattern that the shape, the count or the mask does not allow."""
+
+
+class BudgetError(SparseError, ValueError):
+    """A sparsity target that cannot be met, or cannot be met within the floors."""
+
+
+class ScheduleError(SparseError, ValueError):
+    """A schedule with impossible bounds or steps."""
+
+
+class MaskError(SparseError, ValueError):
+    """A mask that does not fit the model it is put on."""
+
+
+class OptimizerStateError(MaskError):
+    """Optimiser state whose meaning is unknown, so that its zeros cannot be kept."""
+
+
+class GroupError(SparseError, ValueError):
+    """A structure that cannot be cut as declared."""
+
+
+class FormatError(SparseError, ValueError):
+    """A packed file that is truncated, corrupt, foreign or of an unknown version."""
+
+
+class OpError(SparseError, ValueError):
+    """Arguments that a sparse operation refuses, or a back-end that is not there."""

@@ -1,0 +1,1 @@
+"""Sparse models of the diffusion domain."""

@@ -1,0 +1,37 @@
+"""Errors of the zoo. Each message names the culprit, what was received and the remedy."""
+
+from __future__ import annotations
+
+from shared.errors import SparseError
+
+
+class ZooError(SparseError):
+    """Base of the errors that the zoo raises on purpose."""
+
+
+class UnknownNameError(ZooError, KeyError):
+    """A model, task, method or experiment that nobody registered; the message lists near misses."""
+
+
+class CardError(ZooError, ValueError):
+    """A card that is unreadable or breaks the schema."""
+
+
+class BundleError(ZooError):
+    """A bundle that is incomplete, corrupt, or not what its card says."""
+
+
+class HubError(ZooError):
+    """A download that did not arrive whole, or a hub that cannot be reached."""
+
+
+class DataError(ZooError, ValueError):
+    """Data that are missing or not fit for the job."""
+
+
+class TaskError(ZooError, ValueError):
+    """A task that cannot be run on the model it was given."""
+
+
+class ConfigError(ZooError, ValueError):
+    """Options that contradict each other or are out of range."""

@@ -1,0 +1,1 @@
+"""Sparse models of the neural3d domain."""
