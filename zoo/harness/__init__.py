@@ -1,0 +1,4 @@
+"""Evaluation: tasks, records, the cached runner, paired statistics, comparison, verification and experiments.
+
+Import the modules directly (`from zoo.harness.tasks import Task`); this file imports nothing.
+"""

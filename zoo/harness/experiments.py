@@ -1,0 +1,155 @@
+"""Experiments: a paper's claims re-measured, with published, measured and verdict side by side.
+
+An experiment splits its work into cells (one training run, say) and asks `CellCache` for each; a run that is killed
+resumes with the cells that are on disk. Its result is plain data - tables, verdicts, plots, rows - which
+`reproduce` writes as JSON, Markdown and PNG.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from shared.io import atomic_write, write_json
+from zoo.errors import ConfigError
+
+Outcome = Literal["holds", "does not hold", "no difference seen", "not measured"]
+
+
+class CellCache:
+    """Results of finished pieces of work, one JSON file per key, so that an interrupted run can go on.
+
+    A key is a flat description of everything that decides the value (method, data set, level, seed, steps, and a
+    version of the code's meaning). Files are written atomically; one that cannot be read counts as missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.hits = 0
+        self.misses = 0
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """The file of a key."""
+        text = json.dumps(key, sort_keys=True, allow_nan=False)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+    def get(self, key: Mapping[str, Any]) -> Any | None:
+        """The stored value, or None."""
+        try:
+            stored = json.loads(self.path(key).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        same = isinstance(stored, dict) and stored.get("key") == json.loads(json.dumps(key))
+        return stored.get("value") if same else None
+
+    def put(self, key: Mapping[str, Any], value: Any, seconds: float = 0.0) -> None:
+        """Store a JSON value."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.path(key), {"key": dict(key), "value": value, "seconds": round(seconds, 3)})
+
+    def cell(self, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """The value of a key: from the disk, or computed, stored and returned.
+
+        The value passes through JSON in both cases, so that a resumed run sees exactly what a fresh one does.
+        """
+        if (value := self.get(key)) is not None:
+            self.hits += 1
+            return value
+        start = time.perf_counter()
+        value = json.loads(json.dumps(compute(), allow_nan=False))
+        self.put(key, value, time.perf_counter() - start)
+        self.misses += 1
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of results; cells are strings or numbers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ConfigError(f"table {self.title!r} has {len(self.columns)} columns, but a row of {len(row)}: {row}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One claim: what the paper says, what came out here, and the outcome."""
+
+    claim: str
+    published: str
+    measured: str
+    verdict: Outcome
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One line of a plot. `spread` is the half-width of the band around `y`; a `reference` is drawn dashed.
+
+    With a single point in `x` a reference is a horizontal line over the whole plot.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    spread: Sequence[float] | None = None
+    reference: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A plot as data. Labels carry units; `alt` says in a sentence what is to be seen."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series]
+    alt: str = ""
+    log_x: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentResult:
+    """What an experiment found. `rows` are the raw measurements, one flat dictionary each."""
+
+    tables: list[Table]
+    verdicts: list[Verdict]
+    plots: list[Plot] = dataclasses.field(default_factory=list)
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+class Experiment(ABC):
+    """A paper's small experiment. Subclasses register in `zoo.registry.EXPERIMENTS`.
+
+    Attributes:
+        name: what `zoo reproduce` takes.
+        title: one line.
+        paper: reference of the paper.
+        config_class: a dataclass with defaults; its fields become the options of `zoo reproduce NAME`.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    config_class: ClassVar[type]
+
+    @abstractmethod
+    def run(self, config: Any, cells: CellCache, progress: Callable[..., None] | None = None) -> ExperimentResult:
+        """Run with `config` (an instance of `config_class`), asking `cells.cell(key, compute)` for each piece of work.
+
+        `progress(done, total, note)` is called as the cells finish (see `zoo.harness.tasks.Progress`).
+        """
