@@ -96,16 +96,22 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One line of a plot. `spread` is the half-width of the band around `y`; a `reference` is drawn dashed.
+    """One series of a plot.
 
-    With a single point in `x` a reference is a horizontal line over the whole plot.
+    Attributes:
+        label: for the legend.
+        x, y: of equal length; a `reference` with empty `x` is a horizontal line at `y[0]` over the whole plot.
+        spread: half-width of the band (lines) or error bar (points) around `y`.
+        kind: a line with markers, points only, a dashed reference, or the steps of a Pareto front.
+        marks: a short text beside each point.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     spread: Sequence[float] | None = None
-    reference: bool = False
+    kind: Literal["line", "points", "reference", "front"] = "line"
+    marks: Sequence[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,14 +57,17 @@ class TaskResult:
         samples: per-sample values of the metrics that are a mean over samples, in the fixed order of the protocol,
             so that two models can be compared sample by sample. May be empty.
         n: number of samples.
+        sample_set: digest of which samples were measured (of their ids, say), if the task knows; results whose digests
+            differ are not compared.
     """
 
     metrics: dict[str, Measure]
     samples: dict[str, list[float]] = field(default_factory=dict)
     n: int = 0
+    sample_set: str = ""
 
     @classmethod
-    def from_samples(cls, samples: dict[str, list[float]]) -> TaskResult:
+    def from_samples(cls, samples: dict[str, list[float]], sample_set: str = "") -> TaskResult:
         """Metrics that are plain means: value = mean, stderr = s / sqrt(n) with the n-1 estimate of s."""
         lengths = {len(values) for values in samples.values()}
         if len(lengths) != 1 or 0 in lengths:
@@ -78,7 +81,7 @@ class TaskResult:
             mean = math.fsum(values) / n
             variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1) if n > 1 else math.nan
             metrics[name] = Measure(mean, math.sqrt(variance / n) if n > 1 else None)
-        return cls(metrics, samples, n)
+        return cls(metrics, samples, n, sample_set)
 
 
 class Task(ABC):

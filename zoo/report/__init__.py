@@ -1,0 +1,4 @@
+"""Reports: terminal tables, Markdown, and one self-contained HTML page with plots.
+
+Import the modules directly; this file imports nothing.
+"""

@@ -1,0 +1,136 @@
+"""Plots from data: PNG for files, SVG that follows the page's light or dark theme for HTML."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
+
+from zoo.harness.experiments import Plot, Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, which stay apart under the common kinds of colour blindness; the black one is left out,
+# since it is the ink. In dark theme each has a lighter partner (see `html.STYLE`).
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#3f8fc0", "#7a4fbf", "#6b6b6b")
+MARKERS = "os^Dvp*X"
+INK, FAINT = "#1b1f24", "#c9ced6"
+FONT = ["DejaVu Sans", "sans-serif"]
+
+
+def png(plot: Plot, *, dpi: int = 150) -> bytes:
+    """The plot as PNG on white."""
+    return _render(plot, "png", dpi=dpi)
+
+
+def svg(plot: Plot) -> str:
+    """The plot as inline SVG whose colours are the CSS variables `--ink`, `--faint` and `--series-N`.
+
+    The element carries role="img" and the plot's title and description, so that screen readers announce it.
+    """
+    text = _render(plot, "svg").decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Identifiers must stay apart when several plots share one page.
+    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{_slug(plot.name)}-", text)
+    colours = {INK: "var(--ink)", FAINT: "var(--faint)"}
+    colours |= {colour: f"var(--series-{i + 1})" for i, colour in enumerate(PALETTE)}
+    for colour, variable in colours.items():
+        text = text.replace(colour, variable)
+    label = f"<title>{escape(plot.title)}</title><desc>{escape(plot.alt or plot.title)}</desc>"
+    opening, rest = text.split(">", 1)
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    quoted = escape(plot.title, {'"': "&quot;"})
+    return f'{opening} role="img" aria-label="{quoted}">{label}{rest}'
+
+
+def pareto_front(points: Iterable[tuple[float, float]], direction: int) -> list[tuple[float, float]]:
+    """The points that no other beats on both axes: cost x (lower is better) and quality y (`direction` +1 or -1).
+
+    Returned by rising cost; of equal points one is kept.
+    """
+    front: list[tuple[float, float]] = []
+    best = -math.inf
+    for x, y in sorted(set(points), key=lambda point: (point[0], -direction * point[1])):
+        if direction * y > best:
+            best = direction * y
+            front.append((x, y))
+    return front
+
+
+def _render(plot: Plot, kind: str, *, dpi: int = 100) -> bytes:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style: dict[str, Any] = {
+        "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
+        "svg.hashsalt": plot.name,  # the same plot gives the same bytes
+        "font.family": FONT,
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": FAINT,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "grid.color": FAINT,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        _draw(axes, plot)
+        stream = io.BytesIO()
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(stream, format=kind, dpi=dpi, metadata=metadata, transparent=kind == "svg")
+    return stream.getvalue()
+
+
+def _draw(axes: Axes, plot: Plot) -> None:
+    if plot.log_x:
+        axes.set_xscale("log")
+    colours: dict[str, int] = {}
+    for series in plot.series:
+        index = colours.setdefault(series.label.removesuffix(" (dense)"), len(colours))
+        _draw_series(axes, series, PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)])
+    axes.set_title(plot.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel(plot.y_label)
+    axes.grid(True, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.06, y=0.12)
+    if plot.series:
+        axes.legend(fontsize=8, framealpha=0, ncols=1 + (len(plot.series) > 6))
+
+
+def _draw_series(axes: Axes, series: Series, colour: str, marker: str) -> None:
+    if series.kind == "reference" and not series.x:
+        axes.axhline(series.y[0], color=colour, linestyle=(0, (5, 3)), linewidth=1.3, label=series.label)
+        return
+    if series.kind == "front":
+        axes.step(series.x, series.y, where="post", color=INK, linewidth=1.0, alpha=0.55, label=series.label)
+        return
+    dashed = series.kind == "reference"
+    linestyle = "none" if series.kind == "points" else (0, (5, 3)) if dashed else "-"
+    axes.plot(
+        series.x, series.y, color=colour, linestyle=linestyle, linewidth=1.6, marker=None if dashed else marker,
+        markersize=6, label=series.label,
+    )  # fmt: skip
+    if series.spread is not None:
+        if series.kind == "points":
+            axes.errorbar(series.x, series.y, yerr=series.spread, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
+        else:
+            low = [y - s for y, s in zip(series.y, series.spread, strict=True)]
+            high = [y + s for y, s in zip(series.y, series.spread, strict=True)]
+            axes.fill_between(series.x, low, high, color=colour, alpha=0.15, linewidth=0)
+    for x, y, mark in zip(series.x, series.y, series.marks or (), strict=False):
+        axes.annotate(mark, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text)
