@@ -1,0 +1,81 @@
+"""Sparsity as optimisation: projections on the l0 ball, proximal operators and splitting methods.
+
+Each operator works on plain tensors, in place where its name ends in an underscore, and never records
+autograd: a proximal or projection step is taken after the optimiser's step, on the weights themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from shared.errors import BudgetError
+
+
+def _kth_largest(magnitudes: list[Tensor], k: int) -> Tensor:
+    """The k-th largest (1-based) of all `magnitudes` together, as a 0-d tensor, in linear time."""
+    values = torch.cat([m.reshape(-1) for m in magnitudes]).neg_()
+    if values.device.type != "cpu":
+        return -values.kthvalue(k).values
+    # numpy's partition is about 20 times faster here than torch.kthvalue: 1.3 ms for 0.74 M elements on one
+    # core. Negated, as it is no faster itself where the smallest value repeats, and zeros do repeat.
+    # numpy has no bfloat16; float32 holds it exactly.
+    array = (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
+    array.partition(k - 1)
+    return -torch.tensor(array[k - 1], dtype=values.dtype)
+
+
+@torch.no_grad()
+def project_l0_(params: Iterable[Tensor], kept: int) -> list[Tensor]:
+    """Project `params`, taken as one long vector, on the l0 ball ||w||_0 <= kept, in place.
+
+    The Euclidean projection keeps the `kept` entries of largest magnitude and zeroes the others. Exactly
+    `kept` positions are kept; of equal magnitudes the one with the lower index (in the order of `params`,
+    then row-major) stays, so the result is deterministic. Linear in the number of elements.
+
+    Args:
+        params: floating-point tensors of any shapes on one device; nothing is recorded by autograd.
+        kept: how many entries may stay, 0 <= kept <= total number of elements.
+
+    Returns:
+        One bool mask per tensor, True where the entry was kept.
+
+    Raises:
+        BudgetError: `kept` out of range, a NaN or an infinity among the values, or a tensor passed twice.
+    """
+    params = list(params)
+    if len({id(p) for p in params}) != len(params):
+        raise BudgetError("project_l0_: a tensor is passed twice; pass tied parameters once.")
+    total = sum(p.numel() for p in params)
+    if not 0 <= kept <= total:
+        raise BudgetError(f"project_l0_: kept must lie in [0, {total}] (all elements); received {kept}.")
+    magnitudes = [p.detach().abs() for p in params]
+    for index, magnitude in enumerate(magnitudes):
+        # A sum is one cheap pass; only if it is not finite is each element looked at.
+        if not torch.isfinite(magnitude.sum()) and not torch.isfinite(magnitude).all():
+            raise BudgetError(
+                f"project_l0_: tensor {index} of {len(params)} holds NaN or infinity; find its source first."
+            )
+    if kept in (0, total):
+        masks = [torch.full_like(p, kept > 0, dtype=torch.bool) for p in params]
+    else:
+        threshold = _kth_largest(magnitudes, kept)
+        masks = _above(magnitudes, threshold, kept)
+    for p, mask in zip(params, masks, strict=True):
+        p.mul_(mask).add_(0.0)  # adding turns -0.0 into 0.0; four times as fast as masked_fill_ on a CPU
+    return masks
+
+
+def _above(magnitudes: list[Tensor], threshold: Tensor, kept: int) -> list[Tensor]:
+    """Masks of the entries above `threshold`, and of so many equal ones (lowest index) as make `kept`."""
+    masks = [m >= threshold for m in magnitudes]
+    surplus = sum(int(mask.count_nonzero()) for mask in masks) - kept
+    for magnitude, mask in zip(reversed(magnitudes), reversed(masks), strict=True):
+        if surplus == 0:
+            break
+        ties = (magnitude == threshold).reshape(-1).nonzero().squeeze(1)[-surplus:]
+        mask.view(-1)[ties] = False
+        surplus -= len(ties)
+    return masks
