@@ -1,0 +1,148 @@
+"""From records to tables and plots: quality beside its cost, one group for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from zoo.harness.experiments import Plot, Series, Table
+from zoo.harness.records import Record
+from zoo.report import numbers
+from zoo.report.plots import pareto_front
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """The table and the plots of one task."""
+
+    task: str
+    table: Table
+    plots: list[Plot]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A cost to plot quality against."""
+
+    name: str
+    label: str
+    of: Callable[[Record], float | None]
+    log: bool
+
+
+AXES = (
+    _Axis("sparsity", "sparsity (% of masked entries that are zero)",
+          lambda r: None if r.sparsity is None else 100 * r.sparsity, False),
+    _Axis("bytes", "size on disk (bytes)", lambda r: r.cost.bytes_on_disk, True),
+    _Axis("flops", "operations per pass that are not skipped (FLOPs)",
+          lambda r: r.cost.flops.sparse if r.cost.flops else None, True),
+    _Axis("seconds", "wall time of the evaluation (s)", lambda r: r.seconds, True),
+)  # fmt: skip
+
+
+def summarise(records: Sequence[Record]) -> list[TaskSummary]:
+    """One summary for each task, in the order of first appearance; rows keep the order of the records."""
+    by_task: dict[str, list[Record]] = {}
+    for record in records:
+        by_task.setdefault(record.task, []).append(record)
+    return [TaskSummary(task, _table(task, group), _plots(task, group)) for task, group in by_task.items()]
+
+
+def twin_of(record: Record, records: Sequence[Record]) -> Record | None:
+    """The dense twin's record of the same task, preferably in the same execution."""
+    if record.dense_twin is None:
+        return None
+    twins = [r for r in records if r.model == record.dense_twin and r.task == record.task]
+    return next((r for r in twins if r.execution == record.execution), twins[0] if twins else None)
+
+
+def _table(task: str, records: Sequence[Record]) -> Table:
+    first = records[0]
+    unit = f" ({first.unit})" if first.unit else ""
+    executions = len({record.execution for record in records}) > 1
+    columns = ["#", "model", *(["execution"] if executions else []), f"{first.primary}{unit}", "against dense",
+               "sparsity", "parameters", "FLOPs", "on disk", "time"]  # fmt: skip
+    rows = []
+    for number, record in enumerate(records, 1):
+        metric = record.metrics[record.primary]
+        twin = twin_of(record, records)
+        difference = "" if twin is None else numbers.signed(metric.value - twin.metrics[record.primary].value)
+        cost = record.cost
+        rows.append(
+            [
+                number,
+                record.model,
+                *([record.execution] if executions else []),
+                numbers.value(metric.value, metric.stderr),
+                difference,
+                "" if record.sparsity is None else numbers.percent(record.sparsity),
+                "" if cost.parameters is None else numbers.count(cost.parameters.sparse),
+                "" if cost.flops is None else numbers.count(cost.flops.sparse),
+                "" if cost.bytes_on_disk is None else numbers.size(cost.bytes_on_disk),
+                numbers.seconds(record.seconds),
+            ]
+        )
+    arrow = "higher" if first.direction > 0 else "lower"
+    samples = " to ".join(sorted({str(record.n) for record in records}))
+    note = f"n = {samples} samples; {arrow} is better; ± is the standard error over samples."
+    return Table(task, columns, rows, note)
+
+
+def _plots(task: str, records: Sequence[Record]) -> list[Plot]:
+    plots = [plot for axis in AXES if (plot := _plot(task, records, axis)) is not None]
+    return plots
+
+
+def _plot(task: str, records: Sequence[Record], axis: _Axis) -> Plot | None:
+    """Quality against one cost; None unless two records know the cost."""
+    known = [(number, record, x) for number, record in enumerate(records, 1) if (x := axis.of(record)) is not None]
+    if len(known) < 2 or len({x for _, _, x in known}) < 2:
+        return None
+    first = records[0]
+    series: list[Series] = []
+    families: dict[str, list[tuple[int, Record, float]]] = {}
+    for item in known:
+        families.setdefault(_family(item[1]), []).append(item)
+    for family, members in families.items():
+        members.sort(key=lambda item: item[2])
+        stderrs = [record.metrics[record.primary].stderr for _, record, _ in members]
+        series.append(
+            Series(
+                label=family,
+                x=[x for _, _, x in members],
+                y=[_quality(record) for _, record, _ in members],
+                spread=None if None in stderrs else [s for s in stderrs if s is not None],
+                kind="points",
+                marks=[str(number) for number, _, _ in members],
+            )
+        )
+        dense = [record for record in records if record.model == family]
+        if dense:
+            series.append(Series(f"{family} (dense)", [], [_quality(dense[0])], kind="reference"))
+    # More sparsity is cheaper: on that axis the front is sought from the right.
+    sign = -1.0 if axis.name == "sparsity" else 1.0
+    front = pareto_front([(sign * x, _quality(record)) for _, record, x in known], first.direction)
+    if len(front) > 1:
+        points = sorted((sign * x, y) for x, y in front)
+        series.append(Series("Pareto front", [x for x, _ in points], [y for _, y in points], kind="front"))
+    unit = f" ({first.unit})" if first.unit else ""
+    best = max(known, key=lambda item: first.direction * _quality(item[1]))[1]
+    return Plot(
+        name=f"{task}-{axis.name}",
+        title=f"{first.primary} against {axis.name if axis.name != 'seconds' else 'time'}",
+        x_label=axis.label,
+        y_label=f"{first.primary}{unit}",
+        series=series,
+        alt=f"{task}: {first.primary} of {len(known)} runs against {axis.label}. The best, {best.model}, has "
+        f"{numbers.value(_quality(best))}. The numbers beside the points are the rows of the table.",
+        log_x=axis.log,
+    )
+
+
+def _family(record: Record) -> str:
+    """Models that share a dense twin share a colour; a dense model belongs to its own family."""
+    return record.dense_twin or record.model
+
+
+def _quality(record: Record) -> float:
+    return record.metrics[record.primary].value

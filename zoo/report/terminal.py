@@ -1,0 +1,56 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from zoo.harness.experiments import ExperimentResult, Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GOOD, BAD = ("ok", "holds", "better"), ("failed", "does not hold", "worse")
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Print a table: numbers to the right, outcomes in colour, the note below."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    # Outside a terminal a line must not be folded to 80 columns: the reader is a pipe or a file.
+    shown = RichTable(box=box.SIMPLE_HEAD, title=table.title, title_justify="left", title_style="bold", pad_edge=False)
+    for index, column in enumerate(table.columns):
+        numeric = all(_numeric(row[index]) for row in table.rows)
+        shown.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*(Text(str(cell), style=_style(cell)) for cell in row))
+    console.print(shown)
+    if table.note:
+        console.print(Text(table.note, style="dim"))
+
+
+def show_experiment(console: Console, result: ExperimentResult) -> None:
+    """Print the tables, the verdicts and the notes of an experiment."""
+    for table in result.tables:
+        show_table(console, table)
+    show_table(console, verdict_table(result))
+    for note in result.notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def verdict_table(result: ExperimentResult) -> Table:
+    """The verdicts as a table: published, measured and verdict side by side."""
+    rows: list[list[Any]] = [[v.claim, v.published, v.measured, v.verdict, v.note] for v in result.verdicts]
+    columns = ["claim", "published", "measured", "verdict", "note"]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return Table("Verdicts", columns, rows)
+
+
+def _numeric(cell: object) -> bool:
+    return not isinstance(cell, str) or not cell or cell[0] in "0123456789+−-±"
+
+
+def _style(cell: object) -> str:
+    return "green" if cell in GOOD else "red" if cell in BAD else ""
