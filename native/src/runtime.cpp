@@ -1,0 +1,167 @@
+// Threads, scratch memory and the instruction sets of this CPU.
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "zoo/export.hpp"
+#include "zoo/parallel.hpp"
+
+namespace zoo {
+namespace {
+
+// Entry points of the OpenMP runtime that torch has loaded (GNU ABI, which LLVM's runtime exports too).
+struct OpenMP {
+  void (*parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
+  int (*thread_number)() = nullptr;
+  int (*team_size)() = nullptr;
+} openmp;
+
+struct Team {
+  TeamTask task;
+  void* context;
+};
+
+// Used only where there is no OpenMP runtime to share. One team at a time; a nested call runs alone.
+class Pool {
+ public:
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
+  void run(int64_t threads, const Team& team) {
+    std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
+    if (!busy.owns_lock()) {
+      team.task(team.context, 0, 1);
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (static_cast<int64_t>(workers_.size()) < threads - 1) {
+        const int64_t number = static_cast<int64_t>(workers_.size()) + 1;
+        workers_.emplace_back([this, number, seen = round_]() mutable { work(number, seen); });
+      }
+      team_ = team;
+      size_ = threads;
+      pending_ = threads - 1;
+      ++round_;
+    }
+    wake_.notify_all();
+    team.task(team.context, 0, threads);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return pending_ == 0; });
+  }
+
+ private:
+  void work(int64_t number, uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      wake_.wait(lock, [&] { return stop_ || round_ != seen; });
+      if (stop_) return;
+      seen = round_;
+      if (number >= size_) continue;
+      const Team team = team_;
+      const int64_t size = size_;
+      lock.unlock();
+      team.task(team.context, number, size);
+      lock.lock();
+      if (--pending_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  Team team_{};
+  int64_t size_ = 0, pending_ = 0;
+  uint64_t round_ = 0;
+  bool stop_ = false;
+};
+
+Pool& pool() {
+  static Pool* instance = new Pool;  // never destroyed: its threads may outlive static destructors
+  return *instance;
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+struct Buffer {
+  std::unique_ptr<void, Free> memory;
+  int64_t bytes = 0;
+};
+
+}  // namespace
+
+void run_team(int64_t threads, TeamTask task, void* context) {
+  if (threads <= 1) {
+    task(context, 0, 1);
+    return;
+  }
+  Team team{task, context};
+  if (openmp.parallel == nullptr) {
+    pool().run(threads, team);
+    return;
+  }
+  openmp.parallel(
+      [](void* raw) {
+        auto* t = static_cast<Team*>(raw);
+        t->task(t->context, openmp.thread_number(), openmp.team_size());
+      },
+      &team, static_cast<unsigned>(threads), 0);
+}
+
+void* scratch(int64_t bytes, int slot) {
+  thread_local Buffer buffers[4];
+  Buffer& buffer = buffers[slot];
+  if (buffer.bytes < bytes) {
+    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    buffer.memory.reset();
+    buffer.memory.reset(std::aligned_alloc(64, static_cast<size_t>(rounded)));
+    buffer.bytes = buffer.memory ? rounded : 0;
+    if (!buffer.memory) std::abort();
+  }
+  return buffer.memory.get();
+}
+
+}  // namespace zoo
+
+// Number of the interface between the libraries and shared/ops/_native.py; both must agree.
+ZOO_EXPORT int64_t zoo_abi_version() { return 1; }
+
+// Best instruction set that this CPU runs and this build knows: 0 portable, 1 AVX2, 2 AVX-512.
+ZOO_EXPORT int64_t zoo_cpu_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+  if (!avx2) return 0;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return avx512 ? 2 : 1;
+#else
+  return 0;
+#endif
+}
+
+// Hands over GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch uses.
+ZOO_EXPORT void zoo_set_openmp(void* parallel, void* thread_number, void* team_size) {
+  zoo::openmp.parallel = reinterpret_cast<decltype(zoo::openmp.parallel)>(parallel);
+  zoo::openmp.thread_number = reinterpret_cast<decltype(zoo::openmp.thread_number)>(thread_number);
+  zoo::openmp.team_size = reinterpret_cast<decltype(zoo::openmp.team_size)>(team_size);
+}
+
+// counts[i] = number of threads whose static share holds item i: the self-test of the thread team.
+ZOO_EXPORT void zoo_selftest_threads(int64_t* counts, int64_t items, int64_t threads) {
+  zoo::parallel_for(items, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) counts[i] += 1;
+  });
+}

@@ -1,0 +1,113 @@
+"""Finds, loads and calls the native library (see CMakeLists.txt for how it is built).
+
+The library has a plain C interface: tensors go in as addresses and sizes. Nothing here checks tensors; the op that
+calls has done so before it asks for an address.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ABI_VERSION = 1  # zoo_abi_version() in native/src/runtime.cpp
+LEVELS = ("portable", "avx2", "avx512")  # in the order of zoo_cpu_level()
+FOLDER = Path(__file__).parent
+
+_log = logging.getLogger("shared.ops")
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+
+
+class NativeMissing(Exception):
+    """The library was not built, or cannot be loaded; the text says why."""
+
+
+def _open(level: str) -> ctypes.CDLL:
+    suffix = {"darwin": ".so", "win32": ".dll"}.get(sys.platform, ".so")
+    path = FOLDER / f"_zoo_native_{level}{suffix}"
+    if not path.exists():
+        raise NativeMissing(f"{path.name} is not in {FOLDER}: it was not built (no C++ compiler at install time?)")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeMissing(f"{path.name} cannot be loaded: {error}") from error
+    library.zoo_abi_version.restype = ctypes.c_int64
+    version = library.zoo_abi_version()
+    if version != ABI_VERSION:
+        raise NativeMissing(f"{path.name} has interface {version}, this code needs {ABI_VERSION}: build it again")
+    return library
+
+
+def _share_threads(library: ctypes.CDLL) -> None:
+    """Let the kernels run on torch's own OpenMP team; without one they start threads of their own."""
+    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
+    path = Path(torch.__file__).parent / "lib" / name
+    if not path.exists():
+        return
+    # Looking a symbol up through torch's library finds the OpenMP runtime that torch itself is linked with, and
+    # not another copy that some other package may have brought along.
+    runtime = ctypes.CDLL(str(path))
+    try:
+        entries = [runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads]
+    except AttributeError:
+        return
+    library.zoo_set_openmp(*(ctypes.cast(entry, ctypes.c_void_p) for entry in entries))
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL, str]:
+    portable = _open("portable")
+    portable.zoo_cpu_level.restype = ctypes.c_int64
+    best = int(portable.zoo_cpu_level())
+    wanted = os.environ.get("ZOO_ISA", LEVELS[best])
+    if wanted not in LEVELS[: best + 1]:
+        raise NativeMissing(f"ZOO_ISA={wanted!r}: this CPU and build offer {', '.join(LEVELS[: best + 1])}")
+    library = portable if wanted == "portable" else _open(wanted)
+    _share_threads(library)
+    return library, wanted
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there is no native library, or None when there is one. The reason is logged once."""
+    try:
+        _load()
+    except NativeMissing as reason:
+        _log.warning(
+            "native kernels are off, the plain PyTorch reference runs instead (slower, same results): %s. "
+            "With a C++ compiler, `python -m shared.ops.build` builds them.", reason,
+        )
+        return str(reason)
+    return None
+
+
+def available() -> bool:
+    """True when the native kernels can be used on this machine."""
+    return missing() is None
+
+
+def isa() -> str:
+    """Instruction set in use: "portable", "avx2" or "avx512". Raises NativeMissing without a library."""
+    return _load()[1]
+
+
+@functools.cache
+def function(name: str, signature: str) -> Callable[..., None]:
+    """The exported C function `name`. `signature` has a letter per argument: p address, i int64, d double."""
+    entry = getattr(_load()[0], name, None)
+    if entry is None:
+        raise NativeMissing(f"the native library has no {name}: it is older than this code, build it again")
+    entry.argtypes = [_TYPES[letter] for letter in signature]
+    entry.restype = None
+    return entry
+
+
+def threads() -> int:
+    """Threads that a kernel may use now: torch's setting."""
+    return torch.get_num_threads()

@@ -1,0 +1,212 @@
+"""Which backend runs an op: forced by `backend(...)`, or chosen from measurements.
+
+Every op offers some of these backends:
+
+- `reference`: the definition, plain PyTorch, any device and dtype;
+- `native`: the C++ kernels (CPU);
+- `vendor`: the sparse kernels that torch brings along (MKL on a CPU, cuSPARSELt on a GPU);
+- `dense`: the same result by a dense product, offered so that a sparse layer is never slower than a dense one.
+
+`auto` looks the case up in a table of measured times: `calibration.json` beside this file (measured on the machine
+it names), or the one that `calibrate()` measured on this machine and left in the cache folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.errors import OpError
+from shared.io import read_json, write_json
+from shared.ops import _native
+
+BACKENDS = ("auto", "reference", "native", "vendor", "dense")
+_requested: ContextVar[str] = ContextVar("zoo_ops_backend", default="auto")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The backend that runs a call, why, and what the table says: seconds per backend in the nearest measured case."""
+
+    op: str
+    backend: str
+    reason: str
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {1e3 * t:.3g} ms" for name, t in self.measured.items())
+        return f"{self.op}: {self.backend}, {self.reason}" + (f" ({times})" if times else "")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured case: what was run (`kind` is compared exactly, `sizes` by nearness) and seconds per backend."""
+
+    op: str
+    kind: str
+    threads: int
+    sizes: tuple[float, ...]
+    times: Mapping[str, float]
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops inside the `with` block on one backend: "reference", "native", "vendor", "dense" or "auto".
+
+    Raises:
+        OpError: unknown name. An op that does not offer the backend raises when it is called.
+    """
+    if name not in BACKENDS:
+        raise OpError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested() -> str:
+    """The backend that the enclosing `backend(...)` block asks for, "auto" outside of any."""
+    return _requested.get()
+
+
+def choose(op: str, device: torch.device, offered: Sequence[str], kind: str, sizes: tuple[float, ...]) -> Plan:
+    """The backend for a call of `op`.
+
+    Args:
+        device: where the tensors are.
+        offered: backends that can run this very call, best guess first; used when nothing was measured.
+        kind: what must match exactly in the table (layout, dtype).
+        sizes: positive numbers compared by the sum of |log2 ratio| (entries, batch, density ...).
+
+    Raises:
+        OpError: the forced backend is not offered, or is native and there is no native library.
+    """
+    forced = _requested.get()
+    if forced != "auto":
+        if forced not in offered:
+            raise OpError(f"{op} has no backend {forced!r} for this call ({kind}, {device}); it has {', '.join(offered)}")
+        if forced == "native" and (reason := _native.missing()):
+            raise OpError(f"{op}: the native backend was asked for, but {reason}")
+        return Plan(op, forced, "asked for by ops.backend")
+    return _auto(op, device.type, tuple(offered), kind, torch.get_num_threads(), sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _auto(
+    op: str, device: str, offered: tuple[str, ...], kind: str, threads: int, sizes: tuple[float, ...]
+) -> Plan:
+    if device != "cpu":
+        usable = tuple(name for name in offered if name != "native")
+        return Plan(op, usable[0], f"first choice on {device}")
+    if "native" in offered and (reason := _native.missing()):
+        offered = tuple(name for name in offered if name != "native")
+        return Plan(op, offered[0], f"no native library: {reason}")
+    nearest = _nearest(op, kind, threads, sizes)
+    if nearest is None:
+        return Plan(op, offered[0], "first choice, nothing measured for this case")
+    measured = {name: nearest.times[name] for name in offered if name in nearest.times}
+    if not measured:
+        return Plan(op, offered[0], "first choice, nothing measured for this case")
+    best = min(measured, key=measured.__getitem__)
+    return Plan(op, best, f"fastest of {len(measured)} where last measured", measured)
+
+
+def _nearest(op: str, kind: str, threads: int, sizes: tuple[float, ...]) -> Entry | None:
+    def distance(entry: Entry) -> tuple[float, float]:
+        return abs(math.log2(entry.threads / threads)), sum(
+            abs(math.log2(ours / theirs)) for ours, theirs in zip(sizes, entry.sizes, strict=True)
+        )
+
+    return min(table().get((op, kind), ()), key=distance, default=None)
+
+
+def calibration_file() -> Path:
+    """Where this machine's own table is kept: $ZOO_CACHE, else ~/.cache/sparse-model-zoo."""
+    folder = os.environ.get("ZOO_CACHE") or Path.home() / ".cache" / "sparse-model-zoo"
+    return Path(folder) / f"calibration-{platform.node() or 'machine'}.json"
+
+
+@functools.cache
+def table() -> dict[tuple[str, str], list[Entry]]:
+    """The measured cases, by (op, kind): this machine's where they exist, the shipped ones otherwise."""
+    entries = _read(_native.FOLDER / "calibration.json")
+    return entries | _read(calibration_file())
+
+
+def _read(path: Path) -> dict[tuple[str, str], list[Entry]]:
+    if not path.exists():
+        return {}
+    try:
+        rows = [
+            Entry(r["op"], r["kind"], int(r["threads"]), tuple(map(float, r["sizes"])), dict(r["times"]))
+            for r in read_json(path)["entries"]
+        ]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise OpError(f"{path} is not a calibration table ({error!r}): delete it, or run `zoo bench --calibrate`") from error
+    grouped: dict[tuple[str, str], list[Entry]] = {}
+    for row in rows:
+        grouped.setdefault((row.op, row.kind), []).append(row)
+    return grouped
+
+
+_calibrators: dict[str, Callable[[bool], list[Entry]]] = {}
+_planners: dict[str, Callable[..., Plan]] = {}
+
+
+def register(op: str, *, plan: Callable[..., Plan], calibrate: Callable[[bool], list[Entry]] | None = None) -> None:
+    """Make `op` known to `explain` (its `plan` takes the op's arguments) and to `calibrate`."""
+    _planners[op] = plan
+    if calibrate is not None:
+        _calibrators[op] = calibrate
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+    """Tell which backend `op(*args, **kwargs)` would run on, and why, without running it.
+
+    Args:
+        op: an op's function or its name.
+
+    Raises:
+        OpError: no such op; and whatever the op itself refuses.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _planners:
+        raise OpError(f"unknown op {name!r}: there are {', '.join(sorted(_planners))}")
+    return _planners[name](*args, **kwargs)
+
+
+def calibrate(ops: Sequence[str] | None = None, *, quick: bool = False, path: Path | None = None) -> Path:
+    """Measure the cases that `auto` looks up, on this machine, and keep them for later processes.
+
+    Args:
+        ops: names of ops, all by default.
+        quick: fewer cases and repeats.
+        path: where to write; `calibration_file()` by default.
+    """
+    path = path or calibration_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [e for group in _read(path).values() for e in group if ops is not None and e.op not in ops]
+    measured = [entry for name in (ops or sorted(_calibrators)) for entry in _calibrators[name](quick)]
+    rows = [
+        {"op": e.op, "kind": e.kind, "threads": e.threads, "sizes": list(e.sizes),
+         "times": {name: float(f"{t:.3g}") for name, t in e.times.items()}}
+        for e in (*kept, *measured)
+    ]
+    machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__,
+               "isa": _native.isa() if _native.available() else None}
+    write_json(path, {"machine": machine, "entries": rows})
+    table.cache_clear()
+    _auto.cache_clear()
+    return path
