@@ -162,7 +162,8 @@ def test_legal_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", [
     "", "graph", "graph/", "/x", "graph/..", "graph/a..b", "../x", "graph/../x", "graph/a/b", "Graph/x",
-    "graph/.x", "graph/x.", "graph/a b", "graph/a\n", "graph/a\0", "graph\\a", "graph/ä", "graph/" + "a" * 130,
+    "graph/.x", "graph/x.", "graph/a b", "graph/a\n", "graph/a\0", "graph\\a", "graph/ä",
+    "graph/" + "a" * 130,
 ])
 def test_illegal_names(name: str) -> None:
     assert not names.is_model_name(name)
