@@ -1,8 +1,8 @@
 """Experiments: a paper's claims re-measured, with published, measured and verdict side by side.
 
-An experiment splits its work into cells (one training run, say) and asks `CellCache` for each; a run that is killed
-resumes with the cells that are on disk. Its result is plain data - tables, verdicts, plots, rows - which
-`reproduce` writes as JSON, Markdown and PNG.
+An experiment splits its work into cells (one training run, say) and asks `CellCache` for each; a run that is
+killed resumes with the cells that are on disk. Its result is plain data - tables, verdicts, plots, rows -
+which `reproduce` writes as JSON, Markdown and PNG.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from shared.io import atomic_write, write_json
 from zoo.errors import ConfigError
+from zoo.registry import EXPERIMENTS
 
 Outcome = Literal["holds", "does not hold", "no difference seen", "not measured"]
 
@@ -25,8 +26,9 @@ Outcome = Literal["holds", "does not hold", "no difference seen", "not measured"
 class CellCache:
     """Results of finished pieces of work, one JSON file per key, so that an interrupted run can go on.
 
-    A key is a flat description of everything that decides the value (method, data set, level, seed, steps, and a
-    version of the code's meaning). Files are written atomically; one that cannot be read counts as missing.
+    A key is a flat description of everything that decides the value (method, data set, level, seed, steps,
+    and a version of the code's meaning). Files are written atomically; one that cannot be read counts as
+    missing.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -80,7 +82,9 @@ class Table:
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.columns):
-                raise ConfigError(f"table {self.title!r} has {len(self.columns)} columns, but a row of {len(row)}: {row}")
+                raise ConfigError(
+                    f"table {self.title!r} has {len(self.columns)} columns, but a row of {len(row)}: {row}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +104,12 @@ class Series:
 
     Attributes:
         label: for the legend.
-        x, y: of equal length; a `reference` with empty `x` is a horizontal line at `y[0]` over the whole plot.
+        x, y: of equal length; a `reference` with empty `x` is a horizontal line at `y[0]` over the whole
+            plot.
         spread: half-width of the band (lines) or error bar (points) around `y`.
         kind: a line with markers, points only, a dashed reference, or the steps of a Pareto front.
         marks: a short text beside each point.
+        group: series of one group share a colour; by default each label is its own.
     """
 
     label: str
@@ -112,6 +118,7 @@ class Series:
     spread: Sequence[float] | None = None
     kind: Literal["line", "points", "reference", "front"] = "line"
     marks: Sequence[str] | None = None
+    group: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +161,136 @@ class Experiment(ABC):
     config_class: ClassVar[type]
 
     @abstractmethod
-    def run(self, config: Any, cells: CellCache, progress: Callable[..., None] | None = None) -> ExperimentResult:
-        """Run with `config` (an instance of `config_class`), asking `cells.cell(key, compute)` for each piece of work.
+    def run(
+        self, config: Any, cells: CellCache, progress: Callable[..., None] | None = None
+    ) -> ExperimentResult:
+        """Run with `config` (an instance of `config_class`), asking `cells.cell(key, compute)` for each
+        piece of work.
 
         `progress(done, total, note)` is called as the cells finish (see `zoo.harness.tasks.Progress`).
         """
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduction:
+    """A finished experiment and the files that were written."""
+
+    experiment: type[Experiment] | Experiment
+    config: Any
+    result: ExperimentResult
+    seconds: float
+    files: list[Path]
+
+
+def get_experiment(name: str) -> Experiment:
+    """The experiment of that name, ready to run.
+
+    Raises:
+        UnknownNameError: nobody registered it.
+        ConfigError: the entry is not an experiment.
+    """
+    entry: Any = EXPERIMENTS.get(name)
+    experiment = entry() if isinstance(entry, type) else entry
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"{name!r} is registered as an experiment, but {entry!r} is not a zoo Experiment")
+    return experiment
+
+
+def reproduce(
+    name: str,
+    config: Any = None,
+    *,
+    out: str | Path = "results",
+    cells: str | Path | None = None,
+    progress: Callable[..., None] | None = None,
+    **options: Any,
+) -> Reproduction:
+    """Run an experiment and write `NAME.json`, `NAME.md` and one PNG per plot into `out`.
+
+    Args:
+        name: of the experiment.
+        config: an instance of its `config_class`; or give single `options`, fields of that class.
+        out: folder of the results; made if need be.
+        cells: folder of the finished cells, for resuming; by default in the cache folder.
+        progress: called as the cells finish.
+
+    Raises:
+        UnknownNameError: no such experiment.
+        ConfigError: an option that the experiment does not have, or a config of another class.
+    """
+    from zoo.hub import cache_dir
+
+    experiment = get_experiment(name)
+    config = _config(experiment, config, options)
+    folder = Path(cells) if cells is not None else cache_dir() / "cells" / name
+    cache = CellCache(folder)
+    start = time.perf_counter()
+    result = experiment.run(config, cache, progress)
+    seconds = time.perf_counter() - start
+    files = write_result(experiment, config, result, Path(out), seconds=seconds, cells=cache)
+    return Reproduction(experiment, config, result, seconds, files)
+
+
+def write_result(
+    experiment: Experiment,
+    config: Any,
+    result: ExperimentResult,
+    out: Path,
+    *,
+    seconds: float,
+    cells: CellCache,
+) -> list[Path]:
+    """Write the JSON, the Markdown and the pictures of a result; each file whole or not at all."""
+    from zoo.harness.records import Environment, now
+    from zoo.report import markdown, plots
+
+    out.mkdir(parents=True, exist_ok=True)
+    environment = Environment.here()
+    options = dataclasses.asdict(config)
+    written = [out / f"{experiment.name}.json"]
+    content = {
+        "experiment": experiment.name,
+        "paper": experiment.paper,
+        "config": options,
+        "result": dataclasses.asdict(result),
+        "seconds": round(seconds, 1),
+        "cells": {"from_cache": cells.hits, "computed": cells.misses},
+        "created": now(),
+        "environment": environment.model_dump(),
+    }
+    write_json(written[0], json.loads(json.dumps(content, default=str)))
+    pictures = {}
+    for plot in result.plots:
+        picture = out / f"{experiment.name}-{plot.name}.png"
+        atomic_write(picture, plots.png(plot))
+        pictures[plot.name] = picture.name
+        written.append(picture)
+    facts = {
+        "Paper": experiment.paper,
+        "Command": f"zoo reproduce {experiment.name}",
+        "Options": ", ".join(f"{key} = {value}" for key, value in options.items()),
+        "Time": f"{seconds:.0f} s, {cells.misses} cells computed and {cells.hits} from the cache",
+        "Machine": f"{environment.cpu}, {environment.cpus} CPUs, {environment.threads} threads, "
+        f"torch {environment.torch}",
+    }
+    text = markdown.experiment_report(experiment.title, result, facts=facts, plot_files=pictures)
+    written.append(atomic_write(out / f"{experiment.name}.md", text.encode()))
+    return written
+
+
+def _config(experiment: Experiment, config: Any, options: Mapping[str, Any]) -> Any:
+    expected = experiment.config_class
+    if config is not None:
+        if options:
+            raise ConfigError(f"give either a config or options to {experiment.name!r}, not both")
+        if not isinstance(config, expected):
+            raise ConfigError(
+                f"{experiment.name!r} takes a {expected.__name__}; received {type(config).__name__}"
+            )
+        return config
+    known = [field.name for field in dataclasses.fields(expected)]
+    if unknown := sorted(set(options) - set(known)):
+        raise ConfigError(
+            f"experiment {experiment.name!r} has no option {unknown[0]!r}; it has: {', '.join(known)}"
+        )
+    return expected(**options)

@@ -34,7 +34,8 @@ class MetricValue(Frozen):
 
 
 class Samples(Frozen):
-    """Per-sample values, compact: `bits` for 0/1 values (packed, big-endian), else `f64le`; both in base64."""
+    """Per-sample values, compact: `bits` for 0/1 values (packed, big-endian), else `f64le`; both in
+    base64."""
 
     encoding: Literal["bits", "f64le"]
     n: int = Field(ge=0)
@@ -57,7 +58,9 @@ class Samples(Frozen):
         try:
             raw = base64.b64decode(self.data, validate=True)
         except ValueError as error:
-            raise DataError(f"per-sample values are not valid base64 ({error}); measure the model again") from None
+            raise DataError(
+                f"per-sample values are not valid base64 ({error}); measure the model again"
+            ) from None
         expected = -(-self.n // 8) if self.encoding == "bits" else 8 * self.n
         if len(raw) != expected:
             raise DataError(f"per-sample values have {len(raw)} bytes, but {self.n} samples need {expected}")
@@ -112,7 +115,8 @@ class Cost(Frozen):
 class Record(Frozen):
     """One run of one task on one model in one execution.
 
-    `key` is the content address: equal keys mean equal weights, architecture, task version, execution, seed and code.
+    `key` is the content address: equal keys mean equal weights, architecture, task version, execution, seed
+    and code.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -158,7 +162,9 @@ class Record(Frozen):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise DataError(f"{path} is not a record of schema {SCHEMA_VERSION}: {where}: {first['msg']}") from None
+            raise DataError(
+                f"{path} is not a record of schema {SCHEMA_VERSION}: {where}: {first['msg']}"
+            ) from None
 
 
 def now() -> str:
@@ -190,8 +196,8 @@ def cpu_name() -> str:
 class PeakMemory:
     """Peak resident memory of a block of code, in bytes.
 
-    Linux can reset a process's high-water mark, so that the figure is the block's own; elsewhere it is the peak of
-    the process so far.
+    Linux can reset a process's high-water mark, so that the figure is the block's own; elsewhere it is the
+    peak of the process so far.
     """
 
     bytes: int = 0

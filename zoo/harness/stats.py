@@ -103,10 +103,13 @@ def paired_difference(
     )
 
 
-def seed_difference(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, power: float = 0.8) -> Difference:
+def seed_difference(
+    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, power: float = 0.8
+) -> Difference:
     """Compare two methods over the same few seeds: the t interval and test of the paired differences.
 
-    With five seeds a bootstrap would be too narrow; Student's t is not, if the differences are roughly normal.
+    With five seeds a bootstrap would be too narrow; Student's t is not, if the differences are roughly
+    normal.
 
     Raises:
         DataError: as in `paired_difference`.
@@ -144,7 +147,8 @@ def bootstrap_interval(
 
 
 def mcnemar_exact(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
-    """Two-sided exact McNemar test for 0/1 samples: a binomial test on the discordant pairs (McNemar 1947)."""
+    """Two-sided exact McNemar test for 0/1 samples: a binomial test on the discordant pairs (McNemar
+    1947)."""
     from scipy.stats import binomtest
 
     left, right = np.asarray(a, float), np.asarray(b, float)
@@ -152,11 +156,14 @@ def mcnemar_exact(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarr
     return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
 
 
-def detectable_difference(delta: np.ndarray, *, alpha: float = 0.05, power: float = 0.8, binary: bool = False) -> float:
+def detectable_difference(
+    delta: np.ndarray, *, alpha: float = 0.05, power: float = 0.8, binary: bool = False
+) -> float:
     """The smallest true mean difference that a two-sided paired test finds with the given power.
 
-    (z_{1 - alpha/2} + z_{power}) s / sqrt(n), with s the standard deviation of the differences. For 0/1 samples never
-    less than k / n, where k is the fewest one-sided discordant pairs that the exact test calls significant.
+    (z_{1 - alpha/2} + z_{power}) s / sqrt(n), with s the standard deviation of the differences. For 0/1
+    samples never less than k / n, where k is the fewest one-sided discordant pairs that the exact test calls
+    significant.
     """
     n = len(delta)
     normal = NormalDist()
@@ -168,7 +175,8 @@ def detectable_difference(delta: np.ndarray, *, alpha: float = 0.05, power: floa
 
 
 def _paired_t(delta: np.ndarray) -> float:
-    """Two-sided p of the paired t test; 1 where all differences are zero, 0 where they are equal and not zero."""
+    """Two-sided p of the paired t test; 1 where all differences are zero, 0 where they are equal and not
+    zero."""
     from scipy.stats import t
 
     error = float(delta.std(ddof=1)) / math.sqrt(len(delta))
@@ -180,7 +188,9 @@ def _paired_t(delta: np.ndarray) -> float:
 def _checked(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     left, right = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if left.shape != right.shape or left.ndim != 1:
-        raise DataError(f"a paired comparison needs the same samples; received {left.shape} and {right.shape} values")
+        raise DataError(
+            f"a paired comparison needs the same samples; received {left.shape} and {right.shape} values"
+        )
     if len(left) < 2:
         raise DataError(f"a paired comparison needs at least two samples; received {len(left)}")
     if not (np.isfinite(left).all() and np.isfinite(right).all()):

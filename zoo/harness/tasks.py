@@ -8,15 +8,14 @@ A domain, or anybody's package, adds a task in one of two ways:
     [project.entry-points."zoo.tasks"]                 # in the pyproject.toml of a package of its own
     "mydomain/mytask" = "mypackage.tasks:MyTask"
 
-A name of the form `provider:argument` (say `lm_eval:arc_easy`) is answered by the registered provider, a callable
-that makes a task from the argument.
+A name of the form `provider:argument` (say `lm_eval:arc_easy`) is answered by the class registered as
+`provider`, called with the argument.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -42,7 +41,8 @@ class Measure:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one pass over the task's input; `sparse` counts only what the masks keep."""
+    """Floating-point operations of one pass over the task's input; `sparse` counts only what the masks
+    keep."""
 
     dense: int
     sparse: int
@@ -54,11 +54,11 @@ class TaskResult:
 
     Attributes:
         metrics: the value of each metric.
-        samples: per-sample values of the metrics that are a mean over samples, in the fixed order of the protocol,
-            so that two models can be compared sample by sample. May be empty.
+        samples: per-sample values of the metrics that are a mean over samples, in the fixed order of the
+            protocol, so that two models can be compared sample by sample. May be empty.
         n: number of samples.
-        sample_set: digest of which samples were measured (of their ids, say), if the task knows; results whose digests
-            differ are not compared.
+        sample_set: digest of which samples were measured (of their ids, say), if the task knows; results
+            whose digests differ are not compared.
     """
 
     metrics: dict[str, Measure]
@@ -105,7 +105,8 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
-        """Measure `model`, which is in eval mode. Must give the same result on each call (seed what is random).
+        """Measure `model`, which is in eval mode. Must give the same result on each call (seed what is
+        random).
 
         Raises:
             TaskError: the model does not fit the task.
@@ -121,7 +122,8 @@ class Task(ABC):
         return 1 if self.higher_is_better else -1
 
     def flops(self, model: nn.Module) -> Flops | None:
-        """Operations of one pass over the task's input, if the task can count them (see `shared.account.count`)."""
+        """Operations of one pass over the task's input, if the task can count them (see
+        `shared.account.count`)."""
         return None
 
 
@@ -145,8 +147,8 @@ def register_task(task: T) -> T:
 def get_task(name: str) -> Task:
     """The task of that name, ready to use.
 
-    An entry of the registry is a `Task` class, an instance, or a callable without arguments that makes one; for
-    `provider:argument` it is a callable of one string.
+    An entry of the registry is a `Task` or a subclass of it, which is called without arguments, or with the
+    argument of `provider:argument`.
 
     Raises:
         UnknownNameError: nobody registered it.
@@ -154,8 +156,10 @@ def get_task(name: str) -> Task:
     """
     provider, colon, argument = name.partition(":")
     entry: Any = TASKS.get(provider)
-    make: Callable[..., Any] | None = entry if callable(entry) and not isinstance(entry, Task) else None
-    task = entry if make is None else make(argument) if colon else make()
-    if not isinstance(task, Task) or (colon and make is None):
-        raise TaskError(f"{name!r} is registered as a task, but {entry!r} does not give a zoo.harness.tasks.Task")
-    return task
+    if isinstance(entry, type) and issubclass(entry, Task):
+        return entry(argument) if colon else entry()  # type: ignore[call-arg]
+    if not isinstance(entry, Task):
+        raise TaskError(f"{name!r} is registered as a task, but {entry!r} is not a zoo.harness.tasks.Task")
+    if colon:
+        raise TaskError(f"task {provider!r} takes no argument; received {argument!r} after the colon")
+    return entry

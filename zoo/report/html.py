@@ -1,4 +1,5 @@
-"""One self-contained HTML page: no scripts, no fonts or pictures from elsewhere, light and dark, readable in print."""
+"""One self-contained HTML page: no scripts, no fonts or pictures from elsewhere, light and dark, readable in
+print."""
 
 from __future__ import annotations
 
@@ -39,10 +40,10 @@ def records_page(records: Sequence[Record], *, title: str = "Sparse model zoo: e
         for summary in summarise(records)
     ]
     lead = (
-        f"{len({r.model for r in records})} models on {len(sections)} tasks. Each sparse model stands beside its dense twin, "
-        "which has the same architecture, data and recipe; in the plots the twin's value is the dashed line. The thin "
-        "stepped line joins the runs that none beats on both axes (the Pareto front). Numbers beside points are rows "
-        "of the table."
+        f"{len({r.model for r in records})} models on {len(sections)} tasks. Each sparse model stands beside its "
+        "dense twin, which has the same architecture, data and recipe; in the plots the twin's value is the "
+        "dashed line. The thin stepped line joins the runs that none beats on both axes (the Pareto front). "
+        "Numbers beside points are rows of the table."
     )
     facts: dict[str, str] = {}
     if records:
@@ -50,7 +51,9 @@ def records_page(records: Sequence[Record], *, title: str = "Sparse model zoo: e
         facts = {
             "Machine": f"{env.cpu}, {env.cpus} CPUs, {env.threads} threads, {env.platform}",
             "Software": f"zoo {env.zoo}, torch {env.torch}, Python {env.python}",
-            "Measured": " to ".join(sorted({min(r.created for r in records), max(r.created for r in records)})),
+            "Measured": " to ".join(
+                sorted({min(r.created for r in records), max(r.created for r in records)})
+            ),
             "Peak memory": numbers.size(max(r.peak_memory_bytes for r in records)),
             "Again": "zoo eval " + " ".join(sorted({r.model for r in records})) + " --report report.html",
         }
@@ -89,7 +92,9 @@ def page(title: str, lead: str, sections: Sequence[Section], facts: Mapping[str,
 def _section(section: Section, identifier: str) -> str:
     lead = f"<p>{escape(section.lead)}</p>" if section.lead else ""
     tables = "".join(_table(table) for table in section.tables)
-    plots = "".join(f"<figure>{svg(plot)}<figcaption>{escape(plot.alt)}</figcaption></figure>" for plot in section.plots)
+    plots = "".join(
+        f"<figure>{svg(plot)}<figcaption>{escape(plot.alt)}</figcaption></figure>" for plot in section.plots
+    )
     grid = f'<div class="plots">{plots}</div>' if plots else ""
     return f'<section id="{identifier}"><h2>{escape(section.title)}</h2>{lead}{tables}{grid}</section>\n'
 

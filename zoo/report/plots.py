@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 from zoo.harness.experiments import Plot, Series
+from zoo.report import numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which stay apart under the common kinds of colour blindness; the black one is left out,
-# since it is the ink. In dark theme each has a lighter partner (see `html.STYLE`).
+# Okabe and Ito's colours, which stay apart under the common kinds of colour blindness; the black one is left
+# out, since it is the ink. In dark theme each has a lighter partner (see `html.STYLE`).
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#3f8fc0", "#7a4fbf", "#6b6b6b")
 MARKERS = "os^Dvp*X"
 INK, FAINT = "#1b1f24", "#c9ced6"
@@ -49,7 +50,8 @@ def svg(plot: Plot) -> str:
 
 
 def pareto_front(points: Iterable[tuple[float, float]], direction: int) -> list[tuple[float, float]]:
-    """The points that no other beats on both axes: cost x (lower is better) and quality y (`direction` +1 or -1).
+    """The points that no other beats on both axes: cost x (lower is better) and quality y (`direction` +1 or
+    -1).
 
     Returned by rising cost; of equal points one is kept.
     """
@@ -84,6 +86,13 @@ def _render(plot: Plot, kind: str, *, dpi: int = 100) -> bytes:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         _draw(axes, plot)
+        handles, labels = axes.get_legend_handles_labels()
+        if labels:
+            # Below the axes, where it hides no point.
+            columns = 1 if max(map(len, labels)) > 40 else min(len(labels), 3)
+            figure.legend(
+                handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+            )
         stream = io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(stream, format=kind, dpi=dpi, metadata=metadata, transparent=kind == "svg")
@@ -95,7 +104,7 @@ def _draw(axes: Axes, plot: Plot) -> None:
         axes.set_xscale("log")
     colours: dict[str, int] = {}
     for series in plot.series:
-        index = colours.setdefault(series.label.removesuffix(" (dense)"), len(colours))
+        index = colours.setdefault(series.group or series.label, len(colours))
         _draw_series(axes, series, PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)])
     axes.set_title(plot.title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(plot.x_label)
@@ -104,26 +113,37 @@ def _draw(axes: Axes, plot: Plot) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.06, y=0.12)
-    if plot.series:
-        axes.legend(fontsize=8, framealpha=0, ncols=1 + (len(plot.series) > 6))
+    if plot.log_x:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda x, _: numbers.count(x) if x >= 1000 else f"{x:g}")
+        )
 
 
 def _draw_series(axes: Axes, series: Series, colour: str, marker: str) -> None:
     if series.kind == "reference" and not series.x:
-        axes.axhline(series.y[0], color=colour, linestyle=(0, (5, 3)), linewidth=1.3, label=series.label)
+        label = series.label if series.label not in axes.get_legend_handles_labels()[1] else "_nolegend_"
+        axes.axhline(series.y[0], color=colour, linestyle=(0, (5, 3)), linewidth=1.3, label=label)
         return
     if series.kind == "front":
-        axes.step(series.x, series.y, where="post", color=INK, linewidth=1.0, alpha=0.55, label=series.label)
+        # Between two points of the front one gets the quality of the cheaper one.
+        where: Any = "post" if list(series.y) == sorted(series.y) else "pre"
+        axes.step(series.x, series.y, where=where, color=INK, linewidth=1.0, alpha=0.55, label=series.label)
         return
     dashed = series.kind == "reference"
     linestyle = "none" if series.kind == "points" else (0, (5, 3)) if dashed else "-"
     axes.plot(
-        series.x, series.y, color=colour, linestyle=linestyle, linewidth=1.6, marker=None if dashed else marker,
-        markersize=6, label=series.label,
+        series.x, series.y, color=colour, linestyle=linestyle, linewidth=1.6,
+        marker=None if dashed else marker, markersize=6, label=series.label,
     )  # fmt: skip
     if series.spread is not None:
         if series.kind == "points":
-            axes.errorbar(series.x, series.y, yerr=series.spread, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
+            axes.errorbar(
+                series.x, series.y, yerr=series.spread, fmt="none", ecolor=colour, elinewidth=1, capsize=2
+            )
         else:
             low = [y - s for y, s in zip(series.y, series.spread, strict=True)]
             high = [y + s for y, s in zip(series.y, series.spread, strict=True)]

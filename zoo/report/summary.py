@@ -25,18 +25,19 @@ class _Axis:
     """A cost to plot quality against."""
 
     name: str
+    title: str
     label: str
     of: Callable[[Record], float | None]
     log: bool
 
 
 AXES = (
-    _Axis("sparsity", "sparsity (% of masked entries that are zero)",
+    _Axis("sparsity", "sparsity", "sparsity (% of masked entries that are zero)",
           lambda r: None if r.sparsity is None else 100 * r.sparsity, False),
-    _Axis("bytes", "size on disk (bytes)", lambda r: r.cost.bytes_on_disk, True),
-    _Axis("flops", "operations per pass that are not skipped (FLOPs)",
+    _Axis("bytes", "size on disk", "size on disk (bytes)", lambda r: r.cost.bytes_on_disk, True),
+    _Axis("flops", "FLOPs", "operations per pass that are not skipped (FLOPs)",
           lambda r: r.cost.flops.sparse if r.cost.flops else None, True),
-    _Axis("seconds", "wall time of the evaluation (s)", lambda r: r.seconds, True),
+    _Axis("seconds", "time", "wall time of the evaluation (s)", lambda r: r.seconds, True),
 )  # fmt: skip
 
 
@@ -60,8 +61,8 @@ def _table(task: str, records: Sequence[Record]) -> Table:
     first = records[0]
     unit = f" ({first.unit})" if first.unit else ""
     executions = len({record.execution for record in records}) > 1
-    columns = ["#", "model", *(["execution"] if executions else []), f"{first.primary}{unit}", "against dense",
-               "sparsity", "parameters", "FLOPs", "on disk", "time"]  # fmt: skip
+    columns = ["#", "model", *(["execution"] if executions else []), f"{first.primary}{unit}",
+               "against dense", "sparsity", "parameters", "FLOPs", "on disk", "time"]  # fmt: skip
     rows = []
     for number, record in enumerate(records, 1):
         metric = record.metrics[record.primary]
@@ -95,7 +96,9 @@ def _plots(task: str, records: Sequence[Record]) -> list[Plot]:
 
 def _plot(task: str, records: Sequence[Record], axis: _Axis) -> Plot | None:
     """Quality against one cost; None unless two records know the cost."""
-    known = [(number, record, x) for number, record in enumerate(records, 1) if (x := axis.of(record)) is not None]
+    known = [
+        (number, record, x) for number, record in enumerate(records, 1) if (x := axis.of(record)) is not None
+    ]
     if len(known) < 2 or len({x for _, _, x in known}) < 2:
         return None
     first = records[0]
@@ -114,11 +117,12 @@ def _plot(task: str, records: Sequence[Record], axis: _Axis) -> Plot | None:
                 spread=None if None in stderrs else [s for s in stderrs if s is not None],
                 kind="points",
                 marks=[str(number) for number, _, _ in members],
+                group=family,
             )
         )
         dense = [record for record in records if record.model == family]
         if dense:
-            series.append(Series(f"{family} (dense)", [], [_quality(dense[0])], kind="reference"))
+            series.append(Series("dense twin", [], [_quality(dense[0])], kind="reference", group=family))
     # More sparsity is cheaper: on that axis the front is sought from the right.
     sign = -1.0 if axis.name == "sparsity" else 1.0
     front = pareto_front([(sign * x, _quality(record)) for _, record, x in known], first.direction)
@@ -126,16 +130,31 @@ def _plot(task: str, records: Sequence[Record], axis: _Axis) -> Plot | None:
         points = sorted((sign * x, y) for x, y in front)
         series.append(Series("Pareto front", [x for x, _ in points], [y for _, y in points], kind="front"))
     unit = f" ({first.unit})" if first.unit else ""
-    best = max(known, key=lambda item: first.direction * _quality(item[1]))[1]
     return Plot(
         name=f"{task}-{axis.name}",
-        title=f"{first.primary} against {axis.name if axis.name != 'seconds' else 'time'}",
+        title=f"{first.primary} against {axis.title}",
         x_label=axis.label,
         y_label=f"{first.primary}{unit}",
         series=series,
-        alt=f"{task}: {first.primary} of {len(known)} runs against {axis.label}. The best, {best.model}, has "
-        f"{numbers.value(_quality(best))}. The numbers beside the points are the rows of the table.",
+        alt=_description([(record, sign * x) for _, record, x in known]),
         log_x=axis.log,
+    )
+
+
+def _description(runs: Sequence[tuple[Record, float]]) -> str:
+    """What the plot shows, in words: the best run, and the cheapest that is as good within the best one's
+    error."""
+    best = max((record for record, _ in runs), key=lambda record: record.direction * _quality(record))
+    text = f"{len(runs)} runs. Best: {best.model} ({numbers.value(_quality(best))})."
+    error = best.metrics[best.primary].stderr
+    if error is None:
+        return text
+    close = [(cost, record) for record, cost in runs if abs(_quality(record) - _quality(best)) <= error]
+    cheapest = min(close, key=lambda item: item[0])[1]
+    if cheapest is best:
+        return f"{text} None within its standard error is cheaper."
+    return (
+        f"{text} Cheapest within its standard error: {cheapest.model} ({numbers.value(_quality(cheapest))})."
     )
 
 

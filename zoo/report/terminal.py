@@ -19,7 +19,9 @@ def show_table(console: Console, table: Table) -> None:
     from rich.text import Text
 
     # Outside a terminal a line must not be folded to 80 columns: the reader is a pipe or a file.
-    shown = RichTable(box=box.SIMPLE_HEAD, title=table.title, title_justify="left", title_style="bold", pad_edge=False)
+    shown = RichTable(
+        box=box.SIMPLE_HEAD, title=table.title, title_justify="left", title_style="bold", pad_edge=False
+    )
     for index, column in enumerate(table.columns):
         numeric = all(_numeric(row[index]) for row in table.rows)
         shown.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")

@@ -1,0 +1,409 @@
+"""The runner: models x tasks x executions, each cell cached by content, so that a run that was killed goes
+on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shared.io import sha256_file
+from shared.masks import masks_of
+from zoo import bundles
+from zoo.cards import CARD_FILE, Card
+from zoo.errors import BundleError, CardError, DataError, TaskError, UnknownNameError
+from zoo.harness.records import (
+    Cost,
+    Environment,
+    MetricValue,
+    Pair,
+    PeakMemory,
+    Record,
+    Samples,
+    now,
+    zoo_version,
+)
+from zoo.harness.tasks import Progress, Task, TaskResult, get_task
+from zoo.names import is_glob
+from zoo.registry import TASKS
+
+Models = str | Path | nn.Module | Iterable[str | Path | nn.Module]
+Tasks = str | Task | Iterable[str | Task]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be evaluated, not loaded yet."""
+
+    name: str
+    version: str | None
+    card: Card | None
+    weights_sha256: str
+    architecture: Any
+    load: Callable[[str], nn.Module]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a subject, a task, an execution, and their content address."""
+
+    subject: Subject
+    task: Task
+    execution: str
+    seed: int
+    code_sha256: str
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of all that decides the result."""
+        content = {
+            "weights": self.subject.weights_sha256,
+            "architecture": self.subject.architecture,
+            "task": [self.task.name, self.task.version],
+            "execution": self.execution,
+            "seed": self.seed,
+            "code": [zoo_version(), self.code_sha256, torch.__version__],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def evaluate(
+    models: Models,
+    tasks: Tasks | None = None,
+    executions: Sequence[str] = ("masked",),
+    *,
+    twins: bool = False,
+    seed: int = 0,
+    use_cache: bool = True,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[Record]:
+    """Evaluate models on tasks.
+
+    Finished cells are kept in the cache folder and found again by content: the weights, the architecture,
+    the task and its version, the execution, the seed and the code. So a second run, also after a kill,
+    measures only what is missing.
+
+    Args:
+        models: names, globs (`graph/*cora*`), folders of bundles or modules, one or many.
+        tasks: names, globs or tasks; by default those with a figure on each model's card. A task that does
+            not accept a model is left out for it.
+        executions: `masked`, `packed`, or both. Modules are evaluated as they are.
+        twins: also evaluate the dense twin of each model.
+        seed: of Python's, numpy's and torch's generators, set anew for each cell.
+        use_cache: False measures everything again; records are written in either case.
+        out: folder for a copy of each record as `<model>--<task>--<execution>.json`.
+        progress: called as cells finish.
+
+    Returns:
+        One record per cell, ordered by model, execution and task.
+
+    Raises:
+        UnknownNameError: a model or task that is not known.
+        TaskError: a model for which no task is left.
+    """
+    from zoo.hub import cache_dir
+
+    subjects = resolve(models, twins=twins)
+    cells = [
+        Cell(subject, task, execution, seed, _code_sha256(task))
+        for subject in subjects
+        for execution in (executions if subject.card else ("masked",))
+        for task in tasks_for(subject, tasks)
+    ]
+    folder = cache_dir() / "records"
+    records: list[Record] = []
+    loaded: tuple[Subject, str, nn.Module] | None = None
+    for index, cell in enumerate(cells):
+        label = f"{cell.subject.name} on {cell.task.name}"
+        if progress:
+            progress(index, len(cells), label)
+        path = folder / f"{cell.key}.json"
+        record = _cached(path, cell) if use_cache else None
+        if record is None:
+            if loaded is None or loaded[0] is not cell.subject or loaded[1] != cell.execution:
+                loaded = None  # let go of the old model before the next is there
+                loaded = (cell.subject, cell.execution, cell.subject.load(cell.execution))
+            record = run_cell(cell, loaded[2], _inner(progress, index, len(cells), label))
+            record.write(path)
+        if out is not None:
+            record.write(Path(out) / f"{_file_name(cell)}.json")
+        records.append(record)
+    if progress:
+        progress(len(cells), len(cells), "done")
+    return records
+
+
+def run_cell(cell: Cell, model: nn.Module, progress: Progress | None = None) -> Record:
+    """Measure one cell, without the cache."""
+    training = model.training
+    model.eval()
+    try:
+        with PeakMemory() as peak, _seeded(cell.seed), torch.no_grad():
+            start = time.perf_counter()
+            result = cell.task.evaluate(model, progress=progress)
+            seconds = time.perf_counter() - start
+    finally:
+        model.train(training)
+    _check_result(cell.task, result)
+    subject = cell.subject
+    return Record(
+        key=cell.key,
+        model=subject.name,
+        model_version=subject.version,
+        dense_twin=_without_version(subject.card.dense_twin)
+        if subject.card and subject.card.dense_twin
+        else None,
+        weights_sha256=subject.weights_sha256,
+        execution=cell.execution,
+        task=cell.task.name,
+        task_version=cell.task.version,
+        primary=cell.task.primary,
+        direction=1 if cell.task.direction(cell.task.primary) > 0 else -1,
+        unit=cell.task.unit,
+        code_sha256=cell.code_sha256,
+        metrics={name: MetricValue(value=m.value, stderr=m.stderr) for name, m in result.metrics.items()},
+        samples={name: Samples.encode(values) for name, values in result.samples.items()},
+        sample_set=result.sample_set,
+        n=result.n,
+        sparsity=_sparsity(subject, model),
+        cost=_cost(subject, model, cell.task),
+        seed=cell.seed,
+        seconds=seconds,
+        peak_memory_bytes=peak.bytes,
+        created=now(),
+        environment=Environment.here(),
+    )
+
+
+def resolve(models: Models, *, twins: bool = False) -> list[Subject]:
+    """The subjects that names, globs, folders and modules stand for, each once; with `twins` their dense
+    twins first.
+
+    Raises:
+        UnknownNameError: a name or glob that matches nothing.
+    """
+    items: list[Any] = [models] if isinstance(models, str | Path | nn.Module) else list(models)
+    found: dict[str, Subject] = {}
+    for item in items:
+        if isinstance(item, nn.Module):
+            subject = _module_subject(item)
+            found.setdefault(f"{subject.name} {subject.weights_sha256}", subject)
+            continue
+        for bundle in _bundles(item):
+            if twins and bundle.card.dense_twin:
+                twin = twin_of(bundle)
+                found.setdefault(str(twin.folder), bundle_subject(twin))
+            found.setdefault(str(bundle.folder), bundle_subject(bundle))
+    return list(found.values())
+
+
+def tasks_for(subject: Subject, tasks: Tasks | None) -> list[Task]:
+    """The tasks to run on a subject: those asked for that accept it, or those with a figure on its card.
+
+    Raises:
+        TaskError: none is left.
+        UnknownNameError: a name or glob that matches no task.
+    """
+    if tasks is None:
+        if subject.card is None:
+            raise TaskError(
+                f"{subject.name} has no card that says what to measure; name the tasks, e.g. tasks='graph/*'"
+            )
+        return [get_task(name) for name in dict.fromkeys(metric.task for metric in subject.card.metrics)]
+    asked: list[Task] = []
+    for task in [tasks] if isinstance(tasks, str | Task) else tasks:
+        asked.extend([task] if isinstance(task, Task) else [get_task(name) for name in _task_names(task)])
+    fitting = [task for task in asked if subject.card is None or task.accepts(subject.card)]
+    if not fitting:
+        names = ", ".join(task.name for task in asked)
+        raise TaskError(
+            f"{subject.name} is not accepted by {names}; `zoo show {subject.name}` lists its own tasks"
+        )
+    return fitting
+
+
+def twin_of(bundle: bundles.Bundle) -> bundles.Bundle:
+    """The dense twin that a card names: by name, else among the bundles beside it.
+
+    Raises:
+        BundleError: the card names none, or it cannot be found.
+    """
+    name = bundle.card.dense_twin
+    if not name:
+        raise BundleError(f"{bundle.card.name} is dense itself and has no dense twin")
+    for path in sorted(bundle.folder.parent.glob(f"*/{CARD_FILE}")):
+        with contextlib.suppress(CardError, BundleError, UnknownNameError):
+            beside = bundles.find(path.parent)
+            if name in (beside.card.name, beside.card.reference):
+                return beside
+    return bundles.find(name)
+
+
+def bundle_subject(bundle: bundles.Bundle) -> Subject:
+    """A bundle as a subject of evaluation."""
+    card, folder = bundle.card, bundle.folder
+    return Subject(
+        name=card.name,
+        version=card.version,
+        card=card,
+        weights_sha256=card.weights.sha256,
+        architecture=card.architecture.model_dump(),
+        load=lambda execution: bundles.load(folder, execution=execution),
+    )
+
+
+def _bundles(item: str | Path) -> list[bundles.Bundle]:
+    if isinstance(item, str) and is_glob(item) and not Path(item).exists():
+        names = bundles.list_models(item)
+        if not names:
+            raise UnknownNameError(f"no model matches {item!r}; `zoo list` shows what there is")
+        return [bundles.find(name) for name in names]
+    return [bundles.find(item)]
+
+
+def _task_names(glob: str) -> list[str]:
+    if not is_glob(glob):
+        return [glob]
+    names = TASKS.names(glob)
+    if not names:
+        raise UnknownNameError(f"no task matches {glob!r}; there are: {', '.join(TASKS.names()) or 'none'}")
+    return names
+
+
+def _module_subject(model: nn.Module) -> Subject:
+    """A module as it is: its tensors decide its hash, since it may have been changed after it was loaded."""
+    info = bundles.info(model)
+    digest = hashlib.sha256()
+    tensors = dict(model.state_dict(keep_vars=False))
+    tensors |= {f"mask:{name}": mask.keep for name, mask in (masks_of(model) or {}).items()}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    sha = digest.hexdigest()
+    name = info.card.name if info else type(model).__name__
+    return Subject(
+        name=name,
+        version=None,
+        card=info.card if info and info.card.weights.sha256 == sha else None,
+        weights_sha256=sha,
+        architecture=repr(model),
+        load=lambda execution: model,
+    )
+
+
+def _cached(path: Path, cell: Cell) -> Record | None:
+    """The stored record of a cell; an unreadable one counts as missing. Names are the caller's, not the
+    content's."""
+    try:
+        record = Record.read(path)
+    except (OSError, DataError):
+        return None
+    twin = cell.subject.card.dense_twin if cell.subject.card else None
+    return record.model_copy(
+        update={
+            "model": cell.subject.name,
+            "model_version": cell.subject.version,
+            "dense_twin": _without_version(twin) if twin else None,
+        }
+    )
+
+
+def _inner(progress: Progress | None, index: int, cells: int, label: str) -> Progress | None:
+    """A task's own steps, shown as the note of the outer bar."""
+    if progress is None:
+        return None
+
+    def report(done: int, total: int, note: str = "") -> None:
+        progress(index, cells, f"{label} {done}/{total} {note}".rstrip())
+
+    return report
+
+
+def _check_result(task: Task, result: TaskResult) -> None:
+    if task.primary not in result.metrics:
+        raise TaskError(
+            f"task {task.name} gave no {task.primary!r}, its primary metric; got {list(result.metrics)}"
+        )
+    for name, measure in result.metrics.items():
+        if not np.isfinite(measure.value):
+            raise TaskError(
+                f"task {task.name}: {name} is {measure.value}; the model's outputs are not finite"
+            )
+
+
+def _code_sha256(task: Task) -> str:
+    """SHA-256 of the source of the task's module; empty when there is none (an interactive session)."""
+    try:
+        source = inspect.getsourcefile(type(task))
+    except TypeError:
+        source = None
+    return sha256_file(source) if source and Path(source).is_file() else ""
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Fixed random numbers inside, the caller's generators untouched outside."""
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+
+
+def _sparsity(subject: Subject, model: nn.Module) -> float | None:
+    if subject.card:
+        return subject.card.sparsity.overall
+    masks = masks_of(model)
+    return masks.sparsity() if masks else None
+
+
+def _cost(subject: Subject, model: nn.Module, task: Task) -> Cost:
+    """The card's figures, or without a card what the model and the task can count."""
+    if subject.card:
+        cost = subject.card.cost
+        return Cost(
+            parameters=Pair(dense=cost.parameters.dense, sparse=cost.parameters.kept),
+            flops=Pair(dense=cost.flops.dense, sparse=cost.flops.sparse),
+            bytes=Pair(dense=cost.bytes.dense, sparse=cost.bytes.sparse),
+            bytes_on_disk=cost.bytes.on_disk,
+        )
+    flops = task.flops(model)
+    return Cost(
+        parameters=count_parameters(model),
+        flops=Pair(dense=flops.dense, sparse=flops.sparse) if flops else None,
+    )
+
+
+def count_parameters(model: nn.Module) -> Pair:
+    """Parameters of a model, tied ones once, and those that its masks keep."""
+    parameters = dict(model.named_parameters())
+    dense = sum(parameter.numel() for parameter in parameters.values())
+    masks = masks_of(model) or {}
+    dropped = sum(mask.numel - mask.kept for name, mask in masks.items() if name in parameters)
+    return Pair(dense=dense, sparse=dense - dropped)
+
+
+def _without_version(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _file_name(cell: Cell) -> str:
+    parts = (cell.subject.name, cell.task.name, cell.execution)
+    return "--".join(part.replace("/", "-").replace(":", "-") for part in parts)
