@@ -9,11 +9,13 @@ from typing import Literal
 
 from torch import nn
 
+from zoo.bundles import Execution
 from zoo.errors import ConfigError, TaskError
 from zoo.harness.experiments import Table
 from zoo.harness.records import Record
-from zoo.harness.runner import Models, evaluate, resolve
+from zoo.harness.runner import evaluate
 from zoo.harness.stats import Difference, paired_difference
+from zoo.harness.subjects import Models, resolve
 from zoo.harness.tasks import Progress, Task, get_task
 from zoo.report import numbers
 
@@ -63,7 +65,7 @@ def compare(
     task: str | Task | None = None,
     *,
     metric: str | None = None,
-    execution: str = "masked",
+    execution: Execution = "masked",
     margin: float | None = None,
     confidence: float = 0.95,
     seed: int = 0,
@@ -104,9 +106,10 @@ def compare(
         tasks = [get_task(task) if isinstance(task, str) else task]
     else:
         tasks = _common_tasks(items, twins)
+    executions = (execution,)
     records = evaluate(
-        items, tasks, (execution,), twins=twins, seed=seed, use_cache=use_cache, progress=progress
-    )  # fmt: skip
+        items, tasks, executions, twins=twins, seed=seed, use_cache=use_cache, progress=progress
+    )
     comparisons: list[Comparison] = []
     for one in tasks:
         of_task = [record for record in records if record.task == one.name]
@@ -159,8 +162,9 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """The comparisons as a table."""
     margins = any(c.margin is not None for c in comparisons)
     confidence = f"{comparisons[0].difference.confidence:.0%}" if comparisons else "95%"
-    columns = ["task", "model", "reference", "metric", "model's", "reference's", "difference",
-               f"{confidence} interval", "p", "detectable", "verdict", *(["within margin"] if margins else [])]  # fmt: skip
+    columns = ["task", "model", "reference", "metric", "model's", "reference's", "difference"]
+    columns += [f"{confidence} interval", "p", "detectable", "verdict"]
+    columns += ["within margin"] if margins else []
     rows = [
         [
             c.task,

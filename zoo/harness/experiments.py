@@ -218,11 +218,11 @@ def reproduce(
         UnknownNameError: no such experiment.
         ConfigError: an option that the experiment does not have, or a config of another class.
     """
-    from zoo.hub import cache_dir
+    from zoo.catalog import cache_folder
 
     experiment = get_experiment(name)
     config = _config(experiment, config, options)
-    folder = Path(cells) if cells is not None else cache_dir() / "cells" / name
+    folder = Path(cells) if cells is not None else cache_folder() / "cells" / name
     cache = CellCache(folder)
     start = time.perf_counter()
     result = experiment.run(config, cache, progress)

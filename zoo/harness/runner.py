@@ -9,20 +9,19 @@ import inspect
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from shared.io import sha256_file
-from shared.masks import masks_of
-from zoo import bundles
-from zoo.cards import CARD_FILE, Card
-from zoo.errors import BundleError, CardError, DataError, TaskError, UnknownNameError
+from shared.masks import MaskSet, masks_of
+from zoo.bundles import Execution
+from zoo.catalog import cache_folder
+from zoo.errors import DataError, TaskError, UnknownNameError
 from zoo.harness.records import (
     Cost,
     Environment,
@@ -34,24 +33,12 @@ from zoo.harness.records import (
     now,
     zoo_version,
 )
+from zoo.harness.subjects import Models, Subject, resolve
 from zoo.harness.tasks import Progress, Task, TaskResult, get_task
 from zoo.names import is_glob
 from zoo.registry import TASKS
 
-Models = str | Path | nn.Module | Iterable[str | Path | nn.Module]
 Tasks = str | Task | Iterable[str | Task]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to be evaluated, not loaded yet."""
-
-    name: str
-    version: str | None
-    card: Card | None
-    weights_sha256: str
-    architecture: Any
-    load: Callable[[str], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -60,7 +47,7 @@ class Cell:
 
     subject: Subject
     task: Task
-    execution: str
+    execution: Execution
     seed: int
     code_sha256: str
 
@@ -81,7 +68,7 @@ class Cell:
 def evaluate(
     models: Models,
     tasks: Tasks | None = None,
-    executions: Sequence[str] = ("masked",),
+    executions: Sequence[Execution] = ("masked",),
     *,
     twins: bool = False,
     seed: int = 0,
@@ -113,8 +100,6 @@ def evaluate(
         UnknownNameError: a model or task that is not known.
         TaskError: a model for which no task is left.
     """
-    from zoo.hub import cache_dir
-
     subjects = resolve(models, twins=twins)
     cells = [
         Cell(subject, task, execution, seed, _code_sha256(task))
@@ -122,7 +107,7 @@ def evaluate(
         for execution in (executions if subject.card else ("masked",))
         for task in tasks_for(subject, tasks)
     ]
-    folder = cache_dir() / "records"
+    folder = cache_folder() / "records"
     records: list[Record] = []
     loaded: tuple[Subject, str, nn.Module] | None = None
     for index, cell in enumerate(cells):
@@ -187,28 +172,6 @@ def run_cell(cell: Cell, model: nn.Module, progress: Progress | None = None) -> 
     )
 
 
-def resolve(models: Models, *, twins: bool = False) -> list[Subject]:
-    """The subjects that names, globs, folders and modules stand for, each once; with `twins` their dense
-    twins first.
-
-    Raises:
-        UnknownNameError: a name or glob that matches nothing.
-    """
-    items: list[Any] = [models] if isinstance(models, str | Path | nn.Module) else list(models)
-    found: dict[str, Subject] = {}
-    for item in items:
-        if isinstance(item, nn.Module):
-            subject = _module_subject(item)
-            found.setdefault(f"{subject.name} {subject.weights_sha256}", subject)
-            continue
-        for bundle in _bundles(item):
-            if twins and bundle.card.dense_twin:
-                twin = twin_of(bundle)
-                found.setdefault(str(twin.folder), bundle_subject(twin))
-            found.setdefault(str(bundle.folder), bundle_subject(bundle))
-    return list(found.values())
-
-
 def tasks_for(subject: Subject, tasks: Tasks | None) -> list[Task]:
     """The tasks to run on a subject: those asked for that accept it, or those with a figure on its card.
 
@@ -234,45 +197,6 @@ def tasks_for(subject: Subject, tasks: Tasks | None) -> list[Task]:
     return fitting
 
 
-def twin_of(bundle: bundles.Bundle) -> bundles.Bundle:
-    """The dense twin that a card names: by name, else among the bundles beside it.
-
-    Raises:
-        BundleError: the card names none, or it cannot be found.
-    """
-    name = bundle.card.dense_twin
-    if not name:
-        raise BundleError(f"{bundle.card.name} is dense itself and has no dense twin")
-    for path in sorted(bundle.folder.parent.glob(f"*/{CARD_FILE}")):
-        with contextlib.suppress(CardError, BundleError, UnknownNameError):
-            beside = bundles.find(path.parent)
-            if name in (beside.card.name, beside.card.reference):
-                return beside
-    return bundles.find(name)
-
-
-def bundle_subject(bundle: bundles.Bundle) -> Subject:
-    """A bundle as a subject of evaluation."""
-    card, folder = bundle.card, bundle.folder
-    return Subject(
-        name=card.name,
-        version=card.version,
-        card=card,
-        weights_sha256=card.weights.sha256,
-        architecture=card.architecture.model_dump(),
-        load=lambda execution: bundles.load(folder, execution=execution),
-    )
-
-
-def _bundles(item: str | Path) -> list[bundles.Bundle]:
-    if isinstance(item, str) and is_glob(item) and not Path(item).exists():
-        names = bundles.list_models(item)
-        if not names:
-            raise UnknownNameError(f"no model matches {item!r}; `zoo list` shows what there is")
-        return [bundles.find(name) for name in names]
-    return [bundles.find(item)]
-
-
 def _task_names(glob: str) -> list[str]:
     if not is_glob(glob):
         return [glob]
@@ -280,27 +204,6 @@ def _task_names(glob: str) -> list[str]:
     if not names:
         raise UnknownNameError(f"no task matches {glob!r}; there are: {', '.join(TASKS.names()) or 'none'}")
     return names
-
-
-def _module_subject(model: nn.Module) -> Subject:
-    """A module as it is: its tensors decide its hash, since it may have been changed after it was loaded."""
-    info = bundles.info(model)
-    digest = hashlib.sha256()
-    tensors = dict(model.state_dict(keep_vars=False))
-    tensors |= {f"mask:{name}": mask.keep for name, mask in (masks_of(model) or {}).items()}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    sha = digest.hexdigest()
-    name = info.card.name if info else type(model).__name__
-    return Subject(
-        name=name,
-        version=None,
-        card=info.card if info and info.card.weights.sha256 == sha else None,
-        weights_sha256=sha,
-        architecture=repr(model),
-        load=lambda execution: model,
-    )
 
 
 def _cached(path: Path, cell: Cell) -> Record | None:
@@ -395,7 +298,7 @@ def count_parameters(model: nn.Module) -> Pair:
     """Parameters of a model, tied ones once, and those that its masks keep."""
     parameters = dict(model.named_parameters())
     dense = sum(parameter.numel() for parameter in parameters.values())
-    masks = masks_of(model) or {}
+    masks = masks_of(model) or MaskSet({})
     dropped = sum(mask.numel - mask.kept for name, mask in masks.items() if name in parameters)
     return Pair(dense=dense, sparse=dense - dropped)
 

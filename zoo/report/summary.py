@@ -61,8 +61,8 @@ def _table(task: str, records: Sequence[Record]) -> Table:
     first = records[0]
     unit = f" ({first.unit})" if first.unit else ""
     executions = len({record.execution for record in records}) > 1
-    columns = ["#", "model", *(["execution"] if executions else []), f"{first.primary}{unit}",
-               "against dense", "sparsity", "parameters", "FLOPs", "on disk", "time"]  # fmt: skip
+    columns = ["#", "model", *(["execution"] if executions else []), f"{first.primary}{unit}"]
+    columns += ["against dense", "sparsity", "parameters", "FLOPs", "on disk", "time"]
     rows = []
     for number, record in enumerate(records, 1):
         metric = record.metrics[record.primary]
