@@ -1,0 +1,50 @@
+"""Sparsity as optimisation: projections, proximal operators, splitting methods, shrinkage, straight-through
+forms.
+
+Operators work on plain tensors, in place where a name ends in an underscore, and are not recorded by
+autograd: a projection or proximal step comes after the optimiser's step, on the weights themselves.
+"""
+
+from shared.constraints.projections import project_l0_, project_l1_, project_pattern_
+from shared.constraints.proximal import (
+    envelope_factors,
+    group_envelope,
+    group_soft_factors,
+    prox_group_,
+    prox_l0_,
+    prox_l1_,
+    prox_nonnegative_,
+)
+from shared.constraints.shrinkage import SoftShrinkage, soft_shrink_
+from shared.constraints.splitting import ADMM, AugmentedLagrangian
+from shared.constraints.straight_through import (
+    SRSTE,
+    DecayingSTE,
+    PatternSTE,
+    decaying_ste,
+    sr_ste,
+    straight_through,
+)
+
+__all__ = [
+    "ADMM",
+    "AugmentedLagrangian",
+    "DecayingSTE",
+    "PatternSTE",
+    "SRSTE",
+    "SoftShrinkage",
+    "decaying_ste",
+    "envelope_factors",
+    "group_envelope",
+    "group_soft_factors",
+    "project_l0_",
+    "project_l1_",
+    "project_pattern_",
+    "prox_group_",
+    "prox_l0_",
+    "prox_l1_",
+    "prox_nonnegative_",
+    "soft_shrink_",
+    "sr_ste",
+    "straight_through",
+]
