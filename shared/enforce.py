@@ -1,7 +1,8 @@
 """Keeping frozen zeros during training: gradient hooks, and the re-zeroing of weights and optimiser state.
 
-The hooks sit on the parameters (before accumulation, so that gradient clipping, accumulation and DistributedDataParallel
-all see masked gradients) and on the optimiser. They are never copied or pickled with the model.
+The hooks sit on the parameters (before accumulation, so that gradient clipping, accumulation and
+DistributedDataParallel all see masked gradients) and on the optimiser. They are never copied or pickled with
+the model.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from shared.errors import MaskError, OptimizerStateError
 
-#: Optimiser state with one entry per weight that starts at zero; masked like the weight. A library with its own
-#: optimiser may add its keys.
+#: Optimiser state with one entry per weight that starts at zero; masked like the weight. A library with its
+#: own optimiser may add its keys.
 PER_WEIGHT_STATE = {
     "momentum_buffer",  # SGD, RMSprop, Muon
     "exp_avg",  # the Adam family
@@ -67,7 +68,10 @@ class Enforcer:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor], optimizers: Iterable[Optimizer]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        keep: Mapping[str, Tensor],
+        optimizers: Iterable[Optimizer],
     ) -> None:
         self.parameters = dict(parameters)
         self.optimizers = [unwrap_optimizer(optimizer) for optimizer in optimizers]
@@ -90,11 +94,12 @@ class Enforcer:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._zero_state))
 
     def set_masks(self, keep: Mapping[str, Tensor]) -> None:
-        """Takes new masks: newly dropped entries lose their weight and state, newly kept ones start from zeros."""
+        """Takes new masks: newly dropped entries lose their weight and state, newly kept ones start from
+        zeros."""
         self._dropped = {name: ~keep[name] for name in self.parameters}
         self.enforce()
 
-    def dropped(self, name: str, device: torch.device) -> Bool[Tensor, "..."]:
+    def dropped(self, name: str, device: torch.device) -> Bool[Tensor, ...]:
         """The inverted mask on the device where the parameter now lives."""
         dropped = self._dropped[name]
         if dropped.device != device:
@@ -115,7 +120,8 @@ class Enforcer:
         return gradient.masked_fill(self.dropped(name, gradient.device), 0)
 
     def take_dense_gradients(self) -> dict[str, Tensor]:
-        """The dense gradients put aside since the last call, averaged over processes, which must agree on new masks."""
+        """The dense gradients put aside since the last call, averaged over processes, which must agree on new
+        masks."""
         gradients, self._dense_gradients = self._dense_gradients, {}
         if gradients and torch.distributed.is_available() and torch.distributed.is_initialized():
             for name, parameter in self.parameters.items():
@@ -167,9 +173,8 @@ class Enforcer:
                         value.masked_fill_(self.dropped(name, value.device), 0)
                 elif key not in OTHER_STATE:
                     raise OptimizerStateError(
-                        f"{type(optimizer).__name__} holds state {key!r} for {name!r} whose meaning is unknown, so zeros "
+                        f"{type(optimizer).__name__} holds state {key!r} for {name!r} whose meaning is "
+                        f"unknown, so zeros "
                         "cannot be kept; use a torch.optim optimiser, or add the key to "
                         "shared.enforce.PER_WEIGHT_STATE (one entry per weight) or OTHER_STATE"
                     )
-
-

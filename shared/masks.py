@@ -1,7 +1,7 @@
 """Masks: boolean tensors with a pattern, their algebra, and the masks of a model held through training.
 
-Weights stay plain dense parameters with exact zeros; a `MaskSet` says which zeros are frozen. The mask is the truth, never
-`w != 0`: a kept weight that happens to be zero is still kept.
+Weights stay plain dense parameters with exact zeros; a `MaskSet` says which zeros are frozen. The mask is the
+truth, never `w != 0`: a kept weight that happens to be zero is still kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _ATTRIBUTE = "_sparse_masks"
 
 
 class Mask:
-    """Which entries of one tensor are kept (True), and the pattern they obey. A value: operations return new masks.
+    """Which entries of one tensor are kept (True), and the pattern they obey. A value: operations return new
+    masks.
 
     Args:
         keep: boolean tensor of the shape of what it masks: a weight, the edges of a graph, voxels.
@@ -40,7 +41,9 @@ class Mask:
 
     def __init__(self, keep: Tensor, pattern: Pattern | None = None) -> None:
         if keep.dtype != torch.bool:
-            raise MaskError(f"a mask is a boolean tensor; received {keep.dtype} (write `tensor != 0` if that is meant)")
+            raise MaskError(
+                f"a mask is a boolean tensor; received {keep.dtype} (write `tensor != 0` if that is meant)"
+            )
         self.keep: Tensor = keep.detach()
         self.pattern: Pattern = pattern if pattern is not None else Unstructured()
         self.pattern.check(self.keep)
@@ -79,9 +82,11 @@ class Mask:
     def __invert__(self) -> Mask:
         return self._combined(~self.keep, self.pattern)
 
-    def _matching(self, other: Mask) -> Bool[Tensor, "..."]:
+    def _matching(self, other: Mask) -> Bool[Tensor, ...]:
         if self.shape != other.shape:
-            raise MaskError(f"masks of shapes {tuple(self.shape)} and {tuple(other.shape)} cannot be combined")
+            raise MaskError(
+                f"masks of shapes {tuple(self.shape)} and {tuple(other.shape)} cannot be combined"
+            )
         return other.keep.to(self.keep.device)
 
     def _combined(self, keep: Tensor, pattern: Pattern) -> Mask:
@@ -184,7 +189,8 @@ class MaskSet(Mapping[str, Mask]):
         return 1 - sum(mask.kept for mask in self.values()) / total if total else 0.0
 
     def check(self, model: nn.Module) -> None:
-        """Raises MaskError unless every mask names a parameter of its shape, and tied parameters agree on their mask."""
+        """Raises MaskError unless every mask names a parameter of its shape, and tied parameters agree on
+        their mask."""
         self._parameters(model)
 
     def apply_(self, model: nn.Module) -> None:
@@ -217,9 +223,9 @@ class MaskSet(Mapping[str, Mask]):
     ) -> MaskHandle:
         """Zeroes the dropped entries and holds them there until the handle is detached.
 
-        With the optimiser (or several), every `optimizer.step()` leaves weights and moments masked by itself. Without it
-        gradients are masked all the same, and `handle.step()` after each optimiser step re-zeroes the weights, which
-        weight decay and momentum would otherwise move.
+        With the optimiser (or several), every `optimizer.step()` leaves weights and moments masked by itself.
+        Without it gradients are masked all the same, and `handle.step()` after each optimiser step re-zeroes
+        the weights, which weight decay and momentum would otherwise move.
 
         Raises:
             MaskError: the masks do not fit the model, or it is already attached.
@@ -237,12 +243,15 @@ class MaskSet(Mapping[str, Mask]):
             parameter = known[name]
             if parameter.shape != mask.shape:
                 raise MaskError(
-                    f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}; "
+                    f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter "
+                    f"{tuple(parameter.shape)}; "
                     "are these the masks of another model?"
                 )
             twin = first.setdefault(id(parameter), name)
             if twin != name and not self[twin].equal(mask):
-                raise MaskError(f"{name!r} and {twin!r} are one tied parameter but have different masks; give one mask")
+                raise MaskError(
+                    f"{name!r} and {twin!r} are one tied parameter but have different masks; give one mask"
+                )
         return {name: known[name] for name in first.values()}
 
     def __repr__(self) -> str:
@@ -252,8 +261,8 @@ class MaskSet(Mapping[str, Mask]):
 class MaskHandle:
     """Masks attached to a model, as a context manager; made by `MaskSet.attach`.
 
-    `detach()` (or leaving the context) removes every hook and leaves the same Parameter objects under the same names.
-    The model goes on carrying its masks as a record (`masks_of`), and so do its copies.
+    `detach()` (or leaving the context) removes every hook and leaves the same Parameter objects under the
+    same names. The model goes on carrying its masks as a record (`masks_of`), and so do its copies.
     """
 
     def __init__(
@@ -279,20 +288,26 @@ class MaskHandle:
         current = dict(self.model.named_parameters(remove_duplicate=False))
         for name, parameter in self._enforcer.parameters.items():
             if current.get(name) is not parameter:
-                raise MaskError(f"parameter {name!r} was replaced since the masks were attached; attach them again")
+                raise MaskError(
+                    f"parameter {name!r} was replaced since the masks were attached; attach them again"
+                )
         self._enforcer.enforce()
 
     def update(self, masks: MaskSet) -> None:
-        """Goes over to new masks of the same tensors: a newly kept entry has weight zero and zero moments, an entry
-        kept before and after keeps its own.
+        """Goes over to new masks of the same tensors: a newly kept entry has weight zero and zero moments, an
+        entry kept before and after keeps its own.
 
         Raises:
             MaskError: other names than before, or shapes that do not fit.
         """
         if set(masks) != set(self.masks):
-            raise MaskError(f"new masks must name the same tensors; differing: {sorted(set(masks) ^ set(self.masks))}")
+            raise MaskError(
+                f"new masks must name the same tensors; differing: {sorted(set(masks) ^ set(self.masks))}"
+            )
         parameters = masks._parameters(self.model)
-        self._enforcer.set_masks({name: masks[name].keep for name in self._enforcer.parameters if name in parameters})
+        self._enforcer.set_masks(
+            {name: masks[name].keep for name in self._enforcer.parameters if name in parameters}
+        )
         self.masks = masks
         set_masks(self.model, masks)
 
@@ -301,7 +316,8 @@ class MaskHandle:
         self._enforcer.capture = on
 
     def take_dense_gradients(self) -> dict[str, Tensor]:
-        """Removes and returns the dense gradients put aside, summed over backward passes, by parameter name."""
+        """Removes and returns the dense gradients put aside, summed over backward passes, by parameter
+        name."""
         return self._enforcer.take_dense_gradients()
 
     def detach(self) -> None:
@@ -319,7 +335,8 @@ class MaskHandle:
 
 
 def _mask_loaded_weights(model: nn.Module, incompatible_keys: Any) -> None:
-    """After `load_state_dict`: a dense checkpoint must not revive dropped weights. Holds no state, so copies are safe."""
+    """After `load_state_dict`: a dense checkpoint must not revive dropped weights. Holds no state, so copies
+    are safe."""
     masks = masks_of(model)
     if masks is not None:
         masks.apply_(model)
@@ -344,7 +361,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def masks_of(model: nn.Module) -> MaskSet | None:
-    """The masks that a model carries, or None. They follow deepcopy and pickle and never enter `state_dict`."""
+    """The masks that a model carries, or None. They follow deepcopy and pickle and never enter
+    `state_dict`."""
     return getattr(unwrap(model), _ATTRIBUTE, None)
 
 

@@ -1,8 +1,9 @@
 """Where zeros may lie: patterns as small frozen values that turn a score and a count into a mask.
 
-Every pattern cuts a tensor into *units* that are kept or dropped together: one weight (`Unstructured`, `NM`), a tile of the
-(out, rest) matrix (`Block`), a slice (`Group`) or everything (`Whole`). The score of a unit is the mean over its entries,
-so that units of different sizes can be compared. Counts are exact; equal scores are decided by position, lower index first.
+Every pattern cuts a tensor into *units* that are kept or dropped together: one weight (`Unstructured`, `NM`),
+a tile of the (out, rest) matrix (`Block`), a slice (`Group`) or everything (`Whole`). The score of a unit is
+the mean over its entries, so that units of different sizes can be compared. Counts are exact; equal scores
+are decided by position, lower index first.
 """
 
 from __future__ import annotations
@@ -21,68 +22,26 @@ from jaxtyping import Bool, Num
 from torch import Tensor
 
 from shared.errors import PatternError
+from shared.topk import topk_mask
 
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def _kth_largest(flat: Tensor, kept: int) -> Tensor:
-    """The kept-th largest value of a vector, by selection (linear time), never by a full sort."""
-    position = flat.numel() - kept
-    if flat.device.type == "cpu":
-        # numpy selects in place on one copy; torch.kthvalue would also carry 8 bytes of index per entry.
-        values = flat.clone().numpy()
-        values.partition(position)
-        return torch.as_tensor(values[position])
-    return flat.kthvalue(position + 1).values
-
-
-def _end_of_first(flags: Tensor, wanted: int) -> int:
-    """The length of the shortest prefix of `flags` that holds `wanted` True entries: bisection on counts, linear time."""
-    low, high = 0, flags.numel()
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = int(flags[low:middle].count_nonzero())
-        if found >= wanted:
-            high = middle
-        else:
-            wanted -= found
-            low = middle
-    return high
-
-
-def topk_mask(score: Num[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]:
-    """Marks exactly the `kept` largest scores; among equal scores the lower flat (row-major) index is kept.
-
-    Args:
-        score: any real tensor in any memory layout; infinities are allowed.
-        kept: how many entries are True, 0 <= kept <= numel.
-
-    Raises:
-        PatternError: NaN among the scores, or a count out of range.
-    """
-    total = score.numel()
-    if not 0 <= kept <= total:
-        raise PatternError(f"cannot keep {kept} of {total} entries; the count must lie between 0 and {total}")
-    flat = score.detach().reshape(-1)
-    if flat.is_floating_point() and bool(flat.isnan().any()):
-        bad = int(flat.isnan().sum())
-        raise PatternError(f"{bad} of {total} scores are NaN; repair the weights or gradients they come from")
-    if kept in (0, total):
-        return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
-    if flat.dtype in _HALF:
-        flat = flat.float()
-    threshold = _kth_largest(flat, kept).to(flat.device)
-    mask = flat > threshold
-    missing = kept - int(mask.count_nonzero())
-    ties = flat == threshold
-    end = _end_of_first(ties, missing)
-    mask[:end] |= ties[:end]
-    return mask.view(score.shape)
+__all__ = [
+    "NM",
+    "Block",
+    "Channel",
+    "Group",
+    "Pattern",
+    "Unstructured",
+    "Whole",
+    "parse_pattern",
+    "pattern_from_dict",
+    "topk_mask",
+]
 
 
 @dataclass(frozen=True)
 class Pattern(ABC):
-    """Base of the patterns. `str(pattern)` is what `parse_pattern` reads, `to_dict()` what `pattern_from_dict` reads."""
+    """Base of the patterns. `str(pattern)` is what `parse_pattern` reads, `to_dict()` what
+    `pattern_from_dict` reads."""
 
     @abstractmethod
     def check_shape(self, shape: Sequence[int]) -> None:
@@ -114,7 +73,8 @@ class Pattern(ABC):
         return self
 
     def feasible(self, shape: Sequence[int], kept: int) -> int:
-        """The largest count the pattern can keep on this shape without exceeding `kept` (N:M: its own count always)."""
+        """The largest count the pattern can keep on this shape without exceeding `kept` (N:M: its own count
+        always)."""
         self.check_shape(shape)
         size = self.unit_size(shape)
         return min(max(kept, 0), math.prod(shape)) // max(1, size) * size
@@ -158,12 +118,15 @@ class Pattern(ABC):
 
     def _axis(self, dim: int, shape: Sequence[int]) -> int:
         if not -len(shape) <= dim < len(shape):
-            raise PatternError(f"{self} needs dimension {dim}, but the shape {tuple(shape)} has {len(shape)} dimensions")
+            raise PatternError(
+                f"{self} needs dimension {dim}, but the shape {tuple(shape)} has {len(shape)} dimensions"
+            )
         return dim % len(shape)
 
 
 def _floating(score: Tensor) -> Tensor:
-    return score if score.is_floating_point() and score.dtype not in _HALF else score.float()
+    single = score.is_floating_point() and score.element_size() >= 4
+    return score if single else score.float()
 
 
 @dataclass(frozen=True)
@@ -193,8 +156,8 @@ class Unstructured(Pattern):
 class NM(Pattern):
     """At most n of every m consecutive entries along `dim` are kept (2:4 is NM(2, 4)).
 
-    `keep` keeps exactly n of each m and ignores the count it is given. For a Linear weight (out, in) `dim=-1` is the
-    input axis; for a convolution (out, in, kh, kw) the input axis, which kernels expect, is `dim=1`.
+    `keep` keeps exactly n of each m and ignores the count it is given. For a Linear weight (out, in) `dim=-1`
+    is the input axis; for a convolution (out, in, kh, kw) the input axis, which kernels expect, is `dim=1`.
     """
 
     n: int
@@ -209,7 +172,8 @@ class NM(Pattern):
         length = shape[self._axis(self.dim, shape)]
         if length % self.m:
             raise PatternError(
-                f"{self} needs dimension {self.dim} to be a multiple of {self.m}; the shape {tuple(shape)} has {length} "
+                f"{self} needs dimension {self.dim} to be a multiple of {self.m}; the shape {tuple(shape)} "
+                f"has {length} "
                 "there: leave this tensor out, or choose another m or dim"
             )
 
@@ -219,7 +183,9 @@ class NM(Pattern):
 
     def at(self, sparsity: float) -> Pattern:
         """N':M with the largest N' that drops no more than `sparsity`, and never fewer kept than N."""
-        return NM(max(self.n, self.m - math.floor(Fraction(repr(sparsity)) * self.m)), self.m, self.dim)
+        return NM(
+            max(self.n, self.m - math.floor(Fraction(repr(float(sparsity))) * self.m)), self.m, self.dim
+        )
 
     def units(self, shape: Sequence[int]) -> int:
         return math.prod(shape)
@@ -266,7 +232,8 @@ class NM(Pattern):
         bad = int((counts > self.n).sum())
         if bad:
             raise PatternError(
-                f"{bad} of {counts.numel()} groups of {self.m} keep more than {self.n} entries, which {self} forbids; "
+                f"{bad} of {counts.numel()} groups of {self.m} keep more than {self.n} entries, which "
+                f"{self} forbids; "
                 "rebuild the mask with keep() or declare it Unstructured()"
             )
 
@@ -295,7 +262,8 @@ class Block(Pattern):
         out, rest = self._matrix(shape)
         if out % self.rows or rest % self.cols:
             raise PatternError(
-                f"{self} needs the matrix view {out}x{rest} of shape {tuple(shape)} to divide into {self.rows}x{self.cols} "
+                f"{self} needs the matrix view {out}x{rest} of shape {tuple(shape)} to divide into "
+                f"{self.rows}x{self.cols} "
                 "tiles: leave this tensor out, or choose a block that divides it"
             )
 
@@ -333,7 +301,11 @@ class Group(Pattern):
 
     def pool(self, score: Num[Tensor, "*shape"]) -> Num[Tensor, " units"]:
         slices = _floating(score).movedim(self.dim, 0)
-        return slices.reshape(slices.shape[0], -1).mean(dim=1) if score.numel() else slices.new_zeros(slices.shape[0])
+        return (
+            slices.reshape(slices.shape[0], -1).mean(dim=1)
+            if score.numel()
+            else slices.new_zeros(slices.shape[0])
+        )
 
     def expand(self, kept_units: Bool[Tensor, " units"], shape: Sequence[int]) -> Tensor:
         view = [1] * len(shape)
@@ -375,7 +347,10 @@ _CLASSES: dict[str, type[Pattern]] = {
     "whole": Whole,
 }
 _KIND = {cls: kind for kind, cls in _CLASSES.items()}
-_FORMS = "'unstructured', 'whole', 'N:M' as in '2:4' or '2:4@1', 'blockRxC' as in 'block4x1', 'channelD' as in 'channel0'"
+_FORMS = (
+    "'unstructured', 'whole', 'N:M' as in '2:4' or '2:4@1', 'blockRxC' as in 'block4x1', "
+    "'channelD' as in 'channel0'"
+)
 
 
 def pattern_from_dict(values: Mapping[str, Any]) -> Pattern:

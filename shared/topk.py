@@ -1,0 +1,67 @@
+"""Exact selection of the k largest in linear time, with ties decided by position."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Num
+from torch import Tensor
+
+from shared.errors import PatternError
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _kth_largest(flat: Tensor, kept: int) -> Tensor:
+    """The kept-th largest value of a vector, by selection (linear time), never by a full sort."""
+    position = flat.numel() - kept
+    if flat.device.type == "cpu":
+        # numpy selects in place on one copy; torch.kthvalue would also carry 8 bytes of index per entry.
+        values = flat.clone().numpy()
+        values.partition(position)
+        return torch.as_tensor(values[position])
+    return flat.kthvalue(position + 1).values
+
+
+def _end_of_first(flags: Tensor, wanted: int) -> int:
+    """The length of the shortest prefix of `flags` that holds `wanted` True entries: bisection on counts,
+    linear time."""
+    low, high = 0, flags.numel()
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = int(flags[low:middle].count_nonzero())
+        if found >= wanted:
+            high = middle
+        else:
+            wanted -= found
+            low = middle
+    return high
+
+
+def topk_mask(score: Num[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]:
+    """Marks exactly the `kept` largest scores; among equal scores the lower flat (row-major) index is kept.
+
+    Args:
+        score: any real tensor in any memory layout; infinities are allowed.
+        kept: how many entries are True, 0 <= kept <= numel.
+
+    Raises:
+        PatternError: NaN among the scores, or a count out of range.
+    """
+    total = score.numel()
+    if not 0 <= kept <= total:
+        raise PatternError(f"cannot keep {kept} of {total} entries; the count must lie between 0 and {total}")
+    flat = score.detach().reshape(-1)
+    if flat.is_floating_point() and bool(flat.isnan().any()):
+        bad = int(flat.isnan().sum())
+        raise PatternError(f"{bad} of {total} scores are NaN; repair the weights or gradients they come from")
+    if kept in (0, total):
+        return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
+    if flat.dtype in _HALF:
+        flat = flat.float()
+    threshold = _kth_largest(flat, kept).to(flat.device)
+    mask = flat > threshold
+    missing = kept - int(mask.count_nonzero())
+    ties = flat == threshold
+    end = _end_of_first(ties, missing)
+    mask[:end] |= ties[:end]
+    return mask.view(score.shape)
