@@ -1,4 +1,4 @@
-"""Packed storage of sparse models: layout `zoo-packed` version 1 inside plain safetensors (see docs/format.md)."""
+"""Packed storage of sparse models: `zoo-packed` version 1 inside plain safetensors (see docs/format.md)."""
 
 from __future__ import annotations
 

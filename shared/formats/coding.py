@@ -1,12 +1,14 @@
 """How a mask is stored: the smallest of several exact codes.
 
-A mask is first seen as *units*: single elements, blocks of the 2-D view, or slices along a dimension, whichever its
-pattern has. Which units are kept is then written as
+A mask is first seen as *units*: single elements, blocks of the 2-D view, or slices along a dimension,
+whichever its pattern has. Which units are kept is then written as
 
 - `full`, `empty`: nothing at all;
 - `bitmap`: one bit per unit;
-- `gaps`: for each kept unit the number of dropped units before it, in 8 or 16 bits (an index list, delta-coded);
-- `nm`: for each group of m along a dimension the rank of its n kept places among all choices, in the fewest bits.
+- `gaps`: for each kept unit the number of dropped units before it, in 8 or 16 bits (an index list,
+  delta-coded);
+- `nm`: for each group of m along a dimension the rank of its n kept places among all choices, in the fewest
+  bits.
 
 Kept values are not part of the code: they are always the kept entries in C order.
 """
@@ -24,7 +26,8 @@ import numpy as np
 from shared.formats.container import is_count
 from shared.patterns import NM, Block, Group, Pattern
 
-# A table of all choices must stay small enough for a reader to build; 2**16 covers 4:16 and every smaller one.
+# A table of all choices must stay small enough for a reader to build; 2**16 covers 4:16 and every smaller
+# one.
 MAX_CHOICES = 1 << 16
 MAX_GROUP = 32
 
@@ -33,7 +36,7 @@ Index = dict[str, Any]
 
 @dataclass(frozen=True)
 class MaskCode:
-    """A coded mask: the description for the manifest and the array (None where the description says it all)."""
+    """A coded mask: its description for the manifest, and its array (None where there is nothing to add)."""
 
     index: Index
     dtype: str
@@ -74,7 +77,8 @@ def decode_mask(index: Index, payload: np.ndarray | None, shape: tuple[int, ...]
     """The boolean mask that `encode_mask` coded.
 
     Raises:
-        ValueError: the code is unknown, does not fit the shape, or its payload is not one the code could have made.
+        ValueError: the code is unknown, does not fit the shape, or its payload is not one the code could have
+            made.
     """
     code = index.get("code")
     _check_keys(index, code)
@@ -228,7 +232,7 @@ def _encode_gaps(gaps: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _decode_gaps(payload: np.ndarray, count: int) -> np.ndarray:
-    """A code c below the largest means: drop c units and keep one; the largest means: drop that many, keep none."""
+    """A code c below the largest: drop c units and keep one; the largest: drop that many and keep none."""
     units = np.zeros(count, dtype=bool)
     if payload.size:
         escape = np.iinfo(payload.dtype).max
@@ -252,7 +256,7 @@ def _choices(n: int, m: int) -> np.ndarray:
 
 
 def _join_bits(bits: np.ndarray) -> np.ndarray:
-    """The integer of each row of bits, lowest bit first. Column by column: eight times less memory than a product."""
+    """The integer of each row of bits, lowest first; by columns, to need an eighth of a product's memory."""
     joined = np.zeros(len(bits), dtype=np.int64)
     for place in range(bits.shape[1]):
         joined |= bits[:, place].astype(np.int64) << place

@@ -1,8 +1,9 @@
 """Strict reading and writing of safetensors files.
 
-The public `safetensors` library reads what is written here (a test holds both against each other). Reading is done
-by hand for three reasons: each byte range is read only when asked for, every fault becomes a `FormatError` that names
-the culprit, and duplicate keys, gaps and overlaps are refused before anything is allocated.
+The public `safetensors` library reads what is written here (a test holds both against each other). Reading is
+done by hand for three reasons: each byte range is read only when asked for, every fault becomes a
+`FormatError` that names the culprit, and duplicate keys, gaps and overlaps are refused before anything is
+allocated.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ MAX_ELEMENTS = 1 << 40
 
 # First bytes of files that people hand over by mistake, and what to do about each.
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
-    (b"PK\x03\x04", "a zip archive, as torch.save writes (pickle inside); load it with torch.load(weights_only=True) "
-                    "and save it with save_packed"),
+    (b"PK\x03\x04", "a zip archive, as torch.save writes (pickle inside); load it with "
+                    "torch.load(weights_only=True) and save it with save_packed"),
     (b"\x80\x02", "a pickle; it is not opened because it can run code; save tensors with save_packed"),
     (b"\x80\x03", "a pickle; it is not opened because it can run code; save tensors with save_packed"),
     (b"\x80\x04", "a pickle; it is not opened because it can run code; save tensors with save_packed"),
@@ -83,6 +84,10 @@ class Array:
     shape: tuple[int, ...]
     raw: np.ndarray
 
+    @property
+    def crc32(self) -> int:
+        return zlib.crc32(self.raw.data)
+
 
 @dataclass(frozen=True)
 class Container:
@@ -103,11 +108,12 @@ class Container:
             if os.fstat(file.fileno()).st_size != self.size:
                 fail(self.path, "changed on disk since it was opened", "open it again")
             file.seek(self.data_start + info.start)
-            got = file.readinto(memoryview(raw)) if raw.size else 0
+            got = file.readinto(raw.data) if raw.size else 0
         if got != raw.size:
             fail(self.path, f"ends within {key!r}", "fetch the file again")
-        if zlib.crc32(raw) != self.checksums[key]:
-            fail(self.path, f"the checksum of {key!r} does not match: its bytes are damaged", "fetch the file again")
+        if zlib.crc32(raw.data) != self.checksums[key]:
+            fail(self.path, f"the checksum of {key!r} does not match: its bytes are damaged",
+                 "fetch the file again")
         return raw
 
 
@@ -182,7 +188,8 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, ArrayInfo], dict
         if not isinstance(entries, dict):
             raise ValueError("it is not a JSON object")
     except ValueError as error:
-        fail(path, f"its safetensors header cannot be read ({error})", "the file is damaged or of another kind")
+        fail(path, f"its safetensors header cannot be read ({error})",
+             "the file is damaged or of another kind")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         fail(path, "__metadata__ does not map names to strings", "the file is damaged or of another kind")
@@ -195,6 +202,16 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, ArrayInfo], dict
         except ValueError as error:
             fail(path, f"array {key!r}: {error}", "the file is damaged")
     return arrays, metadata
+
+
+def _explain_foreign(path: Path, size: int, start: bytes) -> NoReturn:
+    for magic, meaning in _FOREIGN:
+        if start.startswith(magic):
+            raise FormatError(f"{path}: not safetensors but {meaning}")
+    if size < 10:
+        fail(path, f"has {size} bytes, too few for a safetensors file", "it is truncated; fetch it again")
+    fail(path, f"declares a header of {int.from_bytes(start[:8], 'little')} bytes in a file of {size}",
+         "it is truncated or not a safetensors file")
 
 
 def read_container(path: str | os.PathLike[str]) -> Container:
@@ -211,23 +228,17 @@ def read_container(path: str | os.PathLike[str]) -> Container:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(32)
-        for magic, meaning in _FOREIGN:
-            if start.startswith(magic):
-                raise FormatError(f"{path}: not safetensors but {meaning}")
-        if len(start) < 10:
-            fail(path, f"has {size} bytes, too few for a safetensors file", "it is truncated; fetch it again")
-        (header_size,) = struct.unpack("<Q", start[:8])
-        if header_size > min(MAX_HEADER, size - 8) or start[8:9] != b"{":
-            fail(path, f"declares a header of {header_size} bytes in a file of {size}",
-                 "it is truncated or not a safetensors file")
+        header_size = int.from_bytes(start[:8], "little")
+        if not 2 <= header_size <= min(MAX_HEADER, size - 8) or start[8:9] != b"{":
+            _explain_foreign(path, size, start)
         file.seek(8)
         header = file.read(header_size)
     arrays, metadata = _parse_header(path, header)
     data_start, position = 8 + header_size, 0
     for key, info in sorted(arrays.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != position:
-            fail(path, f"array {key!r} starts at byte {info.start} of the data, not at {position}: a gap or an overlap",
-                 "the file is damaged")
+            fail(path, f"array {key!r} starts at byte {info.start} of the data, not at {position}",
+                 "a gap or an overlap: the file is damaged")
         position = info.end
     if data_start + position != size:
         fail(path, f"has {size} bytes where its header describes {data_start + position}",
@@ -238,7 +249,7 @@ def read_container(path: str | os.PathLike[str]) -> Container:
 def write_container(
     path: str | os.PathLike[str], arrays: Iterable[Array], metadata: Mapping[str, str]
 ) -> tuple[int, int]:
-    """Write a safetensors file atomically; the same content gives the same bytes. Returns (file, header) sizes.
+    """Write a safetensors file atomically. Returns its size and that of its header.
 
     Wide types come first, so that each array starts at a multiple of its element's size and can be mapped.
     """
@@ -247,18 +258,18 @@ def write_container(
     position = 0
     for array in ordered:
         end = position + array.raw.size
-        entries[array.key] = {"dtype": array.dtype, "shape": list(array.shape), "data_offsets": [position, end]}
+        entries[array.key] = {"dtype": array.dtype, "shape": [*array.shape], "data_offsets": [position, end]}
         position = end
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     if len(header) > MAX_HEADER:
-        raise FormatError(f"{path}: the header takes {len(header)} bytes, more than safetensors allows; store less "
-                          "metadata or fewer tensors")
+        fail(Path(path), f"the header takes {len(header)} bytes, more than safetensors allows",
+             "store less metadata or fewer tensors")
 
     def write(file: IO[bytes]) -> None:
         file.write(struct.pack("<Q", len(header)) + header)
         for array in ordered:
-            file.write(memoryview(array.raw))
+            file.write(array.raw.data)
 
     atomic_write(path, write)
     return 8 + len(header) + position, 8 + len(header)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from shared.errors import FormatError, PatternError
+from shared.errors import PatternError
 from shared.formats.coding import Index, payload_range
 from shared.formats.container import DTYPES, Container, check_name, fail, is_count, read_shape, strict_json
 from shared.patterns import Pattern, pattern_from_dict
 
-# A small file may stand for a large tensor (all of it dropped), but not for one that fills the memory of whoever
-# opens it: dense tensors of at most 256 MiB, or 4096 times the size of the file, whichever is more.
+# A small file may stand for a large tensor (all of it dropped), but not for one that fills the memory of
+# whoever opens it: dense tensors of at most 256 MiB, or 4096 times the size of the file, whichever is more.
 FREE_BYTES = 256 << 20
 MAX_EXPANSION = 4096
 
@@ -26,8 +26,8 @@ class Entry:
     """One tensor of the manifest.
 
     Attributes:
-        encoding: `dense` (one array), `bits` (a boolean tensor, coded as a mask), `sparse` (index and kept values) or
-            `same` (another name of the tensor `same_as`).
+        encoding: `dense` (one array), `bits` (a boolean tensor, coded as a mask), `sparse` (index and kept
+            values) or `same` (another name of the tensor `same_as`).
         index: description of the mask's code (`bits` and `sparse`).
         kept: number of kept entries (`bits` and `sparse`).
         pattern: pattern of the tensor's mask, None without a mask.
@@ -82,7 +82,8 @@ def parse_manifest(container: Container, format_name: str, version: int) -> Mani
 def _read(container: Container, format_name: str, version: int) -> dict[str, Any]:
     path, stored = container.path, container.metadata
     if stored.get("format") != format_name:
-        fail(path, f"is safetensors, but not a {format_name} file", "read it with safetensors.torch.load_file")
+        fail(path, f"is safetensors, but not a {format_name} file",
+             "read it with safetensors.torch.load_file")
     if stored.get("version") != str(version):
         fail(path, f"has version {stored.get('version')!r} of {format_name}; this package reads {version}",
              "install a newer version of the package")
@@ -91,9 +92,10 @@ def _read(container: Container, format_name: str, version: int) -> dict[str, Any
         if int(stored["manifest_crc32"], 16) != zlib.crc32(text.encode()):
             raise ValueError("its checksum does not match")
         manifest = strict_json(text)
-        if not isinstance(manifest, dict) or set(manifest) != {"tensors", "extras", "metadata", "crc32"} or not all(
-                isinstance(part, dict) for part in manifest.values()):
+        if not isinstance(manifest, dict) or set(manifest) != {"tensors", "extras", "metadata", "crc32"}:
             raise ValueError("it does not consist of tensors, extras, metadata and crc32")
+        if not all(isinstance(part, dict) for part in manifest.values()):
+            raise ValueError("tensors, extras, metadata or crc32 is not an object")
     except (KeyError, ValueError) as error:
         fail(path, f"the manifest cannot be read ({error})", "the file is damaged; fetch it again")
     return manifest
@@ -122,9 +124,10 @@ def _entry(value: object, tensors: dict[str, Any]) -> Entry:
         first = value["of"]
         if not isinstance(first, str) or not isinstance(tensors.get(first), dict):
             raise ValueError(f"it is said to be the same as {first!r}, which is not there")
-        if tensors[first].get("encoding") == "same" or ("pattern" in value and "pattern" not in tensors[first]):
-            raise ValueError(f"it cannot be the same as {first!r}, which is itself a second name or has no mask")
-        return Entry("same", same_as=first, pattern=_pattern(value["pattern"]) if "pattern" in value else None)
+        masked = "pattern" in value
+        if tensors[first].get("encoding") == "same" or (masked and "pattern" not in tensors[first]):
+            raise ValueError(f"it cannot be {first!r}, which is itself a second name or has no mask")
+        return Entry("same", same_as=first, pattern=_pattern(value["pattern"]) if masked else None)
     fields = {"dense": DENSE_FIELDS, "bits": CODED_FIELDS, "sparse": CODED_FIELDS | {"pattern"}}
     if not isinstance(encoding, str) or encoding not in fields:
         raise ValueError(f"unknown encoding {encoding!r}; a newer version of this package may know it")
@@ -147,8 +150,9 @@ def _check_array(container: Container, key: str, dtypes: tuple[str, ...], least:
     if info is None:
         raise ValueError(f"its array {key!r} is missing")
     if info.dtype not in dtypes or len(info.shape) != 1 or not least <= info.shape[0] <= most:
+        length = least if least == most else f"{least} to {most}"
         raise ValueError(f"its array {key!r} is {info.dtype} of shape {list(info.shape)}, expected "
-                         f"{' or '.join(dtypes)} with {least if least == most else f'{least} to {most}'} entries")
+                         f"{' or '.join(dtypes)} with {length} entries")
 
 
 def _check_arrays(container: Container, section: str, name: str, entry: Entry) -> set[str]:
@@ -193,5 +197,5 @@ def _check_expansion(container: Container, entries: list[Entry]) -> None:
                 for entry in entries if entry.encoding != "same")
     allowed = max(FREE_BYTES, MAX_EXPANSION * container.size)
     if total > allowed:
-        raise FormatError(f"{container.path}: {container.size} bytes that unpack to {total}, more than the {allowed} "
-                          "that are allowed; the file is damaged or hostile")
+        fail(container.path, f"its {container.size} bytes unpack to {total}, more than the {allowed} allowed",
+             "the file is damaged or hostile")

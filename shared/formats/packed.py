@@ -1,4 +1,4 @@
-"""The packed file of a sparse model: tensors with their masks, extras and metadata. Layout in docs/format.md."""
+"""The packed file of a sparse model: tensors, masks, extras and metadata. Layout in docs/format.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from torch import Tensor
 
 from shared.errors import FormatError, MaskError, PatternError
 from shared.formats.coding import MaskCode, decode_mask, encode_mask
-from shared.formats.container import DTYPE_NAMES, DTYPES, Array, Container, check_name, read_container, write_container
+from shared.formats.container import (
+    DTYPE_NAMES,
+    DTYPES,
+    Array,
+    Container,
+    check_name,
+    fail,
+    read_container,
+    write_container,
+)
 from shared.formats.manifest import Entry, Manifest, parse_manifest
 from shared.masks import Mask, MaskSet
 from shared.patterns import Pattern
@@ -62,8 +71,8 @@ class PackedContents:
 def _raw(where: str, tensor: Tensor) -> tuple[str, np.ndarray]:
     """File dtype and bytes (uint8, C order) of a tensor."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPE_NAMES:
-        raise FormatError(f"{where}: a tensor of dtype {tensor.dtype}, layout {tensor.layout} on {tensor.device} cannot "
-                          f"be stored; pass a dense one with values, of {', '.join(DTYPES)}")
+        raise FormatError(f"{where}: {tensor.dtype}, {tensor.layout} on {tensor.device} cannot be stored; "
+                          f"pass a dense tensor with values, of {', '.join(DTYPES)}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return DTYPE_NAMES[tensor.dtype], flat.view(torch.uint8).numpy()
 
@@ -136,8 +145,8 @@ def _kept_values(where: str, tensor: Tensor, keep: np.ndarray, words: np.ndarray
     # Zero by value: masking a negative weight by multiplication leaves -0.0, which is as good a zero as any.
     dropped = torch.from_numpy(~flat) & (tensor.detach().cpu().reshape(-1) != 0)
     if bool(dropped.any()):
-        raise MaskError(f"{where}: {int(dropped.sum())} of the entries that its mask drops are not zero and would be "
-                        "lost; apply the mask to the model first (MaskSet.apply_) or save without it")
+        raise MaskError(f"{where}: {int(dropped.sum())} of the entries that its mask drops are not zero and "
+                        "would be lost; apply the mask first (MaskSet.apply_) or save without it")
     return words[flat]
 
 
@@ -156,8 +165,8 @@ def _same_mask(a: Mask | None, b: Mask | None) -> bool:
 def _check_masks(tensors: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> None:
     for name, mask in masks.items():
         if name not in tensors:
-            raise MaskError(f"a mask is given for {name!r}, which is not among the {len(tensors)} tensors; store it as "
-                            "an extra or leave it out")
+            raise MaskError(f"a mask is given for {name!r}, which is not among the {len(tensors)} tensors; "
+                            "store it as an extra or leave it out")
         if mask.keep.shape != tensors[name].shape:
             raise MaskError(f"the mask of {name!r} has shape {list(mask.keep.shape)}, its tensor "
                             f"{list(tensors[name].shape)}; build the mask for this tensor")
@@ -172,8 +181,9 @@ def save_packed(
 ) -> PackedReport:
     """Write tensors, their masks, extras and metadata to one packed safetensors file, atomically.
 
-    Entries that a mask keeps are stored bit for bit, also where they are zero or NaN; entries that it drops are not
-    stored and come back as +0. Two names of one tensor are stored once. The same content gives the same bytes.
+    Entries that a mask keeps are stored bit for bit, also where they are zero or NaN; entries that it drops
+    are not stored and come back as +0. Two names of one tensor are stored once. The same content gives the
+    same bytes.
 
     Args:
         path: the file to write; an old one is replaced only when the new one is complete.
@@ -211,8 +221,8 @@ def save_packed(
         "manifest_crc32": f"{zlib.crc32(manifest.encode()):08x}",
     })
     reports = [*body.reports.values(), *rest.reports.values()]
-    return PackedReport(Path(path), written, header, sum(r.dense_bytes for r in reports if r.encoding != "same"),
-                        body.reports, rest.reports)
+    dense = sum(report.dense_bytes for report in reports if report.encoding != "same")
+    return PackedReport(Path(path), written, header, dense, body.reports, rest.reports)
 
 
 def _manifest_text(
@@ -220,14 +230,14 @@ def _manifest_text(
     arrays: list[Array],
 ) -> str:
     sections = {"tensors": tensors, "extras": extras, "metadata": metadata,
-                "crc32": {array.key: zlib.crc32(array.raw) for array in arrays}}
+                "crc32": {array.key: array.crc32 for array in arrays}}
     try:
         text = json.dumps(sections, separators=(",", ":"), allow_nan=False)
         if json.loads(text)["metadata"] != metadata:
             raise ValueError("it changes when written (keys must be strings, sequences must be lists)")
     except (TypeError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: the metadata cannot be stored as JSON: {error}; pass plain strings, numbers, lists "
-                          "and dictionaries") from None
+        raise FormatError(f"{path}: the metadata cannot be stored as JSON: {error}; pass plain strings, "
+                          "numbers, lists and dictionaries") from None
     return text
 
 
@@ -237,7 +247,8 @@ def _manifest_text(
 class PackedFile:
     """A packed file whose header has been checked; tensors are read one by one when asked for.
 
-    Each access reads the bytes of that tensor alone and checks them against their checksums. No file stays open.
+    Each access reads the bytes of that tensor alone and checks them against their checksums. No file stays
+    open.
     """
 
     def __init__(self, container: Container, manifest: Manifest) -> None:
@@ -273,7 +284,7 @@ class PackedFile:
         return DTYPES[self._source(name)[1].dtype][0]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, dense, on the CPU. Raises FormatError if there is none of that name or its bytes are damaged."""
+        """One tensor, dense, on the CPU. Raises FormatError if it is not there or its bytes are damaged."""
         return self._dense("tensor", *self._source(name))
 
     def mask(self, name: str) -> Mask | None:
@@ -314,13 +325,14 @@ class PackedFile:
 
     def _entry(self, name: str) -> Entry:
         if name not in self._manifest.tensors:
-            raise FormatError(f"{self.path}: no tensor {name!r} among its {len(self.keys())}; keys() lists them")
+            fail(self.path, f"no tensor {name!r} among its {len(self.keys())}", "keys() lists them")
         return self._manifest.tensors[name]
 
     def _source(self, name: str) -> tuple[str, Entry]:
-        """The name and entry under which a tensor's bytes are stored (another one's where tensors are tied)."""
+        """The name and entry under which a tensor is stored: another one's where tensors are tied."""
         entry = self._entry(name)
-        return (name, entry) if entry.same_as is None else (entry.same_as, self._manifest.tensors[entry.same_as])
+        source = name if entry.same_as is None else entry.same_as
+        return source, self._manifest.tensors[source]
 
     def _keep(self, section: str, name: str, entry: Entry) -> np.ndarray:
         assert entry.index is not None
@@ -342,25 +354,32 @@ class PackedFile:
         try:
             return Mask(torch.from_numpy(keep), pattern)
         except PatternError as error:
-            raise FormatError(f"{self.path}: the mask of {name!r} breaks its declared pattern: {error}") from None
+            fail(self.path, f"the mask of {name!r} breaks its declared pattern ({error})",
+                 "the file is damaged")
 
     def _dense(self, section: str, name: str, entry: Entry, keep: np.ndarray | None = None) -> Tensor:
         if entry.encoding == "dense":
-            raw = self._read(f"{section}/{name}", entry.dtype)
-            return torch.from_numpy(raw).view(DTYPES[entry.dtype][0]).reshape(entry.shape)
+            return _tensor(self._read(f"{section}/{name}", entry.dtype), entry)
         keep = self._keep(section, name, entry) if keep is None else keep
         if entry.encoding == "bits":
             return torch.from_numpy(keep)
         values = _words(self._read(f"{section}.values/{name}", entry.dtype), entry.dtype)
         words = np.zeros(keep.size, dtype=values.dtype)
         words[keep.reshape(-1)] = values
-        return torch.from_numpy(words).view(DTYPES[entry.dtype][0]).reshape(entry.shape)
+        return _tensor(words, entry)
 
     def _read(self, key: str, dtype: str) -> np.ndarray:
         raw = self._container.read(key)
         if dtype == "BOOL" and raw.size and raw.max() > 1:
             raise FormatError(f"{self.path}: {key!r} holds booleans other than 0 and 1; the file is damaged")
         return raw
+
+
+def _tensor(array: np.ndarray, entry: Entry) -> Tensor:
+    dtype = DTYPES[entry.dtype][0]
+    if not array.size:  # NumPy gives empty arrays strides that torch cannot view
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.from_numpy(array).view(dtype).reshape(entry.shape)
 
 
 def open_packed(path: str | os.PathLike[str]) -> PackedFile:

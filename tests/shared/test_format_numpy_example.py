@@ -1,4 +1,4 @@
-"""The reader printed in docs/format.md, run as it stands there: NumPy and the standard library, nothing else."""
+"""The reader printed in docs/format.md, run as it stands: NumPy and the standard library, nothing else."""
 
 from __future__ import annotations
 
