@@ -58,12 +58,20 @@ class Registry(Generic[T]):
         entry_point_group: group under which other packages add entries; None if they cannot.
         needs: methods that an entry must have, checked when it is registered or, if lazy, at first use.
             Without `needs` an entry must be callable.
+        factories: whether a callable that makes such an entry does as well.
     """
 
-    def __init__(self, kind: str, entry_point_group: str | None = None, needs: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        kind: str,
+        entry_point_group: str | None = None,
+        needs: tuple[str, ...] = (),
+        factories: bool = False,
+    ) -> None:
         self.kind = kind
         self.entry_point_group = entry_point_group
         self._needs = needs
+        self._factories = factories
         self._entries: dict[str, Any] = {}
         self._plugins_read = entry_point_group is None
 
@@ -148,6 +156,8 @@ class Registry(Generic[T]):
                     f"{self.kind} {name!r}: expected an object or 'module:attribute', received {entry!r}."
                 )
             return
+        if self._factories and callable(entry):
+            return
         missing = [need for need in self._needs if not callable(getattr(entry, need, None))]
         if missing or not (self._needs or callable(entry)):
             what = f"has no method {missing[0]}()" if missing else "is not callable"
@@ -207,7 +217,7 @@ def _distribution(entry: EntryPoint) -> str:
 
 ARCHITECTURES: Registry[Callable[..., Any]] = Registry("architecture", "zoo.architectures")
 METHODS: Registry[Any] = Registry("method", "zoo.methods", needs=("sparsify",))
-TASKS: Registry[Any] = Registry("task", "zoo.tasks", needs=("evaluate",))
+TASKS: Registry[Any] = Registry("task", "zoo.tasks", needs=("evaluate",), factories=True)
 EXPERIMENTS: Registry[Any] = Registry("experiment", "zoo.experiments", needs=("run",))
 FINETUNERS: Registry[Any] = Registry("fine-tuner", "zoo.finetuners", needs=("run",))
 
@@ -215,3 +225,5 @@ register_architecture = ARCHITECTURES.register
 register_method = METHODS.register
 register_task = TASKS.register
 register_experiment = EXPERIMENTS.register
+
+METHODS.register("prune", "zoo.methods:Prune")  # belongs to no domain
