@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -85,9 +84,7 @@ def check_room(slots: Slots, kept: int) -> None:
 def proportional(slots: Slots, kept: int, weights: Mapping[str, float]) -> dict[str, int]:
     """Counts proportional to the weights, within bounds, in whole units, with the total met."""
     check_room(slots, kept)
-    targets: dict[str, Fraction | float] = {
-        name: slot.low for name, slot in slots.items() if slot.low == slot.high
-    }
+    targets = {name: float(slot.low) for name, slot in slots.items() if slot.low == slot.high}
     rest = [name for name in slots if name not in targets]
     while rest:
         left = kept - sum(targets.values())
@@ -97,30 +94,27 @@ def proportional(slots: Slots, kept: int, weights: Mapping[str, float]) -> dict[
         if not full:
             targets |= share
             break
-        targets |= {name: slots[name].high for name in full}
+        targets |= {name: float(slots[name].high) for name in full}
         rest = [name for name in rest if name not in full]
     return _whole_units(slots, kept, targets)
 
 
-def _whole_units(slots: Slots, kept: int, targets: Mapping[str, Fraction | float]) -> dict[str, int]:
+def _whole_units(slots: Slots, kept: int, targets: Mapping[str, float]) -> dict[str, int]:
     """Rounds down to whole units, then hands out the remainder by the largest fraction, ties to the first."""
     counts: dict[str, int] = {}
     fraction: dict[str, float] = {}
     for name, slot in slots.items():
-        if slot.low == slot.high or not slot.unit:
+        if slot.low == slot.high:
             counts[name], fraction[name] = slot.low, 0.0
             continue
         # The tolerance keeps a target like 9 - 1e-15 from being rounded down to 8.
         units = math.floor(targets[name] / slot.unit + 1e-9)
         counts[name] = min(units * slot.unit, slot.high)
-        fraction[name] = float(targets[name] / slot.unit - units)
+        fraction[name] = targets[name] / slot.unit - units
     left = kept - sum(counts.values())
     order = sorted(slots, key=lambda name: -fraction[name])
     while left > 0:
-        fitting = [
-            n for n in order if slots[n].low < slots[n].high and counts[n] + slots[n].unit <= slots[n].high
-        ]
-        fitting = [name for name in fitting if slots[name].unit <= left]
+        fitting = [name for name in order if slots[name].unit <= min(left, slots[name].high - counts[name])]
         if not fitting:
             break
         for name in fitting:
