@@ -82,6 +82,15 @@ def test_without_needs_an_entry_must_be_callable() -> None:
         Registry("builder").register("bad", 3)
 
 
+def test_a_factory_does_where_the_registry_says_so() -> None:
+    registry = Registry("thing", needs=("run",), factories=True)
+    registry.register("class", Runs)
+    registry.register("instance", Runs())
+    registry.register("factory", lambda: Runs())
+    with pytest.raises(ConfigError, match=r"no method run\(\)"):
+        registry.register("bad", object())
+
+
 @pytest.mark.parametrize("name", ["", " a", "a\n"])
 def test_an_empty_or_padded_name_is_refused(registry: Registry, name: str) -> None:
     with pytest.raises(ConfigError, match="empty or padded"):

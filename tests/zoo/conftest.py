@@ -1,0 +1,110 @@
+"""A small model, its card's fields and its bundle, for every test of the house."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shared.masks import MaskSet, set_masks
+from zoo.registry import ARCHITECTURES
+
+
+class TinyNet(nn.Module):
+    """Two layers, a norm with buffers, an integer buffer and a tied weight."""
+
+    def __init__(self, width: int = 8, scale: float = 1.0) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.second = nn.Linear(width, width)
+        self.second_again = nn.Linear(width, width, bias=False)
+        self.second_again.weight = self.second.weight
+        self.scale = scale
+        self.edges: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second_again(torch.relu(self.second(self.norm(self.first(x))))) * self.scale
+
+    def load_extras(self, extras: dict[str, Tensor]) -> None:
+        self.edges = extras.get("edges/keep")
+
+
+@pytest.fixture(autouse=True)
+def _tiny_architecture(monkeypatch) -> None:
+    """`test/tiny` exists while a test runs."""
+    ARCHITECTURES.names()
+    monkeypatch.setitem(ARCHITECTURES._entries, "test/tiny", TinyNet)
+
+
+@pytest.fixture
+def tiny_model() -> nn.Module:
+    """A masked model with trained-looking buffers."""
+    generator = torch.Generator().manual_seed(0)
+    model = TinyNet(width=8, scale=0.5)
+    with torch.no_grad():
+        for value in [*model.parameters(), model.norm.running_mean, model.norm.running_var]:
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.1)
+    masks = MaskSet({
+        name: torch.rand(value.shape, generator=generator) >= 0.8
+        for name, value in model.named_parameters() if value.dim() == 2
+    })
+    masks.apply_(model)
+    set_masks(model, masks)
+    return model
+
+
+@pytest.fixture
+def tiny_extras() -> dict[str, Tensor]:
+    return {"edges/keep": torch.arange(20) % 4 != 0, "thresholds": torch.linspace(0, 1, 5)}
+
+
+_FIELDS: dict[str, Any] = {
+    "name": "graph/tiny-test",
+    "version": "1.0.0",
+    "domain": "graph",
+    "summary": "A small model for tests.",
+    "architecture": {"name": "test/tiny", "args": {"width": 8, "scale": 0.5}},
+    "method": {"name": "graph/magnitude", "hyperparameters": {"sparsity": 0.8}, "seed": 0},
+    "cost": {"flops": {"dense": 1000, "sparse": 250}},
+    "metrics": [{
+        "task": "graph/cora", "metric": "accuracy", "split": "test", "protocol": "public", "value": 0.8,
+        "stderr": 0.01, "per_seed": {0: 0.8}, "mean": 0.8, "spread": 0.0,
+        "dense": {"name": "graph/tiny-dense", "value": 0.81, "per_seed": {0: 0.81}, "mean": 0.81,
+                  "spread": 0.0},
+    }],
+    "dense_twin": "graph/tiny-dense",
+    "training": {"command": "zoo sparsify tiny", "seconds": 1.0},
+    "data": {"name": "Cora", "source": "https://example.org", "licence": "CC0"},
+    "license": "Apache-2.0",
+    "citation": "none",
+}
+
+
+@pytest.fixture
+def tiny_fields() -> dict[str, Any]:
+    """The fields of the tiny model's card that are not measured."""
+    return copy.deepcopy(_FIELDS)
+
+
+@pytest.fixture
+def save_tiny(tiny_model, tiny_extras) -> Callable[..., Path]:
+    """Writes the tiny model's bundle; keywords replace fields of the card."""
+    from zoo.bundles import save
+
+    def write(folder: Path, overwrite: bool = False, **changes: Any) -> Path:
+        fields = {**copy.deepcopy(_FIELDS), **changes}
+        return save(tiny_model, folder, card=fields, extras=tiny_extras, overwrite=overwrite)
+
+    return write
+
+
+@pytest.fixture
+def tiny_bundle(save_tiny, tmp_path: Path) -> Path:
+    """The folder of the tiny model's bundle."""
+    return save_tiny(tmp_path / "tiny")
