@@ -1,0 +1,203 @@
+"""The graphs of the zoo by name, each with features, labels and a fixed split.
+
+Planetoid's and the Coauthor graph go through torch-geometric's own loaders. Their raw files come from
+`$ZOO_DATA/planetoid/<Name>/raw` and `$ZOO_DATA/graphs-npz` if that folder is set, else from torch-geometric's download;
+they are processed once in the cache folder (`$ZOO_CACHE`, by default ~/.cache/sparse-model-zoo). Planetoid's raw files
+are pickles, which can run code when read: those of Cora and Citeseer must have the known SHA-256 before they are read.
+`digits` is embedded: it needs no file and no network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from torch_geometric.data import Data
+from torch_geometric.datasets import Coauthor, Planetoid
+from torch_geometric.transforms import NormalizeFeatures
+
+from shared.io import sha256_file
+from zoo.errors import DataError
+from zoo.graph.digits import digits_graph
+from zoo.graph.splits import split_per_class
+
+NAMES = ("cora", "citeseer", "pubmed", "cs", "digits")
+
+# SHA-256 of the raw files as kimiyoung/planetoid publishes them.
+_SHA256 = {
+    "ind.citeseer.allx": "2ac30345d95c9ec933a817ee0bdd6a5f077f8c184a20e696910192d534414668",
+    "ind.citeseer.ally": "f704b2d986dde6c2669934de1f3ae5696a6cf9455c0f6b2646a2d135ea0a1c95",
+    "ind.citeseer.graph": "d79a4ef9d3e7169aee8946145f6b7306e35bc79bffad26346cfb94e10e9912a7",
+    "ind.citeseer.test.index": "2af990671580b6b2df5d158d1038f8292e30c9cd821b5453f399659b25b723d4",
+    "ind.citeseer.tx": "539a8906a2da97628d212f2fdd668c109a8b3f0d36574b59e5d3fd5b5303da21",
+    "ind.citeseer.ty": "55e5bd1ba1e733a04598753ad1a8d57957f4b8f89e74519f41f4f4938767e4ce",
+    "ind.citeseer.x": "d20de19150741e555de0ed037195630fc194114ebc7fd72ced62810148aa22f6",
+    "ind.citeseer.y": "8ba87e515d8e3ee3cf52f6d2c5b86aa73f11ecad825a808455209ec26cd54924",
+    "ind.cora.allx": "9419ba2f26f5c35243db64aba110e0f35a04851609e0dc5433450676ca6b8543",
+    "ind.cora.ally": "2b998f5cc7fedc86e7f97ca2498f47a1ffc1462c29e2d578b23bf3f62b6e7d71",
+    "ind.cora.graph": "58f13302f39dde8852dad6fe6d15b89b077b6d7f837626bce671ef80344b383d",
+    "ind.cora.test.index": "297ce89af2b51a6a194181c7dbe1796c6a1cf9cd9349a88383b1b1e227867875",
+    "ind.cora.tx": "b9afbaa4a400df991f6f02ef677e1e44da55ffc04801fd02f9e673987829226a",
+    "ind.cora.ty": "41f5ac76596a1699cc33f53084a2419e92961c42bb75f36fc38e616d348532ad",
+    "ind.cora.x": "23cfa55d91c6f624233f5eb7b6e3f141f1bd2b2ae39608a63cf5d084bb27baab",
+    "ind.cora.y": "94465c14eb53e04ca262198dcbb2521ee8af60fb3f3d546cd6ca24a511b0e7d1",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a card says of the data."""
+
+    title: str
+    origin: str
+    licence: str
+
+
+SOURCES = {
+    "cora": Source("Cora (Planetoid public split)", "kimiyoung/planetoid", "not stated (repository: MIT)"),
+    "citeseer": Source("CiteSeer (Planetoid public split)", "kimiyoung/planetoid", "not stated (repository: MIT)"),
+    "pubmed": Source("PubMed (Planetoid public split)", "kimiyoung/planetoid", "not stated (repository: MIT)"),
+    "cs": Source(
+        "Coauthor-CS (20 training and 30 validation nodes per class, fixed draw)",
+        "shchur/gnn-benchmark",
+        "not stated (repository: MIT)",
+    ),
+    "digits": Source(
+        "8-nearest-neighbour graph over the scikit-learn digits",
+        "UCI Optical Recognition of Handwritten Digits, through scikit-learn",
+        "CC BY 4.0",
+    ),
+}
+
+
+def load_graph(name: str) -> Data:
+    """The graph of that name: x [n, f], edge_index [2, E] in canonical order, y [n], train_mask, val_mask, test_mask.
+
+    Features of the citation and co-author graphs are row-normalised to sum 1, as TEDDY does.
+
+    Raises:
+        DataError: an unknown name, raw files that are neither in ZOO_DATA nor to be had by download, or raw files
+            that are not the published ones.
+    """
+    if name == "digits":
+        return digits_graph()
+    if name not in NAMES:
+        raise DataError(f"Unknown graph {name!r}. There are: {', '.join(NAMES)}.")
+    folder = _cache() / name
+    if not (folder / _PLACES[name].processed).exists():
+        _build(name, folder)
+    data = _open(name, folder)
+    if name == "cs":
+        data.train_mask, data.val_mask, data.test_mask = split_per_class(data.y, train=20, val=30, seed=0)
+    return data
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where torch-geometric looks for a graph's raw files, and where ZOO_DATA holds them."""
+
+    source: str
+    raw: str
+    processed: str
+    files: tuple[str, ...]
+
+
+def _planetoid(folder: str) -> _Place:
+    parts = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
+    files = tuple(f"ind.{folder.lower()}.{part}" for part in parts)
+    return _Place(f"planetoid/{folder}/raw", f"{folder}/raw", f"{folder}/processed/data.pt", files)
+
+
+_PLACES = {
+    "cora": _planetoid("Cora"),
+    "citeseer": _planetoid("CiteSeer"),
+    "pubmed": _planetoid("PubMed"),
+    "cs": _Place("graphs-npz", "CS/raw", "CS/processed/data.pt", ("ms_academic_cs.npz",)),
+}
+
+
+class _CheckedPlanetoid(Planetoid):
+    """Planetoid that refuses unknown pickles."""
+
+    def process(self) -> None:
+        for path in map(Path, self.raw_paths):
+            _check_sha256(path)
+        super().process()
+
+
+def _check_sha256(path: Path) -> None:
+    known = _SHA256.get(path.name)
+    if known is not None and (found := sha256_file(path)) != known:
+        raise DataError(
+            f"{path} is not the published file: SHA-256 {found[:16]}... instead of {known[:16]}.... It is a pickle and "
+            "is not read. Delete it and fetch it again."
+        )
+
+
+def _open(name: str, folder: Path) -> Data:
+    transform = NormalizeFeatures()
+    with contextlib.redirect_stderr(io.StringIO()):  # torch-geometric reports its processing there
+        dataset: Any
+        if name == "cs":
+            dataset = Coauthor(str(folder), "CS", transform=transform)
+        else:
+            dataset = _CheckedPlanetoid(str(folder), _PLACES[name].raw.split("/")[0], transform=transform)
+    data: Data = dataset[0].coalesce()
+    return data
+
+
+def _build(name: str, folder: Path) -> None:
+    """Fill `folder` with raw and processed files, whole or not at all."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
+    except OSError as error:
+        raise DataError(f"The cache {folder.parent} cannot be written ({error.strerror}): set ZOO_CACHE.") from error
+    try:
+        copied = _copy_raw(name, scratch)
+        if not copied and os.environ.get("ZOO_OFFLINE") == "1":
+            raise DataError(f"The raw files of {name} are not in ZOO_DATA, and ZOO_OFFLINE=1 forbids the download.")
+        try:
+            _open(name, scratch)
+        except (OSError, aiohttp.ClientError, asyncio.TimeoutError) as error:  # what the download may raise
+            if copied:
+                raise
+            raise DataError(
+                f"The raw files of {name} are not in ZOO_DATA and could not be downloaded "
+                f"({type(error).__name__}: {error}). Put them into $ZOO_DATA/{_PLACES[name].source}."
+            ) from error
+        with contextlib.suppress(OSError):  # another process was faster: its copy is as good
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _copy_raw(name: str, target: Path) -> bool:
+    """Copy a graph's raw files from ZOO_DATA; False if they are not there."""
+    root = os.environ.get("ZOO_DATA")
+    if not root:
+        return False
+    if not Path(root).is_dir():
+        raise DataError(f"ZOO_DATA names a folder that is not there: {root}.")
+    place = _PLACES[name]
+    source = Path(root) / place.source
+    if not all((source / file).is_file() for file in place.files):
+        return False
+    raw = target / place.raw
+    raw.mkdir(parents=True)
+    for file in place.files:
+        shutil.copyfile(source / file, raw / file)
+    return True
+
+
+def _cache() -> Path:
+    root = os.environ.get("ZOO_CACHE") or Path.home() / ".cache" / "sparse-model-zoo"
+    return Path(root) / "graphs"

@@ -1,0 +1,86 @@
+"""The edges that a sparse bundle keeps, and the graph that they were drawn on."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from zoo.errors import DataError
+from zoo.graph.edges import apply_canonical_mask, fingerprint
+
+
+@dataclass
+class EdgeTicket:
+    """An edge mask over the canonical order of one graph.
+
+    Args:
+        keep: True for the entries that stay, in canonical order; both directions agree.
+        graph: fingerprint of the graph (see `zoo.graph.edges.fingerprint`).
+        num_nodes: nodes of that graph.
+    """
+
+    keep: Bool[Tensor, " E"]
+    graph: str
+    num_nodes: int
+    _last: tuple[weakref.ref[Tensor], int, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def draw(cls, edge_index: Int[Tensor, "2 E"], num_nodes: int, keep: Bool[Tensor, " E"]) -> EdgeTicket:
+        """From a mask in the order in which `edge_index` stores its entries."""
+        order = torch.argsort(edge_index[0] * num_nodes + edge_index[1], stable=True)
+        return cls(keep[order], fingerprint(edge_index, num_nodes), num_nodes)
+
+    def mask_for(self, edge_index: Int[Tensor, "2 E"], num_nodes: int) -> Bool[Tensor, " E"]:
+        """The mask in the order of `edge_index`, which must be the ticket's graph (its entries in any order).
+
+        Raises:
+            DataError: another graph.
+        """
+        if self._last is not None:  # the fingerprint of the same, unchanged tensor is not computed twice
+            known, version, mask = self._last
+            if known() is edge_index and version == edge_index._version:
+                return mask
+        found = fingerprint(edge_index, num_nodes)
+        if found != self.graph:
+            raise DataError(
+                f"This model's edge ticket belongs to the graph {self.graph[:12]} ({self.num_nodes} nodes, "
+                f"{len(self.keep)} entries). Received: graph {found[:12]} ({num_nodes} nodes, "
+                f"{edge_index.shape[1]} entries). Pass the graph it was drawn on, or set "
+                'model.edges = "whole" to use all edges as given (prune them with TeddyPrune if you wish).'
+            )
+        mask = apply_canonical_mask(edge_index, num_nodes, self.keep.to(edge_index.device))
+        self._last = (weakref.ref(edge_index), edge_index._version, mask)
+        return mask
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_last": None}  # a weak reference cannot be pickled or copied
+
+    def to_extras(self) -> dict[str, Tensor]:
+        """As named tensors for a bundle: `edges/keep`, `edges/graph` (the fingerprint's bytes), `edges/nodes`."""
+        return {
+            "edges/keep": self.keep.cpu(),
+            "edges/graph": torch.tensor(list(bytes.fromhex(self.graph)), dtype=torch.uint8),
+            "edges/nodes": torch.tensor([self.num_nodes]),
+        }
+
+    @classmethod
+    def from_extras(cls, extras: dict[str, Tensor]) -> EdgeTicket | None:
+        """The inverse of `to_extras`; None where a bundle has no ticket.
+
+        Raises:
+            DataError: some of the tensors are missing or of another kind.
+        """
+        names = {"edges/keep", "edges/graph", "edges/nodes"}
+        found = names & set(extras)
+        if not found:
+            return None
+        if found != names:
+            raise DataError(f"An edge ticket needs {sorted(names)}. Received only: {sorted(found)}.")
+        keep, graph, nodes = extras["edges/keep"], extras["edges/graph"], extras["edges/nodes"]
+        if keep.dtype != torch.bool or keep.dim() != 1 or graph.dtype != torch.uint8 or graph.numel() != 32:
+            raise DataError("The edge ticket is malformed: edges/keep must be bool [E], edges/graph uint8 [32].")
+        return cls(keep, bytes(graph.tolist()).hex(), int(nodes))
