@@ -29,7 +29,8 @@ class Sparsified:
         masks: of its parameters.
         extras: further tensors that belong to it; a boolean `edges/keep` is the mask of the part `edges`.
         hyperparameters: for the card.
-        parts: for the card, parts of the sparsity that have no mask among the above: name -> kept, total, pattern.
+        parts: for the card, parts of the sparsity that have no mask among the above: name -> kept, total,
+            pattern.
     """
 
     model: nn.Module
@@ -49,8 +50,8 @@ class Method(Protocol):
 class Prune:
     """Prune at once by any pattern, score and budget, without data and without training.
 
-    The scores here need the weights alone; `shared.sparsifier` has those that need gradients or activations, and
-    schedules over training.
+    The scores here need the weights alone; `shared.sparsifier` has those that need gradients or activations,
+    and schedules over training.
     """
 
     sparsity: float | None = None
@@ -66,7 +67,8 @@ class Prune:
     """How much is pruned in which layer."""
 
     names: tuple[str, ...] = ()
-    """Which parameters, as names or globs; by default the weights of linear, convolution and embedding layers."""
+    """Which parameters, as names or globs; by default the weights of linear, convolution and embedding
+    layers."""
 
     seed: int = 0
     """Of the random score."""

@@ -11,11 +11,11 @@ from torch import nn
 
 from zoo.bundles import Execution
 from zoo.errors import ConfigError, TaskError
-from zoo.harness.experiments import Table
 from zoo.harness.records import Record
 from zoo.harness.runner import evaluate
 from zoo.harness.stats import Difference, paired_difference
 from zoo.harness.subjects import Models, resolve
+from zoo.harness.tables import Table
 from zoo.harness.tasks import Progress, Task, get_task
 from zoo.report import numbers
 

@@ -12,15 +12,28 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from shared.io import atomic_write, write_json
 from zoo.errors import ConfigError
+from zoo.harness.tables import Plot, Series, Table, Verdict
 from zoo.registry import EXPERIMENTS
 
-Outcome = Literal["holds", "does not hold", "no difference seen", "not measured"]
+__all__ = [
+    "CellCache",
+    "Experiment",
+    "ExperimentResult",
+    "Plot",
+    "Reproduction",
+    "Series",
+    "Table",
+    "Verdict",
+    "get_experiment",
+    "reproduce",
+    "write_result",
+]
 
 
 class CellCache:
@@ -68,70 +81,6 @@ class CellCache:
         self.put(key, value, time.perf_counter() - start)
         self.misses += 1
         return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table of results; cells are strings or numbers."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[Any]]
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if len(row) != len(self.columns):
-                raise ConfigError(
-                    f"table {self.title!r} has {len(self.columns)} columns, but a row of {len(row)}: {row}"
-                )
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """One claim: what the paper says, what came out here, and the outcome."""
-
-    claim: str
-    published: str
-    measured: str
-    verdict: Outcome
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Series:
-    """One series of a plot.
-
-    Attributes:
-        label: for the legend.
-        x, y: of equal length; a `reference` with empty `x` is a horizontal line at `y[0]` over the whole
-            plot.
-        spread: half-width of the band (lines) or error bar (points) around `y`.
-        kind: a line with markers, points only, a dashed reference, or the steps of a Pareto front.
-        marks: a short text beside each point.
-        group: series of one group share a colour; by default each label is its own.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    spread: Sequence[float] | None = None
-    kind: Literal["line", "points", "reference", "front"] = "line"
-    marks: Sequence[str] | None = None
-    group: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """A plot as data. Labels carry units; `alt` says in a sentence what is to be seen."""
-
-    name: str
-    title: str
-    x_label: str
-    y_label: str
-    series: list[Series]
-    alt: str = ""
-    log_x: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

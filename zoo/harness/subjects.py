@@ -80,6 +80,23 @@ def twin_of(bundle: Bundle) -> Bundle:
     return find(name)
 
 
+def find_bundles(models: Models) -> list[Bundle]:
+    """The bundles that names, globs and folders stand for, each once.
+
+    Raises:
+        UnknownNameError: a name or glob that matches nothing.
+        ConfigError: a module, which is no bundle.
+    """
+    items: list[Any] = [models] if isinstance(models, str | Path | nn.Module) else list(models)
+    found: dict[str, Bundle] = {}
+    for item in items:
+        if isinstance(item, nn.Module):
+            raise ConfigError(f"a {type(item).__name__} is no bundle with a card; save it first (zoo.save)")
+        for bundle in _bundles(item):
+            found.setdefault(str(bundle.folder), bundle)
+    return list(found.values())
+
+
 def bundle_subject(bundle: Bundle) -> Subject:
     """A bundle as a subject of evaluation."""
     card = bundle.card

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from zoo.harness.experiments import ExperimentResult, Plot, Table
+from zoo.harness.experiments import ExperimentResult
 from zoo.harness.records import Record
+from zoo.harness.tables import Plot, Table
 from zoo.report import numbers
 from zoo.report.plots import PALETTE, svg
 from zoo.report.summary import summarise
@@ -41,9 +42,9 @@ def records_page(records: Sequence[Record], *, title: str = "Sparse model zoo: e
     ]
     lead = (
         f"{len({r.model for r in records})} models on {len(sections)} tasks. "
-        "Each sparse model stands beside its dense twin, which has the same architecture, data and recipe; in the "
-        "plots the twin's value is the dashed line. The thin stepped line joins the runs that none beats on both "
-        "axes (the Pareto front). Numbers beside points are rows of the table."
+        "Each sparse model stands beside its dense twin, which has the same architecture, data and recipe; in "
+        "the plots the twin's value is the dashed line. The thin stepped line joins the runs that none beats on "
+        "both axes (the Pareto front). Numbers beside points are rows of the table."
     )
     facts: dict[str, str] = {}
     if records:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from zoo.harness.experiments import ExperimentResult, Table
+from zoo.harness.experiments import ExperimentResult
 from zoo.harness.records import Record
+from zoo.harness.tables import Table
 from zoo.report.summary import summarise
 from zoo.report.terminal import verdict_table
 

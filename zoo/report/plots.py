@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
-from zoo.harness.experiments import Plot, Series
+from zoo.harness.tables import Plot, Series
 from zoo.report import numbers
 
 if TYPE_CHECKING:

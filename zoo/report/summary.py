@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from zoo.harness.experiments import Plot, Series, Table
 from zoo.harness.records import Record
+from zoo.harness.tables import Plot, Series, Table
 from zoo.report import numbers
 from zoo.report.plots import pareto_front
 

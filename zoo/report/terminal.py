@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zoo.harness.experiments import ExperimentResult, Table
+from zoo.harness.experiments import ExperimentResult
+from zoo.harness.tables import Table
 
 if TYPE_CHECKING:
     from rich.console import Console

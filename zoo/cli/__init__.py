@@ -1,0 +1,123 @@
+"""The command line `zoo`.
+
+Exit codes: 0 done; 1 a check failed (verify, compare --margin, bench); 2 bad usage or input; 3 the
+environment (disk, network, memory); 70 an error inside the zoo; 130 interrupted.
+
+This module is light: each command's module is imported when the command is typed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+OK, CHECK_FAILED, USAGE, ENVIRONMENT, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 70, 130
+
+#: command -> (module under zoo.cli with a function of the command's name, summary)
+COMMANDS = {
+    "list": ("browse", "list models, tasks, methods, experiments"),
+    "show": ("browse", "everything on a model's card"),
+    "eval": ("measure", "evaluate models on tasks; table, JSON, Markdown or HTML page"),
+    "compare": ("measure", "compare models sample by sample, with an interval and a test"),
+    "verify": ("measure", "measure every figure on a card again"),
+    "sparsify": ("make", "make a sparse model from a dense one, by any method"),
+    "finetune": ("make", "fine-tune a sparse model; its zeros stay"),
+    "reproduce": ("make", "run a paper's experiment: published, measured, verdict"),
+    "bench": ("bench", "run the speed and size benchmarks of a source checkout"),
+    "pull": ("ship", "fetch a model from a hub into the local cache"),
+    "push": ("ship", "publish a model on a hub"),
+    "export": ("ship", "write a model's dense weights as plain safetensors"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("zoo: interrupted; finished work is kept, run the same command to go on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else OK if error.code is None else USAGE
+    except Exception as error:  # the top of the program: every error becomes a message and an exit code
+        if debug:
+            traceback.print_exc()
+        return _report(error, as_json="--json" in arguments)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return OK
+    name, *rest = arguments
+    if name == "--version":
+        from zoo.cli.console import version_line
+
+        print(version_line())
+        return OK
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean `zoo {close[0]}`?" if close else "see `zoo --help`"
+        print(f"zoo: unknown command {name!r}; {hint}", file=sys.stderr)
+        return USAGE
+    module = importlib.import_module(f"zoo.cli.{COMMANDS[name][0]}")
+    return int(getattr(module, f"{name}_command")(rest))
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: zoo COMMAND ...     (zoo COMMAND --help for its options)",
+            "",
+            "Sparse models by name: load, evaluate, fine-tune, verify.",
+            "",
+            *lines,
+            "",
+            "Everywhere: --json for machines, --debug for a traceback. zoo --version prints the version.",
+            "Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 3 disk, network or memory,",
+            "            70 an error inside the zoo, 130 interrupted.",
+            "",
+            "Try: zoo list",
+        ]
+    )
+
+
+def _report(error: Exception, *, as_json: bool) -> int:
+    """Print an error in one or two lines and return its exit code."""
+    code, text = _classify(error)
+    if as_json:
+        print(json.dumps({"error": {"type": type(error).__name__, "message": text, "exit_code": code}}))
+    print(f"zoo: {text}", file=sys.stderr)
+    return code
+
+
+def _classify(error: Exception) -> tuple[int, str]:
+    from shared.errors import SparseError
+    from zoo.errors import HubError
+
+    if isinstance(error, HubError):
+        return ENVIRONMENT, str(error)
+    if isinstance(error, SparseError):
+        return USAGE, str(error)
+    if isinstance(error, MemoryError):
+        return ENVIRONMENT, "out of memory; close other programs or take a smaller model"
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return (
+            ENVIRONMENT,
+            f"{place}{error.strerror or error}; check the path, its permissions and the free space",
+        )
+    return INTERNAL, f"internal error: {type(error).__name__}: {error}; run again with --debug and report it"

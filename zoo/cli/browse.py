@@ -1,0 +1,210 @@
+"""`zoo list` and `zoo show`: cards only; neither torch nor a domain's libraries are imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from zoo.cards import Card
+from zoo.cli.console import print_json, stdout
+from zoo.cli.parsing import Positional, parse, positional
+from zoo.report import numbers
+
+
+@dataclass
+class List:
+    """List models, or what else the zoo knows by name."""
+
+    glob: Annotated[Positional[str], positional("GLOB")] = "*"
+    """Which names, e.g. 'graph/*cora*' (quote it)."""
+
+    kind: Literal["models", "tasks", "methods", "experiments", "architectures", "finetuners"] = "models"
+    """What to list."""
+
+    domain: str | None = None
+    """Only models of this domain: graph, llm, vision, diffusion, neural3d."""
+
+    method: str | None = None
+    """Only models of this method."""
+
+    task: str | None = None
+    """Only models with a figure on this task."""
+
+    min_sparsity: float | None = None
+    """Only models with at least this share of zeros, e.g. 0.8."""
+
+    max_bytes: int | None = None
+    """Only models of at most this size on disk."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass
+class Show:
+    """Show a model's card: figures beside its dense twin's, cost, training, data, licence."""
+
+    name: Annotated[Positional[str], positional("MODEL")]
+    """A name, name@version, folder or hf://owner/name."""
+
+    json: bool = False
+    """Print the whole card as JSON."""
+
+
+def list_command(argv: Sequence[str]) -> int:
+    """`zoo list`."""
+    options = parse(List, argv, "list")
+    if options.kind != "models":
+        return _list_names(options)
+    from zoo.catalog import select
+
+    bundles = select(
+        options.glob,
+        domain=options.domain,
+        method=options.method,
+        task=options.task,
+        min_sparsity=options.min_sparsity,
+        max_bytes=options.max_bytes,
+    )
+    cards = [bundle.card for bundle in bundles]
+    if options.json:
+        print_json([_brief(card) for card in cards])
+        return 0
+    from zoo.harness.tables import Table
+    from zoo.report.terminal import show_table
+
+    rows = [
+        [
+            card.name,
+            card.method.name,
+            numbers.percent(card.sparsity.overall),
+            numbers.count(card.cost.parameters.kept),
+            numbers.size(card.cost.bytes.on_disk),
+            f"{card.metrics[0].metric} {numbers.value(card.metrics[0].value)}",
+            numbers.value(card.metrics[0].dense.value) if card.metrics[0].dense else "",
+        ]
+        for card in cards
+    ]
+    columns = ["model", "method", "sparsity", "parameters", "on disk", "measured", "dense twin"]
+    note = f"{len(cards)} models. Next: zoo show MODEL" if cards else "No model is that small or that sparse."
+    show_table(stdout(), Table("", columns, rows, note))
+    return 0
+
+
+def show_command(argv: Sequence[str]) -> int:
+    """`zoo show`."""
+    options = parse(Show, argv, "show")
+    from zoo.catalog import find
+
+    bundle = find(options.name)
+    card = bundle.card
+    if options.json:
+        print_json(card.to_dict())
+        return 0
+    from zoo.report.terminal import show_table
+
+    console = stdout()
+    console.print(f"[bold]{card.reference}[/bold]", highlight=False)
+    console.print(card.summary, markup=False)
+    for table in _card_tables(card):
+        show_table(console, table)
+    facts = {
+        "Architecture": f"{card.architecture.name} {_arguments(card.architecture.args)}",
+        "Method": f"{card.method.name} {_arguments(card.method.hyperparameters)} seed={card.method.seed}",
+        "Dense twin": card.dense_twin or "it is dense itself",
+        "Made by": f"{card.training.command}  ({numbers.seconds(card.training.seconds)})",
+        "Data": f"{card.data.name}, {card.data.source}, {card.data.licence}",
+        "Licence": card.license,
+        "Citation": card.citation.strip(),
+        "Evidence": card.evidence or "",
+        "Weights": f"{bundle.weights}, sha256 {card.weights.sha256}",
+    }
+    for name, text in facts.items():
+        if text:
+            console.print(f"{name + ':':<14}{text}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _list_names(options: List) -> int:
+    from zoo import registry
+
+    known = {
+        "tasks": registry.TASKS,
+        "methods": registry.METHODS,
+        "experiments": registry.EXPERIMENTS,
+        "architectures": registry.ARCHITECTURES,
+        "finetuners": registry.FINETUNERS,
+    }
+    names = known[options.kind].names(options.glob)
+    if options.json:
+        print_json(names)
+    else:
+        for name in names:
+            print(name)
+    return 0
+
+
+def _brief(card: Card) -> dict[str, Any]:
+    return {
+        "name": card.name,
+        "version": card.version,
+        "domain": card.domain,
+        "method": card.method.name,
+        "summary": card.summary,
+        "sparsity": card.sparsity.overall,
+        "parameters": card.cost.parameters.model_dump(),
+        "flops": card.cost.flops.model_dump(),
+        "bytes": card.cost.bytes.model_dump(),
+        "metrics": [
+            {
+                "task": metric.task,
+                "metric": metric.metric,
+                "value": metric.value,
+                "dense": metric.dense.value if metric.dense else None,
+            }
+            for metric in card.metrics
+        ],
+        "dense_twin": card.dense_twin,
+    }
+
+
+def _card_tables(card: Card) -> list[Any]:
+    from zoo.harness.tables import Table
+
+    metrics = []
+    for metric in card.metrics:
+        seeds = f"{numbers.value(metric.mean)} ± {numbers.value(metric.spread)} ({len(metric.per_seed)})"
+        dense = metric.dense
+        metrics.append(
+            [
+                metric.task,
+                f"{metric.metric} ({metric.split})",
+                numbers.value(metric.value, metric.stderr),
+                numbers.value(dense.value) if dense else "",
+                seeds,
+                f"{numbers.value(dense.mean)} ± {numbers.value(dense.spread)} ({len(dense.per_seed)})"
+                if dense
+                else "",
+            ]
+        )
+    columns = ["task", "metric", "this model", "dense twin", "mean ± spread (seeds)", "dense twin's"]
+    cost = card.cost
+    costs = [
+        ["parameters", numbers.count(cost.parameters.dense), numbers.count(cost.parameters.kept)],
+        ["FLOPs per pass", numbers.count(cost.flops.dense), numbers.count(cost.flops.sparse)],
+        ["tensors", numbers.size(cost.bytes.dense), numbers.size(cost.bytes.sparse)],
+        ["file on disk", "", numbers.size(cost.bytes.on_disk)],
+    ]
+    tables = [Table("Measured", columns, metrics), Table("Cost", ["", "dense", "sparse"], costs)]
+    if card.sparsity.parts:
+        parts = [
+            [name, f"{part.kept:,}", f"{part.total:,}", numbers.percent(part.sparsity), part.pattern]
+            for name, part in card.sparsity.parts.items()
+        ]
+        tables.append(Table("Sparsity", ["part", "kept", "of", "sparsity", "pattern"], parts))
+    return tables
+
+
+def _arguments(values: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())

@@ -1,0 +1,183 @@
+"""`zoo sparsify`, `zoo finetune`, `zoo reproduce`: options come from the dataclass of what is run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from zoo.cli import OK
+from zoo.cli.console import note, print_json, progress_bar, stdout
+from zoo.cli.parsing import Positional, command_line, is_help, parse_with, positional, take_option
+from zoo.errors import ConfigError
+from zoo.harness.tables import Table
+
+
+@dataclass
+class Sparsify:
+    """Options of `zoo sparsify` itself; the method's own are added."""
+
+    model: Annotated[Positional[str], positional("MODEL")]
+    """The model to start from: a name, folder or hf://owner/name; usually a dense twin."""
+
+    out: Path
+    """Folder for the new bundle."""
+
+    name: str | None = None
+    """Name on the card; by default the domain and the folder's name."""
+
+    overwrite: bool = False
+    """Replace the bundle that is there."""
+
+    json: bool = False
+    """Print the new card as JSON."""
+
+
+@dataclass
+class Finetune:
+    """Options of `zoo finetune` itself; the domain's own are added."""
+
+    json: bool = False
+    """Print the new card as JSON."""
+
+
+@dataclass
+class Reproduce:
+    """Options of `zoo reproduce` itself; the experiment's own are added."""
+
+    results: Path = Path("results")
+    """Folder for NAME.json, NAME.md and the plots."""
+
+    cells: Path | None = None
+    """Folder of finished work, from which an interrupted run goes on; by default in the cache."""
+
+    report: Path | None = None
+    """Also write one HTML page."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def sparsify_command(argv: Sequence[str]) -> int:
+    """`zoo sparsify MODEL --method NAME --out DIR ...`."""
+    from zoo.registry import METHODS
+
+    method_name, rest = take_option(argv, "method", "prune")
+    method_class: Any = METHODS.get(method_name)
+    description = (
+        "Make a sparse model and measure it beside its dense twin. "
+        f"The options include those of --method {method_name}; methods: {', '.join(METHODS.names())}."
+    )
+    options, method = parse_with(Sparsify, method_class, rest, "sparsify", description)
+    from zoo.catalog import find
+    from zoo.harness.making import Origin, make_bundle
+
+    source = find(options.model)
+    name = options.name or f"{source.card.domain}/{options.out.name}"
+    origin = Origin(name, method_name, command_line("sparsify", argv))
+    with progress_bar() as progress:
+        path = make_bundle(
+            source, method, origin, options.out, overwrite=options.overwrite, progress=progress
+        )  # fmt: skip
+    return _show_new(path, options.json)
+
+
+def finetune_command(argv: Sequence[str]) -> int:
+    """`zoo finetune DOMAIN ...`."""
+    from zoo.registry import FINETUNERS
+
+    domains = FINETUNERS.names()
+    if not argv or argv[0].startswith("-"):
+        usage = f"usage: zoo finetune DOMAIN ...   with DOMAIN one of: {', '.join(domains) or 'none'}"
+        if is_help(argv):
+            print(f"{usage}\n\nzoo finetune DOMAIN --help shows the options of a domain.")
+            return OK
+        raise ConfigError(usage)
+    config_class: Any = FINETUNERS.get(argv[0])
+    options, config = parse_with(
+        Finetune, config_class, argv[1:], f"finetune {argv[0]}", config_class.__doc__
+    )
+    path = config.run()
+    return _show_new(path, options.json, before=getattr(config, "model", None))
+
+
+def reproduce_command(argv: Sequence[str]) -> int:
+    """`zoo reproduce NAME ...`."""
+    from zoo.registry import EXPERIMENTS
+
+    if not argv or argv[0].startswith("-"):
+        usage = (
+            f"usage: zoo reproduce NAME ...   with NAME one of: {', '.join(EXPERIMENTS.names()) or 'none'}"
+        )
+        if is_help(argv):
+            print(f"{usage}\n\nzoo reproduce NAME --help shows the options of an experiment.")
+            return OK
+        raise ConfigError(usage)
+    from zoo.harness.experiments import get_experiment, reproduce
+    from zoo.report.terminal import show_experiment
+
+    experiment = get_experiment(argv[0])
+    description = f"{experiment.title}. Paper: {experiment.paper}"
+    options, config = parse_with(
+        Reproduce, experiment.config_class, argv[1:], f"reproduce {argv[0]}", description
+    )
+    with progress_bar() as progress:
+        done = reproduce(argv[0], config, out=options.results, cells=options.cells, progress=progress)
+    if options.json:
+        print_json(dataclasses.asdict(done.result))
+    else:
+        show_experiment(stdout(), done.result)
+    files = list(done.files)
+    if options.report is not None:
+        from shared.io import atomic_write
+        from zoo.report.html import experiment_page
+
+        facts = {"Command": command_line("reproduce", argv), "Time": f"{done.seconds:.0f} s"}
+        page = experiment_page(experiment.title, f"Paper: {experiment.paper}", done.result, facts)
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        files.append(atomic_write(options.report, page.encode()))
+    note(f"{done.seconds:.0f} s; written: {', '.join(str(file) for file in files)}")
+    return OK
+
+
+def _show_new(path: Path, as_json: bool, before: Any = None) -> int:
+    """Print what became of a model: its figures beside those of where it came from and of its dense twin."""
+    from zoo.catalog import find
+    from zoo.report import numbers
+    from zoo.report.terminal import show_table
+
+    card = find(path).card
+    if as_json:
+        print_json(card.to_dict())
+        return OK
+    earlier = _figures(before)
+    rows = [
+        [
+            metric.task,
+            metric.metric,
+            numbers.value(earlier[metric.task, metric.metric])
+            if (metric.task, metric.metric) in earlier
+            else "",
+            numbers.value(metric.value, metric.stderr),
+            numbers.value(metric.dense.value) if metric.dense else "",
+        ]
+        for metric in card.metrics
+    ]
+    table = Table(card.reference, ["task", "metric", "before", "after", "dense twin"], rows)
+    show_table(stdout(), table)
+    note(
+        f"{numbers.percent(card.sparsity.overall)} sparse, {numbers.size(card.cost.bytes.on_disk)} on disk. "
+        f"Written to {path}\nNext: zoo verify {path}"
+    )
+    return OK
+
+
+def _figures(model: Any) -> dict[tuple[str, str], float]:
+    """Figures on the card of the model that a fine-tuning started from."""
+    if model is None:
+        return {}
+    from zoo.catalog import find
+
+    return {(metric.task, metric.metric): metric.value for metric in find(model).card.metrics}

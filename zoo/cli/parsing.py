@@ -1,0 +1,123 @@
+"""Options from dataclasses, by tyro, with usage errors of one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from zoo.errors import ConfigError
+
+T = TypeVar("T")
+
+#: A positional argument: `name: Positional[str]`.
+Positional = tyro.conf.Positional
+
+
+def positional(metavar: str) -> Any:
+    """Annotation of a positional argument shown as `metavar`."""
+    return tyro.conf.arg(metavar=metavar)
+
+
+def parse(options: type[T], argv: Sequence[str], command: str, description: str | None = None) -> T:
+    """Read the options of a command.
+
+    Raises:
+        ConfigError: wrong usage, in one line.
+        SystemExit: with code 0 after `--help` was printed.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                options,
+                args=list(argv),
+                prog=f"zoo {command}",
+                description=description,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise ConfigError(f"{_condense(errors.getvalue())}; see `zoo {command} --help`") from None
+
+
+def parse_with(
+    common: type, part: type, argv: Sequence[str], command: str, description: str | None = None
+) -> tuple[Any, Any]:
+    """Read the options of a command together with those of a method or experiment, as one flat list.
+
+    Args:
+        common: dataclass of the command's own options.
+        part: dataclass of the options of what the command runs.
+        argv: what was typed.
+        command: for messages and usage.
+        description: for the help.
+
+    Raises:
+        ConfigError: wrong usage, or a `part` whose fields hide those of `common`.
+    """
+    own = {field.name for field in dataclasses.fields(common)}
+    if clash := own & {field.name for field in dataclasses.fields(part)}:
+        raise ConfigError(
+            f"{part.__name__} has the option {sorted(clash)[0]!r}, which `zoo {command}` has itself"
+        )
+    flat = tyro.conf.arg(name="")
+    fields: list[Any] = [("common", Annotated[common, flat]), ("part", Annotated[part, flat])]
+    both = dataclasses.make_dataclass("Options", fields)
+    read: Any = parse(both, argv, command, description)
+    return read.common, read.part
+
+
+def take_option(argv: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:
+    """The value of `--name VALUE` or `--name=VALUE`, and the arguments without it.
+
+    Raises:
+        ConfigError: the value is missing.
+    """
+    rest, value = list(argv), default
+    for index, argument in enumerate(argv):
+        if argument == f"--{name}":
+            if index + 1 >= len(argv) or argv[index + 1].startswith("-"):
+                raise ConfigError(f"--{name} needs a value")
+            return argv[index + 1], rest[:index] + rest[index + 2 :]
+        if argument.startswith(f"--{name}="):
+            return argument.partition("=")[2], rest[:index] + rest[index + 1 :]
+    return value, rest
+
+
+def command_line(command: str, argv: Sequence[str]) -> str:
+    """What the user typed, for cards and reports."""
+    import shlex
+
+    return shlex.join(["zoo", command, *argv])
+
+
+def _condense(box: str) -> str:
+    """tyro's framed message as one line: the culprit, then the near misses."""
+    lines = [re.sub(r"^[│╭╰][ ─]*|[ ─]*[│╮╯]$", "", line).strip() for line in box.splitlines()]
+    parts: list[list[str]] = [[]]
+    for line, raw in zip(lines, box.splitlines(), strict=True):
+        if raw.startswith(("╭", "╰")):
+            continue
+        if not line or set(line) <= {"─"}:
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    filled = [part for part in parts if part]
+    message = " ".join(filled[0]).rstrip(":") if filled else "wrong usage"
+    for part in filled[1:]:
+        options = [line for line in part[1:] if line.startswith("-")]
+        if part[0].startswith("Perhaps you meant") and options:
+            message += f"; did you mean {' or '.join(options[:2])}?"
+    return message
+
+
+def is_help(argv: Sequence[str]) -> bool:
+    """Whether help was asked for."""
+    return "-h" in argv or "--help" in argv
