@@ -12,7 +12,7 @@ from typing import Annotated
 
 from zoo.cli import CHECK_FAILED, OK
 from zoo.cli.console import note, print_json
-from zoo.cli.parsing import Positional, parse, positional
+from zoo.cli.parsing import Positional, metavar, parse
 from zoo.errors import ConfigError, UnknownNameError
 from zoo.names import suggestion
 
@@ -22,7 +22,7 @@ class Bench:
     """Run benchmarks of a source checkout; without a name, list them. Exit code 1 if a stated goal was
     missed."""
 
-    names: Annotated[Positional[tuple[str, ...]], positional("NAME")] = ()
+    names: Annotated[tuple[str, ...], Positional, metavar("NAME")] = ()
     """Which to run; `all` for all."""
 
     quick: bool = False

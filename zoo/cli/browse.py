@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from zoo.cards import Card
 from zoo.cli.console import print_json, stdout
-from zoo.cli.parsing import Positional, parse, positional
+from zoo.cli.parsing import Positional, metavar, parse
 from zoo.report import numbers
 
 
@@ -16,7 +16,7 @@ from zoo.report import numbers
 class List:
     """List models, or what else the zoo knows by name."""
 
-    glob: Annotated[Positional[str], positional("GLOB")] = "*"
+    glob: Annotated[str, Positional, metavar("GLOB")] = "*"
     """Which names, e.g. 'graph/*cora*' (quote it)."""
 
     kind: Literal["models", "tasks", "methods", "experiments", "architectures", "finetuners"] = "models"
@@ -45,7 +45,7 @@ class List:
 class Show:
     """Show a model's card: figures beside its dense twin's, cost, training, data, licence."""
 
-    name: Annotated[Positional[str], positional("MODEL")]
+    name: Annotated[str, Positional, metavar("MODEL")]
     """A name, name@version, folder or hf://owner/name."""
 
     json: bool = False

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from zoo.cli import OK
 from zoo.cli.console import note, print_json, progress_bar, stdout
-from zoo.cli.parsing import Positional, command_line, is_help, parse_with, positional, take_option
+from zoo.cli.parsing import Positional, command_line, is_help, metavar, parse_with, take_option
 from zoo.errors import ConfigError
 from zoo.harness.tables import Table
 
@@ -19,7 +19,7 @@ from zoo.harness.tables import Table
 class Sparsify:
     """Options of `zoo sparsify` itself; the method's own are added."""
 
-    model: Annotated[Positional[str], positional("MODEL")]
+    model: Annotated[str, Positional, metavar("MODEL")]
     """The model to start from: a name, folder or hf://owner/name; usually a dense twin."""
 
     out: Path

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from shared.io import atomic_write
 from zoo.cli import CHECK_FAILED, OK
 from zoo.cli.console import note, print_json, progress_bar, stdout
-from zoo.cli.parsing import Positional, parse, positional
+from zoo.cli.parsing import Positional, metavar, parse
 from zoo.errors import ConfigError
 
 Execution = Literal["masked", "packed"]
@@ -23,7 +23,7 @@ class Eval:
     """Evaluate models on tasks. Finished runs are kept: after a kill the same command goes on where it
     stood."""
 
-    models: Annotated[Positional[tuple[str, ...]], positional("MODEL")]
+    models: Annotated[tuple[str, ...], Positional, metavar("MODEL")]
     """Names, quoted globs, folders, hf://owner/name, or package.module:callable."""
 
     task: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Compare:
     Exit code 1 if --margin is given and a model is not shown to be within it.
     """
 
-    models: Annotated[Positional[tuple[str, ...]], positional("MODEL")]
+    models: Annotated[tuple[str, ...], Positional, metavar("MODEL")]
     """Two or more names, globs or folders; or one that has a dense twin."""
 
     task: str | None = None
@@ -94,7 +94,7 @@ class Verify:
     Exit code 1 if a figure does not come back.
     """
 
-    models: Annotated[Positional[tuple[str, ...]], positional("MODEL")]
+    models: Annotated[tuple[str, ...], Positional, metavar("MODEL")]
     """Names, quoted globs, or folders."""
 
     tolerance: float = 1e-4

@@ -15,13 +15,13 @@ from zoo.errors import ConfigError
 
 T = TypeVar("T")
 
-#: A positional argument: `name: Positional[str]`.
-Positional = tyro.conf.Positional
+#: Makes an argument positional: `name: Annotated[str, Positional, metavar("MODEL")]`.
+Positional: Any = tyro.conf.Positional
 
 
-def positional(metavar: str) -> Any:
-    """Annotation of a positional argument shown as `metavar`."""
-    return tyro.conf.arg(metavar=metavar)
+def metavar(name: str) -> Any:
+    """How an argument is shown in the usage."""
+    return tyro.conf.arg(metavar=name)
 
 
 def parse(options: type[T], argv: Sequence[str], command: str, description: str | None = None) -> T:
@@ -31,9 +31,9 @@ def parse(options: type[T], argv: Sequence[str], command: str, description: str 
         ConfigError: wrong usage, in one line.
         SystemExit: with code 0 after `--help` was printed.
     """
-    errors = io.StringIO()
+    printed, errors = _Capture(), _Capture()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
             return tyro.cli(
                 options,
                 args=list(argv),
@@ -43,8 +43,9 @@ def parse(options: type[T], argv: Sequence[str], command: str, description: str 
             )
     except SystemExit as error:
         if not error.code:
+            print(_readable(printed.text()), end="")
             raise
-        raise ConfigError(f"{_condense(errors.getvalue())}; see `zoo {command} --help`") from None
+        raise ConfigError(f"{_condense(errors.text())}; see `zoo {command} --help`") from None
 
 
 def parse_with(
@@ -98,6 +99,18 @@ def command_line(command: str, argv: Sequence[str]) -> str:
     return shlex.join(["zoo", command, *argv])
 
 
+class _Capture(io.TextIOWrapper):
+    """Collects text; says that it is UTF-8, without which tyro would draw its boxes in ASCII."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="utf-8", write_through=True)
+
+    def text(self) -> str:
+        """All that was written."""
+        self.seek(0)
+        return self.read()
+
+
 def _condense(box: str) -> str:
     """tyro's framed message as one line: the culprit, then the near misses."""
     lines = [re.sub(r"^[│╭╰][ ─]*|[ ─]*[│╮╯]$", "", line).strip() for line in box.splitlines()]
@@ -112,10 +125,22 @@ def _condense(box: str) -> str:
     filled = [part for part in parts if part]
     message = " ".join(filled[0]).rstrip(":") if filled else "wrong usage"
     for part in filled[1:]:
-        options = [line for line in part[1:] if line.startswith("-")]
+        options = [line.split()[0] for line in part[1:] if line.startswith("--")]
         if part[0].startswith("Perhaps you meant") and options:
             message += f"; did you mean {' or '.join(options[:2])}?"
     return message
+
+
+def _readable(text: str) -> str:
+    """tyro's help without the `{None}|` before the type of an option that may be left out."""
+    lines = []
+    for line in text.splitlines(keepends=True):
+        short = line.replace("{None}|", "")
+        if len(short) < len(line) and short.rstrip().endswith("│"):
+            head, _, tail = short.rpartition("│")
+            short = head + " " * (len(line) - len(short)) + "│" + tail
+        lines.append(short)
+    return "".join(lines)
 
 
 def is_help(argv: Sequence[str]) -> bool:

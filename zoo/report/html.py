@@ -42,9 +42,9 @@ def records_page(records: Sequence[Record], *, title: str = "Sparse model zoo: e
     ]
     lead = (
         f"{len({r.model for r in records})} models on {len(sections)} tasks. "
-        "Each sparse model stands beside its dense twin, which has the same architecture, data and recipe; in "
-        "the plots the twin's value is the dashed line. The thin stepped line joins the runs that none beats on "
-        "both axes (the Pareto front). Numbers beside points are rows of the table."
+        "Each sparse model stands beside its dense twin, which has the same architecture, data and "
+        "recipe; in the plots the twin's value is the dashed line. The thin stepped line joins the runs that "
+        "none beats on both axes (the Pareto front). Numbers beside points are rows of the table."
     )
     facts: dict[str, str] = {}
     if records:
