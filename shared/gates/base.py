@@ -72,7 +72,7 @@ def harden(model: nn.Module) -> MaskSet:
                 # weight.
                 value = gate(original).masked_fill(~keep, 0)
                 gate.train(training)
-            parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
+            _restore(module, tensor_name)
             with torch.no_grad():
                 original.copy_(value)
             found[name] = Mask(keep, gate.pattern)
@@ -85,3 +85,18 @@ def harden(model: nn.Module) -> MaskSet:
     masks.apply_(model)
     set_masks(model, masks)
     return masks
+
+
+def _restore(module: nn.Module, tensor_name: str) -> None:
+    """Remove the parametrisation and put the original parameter back, in its usual place."""
+    # A deep copy shares the class that torch made for the parametrised module, and removing a parametrisation
+    # deletes the property from that class; on a class of its own, the module leaves its copies alone.
+    shared = type(module)
+    own = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, own)
+    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
+    if tensor_name == "weight":
+        # torch puts it back behind the bias, but optimiser checkpoints know parameters by their order only.
+        others = [name for name in module._parameters if name != "weight"]
+        for name in others:
+            module._parameters[name] = module._parameters.pop(name)
