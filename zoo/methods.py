@@ -12,7 +12,7 @@ A domain or another package registers one in `zoo.registry.METHODS` (entry point
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -40,6 +40,7 @@ class Sparsified:
     parts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
+@runtime_checkable
 class Method(Protocol):
     """A dataclass with this method."""
 

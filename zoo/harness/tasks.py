@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
@@ -25,6 +25,7 @@ from zoo.errors import TaskError
 from zoo.registry import TASKS
 
 
+@runtime_checkable
 class Progress(Protocol):
     """How long work says where it stands: `done` of `total` steps, with a short note."""
 

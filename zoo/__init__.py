@@ -1,0 +1,80 @@
+"""The sparse model zoo: sparse models found by name, loaded, fine-tuned, evaluated beside their dense twins.
+
+    import zoo
+
+    zoo.list_models("graph/*cora*")
+    model = zoo.load("graph/teddy-gcn-cora-g30-w80")
+    zoo.info(model).card
+
+`import zoo` imports no library; each function below is imported with what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shared.sparsifier import sparsify
+    from zoo.bundles import info, load, save
+    from zoo.catalog import card, list_models
+    from zoo.finetuning import finetune
+    from zoo.harness.compare import compare
+    from zoo.harness.experiments import reproduce
+    from zoo.harness.runner import evaluate
+    from zoo.harness.tasks import register_task
+    from zoo.harness.verify import verify
+    from zoo.hub import pull, push
+    from zoo.registry import register_architecture, register_experiment, register_method
+
+__all__ = [
+    "card",
+    "compare",
+    "evaluate",
+    "finetune",
+    "info",
+    "list_models",
+    "load",
+    "pull",
+    "push",
+    "register_architecture",
+    "register_experiment",
+    "register_method",
+    "register_task",
+    "reproduce",
+    "save",
+    "sparsify",
+    "verify",
+]
+
+_HOMES = {
+    "card": "zoo.catalog",
+    "compare": "zoo.harness.compare",
+    "evaluate": "zoo.harness.runner",
+    "finetune": "zoo.finetuning",
+    "info": "zoo.bundles",
+    "list_models": "zoo.catalog",
+    "load": "zoo.bundles",
+    "pull": "zoo.hub",
+    "push": "zoo.hub",
+    "register_architecture": "zoo.registry",
+    "register_experiment": "zoo.registry",
+    "register_method": "zoo.registry",
+    "register_task": "zoo.harness.tasks",
+    "reproduce": "zoo.harness.experiments",
+    "save": "zoo.bundles",
+    "sparsify": "shared.sparsifier",
+    "verify": "zoo.harness.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
