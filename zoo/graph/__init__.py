@@ -1,0 +1,42 @@
+"""Graph neural networks with few edges and few weights: TEDDY's one-shot tickets and what they are measured against.
+
+Importing this package imports neither torch nor torch-geometric: everything is registered by address.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, TASKS
+
+ARCHITECTURES.register("graph/gcn", "zoo.graph.models:GCN")
+ARCHITECTURES.register("graph/gin", "zoo.graph.models:GIN")
+ARCHITECTURES.register("graph/gat", "zoo.graph.models:GAT")
+METHODS.register("teddy", "zoo.graph.method:Teddy")
+TASKS.register("graph/cora", "zoo.graph.tasks:Cora")
+TASKS.register("graph/citeseer", "zoo.graph.tasks:Citeseer")
+TASKS.register("graph/pubmed", "zoo.graph.tasks:Pubmed")
+TASKS.register("graph/cs", "zoo.graph.tasks:CoauthorCS")
+TASKS.register("graph/digits", "zoo.graph.tasks:Digits")
+EXPERIMENTS.register("teddy", "zoo.graph.reproduce:TeddyExperiment")
+FINETUNERS.register("graph", "zoo.graph.finetune:Finetune")
+
+_PUBLIC = {
+    "GAT": "models",
+    "GCN": "models",
+    "GIN": "models",
+    "TeddyPrune": "transform",
+    "load_graph": "data",
+    "ticket_mask": "teddy",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"zoo.graph.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -15,6 +15,7 @@ import torch
 import torch_geometric.nn as pyg
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from zoo.errors import DataError
@@ -51,7 +52,7 @@ class GINLayer(pyg.GINConv):
         if isinstance(graph, Tensor):
             out: Tensor = super().forward(x, graph)
             return out
-        hidden = project(x, self.nn.weight)
+        hidden = project(x, self.nn.weight) if isinstance(self.nn, nn.Linear) else self.nn(_as_dense(x))
         if graph.weight is None:
             return graph.matrix @ hidden + (1 + self.eps) * hidden
         return graph.matrix.weighted(graph.weight, hidden) + (1 + self.eps) * hidden
@@ -128,13 +129,33 @@ class GraphModel(nn.Module):
         return features, Adjacency.build(kept, len(x), self_loops=self.self_loops, dtype=x.dtype)
 
     def forward(self, x: Features, graph: Tensor | Adjacency) -> Float[Tensor, "nodes classes"]:
-        """Logits of every node, from plain tensors or from what `prepare` returned."""
+        """Logits of every node, from plain tensors or from what `prepare` returned.
+
+        Weights stored in another precision (bundles store half) are converted to that of `x` for the computation.
+        """
         if isinstance(graph, Tensor):
             graph = self.surviving(graph, x.shape[0])
-        return self.network(x, graph)
+        dtype = x.value.dtype if isinstance(x, SparseMatrix) else x.dtype
+        if all(p.dtype == dtype for p in self.parameters()):
+            return self.network(x, graph)
+        converted = {name: p.to(dtype) for name, p in self.named_parameters()}
+        out: Tensor = functional_call(_Network(self), {f"model.{k}": v for k, v in converted.items()}, (x, graph))
+        return out
 
     def network(self, x: Features, graph: Tensor | Adjacency) -> Tensor:
         raise NotImplementedError
+
+
+class _Network(nn.Module):
+    """A model without its `forward`: what runs after inputs and precision are settled."""
+
+    def __init__(self, model: GraphModel) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, x: Features, graph: Tensor | Adjacency) -> Tensor:
+        return self.model.network(x, graph)
 
 
 class GCN(GraphModel):
@@ -213,6 +234,10 @@ def project(x: Features, weight: Float[Tensor, "out features"]) -> Float[Tensor,
     if isinstance(x, SparseMatrix):
         return x @ weight.t().contiguous()
     return functional.linear(x, weight)
+
+
+def _as_dense(x: Features) -> Tensor:
+    return x.dense() if isinstance(x, SparseMatrix) else x
 
 
 def _dropout(x: Features, p: float, training: bool) -> Features:

@@ -206,4 +206,4 @@ def accuracy_of(
     logits: Float[Tensor, "nodes classes"], labels: Int[Tensor, " nodes"], nodes: Int[Tensor, " chosen"]
 ) -> float:
     """Share of `nodes` whose largest logit is their label's."""
-    return float((logits[nodes].argmax(1) == labels[nodes]).float().mean())
+    return float((logits[nodes].argmax(1) == labels[nodes]).double().mean())

@@ -1,0 +1,94 @@
+"""Node classification on the zoo's graphs, as harness tasks."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import TaskError
+from zoo.graph.data import load_graph
+from zoo.graph.edges import fingerprint
+from zoo.graph.flops import count_graph
+from zoo.graph.models import GraphModel
+from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
+
+
+class NodeClassification(Task):
+    """Accuracy on the test nodes of one graph, in one full-batch pass over the whole graph.
+
+    The model is called as `model(x, edge_index)` with all edges; a ticket drops its own. Subclasses name the graph.
+    """
+
+    domain = "graph"
+    primary = "accuracy"
+    graph: ClassVar[str]
+    features: ClassVar[int]
+    classes: ClassVar[int]
+
+    def accepts(self, card: Any) -> bool:
+        """Models whose widths are those of the graph."""
+        args = card.architecture.args
+        widths = (args.get("in_channels"), args.get("out_channels"))
+        return card.domain == self.domain and widths == (self.features, self.classes)
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        """Accuracy with its standard error over the test nodes; samples are 1 for right and 0 for wrong."""
+        data = load_graph(self.graph)
+        nodes = data.test_mask.nonzero().flatten()
+        with torch.no_grad():
+            logits = self._logits(model, data.x, data.edge_index)
+        right = logits[nodes].argmax(1) == data.y[nodes]
+        digest = f"{fingerprint(data.edge_index, int(data.num_nodes))}:{len(nodes)}"
+        return TaskResult.from_samples({"accuracy": right.double().tolist()}, digest)
+
+    def flops(self, model: nn.Module) -> Flops | None:
+        """Operations of one pass over the graph; dropped edges and weights are not among the sparse ones."""
+        if not isinstance(model, GraphModel):
+            return None
+        data = load_graph(self.graph)
+        total = count_graph(model, data.x, data.edge_index).total
+        return Flops(total.flops, total.flops_kept)
+
+    def _logits(self, model: nn.Module, x: Tensor, edge_index: Tensor) -> Tensor:
+        logits = model(x, edge_index)
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != (len(x), self.classes):
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise TaskError(f"{self.name} expects logits of shape {(len(x), self.classes)}. Received: {shape}.")
+        return logits
+
+
+@register_task
+class Cora(NodeClassification):
+    """Cora, Planetoid's public split (1,000 test nodes)."""
+
+    name, graph, features, classes = "graph/cora", "cora", 1433, 7
+
+
+@register_task
+class Citeseer(NodeClassification):
+    """CiteSeer, Planetoid's public split (1,000 test nodes)."""
+
+    name, graph, features, classes = "graph/citeseer", "citeseer", 3703, 6
+
+
+@register_task
+class Pubmed(NodeClassification):
+    """PubMed, Planetoid's public split (1,000 test nodes)."""
+
+    name, graph, features, classes = "graph/pubmed", "pubmed", 500, 3
+
+
+@register_task
+class CoauthorCS(NodeClassification):
+    """Coauthor-CS, 20 training and 30 validation nodes per class drawn once, 17,583 test nodes."""
+
+    name, graph, features, classes = "graph/cs", "cs", 6805, 15
+
+
+@register_task
+class Digits(NodeClassification):
+    """scikit-learn's digits, 8-nearest-neighbour graph, 1,297 test images."""
+
+    name, graph, features, classes = "graph/digits", "digits", 64, 10
