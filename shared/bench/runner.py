@@ -1,0 +1,229 @@
+"""What every script in benchmarks/ shares: flags, table, goals, JSON, exit code.
+
+    def cells(quick: bool, threads: int) -> Iterator[Cell]:
+        for sparsity in (0.5, 0.9):
+            ...
+            yield Cell({"zeros": f"{sparsity:.0%}"}, ours, {"torch": dense, "mkl": csr}, Bound(nbytes, flops),
+                       Goal(1.6, over=("torch",)))
+
+    if __name__ == "__main__":
+        sys.exit(main("sparse_linear is faster than dense from 50 % zeros", cells))
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from shared.bench.machine import Bound, Limits, limits, machine
+from shared.bench.timing import Clock, Ratio, Timing, compare, ratio, threads
+from shared.io import write_json
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A promised speed: at least `ratio` times that of the best of the peers `over` (of all if empty)."""
+
+    ratio: float | int
+    over: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of a table.
+
+    Attributes:
+        labels: what the line is about, such as {"zeros": "90%", "batch": 8}.
+        ours: the function that the claim is about.
+        peers: name -> another program doing the same job; at least one.
+        bound: work that nobody can avoid.
+        goal: what `ours` must reach in this cell.
+        group: name of a set of cells that has a goal for its geometric mean.
+    """
+
+    labels: Mapping[str, object]
+    ours: Callable[[], object]
+    peers: Mapping[str, Callable[[], object]]
+    bound: Bound | None = None
+    goal: Goal | None = None
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.peers or "ours" in self.peers:
+            raise ValueError(f"cell {dict(self.labels)}: needs peers, none of them named 'ours'; "
+                             f"received {list(self.peers)}")
+        unknown = set(self.goal.over if self.goal else ()) - set(self.peers)
+        if unknown:
+            raise ValueError(f"cell {dict(self.labels)}: the goal names {sorted(unknown)}, the peers are "
+                             f"{list(self.peers)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured cell."""
+
+    cell: Cell
+    timings: dict[str, Timing]
+    limits: Limits
+
+    def best(self, names: Sequence[str] = ()) -> str:
+        """The fastest of the named peers, of all peers if none is named."""
+        return min(names or self.cell.peers, key=lambda name: self.timings[name].median)
+
+    def against(self, names: Sequence[str] = ()) -> Ratio:
+        """How much faster ours is than the best of the named peers."""
+        return ratio(self.timings[self.best(names)], self.timings["ours"])
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the cell's goal is met, None without a goal."""
+        goal = self.cell.goal
+        return None if goal is None else self.against(goal.over).value >= goal.ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; times in seconds."""
+        cell, goal = self.cell, self.cell.goal
+        result: dict[str, Any] = {
+            "labels": {key: value if isinstance(value, int | float) else str(value)
+                       for key, value in cell.labels.items()},
+            "seconds": {name: {"median": t.median, "p10": t.p10, "p90": t.p90, "samples": len(t.samples)}
+                        for name, t in self.timings.items()},
+            "best_peer": self.best(),
+            "ratio": asdict(self.against()),
+            "group": cell.group,
+        }
+        if cell.bound is not None:
+            seconds = cell.bound.seconds(self.limits)
+            result["bound"] = {"bytes": cell.bound.bytes, "flops": cell.bound.flops, "seconds": seconds,
+                               "kind": cell.bound.kind(self.limits),
+                               "share": seconds / self.timings["ours"].median}
+        if goal is not None:
+            over = self.best(goal.over)
+            result["goal"] = {"ratio": goal.ratio, "over": over, "reached": self.against(goal.over).value,
+                              "met": self.met}
+        return result
+
+
+@dataclass
+class Table:
+    """All rows of a claim, with the goals of its groups."""
+
+    claim: str
+    group_goals: Mapping[str, Goal] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    def group_results(self) -> dict[str, tuple[float, bool]]:
+        """Group -> (geometric mean of the ratios over its cells, whether the goal is met)."""
+        results = {}
+        for name, goal in self.group_goals.items():
+            ratios = [row.against(goal.over).value for row in self.rows if row.cell.group == name]
+            if ratios:  # a quick run may leave a group out
+                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                results[name] = (mean, mean >= goal.ratio)
+        return results
+
+    @property
+    def missed(self) -> int:
+        """Number of goals that were not met."""
+        cells = sum(row.met is False for row in self.rows)
+        return cells + sum(not met for _, met in self.group_results().values())
+
+    def __str__(self) -> str:
+        peers = list(dict.fromkeys(name for row in self.rows for name in row.cell.peers))
+        labels = list(dict.fromkeys(key for row in self.rows for key in row.cell.labels))
+        lines = [[*labels, "ours ms", *(f"{name} ms" for name in peers), "bound ms", "of bound", "ratio",
+                  "best peer", "goal"]]
+        for row in self.rows:
+            bound = None if row.cell.bound is None else row.cell.bound.seconds(row.limits)
+            goal = row.cell.goal
+            times = {name: f"{timing.median * 1e3:.3f}" for name, timing in row.timings.items()}
+            lines.append([
+                *(str(row.cell.labels.get(key, "")) for key in labels),
+                *(times.get(name, "") for name in ("ours", *peers)),
+                "" if bound is None else f"{bound * 1e3:.3f}",
+                "" if bound is None else f"{bound / row.timings['ours'].median:.0%}",
+                str(row.against(goal.over if goal else ())),
+                row.best(goal.over if goal else ()),
+                "" if goal is None else f">= {goal.ratio:g}x {'met' if row.met else 'MISSED'}",
+            ])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [self.claim]
+        text += ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
+        for name, (mean, met) in self.group_results().items():
+            goal = self.group_goals[name]
+            verdict = "met" if met else "MISSED"
+            text.append(f"geometric mean, {name}: {mean:.2f}x, goal >= {goal.ratio:g}x {verdict}")
+        return "\n".join(text)
+
+
+def _arguments(claim: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    def count(text: str) -> int:
+        if not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+        return int(text)
+
+    parser = argparse.ArgumentParser(description=claim)
+    parser.add_argument("--quick", action="store_true", help="fewer cells and shorter blocks")
+    parser.add_argument("--threads", type=count, default=1, help="threads of every program (default 1)")
+    parser.add_argument("--json", metavar="FILE", help="also write the results and the machine they are from")
+    return parser.parse_args(argv)
+
+
+def main(
+    claim: str,
+    cells: Callable[[bool, int], Iterable[Cell]],
+    *,
+    group_goals: Mapping[str, Goal] | None = None,
+    argv: Sequence[str] | None = None,
+    clock: Clock | None = None,
+) -> int:
+    """Run a benchmark script: measure each cell, print the table, write JSON; 0 if every goal is met, else 1.
+
+    One thread is timed in CPU time of the process, which other programs on the machine disturb least; more
+    threads in wall time.
+
+    Args:
+        claim: the sentence that the script is to show.
+        cells: (quick, threads) -> cells, best as a generator, so that the data of one cell is freed before
+            the next.
+        group_goals: goals for geometric means over the cells of a group.
+        argv: command line, by default the process's own.
+        clock: another clock.
+    """
+    options = _arguments(claim, argv)
+    tick = clock or (time.process_time if options.threads == 1 else time.perf_counter)
+    before = machine()
+    table = Table(claim, group_goals or {})
+    with threads(options.threads):
+        ceiling = limits(options.threads, clock=tick, seconds=0.1 if options.quick else 0.5)
+        for cell in cells(options.quick, options.threads):
+            timings = compare({"ours": cell.ours, **cell.peers}, rounds=3 if options.quick else 6,
+                              block_seconds=0.03 if options.quick else 0.25, clock=tick)
+            table.rows.append(Row(cell, timings, ceiling))
+            shown = ", ".join(f"{key} {value}" for key, value in cell.labels.items())
+            print(f"{shown}: {table.rows[-1].against()}", file=sys.stderr, flush=True)
+    print(table)
+    after = os.getloadavg()[0]
+    # Our own threads count towards the load; anything beyond them is somebody else's.
+    loaded = max(before["load_average"][0], after - options.threads) > 0.5
+    print(f"{before['cpu']}, {options.threads} thread(s); {ceiling.bytes_per_second / 1e9:.1f} GB/s, "
+          f"{ceiling.flops_per_second / 1e9:.0f} GFLOP/s measured; load {before['load_average'][0]} before"
+          + (", UNDER LOAD: other programs ran, repeat on an idle machine" if loaded else ""))
+    if options.json:
+        write_json(options.json, {
+            "claim": claim, "machine": before, "threads": options.threads, "quick": options.quick,
+            "clock": getattr(tick, "__name__", "custom"), "limits": asdict(ceiling), "under_load": loaded,
+            "rows": [row.to_dict() for row in table.rows],
+            "groups": {name: {"ratio": mean, "goal": table.group_goals[name].ratio, "met": met}
+                       for name, (mean, met) in table.group_results().items()},
+            "missed": table.missed,
+        })
+    if table.missed:
+        print(f"{table.missed} goal(s) missed", file=sys.stderr)
+    return 1 if table.missed else 0
