@@ -91,6 +91,8 @@ def load_yaml(text: str | bytes, source: str) -> dict[str, Any]:
             text = text.decode("utf-8")
         _refuse_dangerous(text, source)
         value = _load(text)
+    except CardError:
+        raise  # a ValueError, too
     except UnicodeDecodeError as error:
         raise CardError(
             f"{source}: not UTF-8 text ({error.reason} at byte {error.start}). Is it a card at all?"
@@ -104,11 +106,11 @@ def load_yaml(text: str | bytes, source: str) -> dict[str, Any]:
     return value
 
 
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a YAML file as `load_yaml` does, without reading more than its limit."""
+def read_yaml(path: str | os.PathLike[str], source: str | None = None) -> dict[str, Any]:
+    """Read a YAML file as `load_yaml` does, without reading more than its limit; `source` is its path."""
     try:
         with Path(path).open("rb") as file:
-            return load_yaml(file.read(MAX_BYTES + 1), str(path))
+            return load_yaml(file.read(MAX_BYTES + 1), source or str(path))
     except OSError as error:
         raise CardError(f"{path}: cannot be read: {error.strerror or error}.") from error
 

@@ -220,6 +220,7 @@ def test_bad_yaml(text: str | bytes, message: str) -> None:
         load_yaml(text, "x/card.yaml")
     assert time.perf_counter() - start < 2
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+    assert str(caught.value).count("x/card.yaml") == 1
 
 
 def test_values_are_what_they_look_like() -> None:
