@@ -123,7 +123,7 @@ def _condense(box: str) -> str:
         else:
             parts[-1].append(line)
     filled = [part for part in parts if part]
-    message = " ".join(filled[0]).rstrip(":") if filled else "wrong usage"
+    message = " ".join(filled[0]).replace("{None}|", "").rstrip(":.") if filled else "wrong usage"
     for part in filled[1:]:
         options = [line.split()[0] for line in part[1:] if line.startswith("--")]
         if part[0].startswith("Perhaps you meant") and options:
@@ -132,15 +132,8 @@ def _condense(box: str) -> str:
 
 
 def _readable(text: str) -> str:
-    """tyro's help without the `{None}|` before the type of an option that may be left out."""
-    lines = []
-    for line in text.splitlines(keepends=True):
-        short = line.replace("{None}|", "")
-        if len(short) < len(line) and short.rstrip().endswith("│"):
-            head, _, tail = short.rpartition("│")
-            short = head + " " * (len(line) - len(short)) + "│" + tail
-        lines.append(short)
-    return "".join(lines)
+    """tyro's help without `{None}|` before the type of an option that may be left out, columns aligned."""
+    return re.sub(r"\{None\}\|(\S+)", lambda found: found[1] + " " * len("{None}|"), text)
 
 
 def is_help(argv: Sequence[str]) -> bool:

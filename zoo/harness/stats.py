@@ -11,6 +11,8 @@ import numpy as np
 
 from zoo.errors import DataError
 
+Values = Sequence[float | int] | np.ndarray
+
 # Elements drawn at once by the bootstrap: 4 million indices are 32 MB.
 CHUNK = 4_000_000
 
@@ -24,7 +26,7 @@ class Spread:
     n: int
 
 
-def spread(values: Sequence[float]) -> Spread:
+def spread(values: Values) -> Spread:
     """Mean and standard deviation over seeds.
 
     Raises:
@@ -65,8 +67,8 @@ class Difference:
 
 
 def paired_difference(
-    a: Sequence[float],
-    b: Sequence[float],
+    a: Values,
+    b: Values,
     *,
     confidence: float = 0.95,
     resamples: int = 10_000,
@@ -104,7 +106,7 @@ def paired_difference(
 
 
 def seed_difference(
-    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, power: float = 0.8
+    a: Values, b: Values, *, confidence: float = 0.95, power: float = 0.8
 ) -> Difference:
     """Compare two methods over the same few seeds: the t interval and test of the paired differences.
 
@@ -146,7 +148,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def mcnemar_exact(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
+def mcnemar_exact(a: Values, b: Values) -> float:
     """Two-sided exact McNemar test for 0/1 samples: a binomial test on the discordant pairs (McNemar
     1947)."""
     from scipy.stats import binomtest
@@ -185,7 +187,7 @@ def _paired_t(delta: np.ndarray) -> float:
     return float(2 * t.sf(abs(float(delta.mean())) / error, len(delta) - 1))
 
 
-def _checked(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _checked(a: Values, b: Values) -> tuple[np.ndarray, np.ndarray]:
     left, right = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if left.shape != right.shape or left.ndim != 1:
         raise DataError(
