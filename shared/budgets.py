@@ -92,8 +92,7 @@ class Uniform(Budget):
 
 @dataclass(frozen=True)
 class ErdosRenyi(Budget):
-    """Density proportional to (sum of dimensions) / (product of dimensions), so that small tensors stay
-    denser.
+    """Density proportional to (sum of dimensions) / (product of dimensions): small tensors stay denser.
 
     The factor is solved for the total; tensors that would exceed density 1 stay dense and it is solved again
     (Mocanu et al. 2018; with `kernel=True` all dimensions of a convolution count, Evci et al. 2020, else only
@@ -137,8 +136,7 @@ class SensitivityWeighted(Budget):
 
 @dataclass(frozen=True)
 class Global(Budget):
-    """The best units anywhere are kept, whatever tensor they are in; equal scores go to the earlier tensor
-    and index.
+    """The best units anywhere are kept; equal scores go to the earlier tensor and the lower index.
 
     A tensor may lose everything; wrap it in `Floor` where that must not happen.
     """
@@ -166,15 +164,14 @@ class Global(Budget):
 
 @dataclass(frozen=True)
 class Floor(Budget):
-    """Another budget with a minimum per tensor, against layer collapse: what falls below its floor is lifted
-    to it, and the others share the rest anew, until none is below.
+    """Another budget with a minimum per tensor, against layer collapse.
 
-    The floor of a tensor of n entries is the largest of `kept`, `share` x all entries (the minimum threshold
-    of Global
-    Magnitude Pruning: share=0.0005 is its 0.05 %) and `density` x n, never above n. Names mapped to density 1
-    stay
-    dense: uniform+ is `Floor(Uniform(), density={first: 1.0, last: 0.2})`, ERK+ `Floor(ErdosRenyi(),
-    density={last: 1.0})`.
+    What falls below its floor is lifted to it, and the others share the rest anew, until none is below. The
+    floor of a tensor of n entries is the largest of `kept`, `share` times all entries (the minimum threshold
+    of Global Magnitude Pruning, whose 0.05 % is share=0.0005) and `density` times n, and never above n.
+    Density 1
+    keeps a tensor dense: uniform+ is `Floor(Uniform(), density={first: 1.0, last: 0.2})`, ERK+ is
+    `Floor(ErdosRenyi(), density={last: 1.0})`.
 
     Raises:
         BudgetError: the floors together exceed what may be kept.
@@ -223,13 +220,12 @@ class Floor(Budget):
 
 @dataclass(frozen=True)
 class Knapsack(Budget):
-    """The densities of a grid that retain the most score at a cost of at most (1 - sparsity) of the dense
-    cost.
+    """The densities of a grid that retain the most score at a cost within the limit.
 
-    Maximises the sum over tensors of the scores kept, subject to sum cost(name, kept) <= (1 - sparsity) sum
-    cost(name, numel): a multiple-choice knapsack, solved by dynamic programming over `buckets` cost units.
-    Costs are rounded up to units, so the limit is never exceeded, and the answer is optimal for costs that
-    are multiples of limit / buckets.
+    Maximises the sum over tensors of the scores kept, subject to
+    sum cost(name, kept) <= (1 - sparsity) * sum cost(name, numel): a multiple-choice knapsack, solved by
+    dynamic programming over cost buckets. What exceeds the cheapest choice is rounded up to `limit / buckets`
+    or finer, so the limit is never exceeded, and the answer is optimal where costs are whole buckets.
 
     Args:
         cost: cost of a tensor with that many kept entries: bytes, multiply-adds, measured seconds; None: the
@@ -264,40 +260,45 @@ class Knapsack(Budget):
         return float(kept if self.cost is None else self.cost(name, kept))
 
     def _solve(self, slots: Slots, limit: float) -> dict[str, int]:
+        options = {name: self._options(slot) for name, slot in slots.items()}
+        result = {name: counts[0] for name, counts in options.items()}
+        free = [name for name, counts in options.items() if len(counts) > 1]
+        if not free:
+            return result
+        costs = {name: [self._cost(name, count) for count in counts] for name, counts in options.items()}
+        lowest = {name: min(cost) for name, cost in costs.items()}
+        room = limit - sum(lowest.values())
+        if room < 0:
+            raise BudgetError(
+                f"the cheapest choice of the grid costs {sum(lowest.values()):.6g}, the limit is "
+                f"{limit:.6g}; "
+                "lower the sparsity or add lower densities"
+            )
+        # Costs above the cheapest, rounded up to buckets; the tolerance forgives the rounding of whole
+        # buckets.
+        bucket = room / self.buckets if room > 0 else 1.0
+        extra = {name: [math.ceil((c - lowest[name]) / bucket - 1e-9) for c in costs[name]] for name in free}
         best = np.zeros(self.buckets + 1)
         choices: list[np.ndarray] = []
-        options = {name: self._options(name, slot) for name, slot in slots.items()}
-        unit = limit / self.buckets if limit > 0 else 1.0
-        for name, counts in options.items():
-            values = retained(score_of(name, slots[name]), slots[name], counts)
-            # The tolerance forgives the rounding of a cost that is a whole number of units.
-            weights = [math.ceil(self._cost(name, count) / unit - 1e-9) for count in counts]
-            table = np.full((len(counts), self.buckets + 1), -np.inf)
-            for row, (value, weight) in enumerate(zip(values, weights, strict=True)):
+        for name in free:
+            table = np.full((len(options[name]), self.buckets + 1), -np.inf)
+            values = retained(score_of(name, slots[name]), slots[name], options[name])
+            for row, (value, weight) in enumerate(zip(values, extra[name], strict=True)):
                 if weight <= self.buckets:
                     table[row, weight:] = best[: self.buckets + 1 - weight] + value
             choices.append(table.argmax(axis=0))
             best = table.max(axis=0)
-        if not np.isfinite(best[-1]):
-            cheapest = sum(
-                min(self._cost(name, count) for count in counts) for name, counts in options.items()
-            )
-            raise BudgetError(
-                f"the cheapest choice of the grid costs {cheapest:.6g}, the limit is {limit:.6g}; lower the "
-                f"sparsity or "
-                "add lower densities"
-            )
-        result: dict[str, int] = {}
         position = self.buckets
-        for (name, counts), choice in zip(reversed(options.items()), reversed(choices), strict=True):
-            result[name] = counts[choice[position]]
-            position -= math.ceil(self._cost(name, result[name]) / unit - 1e-9)
-        return {name: result[name] for name in slots}
+        for name, choice in zip(reversed(free), reversed(choices), strict=True):
+            row = int(choice[position])
+            result[name] = options[name][row]
+            position -= extra[name][row]
+        return result
 
-    def _options(self, name: str, slot: Slot) -> list[int]:
+    def _options(self, slot: Slot) -> list[int]:
+        """The feasible counts of the grid, in increasing order; one for N:M patterns and met floors."""
         grid = [
-            slot.pattern.feasible(slot.shape, round(density * slot.numel))
-            for density in (*self.densities, 1.0)
+            slot.pattern.feasible(slot.shape, round(share * slot.numel)) for share in (*self.densities, 1.0)
         ]
         return sorted({min(max(count, slot.low), slot.high) for count in grid})
 

@@ -94,7 +94,7 @@ def score_tensors(
 
 
 def select_parameters(model: nn.Module, names: Names) -> dict[str, nn.Parameter]:
-    """The chosen parameters by name, in the model's order, tied ones once."""
+    """The chosen parameters in the model's order, tied ones once, under their first name."""
     known = dict(model.named_parameters())
     if names is None:
         chosen = prunable_parameters(model)
@@ -102,15 +102,13 @@ def select_parameters(model: nn.Module, names: Names) -> dict[str, nn.Parameter]
         chosen = [name for name, parameter in known.items() if names(name, parameter)]
     else:
         aliases = dict(model.named_parameters(remove_duplicate=False))
-        matched: dict[int, str] = {}
+        matched: set[int] = set()
         for wanted in names:
             found = [name for name in aliases if name == wanted or fnmatch.fnmatchcase(name, wanted)]
             if not found:
                 raise MaskError(f"no parameter matches {wanted!r}{near_misses(wanted, aliases)}")
-            for name in found:
-                matched.setdefault(id(aliases[name]), name)
-        chosen = [matched[id(parameter)] for parameter in known.values() if id(parameter) in matched]
-        known = aliases
+            matched |= {id(aliases[name]) for name in found}
+        chosen = [name for name, parameter in known.items() if id(parameter) in matched]
     if not chosen:
         raise MaskError(f"no parameters to sparsify{near_misses('weight', known)}; choose some with names=")
     return {name: known[name] for name in chosen}

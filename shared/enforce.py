@@ -123,7 +123,8 @@ class Enforcer:
         """The dense gradients put aside since the last call, averaged over processes, which must agree on new
         masks."""
         gradients, self._dense_gradients = self._dense_gradients, {}
-        if gradients and torch.distributed.is_available() and torch.distributed.is_initialized():
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and (gradients or self.capture):
             for name, parameter in self.parameters.items():
                 # Every process must take part for every parameter, also where its own batch gave no gradient.
                 gradient = gradients.setdefault(name, torch.zeros_like(parameter))

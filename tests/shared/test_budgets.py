@@ -154,7 +154,9 @@ def test_nm_tensors_are_fixed_and_the_rest_is_shared():
 
 
 @pytest.mark.parametrize("base", [Uniform(), Global(), ErdosRenyi()], ids=lambda base: type(base).__name__)
-@given(sparsity=st.floats(0, 0.97), floor=st.integers(0, 12), share=st.floats(0, 0.005), seed=st.integers(0, 3))
+@given(
+    sparsity=st.floats(0, 0.97), floor=st.integers(0, 12), share=st.floats(0, 0.005), seed=st.integers(0, 3)
+)
 @settings(max_examples=60, deadline=None)
 def test_no_layer_falls_below_its_floor(base, sparsity, floor, share, seed):
     counts = Floor(base, kept=floor, share=share).allocate(scores(seed), sparsity)
@@ -196,7 +198,9 @@ def test_impossible_floors(floor, sparsity, message):
         floor.allocate(scores(), sparsity)
 
 
-@pytest.mark.parametrize("bad", [{"kept": -1}, {"share": 1.5}, {"density": -0.1}, {"density": {"a": math.nan}}])
+@pytest.mark.parametrize(
+    "bad", [{"kept": -1}, {"share": 1.5}, {"density": -0.1}, {"density": {"a": math.nan}}]
+)
 def test_nonsense_floors(bad):
     with pytest.raises(BudgetError, match="a floor needs"):
         Floor(Uniform(), **bad)
@@ -244,7 +248,9 @@ def test_knapsack_takes_any_cost_and_never_exceeds_it():
         return min(dense, 2 * dense * kept / NUMEL[name] + 1e-6)
 
     counts = Knapsack(cost=latency).allocate(values, 0.6)
-    assert sum(latency(n, counts[n]) for n in values) <= 0.4 * sum(latency(n, NUMEL[n]) for n in values) + 1e-12
+    assert (
+        sum(latency(n, counts[n]) for n in values) <= 0.4 * sum(latency(n, NUMEL[n]) for n in values) + 1e-12
+    )
     with pytest.raises(BudgetError, match="cheapest choice"):
         Knapsack(cost=lambda name, kept: 1.0 + kept).allocate(values, 0.999)
     by_size = Knapsack().allocate(values, 0.7, {n: Group(0) for n in SHAPES})

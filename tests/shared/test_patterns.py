@@ -128,7 +128,9 @@ def test_shapes_that_do_not_divide_are_refused(pattern, shape, message):
         pattern.keep(torch.zeros(shape), 0)
 
 
-@pytest.mark.parametrize(("pattern", "kept"), [(Block(2, 2), 3), (Group(0), 2), (Whole(), 5), (Unstructured(), 9)])
+@pytest.mark.parametrize(
+    ("pattern", "kept"), [(Block(2, 2), 3), (Group(0), 2), (Whole(), 5), (Unstructured(), 9)]
+)
 def test_counts_that_are_no_whole_units_are_refused(pattern, kept):
     with pytest.raises(PatternError, match="feasible"):
         pattern.keep(SCORE, kept)
@@ -204,7 +206,14 @@ def test_unreadable_names(text):
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"kind": "nm", "n": 2}, {"kind": "nm", "n": 2.0, "m": 4}, {"kind": "x"}, {"kind": "whole", "dim": 1}, {"kind": []}],
+    [
+        {},
+        {"kind": "nm", "n": 2},
+        {"kind": "nm", "n": 2.0, "m": 4},
+        {"kind": "x"},
+        {"kind": "whole", "dim": 1},
+        {"kind": []},
+    ],
 )
 def test_unreadable_dictionaries(values):
     with pytest.raises(PatternError):

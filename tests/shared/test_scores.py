@@ -45,7 +45,9 @@ def small_net(seed: int = 0) -> nn.Sequential:
 
 
 def test_hand_computed():
-    context = ScoreContext(grads={"w": G}, hessian_gradients={"w": G}, activations={"w": torch.tensor([3.0, 0.5])})
+    context = ScoreContext(
+        grads={"w": G}, hessian_gradients={"w": G}, activations={"w": torch.tensor([3.0, 0.5])}
+    )
     assert torch.equal(Magnitude().score("w", W, context), torch.tensor([[1.0, 2], [0.5, 0]]))
     assert torch.equal(SNIP().score("w", W, context), torch.tensor([[0.5, 0.5], [2, 0]]))
     assert torch.equal(Taylor().score("w", W, context), torch.tensor([[0.25, 0.25], [4, 0]]))
@@ -125,7 +127,9 @@ def test_gradients_are_autograds_and_the_model_is_untouched():
     model[4].weight.grad = torch.ones_like(model[4].weight)
     got = collect_gradients(model, square_loss, batches)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert torch.equal(model[4].weight.grad, torch.ones_like(model[4].weight)) and model[0].weight.grad is None
+    assert (
+        torch.equal(model[4].weight.grad, torch.ones_like(model[4].weight)) and model[0].weight.grad is None
+    )
     twin = copy.deepcopy(model)
     twin.zero_grad()
     torch.stack([square_loss(twin, batch) for batch in batches]).mean().backward()
@@ -149,7 +153,10 @@ def test_hessian_gradient_product_against_the_full_hessian():
     batches = [torch.randn(4, 3, dtype=torch.float64) for _ in range(2)]
 
     def loss(weight: torch.Tensor) -> torch.Tensor:
-        outputs = [nn.functional.linear(batch, weight, model.bias.detach()).tanh().square().mean() for batch in batches]
+        outputs = [
+            nn.functional.linear(batch, weight, model.bias.detach()).tanh().square().mean()
+            for batch in batches
+        ]
         return torch.stack(outputs).mean()
 
     def tanh_loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
