@@ -237,8 +237,8 @@ class GatedWeight(WeightGate):
         factor = self._spread(self.gate(), weight)
         if self.dim is None and factor.shape != weight.shape:
             raise MaskError(
-                f"the gate has shape {tuple(factor.shape)}, the weight {tuple(weight.shape)}; make them equal "
-                "or the dim whose slices are gated."
+                f"the gate has shape {tuple(factor.shape)}, the weight {tuple(weight.shape)}; "
+                "make them equal, or give the dim whose slices are gated."
             )
         return weight * factor
 
