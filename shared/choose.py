@@ -15,7 +15,7 @@ from shared.masks import Mask, MaskSet, near_misses, unwrap
 from shared.patterns import NM, Pattern, parse_pattern
 from shared.scores import SCORES, Score, ScoreContext
 
-Names = Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+Names = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 Patterns = str | Pattern | Mapping[str, Pattern]
 
 
@@ -103,7 +103,7 @@ def select_parameters(model: nn.Module, names: Names) -> dict[str, nn.Parameter]
     else:
         aliases = dict(model.named_parameters(remove_duplicate=False))
         matched: set[int] = set()
-        for wanted in names:
+        for wanted in [names] if isinstance(names, str) else names:
             found = [name for name in aliases if name == wanted or fnmatch.fnmatchcase(name, wanted)]
             if not found:
                 raise MaskError(f"no parameter matches {wanted!r}{near_misses(wanted, aliases)}")
@@ -115,6 +115,8 @@ def select_parameters(model: nn.Module, names: Names) -> dict[str, nn.Parameter]
 
 
 def resolve_patterns(weights: Mapping[str, nn.Parameter], pattern: Patterns) -> dict[str, Pattern]:
+    """The pattern of each tensor, checked against its shape. A plain "n:m" runs along the input axis:
+    dimension 1 of convolutions, the last of matrices."""
     if isinstance(pattern, Mapping):
         unknown = sorted(set(pattern) ^ set(weights))
         if unknown:
@@ -135,6 +137,7 @@ def resolve_patterns(weights: Mapping[str, nn.Parameter], pattern: Patterns) -> 
 
 
 def resolve_score(score: str | Score) -> Score:
+    """A score, or the one of that name."""
     if not isinstance(score, str):
         return score
     if score not in SCORES:
@@ -143,6 +146,7 @@ def resolve_score(score: str | Score) -> Score:
 
 
 def resolve_budget(budget: str | Budget) -> Budget:
+    """A budget, or the one of that name."""
     if not isinstance(budget, str):
         return budget
     if budget not in BUDGETS:

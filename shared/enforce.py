@@ -58,6 +58,15 @@ class _GradientHook:
         return self.enforcer.filter_gradient(self.name, gradient)
 
 
+def refuse_attached(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises MaskError if one of the parameters is held by masks at the moment."""
+    for name, parameter in parameters.items():
+        if any(isinstance(hook, _GradientHook) for hook in (parameter._backward_hooks or {}).values()):
+            raise MaskError(
+                f"masks are already attached to {name!r}; detach that handle first, or use its update()"
+            )
+
+
 class Enforcer:
     """Holds given entries of given parameters at zero until `remove()`.
 
@@ -79,11 +88,7 @@ class Enforcer:
         self._dense_gradients: dict[str, Tensor] = {}
         self._dropped: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
-        for name, parameter in self.parameters.items():
-            if any(isinstance(hook, _GradientHook) for hook in (parameter._backward_hooks or {}).values()):
-                raise MaskError(
-                    f"masks are already attached to {name!r}; detach that handle first, or use its update()"
-                )
+        refuse_attached(self.parameters)
         self.set_masks(keep)
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
@@ -94,7 +99,7 @@ class Enforcer:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._zero_state))
 
     def set_masks(self, keep: Mapping[str, Tensor]) -> None:
-        """Takes new masks: newly dropped entries lose their weight and state, newly kept ones start from
+        """Takes new masks: what is dropped now loses weight and state, what is kept anew starts from
         zeros."""
         self._dropped = {name: ~keep[name] for name in self.parameters}
         self.enforce()
@@ -120,8 +125,10 @@ class Enforcer:
         return gradient.masked_fill(self.dropped(name, gradient.device), 0)
 
     def take_dense_gradients(self) -> dict[str, Tensor]:
-        """The dense gradients put aside since the last call, averaged over processes, which must agree on new
-        masks."""
+        """The dense gradients put aside since the last call, removed from here.
+
+        With several processes it is their average, since all of them must come to the same new masks.
+        """
         gradients, self._dense_gradients = self._dense_gradients, {}
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and (gradients or self.capture):
@@ -175,7 +182,7 @@ class Enforcer:
                 elif key not in OTHER_STATE:
                     raise OptimizerStateError(
                         f"{type(optimizer).__name__} holds state {key!r} for {name!r} whose meaning is "
-                        f"unknown, so zeros "
-                        "cannot be kept; use a torch.optim optimiser, or add the key to "
+                        f"unknown, so "
+                        "zeros cannot be kept; use a torch.optim optimiser, or add the key to "
                         "shared.enforce.PER_WEIGHT_STATE (one entry per weight) or OTHER_STATE"
                     )

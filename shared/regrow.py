@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from shared.errors import ScheduleError
+from shared.errors import PatternError, ScheduleError
 from shared.masks import Mask
 from shared.patterns import topk_mask
 from shared.scores import ScoreContext
@@ -65,7 +65,11 @@ class Regrow(ABC):
     def update(
         self, name: str, mask: Mask, weight: Float[Tensor, "*shape"], context: ScoreContext, step: int
     ) -> Mask:
-        """The next mask, with as many kept entries as `mask`."""
+        """The next mask, with as many kept entries as `mask`.
+
+        Raises:
+            PatternError: NaN among the scores of growth.
+        """
         pattern, shape = mask.pattern, tuple(mask.shape)
         keep, weight = mask.keep.to(weight.device), weight.detach()
         kept_units = pattern.pool(keep.to(torch.float32)) > 0
@@ -74,7 +78,10 @@ class Regrow(ABC):
         alive = self.survivors(magnitude, positive, int(kept_units.count_nonzero()), self.fraction_at(step))
         growth = self.growth(name, weight, context)
         wanted = torch.where(pattern.expand(alive, shape), torch.inf, growth)
-        return Mask(pattern.keep(wanted, mask.kept), pattern)
+        try:
+            return Mask(pattern.keep(wanted, mask.kept), pattern)
+        except PatternError as error:
+            raise PatternError(f"{name!r}: {error}") from None
 
 
 @dataclass(frozen=True)

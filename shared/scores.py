@@ -250,8 +250,9 @@ class OBS(_Base):
 class Movement(_Base):
     """-sum over steps of w g: kept is what moves away from zero (Sanh et al. 2020, equation 3).
 
-    `observe` adds one step; `Sparsifier` calls it with the dense gradient after every step. Without training
-    the sum has the one term of the measured gradient.
+    `observe` adds one step; `Sparsifier` calls it with the dense gradient after every step, so that w is the
+    weight just after the update, where the paper takes it just before. Without training the sum has the one
+    term of the measured gradient.
     """
 
     needs = frozenset({"grads"})
@@ -266,9 +267,8 @@ class Movement(_Base):
     def score(
         self, name: str, weight: Float[Tensor, "*shape"], context: ScoreContext
     ) -> Float[Tensor, "*shape"]:
-        if name not in context.state:
-            self.observe(name, weight, context)
-        return context.state[name]
+        held = context.state.get(name)
+        return -weight.detach() * context.get("grads", name, self) if held is None else held
 
 
 #: Scores by the name used in recipes and on the command line.

@@ -43,6 +43,7 @@ from shared.choose import (
     score_tensors,
     select_parameters,
 )
+from shared.enforce import refuse_attached
 from shared.errors import MaskError, ScheduleError
 from shared.masks import Mask, MaskHandle, MaskSet, masks_of, set_masks, unwrap
 from shared.patterns import pattern_from_dict
@@ -60,8 +61,9 @@ class Sparsifier:
     optimiser step: step t counts from 1; every `every` steps, and at the schedule's last, the masks are
     chosen anew for `schedule(t)`; with `regrow` each update ends in a drop-and-grow at equal count, also
     after the schedule is over. Pruning is nested, dropped entries stay dropped, unless the score says
-    `may_regrow` or `regrow` is given. Each update is a function of weights, gradients, `seed` and the step,
-    so a run resumed through `state_dict()` continues as it would have.
+    `may_regrow` or `regrow` is given. N:M is reached through N':M with falling N'. Each update is a function
+    of weights, gradients, `seed` and the step, so a run resumed through `state_dict()` continues as it would
+    have.
 
     Dense gradients, where score or regrowth need them, are those of the backward passes since the last update
     step; they are held only over the step before an update.
@@ -160,8 +162,8 @@ class Sparsifier:
         self.handle.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, masks and the score's memory, as tensors and plain values; the weights are the model's own
-        matter."""
+        """Step, masks and the score's memory, as tensors and plain values; weights are saved with the
+        model."""
         return {
             "step": self.step_count,
             "keep": {name: mask.keep for name, mask in self.masks.items()},
@@ -282,6 +284,7 @@ def sparsify(
     """
     core = unwrap(model)
     weights = select_parameters(core, names)
+    refuse_attached(weights)
     patterns = resolve_patterns(weights, pattern)
     goal = goal_sparsity(sparsity, patterns)
     check_goal(goal, sparsity, patterns)
@@ -292,10 +295,10 @@ def sparsify(
         context = replace(context, generator=torch.Generator().manual_seed(seed))
     before = masks_of(core) or MaskSet({})
     scores = score_tensors(weights, chosen, context, before)
-    masks = choose_masks(scores, goal, patterns, resolve_budget(budget))
-    MaskSet({**before, **masks}).apply_(core)
-    set_masks(core, MaskSet({**before, **masks}))
-    return masks_of(core) or masks
+    masks = MaskSet({**before, **choose_masks(scores, goal, patterns, resolve_budget(budget))})
+    masks.apply_(core)
+    set_masks(core, masks)
+    return masks
 
 
 def _measure(

@@ -32,7 +32,8 @@ for views in (False, True):
     masks = MaskSet({"0.weight": Mask(torch.rand(16, 6, generator=torch.Generator().manual_seed(1)) < 0.4)})
     dropped = ~masks["0.weight"].keep
     if views:
-        model = nn.parallel.DistributedDataParallel(accelerator.unwrap_model(model), gradient_as_bucket_view=True)
+        core = accelerator.unwrap_model(model)
+        model = nn.parallel.DistributedDataParallel(core, gradient_as_bucket_view=True)
     weight = accelerator.unwrap_model(model)[0].weight
     with masks.attach(model, optimizer):
         for step in range(4):

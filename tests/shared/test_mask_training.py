@@ -307,6 +307,7 @@ def test_an_attached_model_goes_to_a_worker_process():
     masks = MaskSet({"weight": Mask(NM(2, 4).keep(torch.rand(4, 4), 8), NM(2, 4))})
     with masks.attach(model), warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of hooks that are lost, unless they say so themselves
+        warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
         context = torch.multiprocessing.get_context("fork")
         assert isinstance(context, multiprocessing.context.BaseContext)
         queue = context.Queue()

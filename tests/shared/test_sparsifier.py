@@ -95,7 +95,7 @@ ALL_BUDGETS = {
 
 
 def exact(pattern: str, budget: str) -> bool:
-    """Where the total must be exact: single weights and N:M; slices can fall short, a knapsack bounds the cost."""
+    """Single weights and N:M meet the total exactly; slices may fall short, a knapsack bounds the cost."""
     return pattern in ("unstructured", "2:4") and budget != "knapsack"
 
 
@@ -363,6 +363,18 @@ def test_sparsify_goes_on_from_a_sparse_model():
     assert third.zeros_intact(model) == []
 
 
+def test_sparsify_refuses_a_model_whose_masks_are_held():
+    model = net()
+    with Sparsifier(model, sparsity=0.5), pytest.raises(MaskError, match="already attached to '0.weight'"):
+        sparsify(model, sparsity=0.8)
+
+
+def test_nan_gradients_in_regrowth_are_named():
+    context = ScoreContext(grads={"w": torch.tensor([0.0, torch.nan, 0.0])})
+    with pytest.raises(PatternError, match="'w': 1 of 3 scores are NaN"):
+        RigL(end=5).update("w", Mask(torch.tensor([True, False, False])), torch.ones(3), context, 0)
+
+
 def test_measured_scores_from_batches():
     for score in ("snip", "taylor", "grasp", "movement"):
         assert sparsify(net(), sparsity=0.5, score=score, batches=BATCHES, loss_fn=loss_fn).sparsity() == 0.5
@@ -397,6 +409,7 @@ def test_names_globs_and_functions():
         "5.bias",
     ]
     assert list(sparsify(net(), sparsity=0.5, names=lambda n, p: p.dim() == 4)) == ["0.weight", "3.weight"]
+    assert list(sparsify(net(), sparsity=0.5, names="5.weight")) == ["5.weight"]
     with pytest.raises(MaskError, match="'5.weigt'; did you mean '5.weight'"):
         sparsify(net(), sparsity=0.5, names=["5.weigt"])
     with pytest.raises(MaskError, match="choose some with names="):
