@@ -194,14 +194,17 @@ def _from_units(units: np.ndarray, index: Index, shape: tuple[int, ...]) -> np.n
 
 def _unit_code(description: Index, units: np.ndarray) -> MaskCode:
     """Bitmap or gaps of `units`, whichever is smaller."""
+    bitmap = MaskCode({"code": "bitmap", **description}, "U8", np.packbits(units, bitorder="little"))
+    if np.count_nonzero(units) >= bitmap.nbytes:
+        return bitmap  # a gap takes a byte at least
     kept = np.flatnonzero(units)
     gaps = np.diff(kept, prepend=-1) - 1
     sizes = {dtype: (kept.size + int((gaps // escape).sum())) * width
              for dtype, escape, width in (("U8", 0xFF, 1), ("U16", 0xFFFF, 2))}
     dtype = "U16" if sizes["U16"] < sizes["U8"] else "U8"
-    if sizes[dtype] < _bytes_of(units.size):
+    if sizes[dtype] < bitmap.nbytes:
         return MaskCode({"code": "gaps", **description}, dtype, _encode_gaps(gaps, dtype))
-    return MaskCode({"code": "bitmap", **description}, "U8", np.packbits(units, bitorder="little"))
+    return bitmap
 
 
 # -- codes
@@ -257,9 +260,9 @@ def _choices(n: int, m: int) -> np.ndarray:
 
 def _join_bits(bits: np.ndarray) -> np.ndarray:
     """The integer of each row of bits, lowest first; by columns, to need an eighth of a product's memory."""
-    joined = np.zeros(len(bits), dtype=np.int64)
+    joined = np.zeros(len(bits), dtype="i4" if bits.shape[1] < 32 else "i8")
     for place in range(bits.shape[1]):
-        joined |= bits[:, place].astype(np.int64) << place
+        joined |= bits[:, place].astype(joined.dtype) << place
     return joined
 
 
