@@ -87,7 +87,8 @@ class Account:
                 "uncounted": list(self.uncounted)}
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("layer", "kind", "params", "kept", "FLOPs", "kept", "bytes", "packed")]
+        head = ("layer", "kind", "params", "kept", "FLOPs", "kept", "bytes", "packed")
+        rows: list[tuple[str, ...]] = [head]
         for layer in (*self.layers, self.total):
             rows.append((layer.name, layer.kind, *(f"{value:,}" for value in (
                 layer.params, layer.params_kept, layer.flops, layer.flops_kept, layer.bytes_dense,
@@ -133,8 +134,8 @@ class Counting:
         kept = edges
         if self._edges is not None:
             if self._edges.numel() != edges:
-                raise MaskError(f"the edge mask has {self._edges.numel()} entries, the layer got {edges} edges; "
-                                "give the mask of the graph that the model is run on")
+                raise MaskError(f"the edge mask has {self._edges.numel()} entries, the layer got {edges} "
+                                "edges; give the mask of the graph that the model is run on")
             kept = int(self._edges.count_nonzero())
         return Macs((edges + loops) * width, (kept + loops) * width)
 
