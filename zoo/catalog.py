@@ -76,11 +76,12 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
         found = (path / CARD_FILE).stat()
     except OSError as error:
         raise BundleError(f"{path}: no bundle here ({CARD_FILE}: {error.strerror or error}).") from error
-    return Bundle(_read_cached(path / CARD_FILE, found.st_mtime_ns, found.st_size), path)
+    return Bundle(_read_cached(path / CARD_FILE, found.st_mtime_ns, found.st_size, found.st_ino), path)
 
 
 @lru_cache(maxsize=4096)
-def _read_cached(path: Path, changed: int, size: int) -> Card:
+def _read_cached(path: Path, changed: int, size: int, inode: int) -> Card:
+    """The card, read once as long as its file is the same."""
     return read_card(path)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,8 @@ def publish_folder(folder: Path, write: Callable[[Path], object], overwrite: boo
     """Fill a bundle's folder by `write(temporary folder)` and put it in place with one rename.
 
     The temporary folder lies beside `folder` under a name that starts with a dot, and its files are
-    flushed to the disk before the rename. An old bundle is moved aside, not deleted, until the new one
-    is in its place; it comes back if that fails.
+    flushed to the disk before the rename. An old bundle changes places with the new one in one step where
+    the system can do that (Linux), and is moved aside and deleted last elsewhere.
 
     Raises:
         BundleError: the folder exists and may not be replaced, holds files that are no bundle's, or
@@ -71,14 +73,23 @@ def _swap(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
         return
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
-    folder.rename(aside)  # replaces the empty folder that mkdtemp made
+    if _exchange(temporary, folder):
+        return
+    aside = temporary.with_suffix(".old")  # as unique as the temporary folder
+    folder.rename(aside)
     try:
         temporary.rename(folder)
     except BaseException:
         aside.rename(folder)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders change places in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and not renameat2(here, bytes(first), here, bytes(second), exchange)
 
 
 def _unwritable(folder: Path, error: OSError) -> BundleError:
