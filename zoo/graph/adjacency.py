@@ -100,20 +100,46 @@ def attention(
 ) -> Float[Tensor, "nodes heads width"]:
     """sum_j alpha_ij hidden_j with alpha = softmax over j of leaky_relu(source_j + target_i), times the edge's weight.
 
-    A weight multiplies exp(.) before the normalisation, so that weight 0 is exactly the removal of the edge. The
-    softmax is shifted by leaky_relu(max_j source_j + target_i), an upper bound over all nodes that costs no pass over
-    the edges; it cannot overflow.
+    A weight multiplies exp(.) before the normalisation, so that weight 0 is exactly the removal of the edge.
     """
-    row, col = graph.matrix.row, graph.matrix.col
-    bound = functional.leaky_relu(target + source.amax(0), negative_slope).detach()
-    score = functional.leaky_relu(source.index_select(0, col) + target.index_select(0, row), negative_slope)
-    power = (score - bound.index_select(0, row)).exp()
-    if graph.weight is not None:
-        power = power * graph.weight[:, None]
-    total = torch.zeros_like(target).index_add(0, row, power)
-    alpha = power / total.clamp(min=torch.finfo(total.dtype).tiny).index_select(0, row)
+    alpha = _EdgeSoftmax.apply(source, target, graph.weight, graph, negative_slope)
     mixed: Tensor = _HeadProduct.apply(sparse.dropout(alpha, dropout, dropout > 0), hidden, graph)
     return mixed
+
+
+class _EdgeSoftmax(torch.autograd.Function):
+    """alpha[e, h] = w_e exp(s_e,h) / sum over the edges e' into the same node, s = leaky_relu(source + target).
+
+    The exponent is shifted by leaky_relu(max_j source_j + target_i), an upper bound over all nodes that costs no pass
+    over the edges; it cannot overflow. Sums over edges run on the compressed rows, several times faster than the
+    scatter that autograd would use.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, source: Tensor, target: Tensor, weight: Tensor | None, graph: Adjacency, slope: float
+    ) -> Tensor:
+        matrix = graph.matrix
+        bound = functional.leaky_relu(target + source.amax(0), slope)
+        raw = source.index_select(0, matrix.col) + target.index_select(0, matrix.row)
+        power = (functional.leaky_relu(raw, slope) - bound.index_select(0, matrix.row)).exp_()
+        weighted = power if weight is None else power * weight[:, None]
+        total = matrix.sum_rows(weighted).clamp_(min=torch.finfo(power.dtype).tiny).index_select(0, matrix.row)
+        alpha = weighted / total
+        ctx.graph, ctx.slope = graph, slope
+        ctx.save_for_backward(raw, alpha, None if weight is None else power / total)
+        return alpha
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        raw, alpha, unweighted = ctx.saved_tensors
+        matrix = ctx.graph.matrix
+        centred = grad - matrix.sum_rows(alpha * grad).index_select(0, matrix.row)
+        to_weight = None if unweighted is None else (unweighted * centred).sum(1)
+        to_raw = torch.where(raw > 0, 1.0, ctx.slope) * alpha * centred
+        return matrix.sum_columns(to_raw), matrix.sum_rows(to_raw), to_weight, None, None
 
 
 class _HeadProduct(torch.autograd.Function):

@@ -82,10 +82,15 @@ class GraphModel(nn.Module):
 
     self_loops = False
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.ticket: EdgeTicket | None = None
         self.edges = "ticket"
+
+    def resized(self, in_channels: int, out_channels: int) -> GraphModel:
+        """A new model of the same architecture and hidden width for other features and classes."""
+        raise NotImplementedError
 
     def load_extras(self, extras: dict[str, Tensor]) -> None:
         """Take over what a bundle stores beside the weights: the edge ticket, if there is one."""
@@ -171,10 +176,13 @@ class GCN(GraphModel):
     def __init__(
         self, in_channels: int, hidden_channels: int, out_channels: int, dropout: float = 0.5
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, out_channels)
         self.conv1 = GCNLayer(in_channels, hidden_channels, bias=False)
         self.conv2 = GCNLayer(hidden_channels, out_channels, bias=False)
         self.dropout = dropout
+
+    def resized(self, in_channels: int, out_channels: int) -> GCN:
+        return GCN(in_channels, self.conv1.out_channels, out_channels, self.dropout)
 
     def network(self, x: Features, graph: Tensor | Adjacency) -> Tensor:
         hidden = _dropout(self.conv1(x, graph).relu(), self.dropout, self.training)
@@ -201,10 +209,13 @@ class GAT(GraphModel):
         heads: int = 8,
         dropout: float = 0.6,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, out_channels)
         self.conv1 = GATLayer(in_channels, hidden_channels, heads=heads, dropout=dropout, bias=False)
         self.conv2 = GATLayer(heads * hidden_channels, out_channels, dropout=dropout, concat=False, bias=False)
         self.dropout = dropout
+
+    def resized(self, in_channels: int, out_channels: int) -> GAT:
+        return GAT(in_channels, self.conv1.out_channels, out_channels, self.conv1.heads, self.dropout)
 
     def network(self, x: Features, graph: Tensor | Adjacency) -> Tensor:
         hidden = functional.elu(self.conv1(_dropout(x, self.dropout, self.training), graph))
@@ -219,10 +230,13 @@ class GIN(GraphModel):
     """
 
     def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
-        super().__init__()
+        super().__init__(in_channels, out_channels)
         self.conv1 = GINLayer(nn.Linear(in_channels, hidden_channels, bias=False), train_eps=True)
         self.conv2 = GINLayer(nn.Linear(hidden_channels, out_channels, bias=False), train_eps=True)
         self.readout = nn.Linear(hidden_channels, out_channels, bias=False)
+
+    def resized(self, in_channels: int, out_channels: int) -> GIN:
+        return GIN(in_channels, self.readout.in_features, out_channels)
 
     def network(self, x: Features, graph: Tensor | Adjacency) -> Tensor:
         hidden = self.conv1(x, graph).relu()

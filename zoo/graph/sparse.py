@@ -100,6 +100,15 @@ class SparseMatrix:
         product: Tensor = _Product.apply(dense, self)
         return product
 
+    def sum_rows(self, of_entries: Float[Tensor, "entries width"]) -> Float[Tensor, "rows width"]:
+        """Sum of a vector per entry over each row; records no gradient."""
+        order = torch.arange(self.entries, dtype=torch.int32, device=self.col.device)
+        return rows_sum(of_entries, order, self.rowptr, of_entries.new_ones(self.entries))
+
+    def sum_columns(self, of_entries: Float[Tensor, "entries width"]) -> Float[Tensor, "columns width"]:
+        """Sum of a vector per entry over each column; records no gradient."""
+        return rows_sum(of_entries, self.t_order.int(), self.t_rowptr, of_entries.new_ones(self.entries))
+
     def weighted(
         self, value: Float[Tensor, " entries"], dense: Float[Tensor, "columns width"]
     ) -> Float[Tensor, "rows width"]:

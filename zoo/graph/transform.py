@@ -1,0 +1,74 @@
+"""TEDDY's edge pruning as a torch-geometric transform, for any pipeline and any model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.data.datapipes import functional_transform
+from torch_geometric.transforms import BaseTransform
+
+from zoo.errors import DataError
+from zoo.graph.edges import canonical_order, check_features, check_undirected
+from zoo.graph.teddy import check_sparsity, edge_scores, keep_highest
+
+
+@functional_transform("zoo_teddy_prune")
+class TeddyPrune(BaseTransform):
+    """Drop the edges of lowest TEDDY score, both directions of an edge together.
+
+        transform = T.Compose([T.NormalizeFeatures(), TeddyPrune(0.3)])
+
+    Everything that belongs to edges (`edge_attr`, `edge_weight`, ...) is cut with them. `edge_weight`, where there is
+    one, holds the entries of A, so that degrees are its sums. Self-loops stay to the last. For attention with
+    self-loops, put `T.AddSelfLoops()` first, as TEDDY does for GAT.
+
+    Args:
+        sparsity: share of the entries to drop, in [0, 1).
+
+    Raises:
+        DataError: when made, a sparsity out of range; when called, no edges, ids out of range, a directed graph,
+            repeated entries, features or weights that are not finite, negative weights, or weights that differ
+            between the directions of an edge.
+    """
+
+    def __init__(self, sparsity: float) -> None:
+        self.sparsity = check_sparsity(sparsity)
+
+    def forward(self, data: Data) -> Data:
+        """The graph with its kept edges; nodes and everything else are as before."""
+        if not isinstance(data, Data) or data.edge_index is None:
+            raise DataError(
+                f"TeddyPrune needs a homogeneous graph with edge_index. Received: {type(data).__name__}."
+            )
+        nodes = data.num_nodes
+        if nodes is None:
+            raise DataError("TeddyPrune needs the number of nodes: set data.num_nodes or data.x.")
+        if isinstance(data.x, Tensor) and data.x.is_floating_point():
+            check_features(data.x)
+        check_undirected(data.edge_index, nodes)
+        weight = getattr(data, "edge_weight", None)
+        if weight is not None:
+            _check_symmetric(data.edge_index, weight, nodes)
+        scores = edge_scores(data.edge_index, nodes, weight)
+        keep = keep_highest(scores, data.edge_index, nodes, self.sparsity)
+        return data.edge_subgraph(keep)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.sparsity})"
+
+
+def _check_symmetric(edge_index: Tensor, weight: Tensor, nodes: int) -> None:
+    if weight.dim() != 1 or len(weight) != edge_index.shape[1]:
+        raise DataError(
+            f"edge_weight must have one entry per edge, shape [{edge_index.shape[1]}]. Received: {list(weight.shape)}."
+        )
+    forward = weight[canonical_order(edge_index, nodes)]
+    backward = weight[canonical_order(edge_index.flip(0), nodes)]
+    differ = (forward != backward) & ~(torch.isnan(forward) & torch.isnan(backward))
+    if bool(differ.any()):
+        source, target = edge_index[:, canonical_order(edge_index, nodes)[int(differ.nonzero()[0])]].tolist()
+        raise DataError(
+            f"edge_weight differs between ({source}, {target}) and ({target}, {source}): TEDDY prunes undirected "
+            "graphs. Average the two with torch_geometric.transforms.ToUndirected(reduce='mean')."
+        )
