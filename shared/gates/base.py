@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from shared.errors import MaskError
 from shared.masks import Mask, MaskSet, masks_of, set_masks
+from shared.modes import eval_mode
 from shared.patterns import Pattern, Unstructured
 
 
@@ -64,14 +65,11 @@ def harden(model: nn.Module) -> MaskSet:
                     f"harden: {name} and {folded[id(original)]} are one tied parameter; gate it once."
                 )
             folded[id(original)] = name
-            with torch.no_grad():
+            with eval_mode(gate), torch.no_grad():
                 keep = gate.keep(original)
-                training = gate.training
-                gate.eval()
                 # What is not kept is zero by the gate's contract; filling makes it +0.0 even for a NaN
                 # weight.
                 value = gate(original).masked_fill(~keep, 0)
-                gate.train(training)
             _restore(module, tensor_name)
             with torch.no_grad():
                 original.copy_(value)

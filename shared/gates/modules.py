@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from shared.errors import BudgetError, MaskError
 from shared.gates.base import WeightGate
 from shared.gates.functions import gumbel_top_k, hard_concrete, hard_step, polarization, top_k_gate
+from shared.modes import eval_mode
 from shared.patterns import Group, Pattern, Unstructured
 
 
@@ -44,12 +45,8 @@ class Gate(nn.Module, ABC):
 
     def keep(self) -> Tensor:
         """Which gates stay open: those whose eval-mode value is not zero."""
-        training = self.training
-        self.eval()
-        with torch.no_grad():
-            values = self()
-        self.train(training)
-        return values > 0
+        with eval_mode(self), torch.no_grad():
+            return self() > 0
 
 
 class HardConcrete(Gate):

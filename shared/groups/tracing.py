@@ -15,6 +15,7 @@ from shared.groups.families import Family, GroupMap, Member, Role
 from shared.groups.function_rules import FUNCTIONS, METHODS
 from shared.groups.labels import FIXED, Labels, Unions
 from shared.groups.module_rules import MODULES
+from shared.modes import eval_mode
 
 
 class Tracer:
@@ -134,15 +135,11 @@ def trace_groups(model: nn.Module, inputs: tuple[Any, ...]) -> GroupMap:
             "declare its families with GroupMap.declare."
         ) from error
     module = fx.GraphModule(model, graph)
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             ShapeProp(module).propagate(*inputs)
     except RuntimeError as error:
         raise GroupError(f"the example inputs do not suit {type(model).__name__}: {error}") from error
-    finally:
-        model.train(training)
     state = Tracer(model)
     labels: dict[fx.Node, Any] = {}
     for node in graph.nodes:
