@@ -194,9 +194,12 @@ def verify_command(argv: Sequence[str]) -> int:
     for one in verifications:
         if not (options.failed_only and one.ok):
             show_table(console, verification_table(one, failed_only=options.failed_only))
-    figures = sum(len(one.checks) for one in verifications)
-    failed = sum(not check.ok for one in verifications for check in one.checks)
-    note(f"{len(verifications)} models, {figures} figures measured again, {failed} failed")
+    outcomes = [check.ok for one in verifications for check in one.checks]
+    failed, unknown = outcomes.count(False), outcomes.count(None)
+    note(
+        f"{len(verifications)} models, {len(outcomes) - unknown} figures measured again, {failed} failed, "
+        f"{unknown} could not be checked"
+    )
     return OK if good else CHECK_FAILED
 
 

@@ -105,9 +105,7 @@ def paired_difference(
     )
 
 
-def seed_difference(
-    a: Values, b: Values, *, confidence: float = 0.95, power: float = 0.8
-) -> Difference:
+def seed_difference(a: Values, b: Values, *, confidence: float = 0.95, power: float = 0.8) -> Difference:
     """Compare two methods over the same few seeds: the t interval and test of the paired differences.
 
     With five seeds a bootstrap would be too narrow; Student's t is not, if the differences are roughly

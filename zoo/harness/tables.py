@@ -54,9 +54,9 @@ class Series:
     """
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    spread: Sequence[float] | None = None
+    x: Sequence[float | int]
+    y: Sequence[float | int]
+    spread: Sequence[float | int] | None = None
     kind: Literal["line", "points", "reference", "front"] = "line"
     marks: Sequence[str] | None = None
     group: str = ""

@@ -27,18 +27,19 @@ from zoo.harness.tasks import Progress, get_task
 from zoo.report import numbers
 
 REPOSITORY = Path(__file__).parents[2]
+_OUTCOMES = {True: "ok", False: "failed", None: "not checked"}
 # Means and spreads on a card follow from its own values per seed up to rounding in the last digits.
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Check:
-    """One figure: what the card says, what was measured, and whether they agree."""
+    """One figure: what the card says, what was measured, whether they agree (None: could not be checked)."""
 
     figure: str
     on_card: Any
     measured: Any
-    ok: bool
+    ok: bool | None
     note: str = ""
 
 
@@ -51,8 +52,8 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether every figure came back."""
-        return all(check.ok for check in self.checks)
+        """Whether every figure that could be checked came back."""
+        return all(check.ok is not False for check in self.checks)
 
 
 def verify(
@@ -114,11 +115,11 @@ def verification_table(verification: Verification, *, failed_only: bool = False)
             check.figure,
             _shown(check.on_card),
             _shown(check.measured),
-            "ok" if check.ok else "failed",
+            _OUTCOMES[check.ok],
             check.note,
         ]
         for check in verification.checks
-        if not (failed_only and check.ok)
+        if not failed_only or check.ok is False
     ]
     columns = ["figure", "on the card", "measured", "", "note"]
     if not any(row[-1] for row in rows):
@@ -143,7 +144,7 @@ def _cost(bundle: Bundle, model: nn.Module, twin: nn.Module | None) -> Iterator[
     yield _exact("bytes on disk", cost.bytes.on_disk, bundle.weights.stat().st_size)
     flops = get_task(bundle.card.metrics[0].task).flops(model)
     if flops is None:
-        yield Check("FLOPs", cost.flops.sparse, "", True, "the task counts no operations")
+        yield Check("FLOPs", cost.flops.sparse, "", None, "the task counts no operations")
         return
     yield _exact("FLOPs, dense", cost.flops.dense, flops.dense)
     yield _exact("FLOPs, sparse", cost.flops.sparse, flops.sparse)
@@ -211,19 +212,21 @@ def _seeds(metric: Metric) -> Iterator[Check]:
 
 
 def _evidence(card: Card, tolerance: float) -> Iterator[Check]:
-    """The values per seed against the committed results, which hold `{card name: {task: {metric: {seed:
-    value}}}}`
-    under the key `per_seed`."""
+    """The values per seed against the committed results; see `zoo.harness.evidence`."""
     if card.evidence is None:
+        yield Check("values per seed", "", "", None, "the card names no evidence")
         return
     path = REPOSITORY / card.evidence
     if not path.is_file():
         yield Check(
-            "evidence", card.evidence, "not at hand", True, "only a source checkout has the committed results"
+            "evidence", card.evidence, "not at hand", None, "only a source checkout has the committed results"
         )
         return
     recorded = read_json(path)
-    stored = recorded.get("per_seed", {}) if isinstance(recorded, dict) else {}
+    if not isinstance(recorded, dict) or "per_seed" not in recorded:
+        yield Check("values per seed", card.evidence, "", None, "the evidence has none under 'per_seed'")
+        return
+    stored = recorded["per_seed"]
     for metric in card.metrics:
         figures: list[tuple[str, Any]] = [(card.name, metric)]
         if metric.dense is not None:

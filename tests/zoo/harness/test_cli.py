@@ -1,0 +1,314 @@
+"""The command line as a user types it: in process for most, as a process for start-up, signals and pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from shared.masks import masks_of
+from zoo import cli
+from zoo.bundles import load
+from zoo.cards import read_card
+from zoo.cli import COMMANDS, main
+from zoo.errors import HubError
+
+
+def run(capsys, *argv):
+    """Exit code, stdout, stderr of a command."""
+    code = main([str(argument) for argument in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def process(environment, *argv, **options):
+    command = [sys.executable, "-m", "zoo", *map(str, argv)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_overview_names_every_command_and_exit_code(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in out
+    assert "130 interrupted" in out
+    assert run(capsys)[0] == 0
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("finetune", "reproduce")])
+def test_every_command_explains_itself(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"usage: zoo {command}" in out and "--json" in out
+    assert "{None}" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["lst"], ["unknown command 'lst'", "zoo list"]),
+        (["list", "--mehod", "x"], ["--mehod", "did you mean --method?", "zoo list --help"]),
+        (["list", "--min-sparsity", "much"], ["--min-sparsity", "much"]),
+        (["list", "--min-sparsity", "1.5"], ["between 0 and 1", "1.5"]),
+        (["list", "toy/hlf*"], ["toy/hlf*", "toy/half-mlp"]),
+        (["list", "--kind", "moddels"], ["moddels"]),
+        (["show"], ["MODEL"]),
+        (["show", "toy/haf-mlp"], ["toy/haf-mlp", "toy/half-mlp"]),
+        (["eval"], ["name at least one model"]),
+        (["eval", "toy/half-mlp", "--task", "toy/acuracy"], ["toy/acuracy", "toy/accuracy"]),
+        (["eval", "toy/half-mlp", "--report", "page.pdf"], ["page.pdf", ".html"]),
+        (["eval", "toy/half-mlp", "--execution", "fast"], ["fast"]),
+        (["compare", "toy/dense-mlp"], ["no dense twin"]),
+        (["verify", "toy/half-mlp", "--tolerance", "-1"], ["--tolerance"]),
+        (["sparsify", "toy/dense-mlp", "--method", "prunee", "--out", "x"], ["prunee", "prune"]),
+        (["sparsify", "toy/dense-mlp", "--method"], ["--method needs a value"]),
+        (["sparsify", "toy/dense-mlp", "--out", "x", "--sparsity", "1.0"], ["sparsity", "1.0"]),
+        (["sparsify", "toy/dense-mlp", "--out", "x", "--sparsity", "-0.1"], ["sparsity", "-0.1"]),
+        (["sparsify", "toy/dense-mlp", "--out", "x", "--sparsity", "nan"], ["sparsity", "nan"]),
+        (["sparsify", "toy/dense-mlp", "--out", "x", "--pattern", "5:7"], ["7"]),
+        (["sparsify", "toy/dense-mlp", "--out", "x", "--name", "llm/x", "--sparsity", "0.5"], ["'toy/'"]),
+        (["finetune"], ["DOMAIN", "toy"]),
+        (["finetune", "tyo"], ["tyo", "toy"]),
+        (["reproduce"], ["NAME", "toy"]),
+        (["reproduce", "tyo"], ["tyo", "toy"]),
+        (["reproduce", "toy", "--seed", "1"], ["--seed", "--seeds"]),
+        (["bench", "nothing"], ["nothing"]),
+        (["pull", "owner/name"], ["owner/name", "hf://"]),
+        (["push", "toy/half-mlp", "owner/name"], ["hf://"]),
+        (["export", "toy/half-mlp", "--to", "x.bin"], ["x.bin", ".safetensors"]),
+    ],
+)
+def test_bad_input_is_named_in_a_line_or_two(capsys, toy_zoo, tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *argv)
+    assert code == 2, err
+    last = err.strip().splitlines()[-2:]
+    for word in words:
+        assert word in " ".join(last)
+    assert "Traceback" not in err and out == ""
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and "zoo-cache" not in path.parts] == []
+
+
+def test_errors_for_machines_and_with_traceback(capsys, toy_zoo):
+    code, out, _ = run(capsys, "show", "toy/haf-mlp", "--json")
+    assert code == 2
+    error = json.loads(out)["error"]
+    assert error["type"] == "UnknownNameError" and error["exit_code"] == 2 and "half" in error["message"]
+    code, _, err = run(capsys, "show", "toy/haf-mlp", "--debug")
+    assert code == 2 and "Traceback" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (HubError("no connection"), 3, "no connection"),
+        (PermissionError(13, "Permission denied", "/cache"), 3, "/cache: Permission denied"),
+        (OSError(28, "No space left on device"), 3, "No space left"),
+        (MemoryError(), 3, "out of memory"),
+        (ZeroDivisionError("x"), 70, "internal error: ZeroDivisionError"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_exit_codes(capsys, monkeypatch, error, code, words):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    got, _, err = run(capsys, "list")
+    assert got == code
+    assert words in err and "Traceback" not in err
+
+
+def test_list_and_show(capsys, toy_zoo):
+    code, out, _ = run(capsys, "list", "toy/*")
+    assert code == 0 and "toy/tenth-mlp" in out and "50.0 %" in out
+    listed = json.loads(run(capsys, "list", "--domain", "toy", "--min-sparsity", "0.6", "--json")[1])
+    assert [model["name"] for model in listed] == ["toy/tenth-mlp"]
+    assert listed[0]["metrics"][0]["dense"] is not None
+    assert "toy/accuracy" in json.loads(run(capsys, "list", "--kind", "tasks", "--json")[1])
+    assert "prune" in run(capsys, "list", "--kind", "methods")[1].split()
+    code, out, _ = run(capsys, "show", "toy/half-mlp")
+    assert code == 0
+    for word in ("toy/half-mlp@1.0.0", "dense twin", "Nobody, 2026", "unstructured", "sha256"):
+        assert word in out
+    shown = json.loads(run(capsys, "show", "toy/half-mlp", "--json")[1])
+    assert shown == read_card(toy_zoo["half"] / "card.yaml").to_dict() | {"metrics": shown["metrics"]}
+
+
+def test_eval_with_reports_and_records(capsys, toy_zoo, tmp_path):
+    page, text = tmp_path / "new" / "page.html", tmp_path / "page.md"
+    command = ["eval", "toy/half-mlp", "toy/tenth-mlp", "--task", "toy/acc*", "--out", tmp_path / "r"]
+    code, out, err = run(capsys, *command, "--report", page, text)
+    assert code == 0
+    assert "toy/dense-mlp" in out  # the twin came along
+    assert page.read_text().startswith("<!doctype html>") and "# Evaluation" in text.read_text()
+    assert len(list((tmp_path / "r").glob("*.json"))) == 3
+    assert "[3/3]" in err
+    records = json.loads(run(capsys, "eval", "toy/half-mlp", "--json")[1])
+    assert records[0]["task"] == "toy/accuracy"
+
+
+def test_compare_and_its_goal(capsys, toy_zoo):
+    assert run(capsys, "compare", "toy/tenth-mlp", "toy/dense-mlp")[0] == 0
+    code, out, _ = run(capsys, "compare", "toy/tenth-mlp", "--margin", "0.9")
+    assert code == 0 and "worse" in out
+    code, out, _ = run(capsys, "compare", "toy/tenth-mlp", "--margin", "0.0001", "--json")
+    assert code == 1
+    assert json.loads(out)[0]["within_margin"] is False
+
+
+def test_verify_says_what_failed(capsys, toy_zoo, tmp_path):
+    code, out, err = run(capsys, "verify", "toy/half-mlp", "toy/tenth-mlp")
+    assert code == 0 and "2 models" in err and "0 failed" in err and "failed" not in out
+    card = (toy_zoo["dense"] / "card.yaml").read_text()
+    liar = tmp_path / "liar"
+    liar.mkdir()
+    (liar / "weights.safetensors").write_bytes((toy_zoo["dense"] / "weights.safetensors").read_bytes())
+    (liar / "card.yaml").write_text(card.replace("stderr: 0.0", "stderr: 0.7"))
+    code, out, _ = run(capsys, "verify", liar, "--json")
+    assert code == 1
+    [bad] = [check for check in json.loads(out)[0]["checks"] if check["ok"] is False]
+    assert bad["figure"] == "toy/accuracy: accuracy, stderr"
+    code, out, _ = run(capsys, "verify", liar, "--failed-only")
+    assert code == 1 and "stderr" in out and "sha256" not in out
+
+
+def test_sparsify_makes_a_bundle_that_verifies(capsys, toy_zoo, tmp_path):
+    out = tmp_path / "mine"
+    command = ["sparsify", "toy/dense-mlp", "--sparsity", "0.75", "--budget", "uniform", "--out", out]
+    code, _, err = run(capsys, *command)
+    assert code == 0, err
+    card = read_card(out / "card.yaml")
+    assert card.name == "toy/mine" and card.dense_twin == "toy/dense-mlp"
+    assert card.sparsity.overall == 0.75
+    assert card.method.hyperparameters["budget"] == "uniform"
+    assert card.training.command.startswith("zoo sparsify toy/dense-mlp --sparsity 0.75")
+    assert run(capsys, "verify", out)[0] == 0
+    code, _, err = run(capsys, "sparsify", "toy/dense-mlp", "--sparsity", "0.5", "--out", out)
+    assert code == 2 and str(out) in err
+    assert read_card(out / "card.yaml") == card
+    nm = tmp_path / "nm"
+    assert run(capsys, "sparsify", out, "--pattern", "2:4", "--out", nm, "--json")[0] == 0
+    assert read_card(nm / "card.yaml").dense_twin == "toy/dense-mlp"
+
+
+def test_methods_of_another_package_are_options(capsys, toy_zoo, tmp_path):
+    code, out, _ = run(capsys, "sparsify", "--method", "toy-half", "--help")
+    assert code == 0 and "--score" in out and "--pattern" not in out and "toy-half" in out
+    out = tmp_path / "half"
+    command = ["sparsify", "toy/dense-mlp", "--method=toy-half", "--score", "random", "--out", out]
+    assert run(capsys, *command)[0] == 0
+    assert read_card(out / "card.yaml").method.name == "toy-half"
+
+
+def test_finetune_keeps_zeros(capsys, toy_zoo, tmp_path):
+    assert "toy" in run(capsys, "finetune", "--help")[1]
+    assert "--steps" in run(capsys, "finetune", "toy", "--help")[1]
+    out = tmp_path / "tuned"
+    code, text, err = run(capsys, "finetune", "toy", "--model", "toy/half-mlp", "--out", out, "--steps", "5")
+    assert code == 0, err
+    assert "before" in text and "after" in text and "50.0 % sparse" in err
+    before, after = load("toy/half-mlp"), load(out)
+    assert masks_of(before).equal(masks_of(after))
+    assert masks_of(after).zeros_intact(after) == []
+
+
+def test_reproduce(capsys, toy, tmp_path):
+    assert "toy" in run(capsys, "reproduce", "--help")[1]
+    assert "--levels" in run(capsys, "reproduce", "toy", "--help")[1]
+    page = tmp_path / "page.html"
+    command = ["reproduce", "toy", "--seeds", "1", "--results", tmp_path / "r"]
+    code, out, err = run(capsys, *command, "--report", page)
+    assert code == 0
+    assert "published" in out and "measured" in out and "verdict" in out
+    assert "toy-accuracy.png" in err and "Verdicts" in page.read_text()
+    code, out, _ = run(capsys, *command, "--json")
+    assert code == 0 and json.loads(out)["verdicts"][0]["claim"] == "more zeros cost accuracy"
+
+
+def test_export_writes_what_any_program_reads(capsys, toy_zoo, tmp_path):
+    file = tmp_path / "dense.safetensors"
+    assert run(capsys, "export", "toy/tenth-mlp", "--to", file)[0] == 0
+    state, model = load_file(file), load("toy/tenth-mlp")
+    assert set(state) == set(model.state_dict())
+    assert all(state[name].equal(tensor) for name, tensor in model.state_dict().items())
+    assert run(capsys, "export", "toy/tenth-mlp", "--to", file)[0] == 2
+    code, out, _ = run(capsys, "export", "toy/tenth-mlp", "--to", tmp_path / "folder", "--json")
+    assert code == 0 and json.loads(out)["tensors"] == 4
+    assert json.loads((tmp_path / "folder" / "card.json").read_text())["name"] == "toy/tenth-mlp"
+
+
+def test_push_can_be_tried_without_a_network(capsys, toy_zoo):
+    code, out, _ = run(capsys, "push", "toy/half-mlp", "hf://someone/half", "--dry-run", "--json")
+    assert code == 0
+    assert set(json.loads(out)["files"]) >= {"card.yaml", "weights.safetensors"}
+
+
+def test_pull_without_a_network_is_an_error_of_the_environment(capsys):
+    code, _, err = run(capsys, "pull", "hf://someone/half", "--offline")
+    assert code == 3 and "hf://someone/half" in err
+
+
+def test_bench_runs_scripts_of_a_checkout(capsys, tmp_path, monkeypatch):
+    from zoo.cli import bench
+
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "benchmarks" / "good.py").write_text('"""Measures nothing.\n\nMore."""\nprint("fine")')
+    (tmp_path / "benchmarks" / "bad.py").write_text('"""Misses."""\nraise SystemExit(1)')
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "zoo" / "cli" / "bench.py"))
+    code, out, _ = run(capsys, "bench")
+    assert code == 0 and "good  Measures nothing." in out
+    assert run(capsys, "bench", "good", "--quick", "--threads", "2")[0] == 0
+    code, _, err = run(capsys, "bench", "all")
+    assert code == 1 and "bad" in err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").unlink()
+    code, _, err = run(capsys, "bench")
+    assert code == 2 and "source checkout" in err
+
+
+def test_listing_is_quick_and_imports_no_torch(toy_environment):
+    script = (
+        "import sys; from zoo.cli import main; code = main(['list'])\n"
+        "heavy = {'torch', 'matplotlib', 'scipy', 'torch_geometric', 'transformers'} & set(sys.modules)\n"
+        "assert code == 0 and not heavy, heavy"
+    )
+    command = [sys.executable, "-c", script]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, env=toy_environment, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "toy/half-mlp" in done.stdout
+    # processor time, which a busy machine does not stretch as it stretches the wall clock
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
+def test_version_entry_module_and_a_closed_pipe(toy_environment):
+    assert process(toy_environment, "--version").stdout.startswith("zoo ")
+    command = f"{sys.executable} -m zoo list --kind tasks | head -n 1"
+    done = subprocess.run(command, shell=True, env=toy_environment, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+def test_ctrl_c_leaves_nothing_half_written(toy_environment, tmp_path):
+    environment = toy_environment | {"TOY_SLEEP": "30"}
+    page = tmp_path / "page.html"
+    command = [sys.executable, "-m", "zoo", "eval", "toy/half-mlp", "--task", "toy/slow"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen([*command, "--report", str(page)], env=environment, **pipes)
+    line = running.stderr.readline()  # the progress of the first cell: it is being measured
+    assert "toy/slow" in line
+    time.sleep(0.3)
+    os.kill(running.pid, signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "interrupted" in err and "Traceback" not in err
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -1,0 +1,141 @@
+"""Verification finds every kind of lie that the card's schema lets pass."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from zoo.bundles import load, save
+from zoo.cards import read_card
+from zoo.errors import ConfigError
+from zoo.harness import verify as verification
+from zoo.harness.evidence import record_evidence
+from zoo.harness.verify import verify
+
+
+@pytest.fixture
+def beside(toy_bundles, tmp_path):
+    """Copies of the toy bundles, to be spoilt."""
+    shutil.copytree(toy_bundles["dense"].parent, tmp_path / "copies")
+    return tmp_path / "copies"
+
+
+def rewrite(folder, change):
+    """Change the card's fields, as a liar with a consistent card would."""
+    fields = read_card(folder / "card.yaml").to_dict()
+    change(fields)
+    card = verification.Card.model_validate(fields)
+    (folder / "card.yaml").write_text(card.to_yaml())
+
+
+def failed(folder):
+    [report] = verify(folder)
+    assert not report.ok
+    return [check.figure for check in report.checks if check.ok is False]
+
+
+def test_honest_cards_come_back(toy_zoo):
+    reports = verify("toy/*")
+    models = [f"toy/{name}-mlp@1.0.0" for name in ("dense", "half", "tenth")]
+    assert [report.model for report in reports] == models
+    for report in reports:
+        assert report.ok, [check for check in report.checks if not check.ok]
+    figures = [check.figure for check in reports[1].checks]
+    for figure in (
+        "sha256", "parameters, dense", "parameters, kept", "bytes, dense", "bytes, packed", "bytes on disk",
+        "FLOPs, dense", "FLOPs, sparse", "weights, kept", "weights, sparsity", "sparsity, overall",
+        "zeros where masks drop", "toy/accuracy: accuracy", "toy/accuracy: accuracy, stderr",
+        "toy/accuracy: accuracy, dense twin", "toy/accuracy: accuracy, mean of 1 seeds",
+        "toy/accuracy: accuracy, spread", "toy/accuracy: accuracy, dense twin, spread",
+    ):  # fmt: skip
+        assert figure in figures
+
+
+def _set(path, value):
+    def change(fields):
+        *parents, last = path
+        for key in parents:
+            fields = fields[key]
+        fields[last] = value
+
+    return change
+
+
+def _kept(fields):
+    part = fields["sparsity"]["parts"]["weights"]
+    part["kept"] += 1
+    part["sparsity"] = fields["sparsity"]["overall"] = 1 - part["kept"] / part["total"]
+
+
+def _on_disk(fields):
+    fields["cost"]["bytes"]["on_disk"] = fields["weights"]["bytes"] = fields["weights"]["bytes"] + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "figure"),
+    [
+        (_set(["cost", "parameters", "dense"], 10_000), "parameters, dense"),
+        (_set(["cost", "parameters", "kept"], 5), "parameters, kept"),
+        (_set(["cost", "bytes", "dense"], 1), "bytes, dense"),
+        (_set(["cost", "bytes", "sparse"], 1), "bytes, packed"),
+        (_set(["cost", "flops", "dense"], 1 << 40), "FLOPs, dense"),
+        (_set(["cost", "flops", "sparse"], 1), "FLOPs, sparse"),
+        (_set(["metrics", 0, "value"], 0.99), "toy/accuracy: accuracy"),
+        (_set(["metrics", 0, "stderr"], 0.5), "toy/accuracy: accuracy, stderr"),
+        (_set(["metrics", 0, "metric"], "f1"), "toy/accuracy: f1"),
+        (_set(["metrics", 0, "dense", "value"], 0.5), "toy/accuracy: accuracy, dense twin"),
+        (_kept, "weights, kept"),
+        (_set(["weights", "sha256"], "0" * 64), "sha256"),
+    ],
+)
+def test_each_lie_is_found(beside, change, figure):
+    rewrite(beside / "half-mlp", change)
+    assert figure in failed(beside / "half-mlp")
+
+
+def test_damaged_weights_are_a_failed_check(beside):
+    _on_disk_folder = beside / "tenth-mlp"
+    rewrite(_on_disk_folder, _on_disk)
+    assert failed(_on_disk_folder) == ["everything else"]
+    (beside / "half-mlp" / "weights.safetensors").write_bytes(b"not weights")
+    assert failed(beside / "half-mlp") == ["sha256", "everything else"]
+    (beside / "dense-mlp" / "weights.safetensors").unlink()
+    assert failed(beside / "dense-mlp") == ["sha256", "everything else"]
+
+
+def test_values_per_seed_against_the_committed_evidence(beside, tmp_path, monkeypatch):
+    folder = beside / "half-mlp"
+    card = read_card(folder / "card.yaml")
+    metric = card.metrics[0]
+    figures = {card.name: metric, metric.dense.name: metric.dense}
+    monkeypatch.setattr(verification, "REPOSITORY", tmp_path)
+    rewrite(folder, _set(["evidence"], "results/toy.json"))
+    [absent] = verify(folder)
+    assert absent.ok
+    assert "not at hand" in [check.measured for check in absent.checks]
+    path = tmp_path / "results" / "toy.json"
+    for name, figure in figures.items():
+        record_evidence(path, name, metric.task, metric.metric, figure.per_seed)
+    [present] = verify(folder)
+    assert present.ok
+    assert sum("evidence of" in check.figure for check in present.checks) == 2
+    wrong = {seed: value + 0.01 for seed, value in metric.per_seed.items()}
+    record_evidence(path, card.name, metric.task, metric.metric, wrong)
+    assert failed(folder) == ["toy/accuracy: accuracy per seed, evidence of toy/half-mlp"]
+    path.write_text('{"per_seed": {}}')
+    assert len(failed(folder)) == 2
+    path.write_text("[]")
+    [other] = verify(folder)
+    assert [check.ok for check in other.checks if check.figure == "values per seed"] == [None]
+
+
+def test_a_saved_model_verifies_after_it_was_loaded_and_saved_again(toy_zoo, tmp_path):
+    model = load("toy/tenth-mlp")
+    again = save(model, tmp_path / "again", card=model.zoo_info.card)
+    assert verify(again)[0].ok
+
+
+def test_a_module_has_no_card(toy):
+    with pytest.raises(ConfigError, match="no bundle"):
+        verify(toy.MLP())

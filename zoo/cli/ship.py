@@ -1,0 +1,138 @@
+"""`zoo pull`, `zoo push`, `zoo export`: models in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from shared.io import atomic_write, write_json
+from zoo.cli import OK
+from zoo.cli.console import note, print_json
+from zoo.cli.parsing import Positional, metavar, parse
+from zoo.errors import ConfigError
+from zoo.report import numbers
+
+PREFIX = "hf://"
+
+
+@dataclass
+class Pull:
+    """Fetch a model from a hub into the local cache and check it against its card."""
+
+    reference: Annotated[str, Positional, metavar("hf://OWNER/NAME[@REVISION]")]
+    """Where it is; the revision is a branch, tag or commit."""
+
+    offline: bool = False
+    """Only look into the cache."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass
+class Push:
+    """Publish a model on a hub: its card and its weights, after checking them."""
+
+    model: Annotated[str, Positional, metavar("MODEL")]
+    """A name or folder."""
+
+    reference: Annotated[str, Positional, metavar("hf://OWNER/NAME[@BRANCH]")]
+    """Where to."""
+
+    private: bool = False
+    """Make the repository private, if it has to be made."""
+
+    dry_run: bool = False
+    """Only check, and say what would be uploaded."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass
+class Export:
+    """Write a model's weights densely, zeros included, as plain safetensors that any program reads."""
+
+    model: Annotated[str, Positional, metavar("MODEL")]
+    """A name, folder or hf://owner/name."""
+
+    to: Path
+    """FILE.safetensors, or a folder for model.safetensors and card.json."""
+
+    overwrite: bool = False
+    """Replace a file that is there."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def pull_command(argv: Sequence[str]) -> int:
+    """`zoo pull`."""
+    options = parse(Pull, argv, "pull")
+    _require_hub(options.reference)
+    from zoo.hub import pull
+
+    bundle = pull(options.reference, offline=True if options.offline else None)
+    card = bundle.card
+    if options.json:
+        print_json({"name": card.name, "version": card.version, "folder": str(bundle.folder)})
+    else:
+        print(f"{card.reference}, {numbers.size(card.weights.bytes)}, in {bundle.folder}")
+        note(f"Next: zoo eval {options.reference}")
+    return OK
+
+
+def push_command(argv: Sequence[str]) -> int:
+    """`zoo push`."""
+    options = parse(Push, argv, "push")
+    _require_hub(options.reference)
+    from zoo.hub import push
+
+    pushed = push(options.model, options.reference, private=options.private, dry_run=options.dry_run)
+    if options.json:
+        print_json({"files": pushed.files, "url": pushed.url})
+        return OK
+    for name, size in pushed.files.items():
+        print(f"{name}  {numbers.size(size)}")
+    print("nothing was uploaded (--dry-run)" if options.dry_run else f"published: {pushed.url}")
+    return OK
+
+
+def export_command(argv: Sequence[str]) -> int:
+    """`zoo export`."""
+    options = parse(Export, argv, "export")
+    is_file = options.to.suffix == ".safetensors"
+    if not is_file and options.to.suffix:
+        raise ConfigError(f"--to {options.to}: give a .safetensors file or a folder")
+    weights = options.to if is_file else options.to / "model.safetensors"
+    if weights.exists() and not options.overwrite:
+        raise ConfigError(f"{weights} is there already; give another place, or --overwrite")
+    from safetensors.torch import save
+
+    from zoo.bundles import info, load
+
+    model = load(options.model)
+    card = info(model).card
+    # Tied tensors are written once each, since plain safetensors knows no ties.
+    state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    content = save(state, metadata={"format": "pt", "model": card.reference})
+    atomic_write(weights, content)
+    if not is_file:
+        write_json(options.to / "card.json", card.to_dict())
+    if options.json:
+        sizes = {"bytes": len(content), "tensors": len(state)}
+        print_json({"model": card.reference, "file": str(weights), **sizes})
+    else:
+        packed = numbers.size(card.cost.bytes.on_disk)
+        print(f"{weights}: {len(state)} tensors, {numbers.size(len(content))} dense ({packed} packed)")
+    return OK
+
+
+def _require_hub(reference: str) -> None:
+    if not reference.startswith(PREFIX):
+        raise ConfigError(
+            f"{reference!r} is no hub reference; write hf://owner/name or hf://owner/name@revision"
+        )
