@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -161,7 +162,7 @@ def edit(data: bytearray, rng: random.Random) -> bytearray:
                 other, field = rng.choice(nodes(manifest))
                 where[key] = json.loads(json.dumps(other[field]))
             case _:
-                where[key] = rng.choice(ODD)
+                where[key] = copy.deepcopy(rng.choice(ODD))
     if rng.random() < 0.3 and body:
         body[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
     if isinstance(manifest.get("crc32"), dict):
