@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def finetune_command(argv: Sequence[str]) -> int:
         raise ConfigError(usage)
     config_class: Any = FINETUNERS.get(argv[0])
     options, config = parse_with(
-        Finetune, config_class, argv[1:], f"finetune {argv[0]}", config_class.__doc__
+        Finetune, config_class, argv[1:], f"finetune {argv[0]}", inspect.getdoc(config_class)
     )
     path = config.run()
     return _show_new(path, options.json, before=getattr(config, "model", None))

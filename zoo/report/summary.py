@@ -107,19 +107,7 @@ def _plot(task: str, records: Sequence[Record], axis: _Axis) -> Plot | None:
     for item in known:
         families.setdefault(_family(item[1]), []).append(item)
     for family, members in families.items():
-        members.sort(key=lambda item: item[2])
-        stderrs = [record.metrics[record.primary].stderr for _, record, _ in members]
-        series.append(
-            Series(
-                label=family,
-                x=[x for _, _, x in members],
-                y=[_quality(record) for _, record, _ in members],
-                spread=None if None in stderrs else [s for s in stderrs if s is not None],
-                kind="points",
-                marks=[str(number) for number, _, _ in members],
-                group=family,
-            )
-        )
+        series.append(_points(family, members))
         dense = [record for record in records if record.model == family]
         if dense:
             series.append(Series("dense twin", [], [_quality(dense[0])], kind="reference", group=family))
@@ -138,6 +126,24 @@ def _plot(task: str, records: Sequence[Record], axis: _Axis) -> Plot | None:
         series=series,
         alt=_description([(record, sign * x) for _, record, x in known]),
         log_x=axis.log,
+    )
+
+
+def _points(family: str, members: Sequence[tuple[int, Record, float]]) -> Series:
+    """The points of one family; runs that fall on one point (masked and packed, say) share it and its mark."""
+    points: dict[tuple[float, float], list[tuple[int, Record]]] = {}
+    for number, record, x in sorted(members, key=lambda item: item[2]):
+        points.setdefault((x, round(_quality(record), 6)), []).append((number, record))
+    firsts = [runs[0][1] for runs in points.values()]
+    stderrs = [record.metrics[record.primary].stderr for record in firsts]
+    return Series(
+        label=family,
+        x=[x for x, _ in points],
+        y=[_quality(record) for record in firsts],
+        spread=None if None in stderrs else [stderr for stderr in stderrs if stderr is not None],
+        kind="points",
+        marks=[", ".join(str(number) for number, _ in runs) for runs in points.values()],
+        group=family,
     )
 
 

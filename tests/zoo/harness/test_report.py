@@ -194,3 +194,11 @@ def test_terminal_and_markdown(records):
     report = markdown.experiment_report("E", result, facts={"Time": "1 s"}, plot_files={"q": "q.png"})
     for line in ("| c | p | m | does not hold | why |", "![Q](q.png)", "- Time: 1 s"):
         assert line in report
+
+
+def test_runs_on_one_point_share_its_mark(records):
+    packed = [record.model_copy(update={"execution": "packed"}) for record in records[:3]]
+    [plot] = [plot for plot in summarise([*records[:3], *packed])[0].plots if plot.name.endswith("bytes")]
+    [points] = [series for series in plot.series if series.kind == "points"]
+    assert len(points.x) == 3
+    assert sorted(points.marks) == ["1, 4", "2, 5", "3, 6"]
