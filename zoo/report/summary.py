@@ -27,7 +27,7 @@ class _Axis:
     name: str
     title: str
     label: str
-    of: Callable[[Record], float | None]
+    of: Callable[[Record], float | int | None]
     log: bool
 
 
@@ -90,14 +90,15 @@ def _table(task: str, records: Sequence[Record]) -> Table:
 
 
 def _plots(task: str, records: Sequence[Record]) -> list[Plot]:
-    plots = [plot for axis in AXES if (plot := _plot(task, records, axis)) is not None]
-    return plots
+    return [plot for axis in AXES if (plot := _plot(task, records, axis)) is not None]
 
 
 def _plot(task: str, records: Sequence[Record], axis: _Axis) -> Plot | None:
     """Quality against one cost; None unless two records know the cost."""
     known = [
-        (number, record, x) for number, record in enumerate(records, 1) if (x := axis.of(record)) is not None
+        (number, record, float(x))
+        for number, record in enumerate(records, 1)
+        if (x := axis.of(record)) is not None
     ]
     if len(known) < 2 or len({x for _, _, x in known}) < 2:
         return None
@@ -130,7 +131,7 @@ def _plot(task: str, records: Sequence[Record], axis: _Axis) -> Plot | None:
 
 
 def _points(family: str, members: Sequence[tuple[int, Record, float]]) -> Series:
-    """The points of one family; runs that fall on one point (masked and packed, say) share it and its mark."""
+    """The points of one family; runs on one point (masked and packed, say) share it and its mark."""
     points: dict[tuple[float, float], list[tuple[int, Record]]] = {}
     for number, record, x in sorted(members, key=lambda item: item[2]):
         points.setdefault((x, round(_quality(record), 6)), []).append((number, record))
