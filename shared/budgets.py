@@ -197,8 +197,7 @@ class Floor(Budget):
         if sum(floors.values()) > kept:
             raise BudgetError(
                 f"the floors need {sum(floors.values())} of {total} entries, the sparsity leaves {kept}; "
-                f"lower the sparsity "
-                f"to {1 - sum(floors.values()) / total:.4f} or lower the floors"
+                f"lower the sparsity to {1 - sum(floors.values()) / total:.4f} or lower the floors"
             )
         current = dict(slots)
         while True:
@@ -271,8 +270,7 @@ class Knapsack(Budget):
         if room < 0:
             raise BudgetError(
                 f"the cheapest choice of the grid costs {sum(lowest.values()):.6g}, the limit is "
-                f"{limit:.6g}; "
-                "lower the sparsity or add lower densities"
+                f"{limit:.6g}; lower the sparsity or add lower densities"
             )
         # Costs above the cheapest, rounded up to buckets; the tolerance forgives the rounding of whole
         # buckets.

@@ -182,7 +182,6 @@ class Enforcer:
                 elif key not in OTHER_STATE:
                     raise OptimizerStateError(
                         f"{type(optimizer).__name__} holds state {key!r} for {name!r} whose meaning is "
-                        f"unknown, so "
-                        "zeros cannot be kept; use a torch.optim optimiser, or add the key to "
+                        "unknown, so zeros cannot be kept; use a torch.optim optimiser, or add the key to "
                         "shared.enforce.PER_WEIGHT_STATE (one entry per weight) or OTHER_STATE"
                     )

@@ -244,8 +244,7 @@ class MaskSet(Mapping[str, Mask]):
             if parameter.shape != mask.shape:
                 raise MaskError(
                     f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter "
-                    f"{tuple(parameter.shape)}; "
-                    "are these the masks of another model?"
+                    f"{tuple(parameter.shape)}; are these the masks of another model?"
                 )
             twin = first.setdefault(id(parameter), name)
             if twin != name and not self[twin].equal(mask):

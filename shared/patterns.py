@@ -173,8 +173,7 @@ class NM(Pattern):
         if length % self.m:
             raise PatternError(
                 f"{self} needs dimension {self.dim} to be a multiple of {self.m}; the shape {tuple(shape)} "
-                f"has {length} "
-                "there: leave this tensor out, or choose another m or dim"
+                f"has {length} there: leave this tensor out, or choose another m or dim"
             )
 
     @property
@@ -233,8 +232,7 @@ class NM(Pattern):
         if bad:
             raise PatternError(
                 f"{bad} of {counts.numel()} groups of {self.m} keep more than {self.n} entries, which "
-                f"{self} forbids; "
-                "rebuild the mask with keep() or declare it Unstructured()"
+                f"{self} forbids; rebuild the mask with keep() or declare it Unstructured()"
             )
 
     def __str__(self) -> str:
@@ -263,8 +261,7 @@ class Block(Pattern):
         if out % self.rows or rest % self.cols:
             raise PatternError(
                 f"{self} needs the matrix view {out}x{rest} of shape {tuple(shape)} to divide into "
-                f"{self.rows}x{self.cols} "
-                "tiles: leave this tensor out, or choose a block that divides it"
+                f"{self.rows}x{self.cols} tiles: leave this tensor out, or choose a block that divides it"
             )
 
     def units(self, shape: Sequence[int]) -> int:

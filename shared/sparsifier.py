@@ -232,8 +232,8 @@ class Sparsifier:
             if goal < before and not self.score.may_regrow:
                 raise ScheduleError(
                     f"the schedule lowers the sparsity from {before:.6g} to {goal:.6g} at step "
-                    f"{self.step_count}; "
-                    f"{type(self.score).__name__} cannot choose what returns, use a score that may_regrow"
+                    f"{self.step_count}; {type(self.score).__name__} cannot choose what returns, use a score "
+                    "that may_regrow"
                 )
             masks |= self._choose(goal, context, self.masks)
         if self.regrow is not None and self._regrows_at(self.step_count):
