@@ -94,7 +94,7 @@ def test_killed_and_run_again(toy, toy_environment, tmp_path, monkeypatch):
     slow = toy_environment | {"TOY_LOG": str(log), "TOY_SLEEP": "0.4"}
     process = subprocess.Popen(command, env=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     cells = tmp_path / "zoo-cache" / "cells" / "toy"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and len(list(cells.glob("[0-9a-f]*.json"))) < 2:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)

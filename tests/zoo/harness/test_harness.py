@@ -208,7 +208,7 @@ def test_killed_and_run_again(toy_environment, toy_zoo, tmp_path, monkeypatch):
     slow = toy_environment | {"TOY_LOG": str(log), "TOY_SLEEP": "0.4"}
     process = subprocess.Popen(command, env=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     records = tmp_path / "zoo-cache" / "records"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and len(list(records.glob("[0-9a-f]*.json"))) < 3:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
