@@ -41,7 +41,7 @@ def records_page(records: Sequence[Record], *, title: str = "Sparse model zoo: e
         for summary in summarise(records)
     ]
     lead = (
-        f"{len({r.model for r in records})} models on {len(sections)} tasks. "
+        f"Models: {len({r.model for r in records})}. Tasks: {len(sections)}. "
         "Each sparse model stands beside its dense twin, which has the same architecture, data and "
         "recipe; in the plots the twin's value is the dashed line. The thin stepped line joins the runs that "
         "none beats on both axes (the Pareto front). Numbers beside points are rows of the table."
@@ -56,9 +56,17 @@ def records_page(records: Sequence[Record], *, title: str = "Sparse model zoo: e
                 sorted({min(r.created for r in records), max(r.created for r in records)})
             ),
             "Peak memory": numbers.size(max(r.peak_memory_bytes for r in records)),
-            "Again": "zoo eval " + " ".join(sorted({r.model for r in records})) + " --report report.html",
+            "Again": _command(records),
         }
     return page(title, lead, sections, facts)
+
+
+def _command(records: Sequence[Record]) -> str:
+    """What to type to measure the same again."""
+    parts = ["zoo eval", *sorted({record.model for record in records})]
+    parts += ["--task", *dict.fromkeys(record.task for record in records)]
+    parts += ["--execution", *dict.fromkeys(record.execution for record in records)]
+    return " ".join([*parts, "--report report.html"])
 
 
 def experiment_page(title: str, lead: str, result: ExperimentResult, facts: Mapping[str, str]) -> str:
