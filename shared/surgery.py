@@ -161,7 +161,6 @@ def drop_layers(
 
 
 # -- planning
-# -----------------------------------------------------------------------------------------------------
 
 
 def _selections(
@@ -302,7 +301,6 @@ def _remaining(groups: GroupMap, keep: Mapping[str, Tensor], selections: Mapping
 
 
 # -- carrying out
-# -------------------------------------------------------------------------------------------------
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:

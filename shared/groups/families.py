@@ -15,6 +15,7 @@ from shared.errors import GroupError
 from shared.gates.modules import Gate, GatedWeight, HardConcrete
 from shared.masks import Mask, MaskSet, near_misses
 from shared.patterns import Group, Unstructured
+from shared.topk import topk_mask
 
 Role = Literal["out", "in", "follow", "state"]
 
@@ -172,7 +173,6 @@ class GroupMap(Mapping[str, Family]):
         return "\n".join([f"GroupMap of {len(self)} families", *lines])
 
     # -- sums over units
-    # ------------------------------------------------------------------------------------------
 
     def sums(
         self, values: Mapping[str, Tensor], roles: Sequence[Role] = ("out",)
@@ -242,8 +242,36 @@ class GroupMap(Mapping[str, Family]):
                 )
                 tensor.mul_(_along(slices, member.dim, tensor.ndim))
 
+    def select(
+        self, scores: Mapping[str, Float[Tensor, " units"]], kept: int, minimum: int = 1
+    ) -> dict[str, Tensor]:
+        """The `kept` best units of all families in `scores` together, but at least `minimum` of each family.
+
+        Equal scores are decided by the order of families and units.
+
+        Returns:
+            By family a bool vector, for `masks` and `surgery.cut`.
+
+        Raises:
+            GroupError: no scores, or a count below the floors or above the number of units.
+            PatternError: a NaN among the scores.
+        """
+        if not scores:
+            raise GroupError("select: no scores are given; see GroupMap.sums and GroupMap.norms.")
+        floors = {name: topk_mask(score, min(max(minimum, 0), len(score))) for name, score in scores.items()}
+        floor, total = sum(int(f.sum()) for f in floors.values()), sum(len(f) for f in floors.values())
+        if not floor <= kept <= total or minimum < 1:
+            raise GroupError(
+                f"select: {kept} units cannot be kept of {total} in {len(floors)} families with at least "
+                f"{minimum} each; choose a number from {floor} to {total}."
+            )
+        secured = torch.cat(list(floors.values()))
+        values = torch.cat([score.detach() for score in scores.values()])
+        secured[~secured] = topk_mask(values[~secured], kept - floor)
+        parts = secured.split([len(score) for score in scores.values()])
+        return {name: part.clone() for name, part in zip(scores, parts, strict=True)}
+
     # -- gates and masks
-    # ------------------------------------------------------------------------------------------
 
     def gate(self, model: nn.Module, name: str, make: Callable[[tuple[int]], Gate]) -> Gate:
         """Gate the units of a family where they are read: every reading slice is multiplied by its unit's
@@ -343,8 +371,7 @@ def _alive(keep: Tensor, member: Member) -> Tensor:
 
 
 def check_units(family: Family, units: Tensor) -> None:
-    """Raises GroupError unless `units` is a bool vector with one entry per unit, at least one of them True.
-    """
+    """Raises GroupError unless `units` is a bool vector with one entry per unit, at least one of them True."""
     if units.dtype != torch.bool or tuple(units.shape) != (family.units,):
         raise GroupError(
             f"{family.name}: expected a bool vector of {family.units} units, received {units.dtype} of shape "

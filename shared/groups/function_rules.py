@@ -49,9 +49,6 @@ def _argument(node: Any, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-# ------------------------------------------------------------------------------------
-
-
 def same(state: Tracer, node: Any, at: Any, why: str) -> Labels:
     """One tensor in, the same axes out."""
     return at(node.args[0])

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from shared.groups.tracing import Tracer
 
 
-# -----------------------------------------------------------------------------------------
-
-
 def _linear(state: Tracer, node: Any, at: Any, why: str) -> Labels:
     name = str(node.target)
     x = dict(at(node.args[0]))

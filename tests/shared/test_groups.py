@@ -258,6 +258,30 @@ class TestPenaltiesAndScores:
         assert sums["conv1.weight"].tolist() == [54.0 * c for c in range(5)] and not sums["stem.weight"].any()
 
 
+class TestSelect:
+    scores = {"a": torch.tensor([5.0, 1.0, 4.0]), "b": torch.tensor([0.5, 0.2]), "c": torch.tensor([4.0])}
+
+    @pytest.mark.parametrize(
+        ("kept", "expected"),
+        [
+            (3, {"a": [1, 0, 0], "b": [1, 0], "c": [1]}),  # the floors alone
+            (4, {"a": [1, 0, 1], "b": [1, 0], "c": [1]}),
+            (5, {"a": [1, 1, 1], "b": [1, 0], "c": [1]}),
+            (6, {"a": [1, 1, 1], "b": [1, 1], "c": [1]}),
+        ],
+    )
+    def test_table_by_hand(self, kept, expected):
+        found = GroupMap([]).select(self.scores, kept)
+        assert {name: units.int().tolist() for name, units in found.items()} == expected
+
+    def test_refusals(self):
+        for kept, minimum in [(2, 1), (7, 1), (4, 2), (4, 0)]:
+            with pytest.raises(GroupError, match="cannot be kept"):
+                GroupMap([]).select(self.scores, kept, minimum)
+        with pytest.raises(GroupError, match="no scores"):
+            GroupMap([]).select({}, 1)
+
+
 class TestMasks:
     def setup_method(self):
         torch.manual_seed(2)
