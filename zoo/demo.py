@@ -1,0 +1,95 @@
+"""`make demo`: the main job on embedded data, as the commands a user would type, in a few minutes without any download.
+
+Lists the zoo, loads a pretrained ticket by name, evaluates it beside its dense twin, fine-tunes it for a moment, counts
+its zeros before and after, prints the bytes on disk and writes the report page.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+
+TICKET = "graph/teddy-gcn-digits-g30-w80"
+TWIN = "graph/dense-gcn-digits"
+RUNS = Path("runs/demo")
+REPORT = Path("reports/demo.html")
+
+
+class StepFailed(Exception):
+    """A command of the demo ended with another exit code than 0."""
+
+
+def type_command(text: str) -> None:
+    """Show a command as the user would type it and run it in this process."""
+    from zoo.cli import main as zoo_main
+
+    print(f"\n$ zoo {text}", flush=True)
+    code = zoo_main(shlex.split(text))
+    if code:
+        raise StepFailed(f"`zoo {text}` ended with exit code {code}")
+
+
+def count_zeros(before: str, after: Path) -> None:
+    """Print, mask by mask, that what the first model had pruned is zero in the second.
+
+    Raises:
+        StepFailed: a zero was lost.
+    """
+    import zoo
+    from shared.masks import masks_of
+
+    masks = masks_of(zoo.load(before))
+    weights = dict(zoo.load(str(after)).named_parameters())
+    if masks is None:
+        raise StepFailed(f"{before} carries no masks; reinstall the package")
+    print("\nZeros before and after fine-tuning:")
+    for name, mask in masks.items():
+        lost = int((weights[name][~mask.keep] != 0).sum())
+        print(f"  {name:<28} {mask.numel - mask.kept:>8,} zeros, {lost} lost")
+        if lost:
+            raise StepFailed(f"{name} lost {lost} zeros")
+
+
+def bytes_on_disk(names: list[str]) -> None:
+    """Print the sizes of the files that the names load, dense and sparse."""
+    import zoo
+    from zoo.bundles import find
+
+    print("\nBytes on disk:")
+    for name in names:
+        bundle = find(name)
+        dense = zoo.card(name).cost.bytes.dense
+        size = (bundle.folder / bundle.card.weights.file).stat().st_size
+        print(f"  {name:<36} {size:>9,} bytes  ({dense:,} as dense tensors)")
+
+
+def main() -> int:
+    """Run the demo; the exit code is 0 if every step did what it says."""
+    start = time.perf_counter()
+    tuned = RUNS / "teddy-gcn-digits-tuned"
+    try:
+        type_command("list")
+        type_command(f"show {TICKET}")
+        type_command(f"compare {TWIN} {TICKET}")
+        type_command(f"finetune graph --model {TICKET} --dataset digits --epochs 30 --out {tuned} --overwrite")
+        count_zeros(TICKET, tuned)
+        bytes_on_disk([TWIN, TICKET])
+        type_command(f"eval 'graph/*-digits*' --report {REPORT}")
+    except StepFailed as failure:
+        print(f"demo: {failure}", file=sys.stderr)
+        return 1
+    print(f"\nDone in {time.perf_counter() - start:.0f} s. The report page: {REPORT.resolve().as_uri()}")
+    print(
+        "\nNext:\n"
+        f"  zoo verify '{TICKET}'                 measure every figure on a card again\n"
+        "  zoo sparsify --method teddy --help    prune a dense model yourself\n"
+        "  zoo finetune graph --help             fine-tune a ticket on your data\n"
+        "  zoo reproduce teddy --help            the paper's experiment, published beside measured\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
