@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -174,27 +174,29 @@ class Cost(_Part):
     bytes: ByteCount
 
 
-class _Seeds(_Part):
-    per_seed: PerSeed
-    mean: Finite
-    spread: NonNegative
-
-    @model_validator(mode="after")
-    def _follow_from_seeds(self) -> _Seeds:
-        mean, spread = mean_and_spread(self.per_seed)
-        _require_equal("mean", self.mean, mean)
-        _require_equal("spread", self.spread, spread)
-        return self
+F = TypeVar("F", "DenseFigure", "Metric")
 
 
-class DenseFigure(_Seeds):
+def _follow_from_seeds(figure: F) -> F:
+    mean, spread = mean_and_spread(figure.per_seed)
+    _require_equal("mean", figure.mean, mean)
+    _require_equal("spread", figure.spread, spread)
+    return figure
+
+
+class DenseFigure(_Part):
     """The same metric of the dense twin: the stored model's, its seeds', their mean and spread."""
 
     name: Text
     value: Finite
+    per_seed: PerSeed
+    mean: Finite
+    spread: NonNegative
+
+    _consistent = model_validator(mode="after")(_follow_from_seeds)
 
 
-class Metric(_Seeds):
+class Metric(_Part):
     """One measured figure of the stored model (`value`), of its seeds, and of its dense twin.
 
     `stderr` is the standard error of `value` over the evaluated samples; `spread` is the sample standard
@@ -207,7 +209,12 @@ class Metric(_Seeds):
     protocol: Text
     value: Finite
     stderr: NonNegative
+    per_seed: PerSeed
+    mean: Finite
+    spread: NonNegative
     dense: DenseFigure | None = None
+
+    _consistent = model_validator(mode="after")(_follow_from_seeds)
 
 
 class Training(_Part):

@@ -60,22 +60,27 @@ def match(names: Iterable[str], glob: str) -> list[str]:
 def near_misses(wanted: str, names: Iterable[str], limit: int = 3) -> list[str]:
     """Up to `limit` of `names` that someone who typed `wanted` probably meant, likeliest first.
 
-    A glob is compared by its literal text. A forgotten or wrong domain does not hide the slug that was meant.
+    A glob is compared by its literal text. A forgotten or wrong domain does not hide the slug that was
+    meant, and the beginning of a name is enough.
     """
     pool = sorted(set(names), key=natural_key)
     literal = re.sub(r"[*?\[\]]+", "", wanted).lower()
     if not literal:
         return pool[:limit]
-    by_name = {name.lower(): name for name in pool}
-    found = [by_name[key] for key in difflib.get_close_matches(literal, by_name, n=limit, cutoff=0.6)]
-    slug = literal.rpartition("/")[2]
-    by_slug: dict[str, list[str]] = {}
-    for name in pool:
-        by_slug.setdefault(name.lower().rpartition("/")[2], []).append(name)
-    for key in difflib.get_close_matches(slug, by_slug, n=limit, cutoff=0.6):
-        found.extend(by_slug[key])
-    found.extend(name for name in pool if slug and slug in name.lower())
-    return list(dict.fromkeys(found))[:limit]
+    likely = [(_resemblance(literal, name.lower()), -rank, name) for rank, name in enumerate(pool)]
+    return [name for score, _, name in sorted(likely, reverse=True)[:limit] if score >= 0.65]
+
+
+def _resemblance(typed: str, name: str) -> float:
+    """From 0 to 1: of the whole names, of their slugs, or a little less of the beginning of the slug."""
+    slug, own = typed.rpartition("/")[2], name.rpartition("/")[2]
+    if not slug:
+        return _ratio(typed, name)
+    return max(_ratio(typed, name), _ratio(slug, own), 0.95 * _ratio(slug, own[: len(slug)]))
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
 
 
 def suggestion(wanted: str, names: Iterable[str]) -> str:

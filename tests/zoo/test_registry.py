@@ -198,6 +198,8 @@ def test_near_misses() -> None:
     assert names.near_misses("graph/tedy-gcn-cora-g30-w80", pool)[0] == pool[0]
     assert names.near_misses("teddy-gcn-cora-g30-w80", pool)[0] == pool[0]
     assert names.near_misses("graph/dense-gnc*", pool) == [pool[2]]
+    assert set(names.near_misses("graph/tedy*", pool)) == set(pool[:2]), "the beginning is enough"
+    assert names.near_misses("graph/dense-gcn", pool)[0] == pool[2]
     assert names.near_misses("zzz", pool) == []
     assert names.suggestion("x", []) == "None is registered."
     assert "There are 6" in names.suggestion("zzz", "abcdef")
