@@ -371,7 +371,8 @@ def _alive(keep: Tensor, member: Member) -> Tensor:
 
 
 def check_units(family: Family, units: Tensor) -> None:
-    """Raises GroupError unless `units` is a bool vector with one entry per unit, at least one of them True."""
+    """Raises GroupError unless `units` is a bool vector with one entry per unit, at least one of them True.
+    """
     if units.dtype != torch.bool or tuple(units.shape) != (family.units,):
         raise GroupError(
             f"{family.name}: expected a bool vector of {family.units} units, received {units.dtype} of shape "

@@ -38,7 +38,8 @@ class Unions:
         self.fix(b[~both], why)
 
     def join_rows(self, rows: np.ndarray, why: str) -> np.ndarray:
-        """Each row of a matrix of labels is one unit; returns one label per row (FIXED if the row has one)."""
+        """Each row of a matrix of labels is one unit; returns one label per row (FIXED if the row has one).
+        """
         fixed = (rows == FIXED).any(axis=1)
         self.fix(rows[fixed].reshape(-1), why)
         free = rows[~fixed]
