@@ -101,7 +101,7 @@ def test_zeros_and_masks_agree_between_two_processes(tmp_path):
         for rank in range(2)
     ]
     try:
-        output = [worker.communicate(timeout=120)[0] for worker in workers]
+        output = [worker.communicate(timeout=400)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
