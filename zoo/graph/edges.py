@@ -54,7 +54,7 @@ def check_features(x: Float[Tensor, "nodes features"]) -> None:
         )
 
 
-def check_undirected(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> None:
+def check_undirected(edge_index: Tensor, num_nodes: int) -> None:
     """Refuse a directed graph, and one that holds an entry twice.
 
     Raises:

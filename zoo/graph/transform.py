@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
+from torch_geometric.data.data import BaseData
 from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
@@ -35,7 +36,7 @@ class TeddyPrune(BaseTransform):
     def __init__(self, sparsity: float) -> None:
         self.sparsity = check_sparsity(sparsity)
 
-    def forward(self, data: Data) -> Data:
+    def forward(self, data: BaseData) -> Data:
         """The graph with its kept edges; nodes and everything else are as before."""
         if not isinstance(data, Data) or data.edge_index is None:
             raise DataError(
@@ -52,7 +53,8 @@ class TeddyPrune(BaseTransform):
             _check_symmetric(data.edge_index, weight, nodes)
         scores = edge_scores(data.edge_index, nodes, weight)
         keep = keep_highest(scores, data.edge_index, nodes, self.sparsity)
-        return data.edge_subgraph(keep)
+        pruned: Data = data.edge_subgraph(keep)
+        return pruned
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.sparsity})"
