@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from shared.masks import Mask, MaskSet, set_masks
 
@@ -70,60 +69,21 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
     return model
 
 
-class PackedLinear(nn.Module):
-    """y = x W^T + b with W in compressed sparse rows: only kept weights are stored and multiplied.
-
-    Args:
-        weight: dense weight.
-        keep: its mask.
-        bias: as in `torch.nn.Linear`.
-    """
-
-    bias: Tensor | None
-    crow: Tensor
-    col: Tensor
-    values: Tensor
-
-    def __init__(self, weight: Float[Tensor, "out in"], keep: Mask, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        rows, columns = keep.keep.nonzero(as_tuple=True)
-        counts = torch.bincount(rows, minlength=self.out_features)
-        crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        self.register_buffer("crow", crow.to(torch.int32))
-        self.register_buffer("col", columns.to(torch.int32))
-        self.register_buffer("values", weight.detach()[rows, columns].clone())
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
-
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Apply the layer."""
-        shape = (self.out_features, self.in_features)
-        weight = torch.sparse_csr_tensor(self.crow, self.col, self.values, shape, check_invariants=False)
-        out = (weight @ x.reshape(-1, self.in_features).t()).t()
-        if self.bias is not None:
-            out = out + self.bias
-        return out.reshape(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows of it."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, kept={self.values.numel()}"
-
-
-# One thread, torch CSR against dense: 512x1433 and larger win from 90 % zeros on at batches of 16 to 256
-# (1.2x to 2.4x), smaller or denser layers lose at every batch.
-_MIN_SPARSITY = 0.9
-_MIN_WEIGHTS = 500_000
+# Below this, storing where the weights are costs more than the zeros save, whatever the product costs.
+_MIN_SPARSITY = 0.5
 
 
 @register_packer(nn.Linear)
 def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
-    """CSR where it is faster than dense, else None."""
-    weight, keep = module.weight, masks.get("weight")
-    if not isinstance(weight, Tensor) or keep is None or set(masks) != {"weight"}:
+    """`shared.ops.SparseLinear`, which runs each product by the fastest backend for its shape, also dense."""
+    keep = masks.get("weight")
+    if not isinstance(module, nn.Linear) or keep is None or set(masks) != {"weight"}:
         return None
-    if weight.dtype not in (torch.float32, torch.float64):
-        return None  # no CSR product in half precision on CPUs
-    if keep.numel < _MIN_WEIGHTS or keep.sparsity < _MIN_SPARSITY:
+    if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    bias = module.bias
-    return PackedLinear(weight, keep, bias if isinstance(bias, Tensor) else None)
+    if keep.sparsity < _MIN_SPARSITY:
+        return None
+    from shared.ops import SparseLinear
+
+    packed = SparseLinear.from_dense(module, keep.keep)
+    return packed.requires_grad_(False)
