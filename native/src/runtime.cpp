@@ -6,6 +6,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "zoo/export.hpp"
 #include "zoo/parallel.hpp"
 
@@ -94,6 +98,8 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
 struct Buffer {
   std::unique_ptr<void, Free> memory;
   int64_t bytes = 0;
@@ -123,9 +129,14 @@ void* scratch(int64_t bytes, int slot) {
   thread_local Buffer buffers[4];
   Buffer& buffer = buffers[slot];
   if (buffer.bytes < bytes) {
-    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    // Large buffers lie on huge pages where the system grants them: panels of x are read all over the place.
+    const int64_t page = bytes >= kHugePage / 2 ? kHugePage : 4096;
+    const int64_t rounded = (bytes + page - 1) / page * page;
     buffer.memory.reset();
-    buffer.memory.reset(std::aligned_alloc(64, static_cast<size_t>(rounded)));
+    buffer.memory.reset(std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(rounded)));
+#if defined(__linux__)
+    if (page == kHugePage && buffer.memory) madvise(buffer.memory.get(), static_cast<size_t>(rounded), MADV_HUGEPAGE);
+#endif
     buffer.bytes = buffer.memory ? rounded : 0;
     if (!buffer.memory) std::abort();
   }

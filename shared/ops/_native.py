@@ -1,7 +1,7 @@
 """Finds, loads and calls the native library (see CMakeLists.txt for how it is built).
 
-The library has a plain C interface: tensors go in as addresses and sizes. Nothing here checks tensors; the op that
-calls has done so before it asks for an address.
+The library has a plain C interface: tensors go in as addresses and sizes. Nothing here checks tensors; the
+op that calls has done so before it asks for an address.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def _open(level: str) -> ctypes.CDLL:
     suffix = {"darwin": ".so", "win32": ".dll"}.get(sys.platform, ".so")
     path = FOLDER / f"_zoo_native_{level}{suffix}"
     if not path.exists():
-        raise NativeMissing(f"{path.name} is not in {FOLDER}: it was not built (no C++ compiler at install time?)")
+        raise NativeMissing(
+            f"{path.name} is not in {FOLDER}: it was not built (no C++ compiler at install time?)"
+        )
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -40,7 +42,9 @@ def _open(level: str) -> ctypes.CDLL:
     library.zoo_abi_version.restype = ctypes.c_int64
     version = library.zoo_abi_version()
     if version != ABI_VERSION:
-        raise NativeMissing(f"{path.name} has interface {version}, this code needs {ABI_VERSION}: build it again")
+        raise NativeMissing(
+            f"{path.name} has interface {version}, this code needs {ABI_VERSION}: build it again"
+        )
     return library
 
 
@@ -50,8 +54,8 @@ def _share_threads(library: ctypes.CDLL) -> None:
     path = Path(torch.__file__).parent / "lib" / name
     if not path.exists():
         return
-    # Looking a symbol up through torch's library finds the OpenMP runtime that torch itself is linked with, and
-    # not another copy that some other package may have brought along.
+    # Looking a symbol up through torch's library finds the OpenMP runtime that torch itself is linked with,
+    # and not another copy that some other package may have brought along.
     runtime = ctypes.CDLL(str(path))
     try:
         entries = [runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads]
@@ -81,7 +85,8 @@ def missing() -> str | None:
     except NativeMissing as reason:
         _log.warning(
             "native kernels are off, the plain PyTorch reference runs instead (slower, same results): %s. "
-            "With a C++ compiler, `python -m shared.ops.build` builds them.", reason,
+            "With a C++ compiler, `python -m shared.ops.build` builds them.",
+            reason,
         )
         return str(reason)
     return None
@@ -99,7 +104,8 @@ def isa() -> str:
 
 @functools.cache
 def function(name: str, signature: str) -> Callable[..., None]:
-    """The exported C function `name`. `signature` has a letter per argument: p address, i int64, d double."""
+    """The exported C function `name`. `signature` has a letter per argument: p address, i int64, d
+    double."""
     entry = getattr(_load()[0], name, None)
     if entry is None:
         raise NativeMissing(f"the native library has no {name}: it is older than this code, build it again")

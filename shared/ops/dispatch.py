@@ -5,10 +5,11 @@ Every op offers some of these backends:
 - `reference`: the definition, plain PyTorch, any device and dtype;
 - `native`: the C++ kernels (CPU);
 - `vendor`: the sparse kernels that torch brings along (MKL on a CPU, cuSPARSELt on a GPU);
-- `dense`: the same result by a dense product, offered so that a sparse layer is never slower than a dense one.
+- `dense`: the same result by a dense product, offered so that a sparse layer is never slower than a dense
+one.
 
-`auto` looks the case up in a table of measured times: `calibration.json` beside this file (measured on the machine
-it names), or the one that `calibrate()` measured on this machine and left in the cache folder.
+`auto` looks the case up in a table of measured times: `calibration.json` beside this file (measured on the
+machine it names), or the one that `calibrate()` measured on this machine and left in the cache folder.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _requested: ContextVar[str] = ContextVar("zoo_ops_backend", default="auto")
 
 @dataclass(frozen=True)
 class Plan:
-    """The backend that runs a call, why, and what the table says: seconds per backend in the nearest measured case."""
+    """The backend that runs a call, why, and what the table says: seconds per backend in the nearest
+    measured case."""
 
     op: str
     backend: str
@@ -51,7 +53,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Entry:
-    """One measured case: what was run (`kind` is compared exactly, `sizes` by nearness) and seconds per backend."""
+    """One measured case: what was run (`kind` is compared exactly, `sizes` by nearness) and seconds per
+    backend."""
 
     op: str
     kind: str
@@ -62,7 +65,8 @@ class Entry:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside the `with` block on one backend: "reference", "native", "vendor", "dense" or "auto".
+    """Run the ops inside the `with` block on one backend: "reference", "native", "vendor", "dense" or
+    "auto".
 
     Raises:
         OpError: unknown name. An op that does not offer the backend raises when it is called.
@@ -81,7 +85,9 @@ def requested() -> str:
     return _requested.get()
 
 
-def choose(op: str, device: torch.device, offered: Sequence[str], kind: str, sizes: tuple[float, ...]) -> Plan:
+def choose(
+    op: str, device: torch.device, offered: Sequence[str], kind: str, sizes: tuple[float, ...]
+) -> Plan:
     """The backend for a call of `op`.
 
     Args:
@@ -96,7 +102,8 @@ def choose(op: str, device: torch.device, offered: Sequence[str], kind: str, siz
     forced = _requested.get()
     if forced != "auto":
         if forced not in offered:
-            raise OpError(f"{op} has no backend {forced!r} for this call ({kind}, {device}); it has {', '.join(offered)}")
+            names = ", ".join(offered)
+            raise OpError(f"{op} has no backend {forced!r} for this call ({kind}, {device}): it has {names}")
         if forced == "native" and (reason := _native.missing()):
             raise OpError(f"{op}: the native backend was asked for, but {reason}")
         return Plan(op, forced, "asked for by ops.backend")
@@ -154,7 +161,9 @@ def _read(path: Path) -> dict[tuple[str, str], list[Entry]]:
             for r in read_json(path)["entries"]
         ]
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise OpError(f"{path} is not a calibration table ({error!r}): delete it, or run `zoo bench --calibrate`") from error
+        raise OpError(
+            f"{path} is not a calibration table ({error!r}): delete it, or run `zoo bench --calibrate`"
+        ) from error
     grouped: dict[tuple[str, str], list[Entry]] = {}
     for row in rows:
         grouped.setdefault((row.op, row.kind), []).append(row)
@@ -165,7 +174,9 @@ _calibrators: dict[str, Callable[[bool], list[Entry]]] = {}
 _planners: dict[str, Callable[..., Plan]] = {}
 
 
-def register(op: str, *, plan: Callable[..., Plan], calibrate: Callable[[bool], list[Entry]] | None = None) -> None:
+def register(
+    op: str, *, plan: Callable[..., Plan], calibrate: Callable[[bool], list[Entry]] | None = None
+) -> None:
     """Make `op` known to `explain` (its `plan` takes the op's arguments) and to `calibrate`."""
     _planners[op] = plan
     if calibrate is not None:
@@ -200,12 +211,20 @@ def calibrate(ops: Sequence[str] | None = None, *, quick: bool = False, path: Pa
     kept = [e for group in _read(path).values() for e in group if ops is not None and e.op not in ops]
     measured = [entry for name in (ops or sorted(_calibrators)) for entry in _calibrators[name](quick)]
     rows = [
-        {"op": e.op, "kind": e.kind, "threads": e.threads, "sizes": list(e.sizes),
-         "times": {name: float(f"{t:.3g}") for name, t in e.times.items()}}
+        {
+            "op": e.op,
+            "kind": e.kind,
+            "threads": e.threads,
+            "sizes": list(e.sizes),
+            "times": {name: float(f"{t:.3g}") for name, t in e.times.items()},
+        }
         for e in (*kept, *measured)
     ]
-    machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__,
-               "isa": _native.isa() if _native.available() else None}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "isa": _native.isa() if _native.available() else None,
+    }
     write_json(path, {"machine": machine, "entries": rows})
     table.cache_clear()
     _auto.cache_clear()

@@ -1,0 +1,279 @@
+// y = x W^T + bias for a packed W (see packed.hpp), x [batch, cols] and y [batch, rows] in float.
+//
+// Batch 1 is bound by the bytes of W: csr segments gather x; bitmask segments are expanded in registers, for up to four
+// rows of x at a time. A larger batch (csr and blocks) turns x into [cols, tile] panels that stay in the
+// caches, so that each kept weight is one broadcast and V fused multiply-adds on a tile of V vectors of the batch.
+#include "zoo/export.hpp"
+#include "zoo/packed.hpp"
+#include "zoo/parallel.hpp"
+
+namespace zoo {
+namespace {
+
+constexpr int64_t kRowCost = 8;     // what an empty segment costs, in entries, for an even split among threads
+
+// ---- a few rows of x, no transposition -----------------------------------------------------------------------------
+
+// xs holds the rows of x chunk by chunk: kLanes columns of each of the B rows, then the next columns.
+// PerByte: kept values of each eight columns where the pattern fixes them (N:M), 0 where the bits must be counted.
+template <int PerByte, int B, class T>
+void bitmask_rows(const Packed<T>& w, const float* xs, float* y, int64_t from, int64_t to) {
+  constexpr int kChains = B >= 4 ? 1 : 4 / B;
+  for (int64_t p = 0; p < w.panels(); ++p) {
+    const int64_t columns = std::min(w.panel, w.cols - p * w.panel);
+    for (int64_t row = from; row < to; ++row) {
+      const int64_t segment = p * w.rows + row;
+      const T* values = w.values + w.pointer[segment];
+      const uint8_t* bits = static_cast<const uint8_t*>(w.index) + segment * (w.panel / 8);
+      const float* xk = xs + p * w.panel * B;
+      vf acc[kChains][B];
+      for (int c = 0; c < kChains; ++c)
+        for (int b = 0; b < B; ++b) acc[c][b] = zero();
+      const auto step = [&](uint32_t lanes, int chain) {
+        const vf expanded = expand(lanes, values);
+        values += PerByte > 0 ? PerByte * kLanes / 8 : __builtin_popcount(lanes);
+        for (int b = 0; b < B; ++b, xk += kLanes) acc[chain][b] = fma(expanded, load(xk), acc[chain][b]);
+      };
+      uint64_t mask;
+      int64_t k = 0;
+      for (; k + 64 <= columns; k += 64) {
+        std::memcpy(&mask, bits + k / 8, 8);
+#pragma GCC unroll 8
+        for (int s = 0; s < 64 / kLanes; ++s, mask >>= kLanes)
+          step(static_cast<uint32_t>(mask) & ((1u << kLanes) - 1), s % kChains);
+      }
+      std::memcpy(&mask, bits + (k < columns ? k / 8 : 0), 8);
+      for (; k < columns; k += kLanes, mask >>= kLanes) step(static_cast<uint32_t>(mask) & ((1u << kLanes) - 1), 0);
+      for (int b = 0; b < B; ++b) {
+        vf total = acc[0][b];
+        for (int c = 1; c < kChains; ++c) total = add(total, acc[c][b]);
+        y[b * w.rows + row] += sum(total);
+      }
+    }
+  }
+}
+
+template <class T>
+void csr_vector(const Packed<T>& w, const float* x, float* y, int64_t from, int64_t to) {
+  for (int64_t p = 0; p < w.panels(); ++p) {
+    const float* xp = x + p * w.panel;
+    for (int64_t row = from; row < to; ++row) {
+      const int64_t segment = p * w.rows + row;
+      const int64_t first = w.pointer[segment], count = w.pointer[segment + 1] - first;
+      const T* values = w.values + first;
+      const uint16_t* offsets = static_cast<const uint16_t*>(w.index) + first;
+      vf sums[2] = {zero(), zero()};
+      int64_t j = 0;
+      for (; j + 2 * kLanes <= count; j += 2 * kLanes)
+        for (int c = 0; c < 2; ++c)
+          sums[c] = fma(load(values + j + c * kLanes), gather(xp, offsets + j + c * kLanes), sums[c]);
+      if (j + kLanes <= count) {
+        sums[0] = fma(load(values + j), gather(xp, offsets + j), sums[0]);
+        j += kLanes;
+      }
+      // What lies behind the segment is cut off on both sides: zero times an infinite x would not be zero.
+      if (j < count)
+        sums[1] = fma(first_lanes(load(values + j), count - j), first_lanes(gather(xp, offsets + j), count - j),
+                      sums[1]);
+      y[row] += sum(add(sums[0], sums[1]));
+    }
+  }
+}
+
+template <class T>
+void rows4_vector(const Packed<T>& w, const float* x, float* y, int64_t from, int64_t to) {
+  const int64_t block_rows = (w.rows + 3) / 4;
+  for (int64_t p = 0; p < w.panels(); ++p) {
+    const float* xp = x + p * w.panel;
+    for (int64_t block = from; block < to; ++block) {
+      const int64_t segment = p * block_rows + block;
+      const int64_t first = w.pointer[segment], count = w.pointer[segment + 1] - first;
+      const T* values = w.values + 4 * first;
+      const uint16_t* offsets = static_cast<const uint16_t*>(w.index) + first;
+      float acc[4][4] = {};
+      int64_t j = 0;
+      for (; j + 4 <= count; j += 4)
+        for (int i = 0; i < 4; ++i)
+          for (int r = 0; r < 4; ++r) acc[i][r] += to_float(values[4 * (j + i) + r]) * xp[offsets[j + i]];
+      for (; j < count; ++j)
+        for (int r = 0; r < 4; ++r) acc[0][r] += to_float(values[4 * j + r]) * xp[offsets[j]];
+      const int64_t valid = std::min<int64_t>(4, w.rows - 4 * block);
+      for (int64_t r = 0; r < valid; ++r) y[4 * block + r] += (acc[0][r] + acc[1][r]) + (acc[2][r] + acc[3][r]);
+    }
+  }
+}
+
+template <class T>
+void columns_vector(const Packed<T>& w, const float* x, float* y, int64_t from, int64_t to) {
+  for (int64_t p = 0; p < w.panels(); ++p) {
+    const float* xp = x + p * w.panel;
+    for (int64_t row = from; row < to; ++row) {
+      const int64_t segment = p * w.rows + row;
+      const int64_t first = w.pointer[segment], count = w.pointer[segment + 1] - first;
+      const T* values = w.values + w.width * first;
+      const uint16_t* offsets = static_cast<const uint16_t*>(w.index) + first;
+      float acc[16] = {};
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t c = 0; c < w.width; c += 4)
+          for (int i = 0; i < 4; ++i)
+            acc[(c + i) & 15] += to_float(values[j * w.width + c + i]) * xp[offsets[j] + c + i];
+      float total = 0;
+      for (float part : acc) total += part;
+      y[row] += total;
+    }
+  }
+}
+
+// ---- tiles of a larger batch ---------------------------------------------------------------------------------------
+
+// Adds rows [from, to) (block rows for kRows4) of W times the tile: yt[row * width ...] += W xt, width = V * kLanes.
+template <int V, class T>
+void tile_rows(const Packed<T>& w, int64_t layout, const float* xt, float* yt, int64_t from, int64_t to) {
+  constexpr int64_t width = V * kLanes;
+  const int64_t segment_rows = layout == kRows4 ? (w.rows + 3) / 4 : w.rows;
+  for (int64_t p = 0; p < w.panels(); ++p) {
+    const float* xp = xt + p * w.panel * width;
+    for (int64_t row = from; row < to; ++row) {
+      const int64_t segment = p * segment_rows + row;
+      const int64_t first = w.pointer[segment], count = w.pointer[segment + 1] - first;
+      const uint16_t* offsets = static_cast<const uint16_t*>(w.index) + first;
+      if (layout == kRows4) {
+        constexpr int kPart = V % 2 == 0 ? 2 : 1;  // 4 x 2 sums fill the registers
+        for (int v = 0; v < V; v += kPart) {
+          vf acc[4][kPart];
+          float* out = yt + 4 * row * width + v * kLanes;
+          for (int r = 0; r < 4; ++r)
+            for (int i = 0; i < kPart; ++i) acc[r][i] = load(out + r * width + i * kLanes);
+          accumulate_rows4<kPart>(w.values + 4 * first, offsets, count, xp + v * kLanes, width, acc);
+          for (int r = 0; r < 4; ++r)
+            for (int i = 0; i < kPart; ++i) store(out + r * width + i * kLanes, acc[r][i]);
+        }
+        continue;
+      }
+      vf acc[V];
+      float* out = yt + row * width;
+      for (int v = 0; v < V; ++v) acc[v] = load(out + v * kLanes);
+      if (layout == kColumns) {
+        accumulate_columns<V>(w.values + w.width * first, offsets, count, w.width, xp, width, acc);
+      } else {
+        accumulate_row<V>(w.values + first, offsets, count, xp, width, acc);
+      }
+      for (int v = 0; v < V; ++v) store(out + v * kLanes, acc[v]);
+    }
+  }
+}
+
+template <class T>
+void tile_rows_of(int64_t vectors, const Packed<T>& w, int64_t layout, const float* xt, float* yt, int64_t from,
+                  int64_t to) {
+  switch (vectors) {
+    case 1: return tile_rows<1>(w, layout, xt, yt, from, to);
+    case 2: return tile_rows<2>(w, layout, xt, yt, from, to);
+    default: return tile_rows<4>(w, layout, xt, yt, from, to);
+  }
+}
+
+// Vectors of the tile for `batch` remaining columns. 32 columns times a panel of 2048 are 256 KiB of x, half of a
+// usual second-level cache; wider tiles were no faster and would need narrower panels.
+int64_t tile_vectors(int64_t batch) {
+  constexpr int64_t kMost = 32 / kLanes;
+  int64_t vectors = 1;
+  while (vectors < kMost && vectors * kLanes < batch) vectors *= 2;
+  return vectors;
+}
+
+template <class T>
+void batched(const Packed<T>& w, int64_t layout, const float* x, const float* bias, float* y, int64_t batch,
+             int64_t threads) {
+  const int64_t step = layout == kRows4 ? 4 : 1;
+  const int64_t segment_rows = (w.rows + step - 1) / step;
+  for (int64_t b = 0; b < batch;) {
+    const int64_t vectors = tile_vectors(batch - b), width = vectors * kLanes;
+    const int64_t columns = std::min(width, batch - b);
+    float* xt = scratch_of<float>(w.cols * width, 0);
+    float* yt = scratch_of<float>(segment_rows * step * width, 1);
+    parallel_for(w.cols, threads, [&](int64_t from, int64_t to) {
+      transpose_in(x + b * w.cols + from, w.cols, columns, to - from, xt + from * width, width);
+    });
+    parallel_rows(w.pointer, segment_rows, kRowCost, threads, [&](int64_t from, int64_t to) {
+      const int64_t last = std::min(to * step, w.rows);
+      for (int64_t row = from * step; row < to * step; ++row) {
+        const vf start = splat(bias != nullptr && row < last ? bias[row] : 0.0f);
+        for (int64_t v = 0; v < vectors; ++v) store(yt + row * width + v * kLanes, start);
+      }
+      tile_rows_of(vectors, w, layout, xt, yt, from, to);
+      transpose_out(yt + from * step * width, width, last - from * step, y + b * w.rows + from * step, w.rows,
+                    columns);
+    });
+    b += columns;
+  }
+}
+
+// ---- choice of the loop --------------------------------------------------------------------------------------------
+
+template <class T, class Rows>
+void direct(const Packed<T>& w, int64_t segment_rows, int64_t step, const float* bias, float* y, int64_t batch,
+            int64_t threads, Rows&& rows) {
+  parallel_rows(w.pointer, segment_rows, kRowCost, threads, [&](int64_t from, int64_t to) {
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t row = from * step; row < std::min(to * step, w.rows); ++row)
+        y[b * w.rows + row] = bias != nullptr ? bias[row] : 0.0f;
+    rows(from, to);
+  });
+}
+
+template <int PerByte, class T>
+void bitmask_rows_of(int64_t batch, const Packed<T>& w, const float* xs, float* y, int64_t from, int64_t to) {
+  switch (batch) {
+    case 1: return bitmask_rows<PerByte, 1>(w, xs, y, from, to);
+    case 2: return bitmask_rows<PerByte, 2>(w, xs, y, from, to);
+    case 3: return bitmask_rows<PerByte, 3>(w, xs, y, from, to);
+    default: return bitmask_rows<PerByte, 4>(w, xs, y, from, to);
+  }
+}
+
+template <class T>
+void bitmask_small(const Packed<T>& w, const float* x, const float* bias, float* y, int64_t batch, int64_t threads) {
+  float* xs = scratch_of<float>((w.cols + 63) / 64 * 64 * batch, 0);
+  for (int64_t k = 0; k < (w.cols + 63) / 64 * 64; k += kLanes)
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t i = 0; i < kLanes; ++i) xs[k * batch + b * kLanes + i] = k + i < w.cols ? x[b * w.cols + k + i] : 0;
+  direct(w, w.rows, 1, bias, y, batch, threads, [&](int64_t from, int64_t to) {
+    switch (w.width) {
+      case 2: return bitmask_rows_of<2>(batch, w, xs, y, from, to);
+      case 4: return bitmask_rows_of<4>(batch, w, xs, y, from, to);
+      default: return bitmask_rows_of<0>(batch, w, xs, y, from, to);
+    }
+  });
+}
+
+template <class T>
+void run(const Packed<T>& w, int64_t layout, const float* x, const float* bias, float* y, int64_t batch,
+         int64_t threads) {
+  if (layout == kBitmask) return bitmask_small(w, x, bias, y, batch, threads);
+  if (batch > 1) return batched(w, layout, x, bias, y, batch, threads);
+  const int64_t step = layout == kRows4 ? 4 : 1;
+  direct(w, (w.rows + step - 1) / step, step, bias, y, 1, threads, [&](int64_t from, int64_t to) {
+    if (layout == kCsr) csr_vector(w, x, y, from, to);
+    else if (layout == kRows4) rows4_vector(w, x, y, from, to);
+    else columns_vector(w, x, y, from, to);
+  });
+}
+
+}  // namespace
+}  // namespace zoo
+
+// x [batch, cols] and y [batch, rows] float, contiguous; bias [rows] or null; values of `type` and csr columns padded by
+// kOverread entries; pointer int32 [panels * segment rows + 1]. The bitmask layout takes a batch of 1 to 4 and finite x
+// (an expanded zero would turn an infinite x into NaN); its `width` is the kept values per eight columns where an N:M
+// pattern fixes them (2 or 4), otherwise 1.
+ZOO_EXPORT void zoo_sparse_linear(const float* x, const void* values, const void* index, const int32_t* pointer,
+                                  const float* bias, float* y, int64_t batch, int64_t rows, int64_t cols,
+                                  int64_t panel, int64_t layout, int64_t width, int64_t type, int64_t threads) {
+  if (batch == 0 || rows == 0) return;
+  zoo::with_type(type, [&](auto tag) {
+    using T = decltype(tag);
+    const zoo::Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, width};
+    zoo::run(w, layout, x, bias, y, batch, threads);
+  });
+}

@@ -1,0 +1,181 @@
+"""The layouts of a packed weight as plain tensors: where each value lies, the dense form, and what is
+refused.
+
+`weights.py` describes the layouts and builds them; custom ops receive their tensors one by one and come
+here.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from shared.errors import OpError
+from shared.ops.derived import Derived, version
+
+LAYOUTS = (
+    "bitmask",
+    "csr",
+    "rows4",
+    "columns",
+)  # in the order of `enum Layout` in native/include/zoo/packed.hpp
+VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of `enum ValueType`
+STORED_TYPES = (*VALUE_TYPES, torch.float64)  # fp64 runs on the reference alone, for gradient checks
+BLOCK_WIDTHS = (4, 8, 16)
+PANEL = 2048  # columns per panel of every layout
+OVERREAD = 16  # entries of padding behind values and columns; kOverread in native/include/zoo/simd.hpp
+
+
+def block_of(layout: str, width: int) -> tuple[int, int]:
+    """Rows and columns of a stored block."""
+    return (4, 1) if layout == "rows4" else (1, width if layout == "columns" else 1)
+
+
+def coordinates(
+    index: Int[Tensor, ...], pointer: Int[Tensor, " end"], layout: str, shape: tuple[int, int], width: int
+) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+    """Row and column of each stored value. Padding rows of `rows4` keep their number, which is beyond the
+    shape."""
+    panel, (height, width) = PANEL, block_of(layout, width)
+    segment_rows = max(1, -(-shape[0] // height))
+    counts = pointer.diff().long()
+    segment = torch.repeat_interleave(torch.arange(counts.numel(), device=index.device), counts)
+    columns = columns_of_bits(index) if layout == "bitmask" else index
+    offset = columns[: columns.numel() - OVERREAD].long()
+    number = torch.div(segment, segment_rows, rounding_mode="floor")
+    within = torch.arange(height * width, device=index.device)
+    rows = ((segment - number * segment_rows) * height).unsqueeze(1) + within // width
+    cols = (number * panel + offset).unsqueeze(1) + within % width
+    return rows.flatten(), cols.flatten()
+
+
+def columns_of_bits(bits: Int[Tensor, "segments bytes"]) -> Int[Tensor, " stored"]:
+    """The csr index (columns inside the panel, padded) of the same values in the same order."""
+    kept = [unpack_bits(part).nonzero()[:, 1].to(torch.int16) for part in bits.split(1024)]
+    return torch.cat([*kept, torch.zeros(OVERREAD, dtype=torch.int16, device=bits.device)])
+
+
+def pack_bits(kept: Bool[Tensor, "segments panel"]) -> Int[Tensor, "segments bytes"]:
+    """Eight columns per byte, the first in the lowest bit."""
+    powers = 1 << torch.arange(8, device=kept.device, dtype=torch.uint8)
+    return (kept.reshape(kept.shape[0], kept.shape[1] // 8, 8) * powers).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Int[Tensor, "segments bytes"]) -> Bool[Tensor, "segments panel"]:
+    """The inverse of `pack_bits`."""
+    powers = 1 << torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return (bits.unsqueeze(-1) & powers).flatten(1) != 0
+
+
+def dense_of(
+    values: Float[Tensor, " stored"],
+    index: Int[Tensor, ...],
+    pointer: Int[Tensor, " end"],
+    layout: str,
+    shape: tuple[int, int],
+    width: int,
+) -> Float[Tensor, "out in"]:
+    """The dense weight of a packed one; differentiable in `values`."""
+    rows, cols = coordinates(index, pointer, layout, shape, width)
+    height = block_of(layout, width)[0]
+    padded = -(-shape[0] // height) * height
+    flat = values.new_zeros(padded * shape[1])
+    flat = flat.index_copy(0, rows * shape[1] + cols, values[: values.numel() - OVERREAD])
+    return flat.view(padded, shape[1])[: shape[0]]
+
+
+# Weights whose index was found in range, so that the check is repeated only after an in-place change of the
+# index (a state dict copied into a module).
+_in_range = Derived()
+
+
+def check_weight(
+    values: Tensor, index: Tensor, pointer: Tensor, layout: str, shape: tuple[int, int], width: int
+) -> None:
+    """Refuse a packed weight whose parts do not fit each other, or whose indices point outside.
+
+    Raises:
+        OpError: with the culprit. Nothing has been read through an index by then.
+    """
+    if layout not in LAYOUTS:
+        raise OpError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    if layout == "columns" and (width not in BLOCK_WIDTHS or shape[1] % width):
+        raise OpError(f"1x{width} blocks do not fit {shape[1]} columns: widths are {BLOCK_WIDTHS}")
+    if width not in {"columns": BLOCK_WIDTHS, "bitmask": (1, 2, 4)}.get(layout, (1,)):
+        raise OpError(f"a {layout} weight cannot have width {width}")
+    index_type = torch.uint8 if layout == "bitmask" else torch.int16
+    if values.dtype not in STORED_TYPES:
+        raise OpError(f"packed values must be fp32, bf16, fp16 or fp64, received {values.dtype}")
+    if index.dtype != index_type or pointer.dtype != torch.int32:
+        raise OpError(
+            f"a {layout} weight has a {index_type} index and an int32 pointer, received {index.dtype} and "
+            f"{pointer.dtype}"
+        )
+    if not values.device == index.device == pointer.device:
+        raise OpError(
+            f"values, index and pointer are on {values.device}, {index.device} and {pointer.device}: "
+            "move them together"
+        )
+    if not (values.is_contiguous() and index.is_contiguous() and pointer.is_contiguous()):
+        raise OpError(
+            "values, index and pointer of a packed weight must be contiguous: call .contiguous() on them"
+        )
+    if torch.compiler.is_compiling() or not _is_plain(index):
+        return  # tracing: there is no content to look at; the op checks again when it runs
+    stamp = (id(pointer), version(pointer), values.numel(), layout, shape, width)
+    checked = _in_range.get(index, set)
+    if stamp not in checked:
+        _check_ranges(values, index, pointer, layout, shape, width)
+        checked.add(stamp)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and tensor.device.type != "meta"
+
+
+def _check_ranges(
+    values: Tensor, index: Tensor, pointer: Tensor, layout: str, shape: tuple[int, int], width: int
+) -> None:
+    panel, (height, width) = PANEL, block_of(layout, width)
+    segments = -(-shape[1] // panel) * -(-shape[0] // height)
+    if pointer.shape != (segments + 1,):
+        raise OpError(
+            f"a {layout} weight {shape} has {segments} segments, its pointer {tuple(pointer.shape)} entries"
+        )
+    entries = int(pointer[-1])
+    if int(pointer[0]) != 0 or bool((pointer.diff() < 0).any()):
+        raise OpError("the pointer of a packed weight must start at 0 and never fall")
+    if values.shape != (entries * height * width + OVERREAD,):
+        raise OpError(
+            f"the pointer ends at {entries} entries of {height * width}, which with {OVERREAD} of padding "
+            f"does not fit {values.numel()} values"
+        )
+    columns = (
+        torch.arange(-(-shape[1] // panel), device=index.device).mul(-panel).add(shape[1]).clamp(max=panel)
+    )
+    limits = columns.repeat_interleave(segments // max(1, columns.numel()))
+    if layout == "bitmask":
+        if index.shape != (segments, panel // 8):
+            raise OpError(
+                f"the bits of a weight {shape} are {(segments, panel // 8)}, received {tuple(index.shape)}"
+            )
+        kept = unpack_bits(index)
+        if not torch.equal(kept.sum(1, dtype=torch.int32), pointer.diff()):
+            raise OpError("the bits of a packed weight do not add up to its pointer")
+        whole = (limits // 8).unsqueeze(1) > torch.arange(panel // 8, device=index.device)
+        if width > 1 and bool((kept.reshape(segments, panel // 8, 8).sum(-1) != width)[whole].any()):
+            raise OpError(f"the bits do not keep {width} of each 8 columns")
+        if bool((kept & (torch.arange(panel, device=index.device) >= limits.unsqueeze(1))).any()):
+            raise OpError(f"a bit beyond the {shape[1]} columns is set")
+        return
+    if index.shape != (entries + OVERREAD,):
+        raise OpError(
+            f"the pointer ends at {entries} entries, which with {OVERREAD} of padding does not fit an index "
+            f"{tuple(index.shape)}"
+        )
+    limit = torch.cat(
+        [limits.repeat_interleave(pointer.diff().long()), index.new_full((OVERREAD,), width).long()]
+    )
+    if bool(((index < 0) | (index + width > limit) | (index % width != 0)).any()):
+        raise OpError(f"a column of the index lies outside its panel, or beyond the {shape[1]} columns")

@@ -1,0 +1,79 @@
+"""Modules that hold packed weights and run the ops."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from shared.errors import OpError
+from shared.ops.sparse_linear import sparse_linear
+from shared.ops.weights import SparseWeight, pack
+
+
+class SparseLinear(nn.Module):
+    """A linear layer that stores and multiplies its kept weights only.
+
+    It trains: `values` is a parameter, and its zeros are not there to be lost. The state dict holds
+    `values`, `index`, `pointer` and `bias`; a corrupt index is refused at the next call.
+    """
+
+    values: nn.Parameter
+    index: Tensor
+    pointer: Tensor
+
+    def __init__(self, weight: SparseWeight, bias: Float[Tensor, " out"] | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.layout, self.width = weight.layout, weight.width
+        self.values = nn.Parameter(weight.values)
+        self.register_buffer("index", weight.index)
+        self.register_buffer("pointer", weight.pointer)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Linear, mask: Bool[Tensor, "out in"] | None = None, layout: str = "auto"
+    ) -> SparseLinear:
+        """Pack a dense layer.
+
+        Args:
+            mask: True where kept; the non-zero weights by default.
+            layout: as in `shared.ops.weights.pack`.
+
+        Raises:
+            OpError: a layer that is not a plain nn.Linear, or what `pack` refuses.
+        """
+        if type(linear) is not nn.Linear:
+            raise OpError(
+                f"{type(linear).__name__} is not a plain nn.Linear: its forward may do more than a product"
+            )
+        module = cls(pack(linear.weight, mask, layout), linear.bias)
+        module.values.requires_grad_(linear.weight.requires_grad)
+        return module.train(linear.training)
+
+    @property
+    def weight(self) -> SparseWeight:
+        """The packed weight; shares the parameter and the buffers."""
+        shape = (self.out_features, self.in_features)
+        return SparseWeight(self.values, self.index, self.pointer, self.layout, shape, self.width)
+
+    def to_dense(self) -> nn.Linear:
+        """A plain nn.Linear of the same weights."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, self.values.device, self.values.dtype
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.weight.to_dense())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return sparse_linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        sizes = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+        return f"{sizes}, layout={self.layout}, density={self.weight.density:.3f}"

@@ -1,0 +1,297 @@
+"""y = x W^T + b with W in four-bit groups of which only some are kept: the layout of GQSA (1 x G groups).
+
+    weight = quantise_groups(linear.weight, keep, group=16)
+    y = quant_sparse_linear(x, weight, linear.bias)
+
+Each row is cut into groups of G consecutive inputs. A kept group is stored as G four-bit codes, an fp16
+scale and a zero point: w = scale * (q - zero). At G = 16 a kept weight takes 6.5 bits with its column
+number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from shared.errors import OpError
+from shared.ops import _native, dispatch
+from shared.ops.derived import Derived, version
+
+__all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference"]
+
+_dense = Derived()
+_in_range = Derived()
+
+
+@dataclass(frozen=True, eq=False)
+class QuantGroups:
+    """A weight W [out, in] of kept four-bit groups.
+
+    Attributes:
+        codes: uint8 [groups, G / 2], two values per byte, the first in the low half.
+        scales: fp16 [groups].
+        zeros: uint8 [groups], 0 to 15.
+        columns: int16 [groups], the group's number along its row, ascending in a row.
+        pointer: int32 [out + 1], the first group of each row.
+        shape: (out, in).
+        group: G, a multiple of 16 that divides `in`.
+    """
+
+    codes: Int[Tensor, "groups bytes"]
+    scales: Float[Tensor, " groups"]
+    zeros: Int[Tensor, " groups"]
+    columns: Int[Tensor, " groups"]
+    pointer: Int[Tensor, " rows_and_end"]
+    shape: tuple[int, int]
+    group: int
+
+    def __post_init__(self) -> None:
+        rows, cols = self.shape
+        if self.group < 16 or self.group % 16 or cols % self.group or cols // self.group > 2**15:
+            raise OpError(
+                f"group must be a multiple of 16 that divides the {cols} inputs, received {self.group}"
+            )
+        groups = self.columns.numel()
+        expected = {
+            "codes": (torch.uint8, (groups, self.group // 2)),
+            "scales": (torch.float16, (groups,)),
+            "zeros": (torch.uint8, (groups,)),
+            "columns": (torch.int16, (groups,)),
+            "pointer": (torch.int32, (rows + 1,)),
+        }
+        for name, (dtype, shape) in expected.items():
+            tensor: Tensor = getattr(self, name)
+            if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+                raise OpError(
+                    f"{name} must be contiguous {dtype} {shape}, not {tensor.dtype} {tuple(tensor.shape)}"
+                )
+            if tensor.device != self.codes.device:
+                raise OpError(
+                    f"{name} is on {tensor.device}, codes on {self.codes.device}: move them together"
+                )
+        if torch.compiler.is_compiling() or type(self.pointer) is not Tensor or self.pointer.is_meta:
+            return  # tracing: there is no content to look at; the op checks again when it runs
+        stamp = (
+            id(self.columns),
+            version(self.columns),
+            id(self.zeros),
+            version(self.zeros),
+            self.shape,
+            self.group,
+        )
+        checked = _in_range.get(self.pointer, set)
+        if stamp not in checked:
+            self._check_ranges()
+            checked.add(stamp)
+
+    def _check_ranges(self) -> None:
+        if int(self.pointer[0]) != 0 or bool((self.pointer.diff() < 0).any()):
+            raise OpError("the pointer of grouped weights must start at 0 and never fall")
+        if int(self.pointer[-1]) != self.columns.numel():
+            raise OpError(
+                f"the pointer ends at {int(self.pointer[-1])}, there are {self.columns.numel()} groups"
+            )
+        if bool(((self.columns < 0) | (self.columns >= self.shape[1] // self.group)).any()):
+            raise OpError(f"a group number lies outside the {self.shape[1] // self.group} groups of a row")
+        if bool((self.zeros > 15).any()):
+            raise OpError("a zero point lies outside 0..15")
+
+    @property
+    def density(self) -> float:
+        """Kept groups over all groups."""
+        return self.columns.numel() * self.group / max(1, self.shape[0] * self.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.codes, self.scales, self.zeros, self.columns, self.pointer)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def to_dense(self) -> Float[Tensor, "out in"]:
+        """The weight in fp32, with zeros where no group is kept."""
+        q = torch.stack([self.codes & 15, self.codes >> 4], -1).flatten(1).float()
+        values = (q - self.zeros.float().unsqueeze(1)) * self.scales.float().unsqueeze(1)
+        rows = torch.repeat_interleave(
+            torch.arange(self.shape[0], device=self.codes.device), self.pointer.diff().long()
+        )
+        dense = values.new_zeros(self.shape[0], self.shape[1] // self.group, self.group)
+        return dense.index_put((rows, self.columns.long()), values).flatten(1)
+
+
+def quantise_groups(
+    weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out groups"], group: int = 16
+) -> QuantGroups:
+    """Round the kept groups of a weight to four bits, each with its own range.
+
+    scale = (max - min) / 15 over the group and zero, zero = round(-min / scale), q = round(w / scale) +
+    zero, kept in 0..15. The range includes 0, so that the zero point is one of the sixteen codes; a group
+    of zeros has scale 1.
+
+    Args:
+        keep: True for the groups to store, [out, in / group].
+
+    Raises:
+        OpError: shapes that do not fit, or a group that is no multiple of 16.
+    """
+    rows, cols = weight.shape
+    if group < 16 or group % 16 or cols % group or keep.shape != (rows, cols // group):
+        raise OpError(
+            f"groups of {group} (a multiple of 16) over a weight {tuple(weight.shape)} need a mask "
+            f"[{rows}, {cols // max(1, group)}], received {tuple(keep.shape)}"
+        )
+    groups = weight.detach().float().reshape(rows, cols // group, group)[keep]
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((high - low) / 15).half()
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    wide = scales.float()
+    zeros = (-low / wide).round().clamp(0, 15)
+    q = ((groups / wide.unsqueeze(1)).round() + zeros.unsqueeze(1)).clamp(0, 15).to(torch.uint8)
+    pointer = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
+    pointer[1:] = keep.sum(-1).cumsum(0)
+    columns = keep.nonzero()[:, 1].to(torch.int16)
+    codes = (q[:, 0::2] | (q[:, 1::2] << 4)).contiguous()
+    return QuantGroups(codes, scales, zeros.to(torch.uint8), columns, pointer, (rows, cols), group)
+
+
+def quant_sparse_linear(
+    x: Float[Tensor, "*batch in"], weight: QuantGroups, bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "*batch out"]:
+    """y = x W^T + bias; the groups that are not kept are not read. Sums are in fp32.
+
+    Gradients reach x and the bias (codes, scales and zero points are constants here).
+
+    Raises:
+        OpError: shapes, dtypes or devices that do not fit.
+    """
+    return _quant_sparse_linear(
+        x,
+        weight.codes,
+        weight.scales,
+        weight.zeros,
+        weight.columns,
+        weight.pointer,
+        bias,
+        weight.shape[1],
+        weight.group,
+    )
+
+
+def reference(
+    x: Float[Tensor, "*batch in"], weight: QuantGroups, bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "*batch out"]:
+    """The definition: the dequantised weight times x, in fp32 (fp64 for fp64)."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dense = weight.to_dense().to(wide)
+    return torch.nn.functional.linear(x.to(wide), dense, None if bias is None else bias.to(wide)).to(x.dtype)
+
+
+def plan(
+    x: Float[Tensor, "*batch in"], weight: QuantGroups, bias: Float[Tensor, " out"] | None = None
+) -> dispatch.Plan:
+    """The backend that `quant_sparse_linear` would run these arguments on."""
+    rows, cols = weight.shape
+    if x.dim() == 0 or x.shape[-1] != cols:
+        raise OpError(f"x {tuple(x.shape)} does not end in the {cols} inputs of the weight {weight.shape}")
+    if not x.dtype.is_floating_point:
+        raise OpError(f"x must be floating point, received {x.dtype}")
+    if x.device != weight.codes.device:
+        raise OpError(f"x is on {x.device}, the weight on {weight.codes.device}: move one of them")
+    if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
+        raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
+    offered = ("dense", "reference") if x.dtype == torch.float64 else ("native", "dense", "reference")
+    sizes = (max(1, rows * cols), max(1, x.numel() // max(1, cols)), max(weight.density, 1e-4))
+    return dispatch.choose("quant_sparse_linear", x.device, offered, f"int4 g{weight.group}", sizes)
+
+
+def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
+    backend = plan(x, weight, bias).backend
+    if backend == "native" and x.numel() and weight.shape[0]:
+        return _native_forward(x, weight, bias)
+    if backend == "dense":
+        dense = _dense.get(weight.codes, weight.to_dense).to(x.dtype)
+        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    return reference(x, weight, bias)
+
+
+def _native_forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
+    rows, cols = weight.shape
+    flat = x.reshape(-1, cols).float().contiguous()
+    wide_bias = None if bias is None else bias.float().contiguous()
+    y = torch.empty(*x.shape[:-1], rows, dtype=torch.float32)
+    _native.function("zoo_quant_sparse_linear", "ppppppppiiiii")(
+        flat.data_ptr(),
+        weight.codes.data_ptr(),
+        weight.scales.data_ptr(),
+        weight.zeros.data_ptr(),
+        weight.columns.data_ptr(),
+        weight.pointer.data_ptr(),
+        None if wide_bias is None else wide_bias.data_ptr(),
+        y.data_ptr(),
+        flat.shape[0],
+        rows,
+        cols,
+        weight.group,
+        _native.threads(),
+    )
+    return y.to(x.dtype)
+
+
+@torch.library.custom_op(
+    "zoo::quant_sparse_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor columns, Tensor pointer, "
+    "Tensor? bias, int cols, int group) -> Tensor",
+)
+def _quant_sparse_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    columns: Tensor,
+    pointer: Tensor,
+    bias: Tensor | None,
+    cols: int,
+    group: int,
+) -> Tensor:
+    return _forward(
+        x, QuantGroups(codes, scales, zeros, columns, pointer, (pointer.numel() - 1, cols), group), bias
+    )
+
+
+@_quant_sparse_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    columns: Tensor,
+    pointer: Tensor,
+    bias: Tensor | None,
+    cols: int,
+    group: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], pointer.numel() - 1)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *parts, bias, cols, group = inputs
+    ctx.save_for_backward(*parts)
+    ctx.cols, ctx.group, ctx.bias_dtype = cols, group, None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        *parts, pointer = ctx.saved_tensors
+        dense = QuantGroups(*parts, pointer, (pointer.numel() - 1, ctx.cols), ctx.group).to_dense()
+        grad_x = grad @ dense.to(grad.dtype)
+    if ctx.needs_input_grad[6]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, *[None] * 5, grad_bias, None, None
+
+
+_quant_sparse_linear.register_autograd(_backward, setup_context=_setup_context)
+dispatch.register("quant_sparse_linear", plan=plan)

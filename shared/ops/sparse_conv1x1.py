@@ -1,0 +1,186 @@
+"""Pointwise (1 x 1) convolution with sparse weights, after Fast Sparse ConvNets: y = W x over the channels.
+
+    weight = pack(conv.weight.flatten(1), mask)        # unstructured, or blocks of 4 output channels
+    (SparseByteNN) y = sparse_conv1x1(x, weight, conv.bias)
+
+On channel-major maps (contiguous NCHW) a tile of pixels stays in registers while the kept weights pass by.
+Maps that lie channels-last, and maps of fewer than 16 pixels, are rows of features already and run through
+`sparse_linear`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shared.errors import OpError
+from shared.ops import _native, dispatch
+from shared.ops.derived import Derived
+from shared.ops.layout import LAYOUTS, PANEL, VALUE_TYPES
+from shared.ops.sparse_linear import csr_index, sparse_linear
+from shared.ops.sparse_linear import reference as linear_reference
+from shared.ops.weights import SparseWeight, pack
+
+__all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_conv1x1"]
+
+MIN_PIXELS = 16  # pixels that the kernel's smallest tile needs on any instruction set
+_dense = Derived()
+
+
+def sparse_conv1x1(
+    x: Float[Tensor, "batch in *map"], weight: SparseWeight, bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "batch out *map"]:
+    """y[b, o] = bias[o] + sum over kept c of W[o, c] * x[b, c], at each pixel; stride 1, no padding, one
+    group.
+
+    Sums are in fp32; the result has the dtype of x and does not depend on the number of threads. Gradients
+    reach x, `weight.values` and the bias. A channels-last x gives a channels-last y.
+
+    Raises:
+        OpError: shapes, dtypes or devices that do not fit.
+    """
+    if x.dim() < 3:
+        raise OpError(f"x must be [batch, channels, *map], received {tuple(x.shape)}")
+    if _is_rows(x):
+        return sparse_linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+    form = (weight.layout, *weight.shape, weight.width)
+    return _sparse_conv1x1(x, weight.values, weight.index, weight.pointer, bias, *form)
+
+
+def reference(
+    x: Float[Tensor, "batch in *map"], weight: SparseWeight, bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "batch out *map"]:
+    """The definition: `sparse_linear`'s, over the channels of each pixel."""
+    return linear_reference(x.movedim(1, -1), weight, bias).movedim(-1, 1).contiguous()
+
+
+def plan(
+    x: Float[Tensor, "batch in *map"], weight: SparseWeight, bias: Float[Tensor, " out"] | None = None
+) -> dispatch.Plan:
+    """The backend that `sparse_conv1x1` would run these arguments on."""
+    rows, cols = weight.shape
+    if x.dim() < 3 or x.shape[1] != cols:
+        raise OpError(f"x {tuple(x.shape)} is not [batch, {cols}, *map] for a weight {weight.shape}")
+    if not x.dtype.is_floating_point:
+        raise OpError(f"x must be floating point, received {x.dtype}")
+    if x.device != weight.values.device:
+        raise OpError(f"x is on {x.device}, the weight on {weight.values.device}: move one of them")
+    if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
+        raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
+    offered: tuple[str, ...] = ("dense", "reference")
+    if torch.float64 not in (x.dtype, weight.values.dtype) and weight.layout != "columns":
+        offered = ("native", *offered)
+    pixels = x.numel() // max(1, cols)
+    kind = f"{weight.layout} {str(weight.values.dtype).removeprefix('torch.')}"
+    sizes = (max(1, rows * cols), max(1, pixels), max(weight.density, 1e-4))
+    return dispatch.choose("sparse_conv1x1", x.device, offered, kind, sizes)
+
+
+def _is_rows(x: Tensor) -> bool:
+    """True where the channels of a pixel lie together, or there are too few pixels for the kernel."""
+    pixels = x[0, 0].numel() if x.shape[0] and x.shape[1] else 0
+    return pixels < MIN_PIXELS or (x.movedim(1, -1).is_contiguous() and not x.is_contiguous())
+
+
+def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+    backend = plan(x, weight, bias).backend
+    if backend == "native" and x.numel() and weight.kept:
+        return _native_forward(x, weight, bias)
+    if backend == "dense":
+        dense = _dense.get(weight.values, weight.to_dense).to(x.dtype)
+        y = torch.matmul(dense, x.flatten(2)).reshape(x.shape[0], weight.shape[0], *x.shape[2:])
+        return y if bias is None else y + bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2))
+    return reference(x, weight, bias)
+
+
+def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+    rows, cols = weight.shape
+    maps = x.float().contiguous()
+    layout, index = csr_index(weight)
+    wide_bias = None if bias is None else bias.float().contiguous()
+    y = torch.empty(x.shape[0], rows, *x.shape[2:], dtype=torch.float32)
+    _native.function("zoo_sparse_conv1x1", "ppppppiiiiiiii")(
+        maps.data_ptr(),
+        weight.values.data_ptr(),
+        index.data_ptr(),
+        weight.pointer.data_ptr(),
+        None if wide_bias is None else wide_bias.data_ptr(),
+        y.data_ptr(),
+        x.shape[0],
+        maps[0, 0].numel(),
+        rows,
+        cols,
+        PANEL,
+        LAYOUTS.index(layout),
+        VALUE_TYPES.index(weight.values.dtype),
+        _native.threads(),
+    )
+    return y.to(x.dtype)
+
+
+@torch.library.custom_op(
+    "zoo::sparse_conv1x1",
+    mutates_args=(),
+    schema="(Tensor x, Tensor values, Tensor index, Tensor pointer, Tensor? bias, str layout, int rows, "
+    "int cols, int width) -> Tensor",
+)
+def _sparse_conv1x1(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    pointer: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    rows: int,
+    cols: int,
+    width: int,
+) -> Tensor:
+    return _forward(x, SparseWeight(values, index, pointer, layout, (rows, cols), width), bias)
+
+
+@_sparse_conv1x1.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    pointer: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    rows: int,
+    cols: int,
+    width: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], rows, *x.shape[2:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, index, pointer, bias, *form = inputs
+    ctx.save_for_backward(x, values, index, pointer)
+    ctx.form, ctx.bias_dtype = form, None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of `sparse_linear` with the pixels as its batch."""
+    need_x, need_values, *_, need_bias = ctx.needs_input_grad[:5]
+    grad_x = grad_values = grad_bias = None
+    if need_x or need_values:
+        x, *parts = ctx.saved_tensors
+        grad_x, grad_values = torch.ops.zoo.sparse_linear_backward(
+            grad.movedim(1, -1).contiguous(),
+            x.movedim(1, -1).contiguous(),
+            *parts,
+            *ctx.form,
+            need_x,
+            need_values,
+        )
+        grad_x = grad_x.movedim(-1, 1) if need_x else None
+    if need_bias:
+        grad_bias = grad.movedim(1, -1).flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return grad_x, grad_values if need_values else None, None, None, grad_bias, *[None] * 4
+
+
+_sparse_conv1x1.register_autograd(_backward, setup_context=_setup_context)
+dispatch.register("sparse_conv1x1", plan=plan)

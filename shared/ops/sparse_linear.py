@@ -1,0 +1,331 @@
+"""y = x W^T + b with a sparse W: the zeros are neither stored nor multiplied.
+
+    weight = pack(linear.weight, mask)
+    y = sparse_linear(x, weight, linear.bias)
+
+A dropped weight takes no part in the sum: an infinite or NaN x meets only the weights that are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shared.errors import OpError
+from shared.ops import _native, dispatch
+from shared.ops.derived import Derived
+from shared.ops.layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, columns_of_bits
+from shared.ops.weights import SparseWeight, pack
+
+__all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_linear"]
+
+
+def sparse_linear(
+    x: Float[Tensor, "*batch in"], weight: SparseWeight, bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "*batch out"]:
+    """y = x W^T + bias.
+
+    Sums are in fp32 for fp32, bf16 and fp16 values; the result has the dtype of x. Gradients reach x,
+    `weight.values` (kept weights only) and the bias. For fixed inputs the native result does not depend on
+    the number of threads, bit for bit.
+
+    Args:
+        x: fp32, bf16, fp16 (or fp64, which only the reference takes); any strides.
+        weight: from `pack`.
+
+    Raises:
+        OpError: shapes, dtypes or devices that do not fit, or a backend that cannot run this.
+    """
+    return _sparse_linear(
+        x, weight.values, weight.index, weight.pointer, bias, weight.layout, *weight.shape, weight.width
+    )
+
+
+def reference(
+    x: Float[Tensor, "*batch in"], weight: SparseWeight, bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "*batch out"]:
+    """The definition: each kept weight times its x, summed per row (in fp32; in fp64 for fp64)."""
+    flat, wide = x.reshape(-1, x.shape[-1]), _accumulator(x, weight.values)
+    rows, cols = weight.coordinates()
+    rows = rows.clamp(max=weight.shape[0])  # the padding rows of 4x1 blocks, cut off below
+    values = weight.values[: weight.kept].to(wide)
+    step = max(1, _REFERENCE_PRODUCTS // max(1, weight.kept))
+    parts = [
+        flat.new_zeros(part.shape[0], weight.shape[0] + 1, dtype=wide).index_add(
+            1, rows, part.to(wide)[:, cols] * values
+        )
+        for part in flat.split(step)
+    ]
+    y = torch.cat(parts)[:, : weight.shape[0]]
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def plan(
+    x: Float[Tensor, "*batch in"], weight: SparseWeight, bias: Float[Tensor, " out"] | None = None
+) -> dispatch.Plan:
+    """The backend that `sparse_linear` would run these arguments on."""
+    _check(x, weight, bias)
+    return _plan(x, weight)
+
+
+_REFERENCE_PRODUCTS = 1 << 24  # products that the reference holds at a time
+_EXPAND_BATCH = (
+    4  # a larger batch runs a bitmask weight by its columns, which are then kept (2 bytes per entry)
+)
+_dense, _csr, _columns = Derived(), Derived(), Derived()
+
+
+def _accumulator(x: Tensor, values: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, values.dtype) else torch.float32
+
+
+def _check(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> None:
+    rows, cols = weight.shape
+    if x.dim() == 0 or x.shape[-1] != cols:
+        raise OpError(f"x {tuple(x.shape)} does not end in the {cols} columns of the weight {weight.shape}")
+    if not x.dtype.is_floating_point:
+        raise OpError(f"x must be floating point, received {x.dtype}")
+    if x.device != weight.values.device:
+        raise OpError(f"x is on {x.device}, the weight on {weight.values.device}: move one of them")
+    if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
+        raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
+
+
+def _plan(x: Tensor, weight: SparseWeight) -> dispatch.Plan:
+    rows, cols = weight.shape
+    wide = torch.float64 in (x.dtype, weight.values.dtype)
+    offered: tuple[str, ...] = ("dense", "reference", "vendor")
+    if not wide:
+        offered = ("native", *offered)
+    if weight.values.dtype != x.dtype or x.dtype not in (torch.float32, torch.float64):
+        offered = offered[:-1]  # torch's CSR product takes one dtype for all, and fp32 or fp64 only
+    kind = f"{weight.layout}{weight.width} {str(weight.values.dtype).removeprefix('torch.')}"
+    batch = max(1, x.numel() // max(1, cols))
+    sizes = (float(max(1, rows * cols)), float(batch), max(weight.density, 1e-4))
+    return dispatch.choose("sparse_linear", x.device, offered, kind, sizes)
+
+
+def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+    _check(x, weight, bias)
+    if x.numel() == 0 or weight.kept == 0:
+        y = x.new_zeros(*x.shape[:-1], weight.shape[0])
+        return y if bias is None else y + bias.to(y.dtype)
+    backend = _plan(x, weight).backend
+    if backend == "native":
+        return _native_forward(x, weight, bias)
+    if backend == "dense":
+        dense = _dense.get(weight.values, lambda: weight.to_dense().to(x.dtype))
+        return torch.nn.functional.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if backend == "vendor":
+        matrix = _csr.get(weight.values, lambda: _torch_csr(weight))
+        y = (matrix @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], weight.shape[0])
+        return y.contiguous() if bias is None else y + bias
+    return reference(x, weight, bias)
+
+
+def _torch_csr(weight: SparseWeight) -> Tensor:
+    dense = weight.to_dense().to_sparse_csr()
+    # With 32-bit indices MKL is up to 2.6 times as fast as with torch's default of 64.
+    return torch.sparse_csr_tensor(
+        dense.crow_indices().int(),
+        dense.col_indices().int(),
+        dense.values(),
+        size=dense.shape,
+        check_invariants=False,
+    )
+
+
+def csr_index(weight: SparseWeight) -> tuple[str, Tensor]:
+    """Layout and index of a weight that kernels without a bitmask loop take; the values keep their
+    order."""
+    if weight.layout != "bitmask":
+        return weight.layout, weight.index
+    return "csr", _columns.get(weight.index, lambda: columns_of_bits(weight.index))
+
+
+def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+    rows, cols = weight.shape
+    flat = x.reshape(-1, cols).float().contiguous()
+    layout, index = weight.layout, weight.index
+    if layout == "bitmask" and (flat.shape[0] > _EXPAND_BATCH or not bool(torch.isfinite(flat).all())):
+        layout, index = csr_index(weight)
+    wide_bias = None if bias is None else bias.float().contiguous()
+    y = torch.empty(*x.shape[:-1], rows, dtype=torch.float32)
+    _native.function("zoo_sparse_linear", "ppppppiiiiiiii")(
+        flat.data_ptr(),
+        weight.values.data_ptr(),
+        index.data_ptr(),
+        weight.pointer.data_ptr(),
+        None if wide_bias is None else wide_bias.data_ptr(),
+        y.data_ptr(),
+        flat.shape[0],
+        rows,
+        cols,
+        PANEL,
+        LAYOUTS.index(layout),
+        weight.width,
+        VALUE_TYPES.index(weight.values.dtype),
+        _native.threads(),
+    )
+    return y.to(x.dtype)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: SparseWeight, need_x: bool, need_values: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the stored values; an empty tensor where one is not needed."""
+    rows, cols = weight.shape
+    flat, flat_grad = x.reshape(-1, cols), grad.reshape(-1, rows)
+    wide = _accumulator(x, weight.values)
+    if (
+        x.device.type == "cpu"
+        and weight.layout in ("csr", "bitmask")
+        and _plan(x, weight).backend == "native"
+    ):
+        grad_x, grad_values = _native_backward(flat_grad.float(), flat.float(), weight, need_x, need_values)
+    else:
+        dense = weight.to_dense().to(wide)
+        grad_x = flat_grad.to(wide) @ dense if need_x else flat.new_empty(0)
+        grad_values = flat.new_empty(0)
+        if need_values:
+            at_rows, at_cols = weight.coordinates()
+            grad_dense = flat_grad.to(wide).t() @ flat.to(wide)
+            # The padding rows of 4x1 blocks have no gradient.
+            grad_dense = torch.nn.functional.pad(grad_dense, (0, 0, 0, -rows % 4))
+            grad_values = torch.nn.functional.pad(grad_dense[at_rows, at_cols], (0, OVERREAD))
+    return grad_x.to(x.dtype).reshape(x.shape if need_x else 0), grad_values.to(weight.values.dtype)
+
+
+def _native_backward(
+    grad: Tensor, flat: Tensor, weight: SparseWeight, need_x: bool, need_values: bool
+) -> tuple[Tensor, Tensor]:
+    grad, flat = grad.contiguous(), flat.contiguous()
+    _, index = csr_index(weight)
+    grad_x = torch.empty(flat.shape if need_x else 0)
+    grad_values = torch.zeros(weight.values.shape if need_values else 0)
+    _native.function("zoo_sparse_linear_backward", "pppppppiiiiii")(
+        flat.data_ptr(),
+        grad.data_ptr(),
+        weight.values.data_ptr(),
+        index.data_ptr(),
+        weight.pointer.data_ptr(),
+        grad_x.data_ptr() if need_x else None,
+        grad_values.data_ptr() if need_values else None,
+        flat.shape[0],
+        *weight.shape,
+        PANEL,
+        VALUE_TYPES.index(weight.values.dtype),
+        _native.threads(),
+    )
+    return grad_x, grad_values
+
+
+@torch.library.custom_op(
+    "zoo::sparse_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor values, Tensor index, Tensor pointer, Tensor? bias, str layout, int rows, "
+    "int cols, int width) -> Tensor",
+)
+def _sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    pointer: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    rows: int,
+    cols: int,
+    width: int,
+) -> Tensor:
+    return _forward(x, SparseWeight(values, index, pointer, layout, (rows, cols), width), bias)
+
+
+@_sparse_linear.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    pointer: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    rows: int,
+    cols: int,
+    width: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op(
+    "zoo::sparse_linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor values, Tensor index, Tensor pointer, str layout, int rows, "
+    "int cols, int width, bool need_x, bool need_values) -> (Tensor, Tensor)",
+)
+def _sparse_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    pointer: Tensor,
+    layout: str,
+    rows: int,
+    cols: int,
+    width: int,
+    need_x: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor]:
+    weight = SparseWeight(values, index, pointer, layout, (rows, cols), width)
+    return _backward(grad, x, weight, need_x, need_values)
+
+
+@_sparse_linear_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    pointer: Tensor,
+    layout: str,
+    rows: int,
+    cols: int,
+    width: int,
+    need_x: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if need_x else 0), values.new_empty(values.shape if need_values else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, index, pointer, bias, *form = inputs
+    ctx.save_for_backward(x, values, index, pointer)
+    ctx.form, ctx.bias_dtype = form, None if bias is None else bias.dtype
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_x, need_values, *_, need_bias = ctx.needs_input_grad[:5]
+    grad_x = grad_values = grad_bias = None
+    if need_x or need_values:
+        grad_x, grad_values = _sparse_linear_backward(
+            grad.contiguous(), *ctx.saved_tensors, *ctx.form, need_x, need_values
+        )
+    if need_bias:
+        grad_bias = (
+            grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
+        )
+    return (
+        grad_x if need_x else None,
+        grad_values if need_values else None,
+        None,
+        None,
+        grad_bias,
+        *[None] * 4,
+    )
+
+
+_sparse_linear.register_autograd(_autograd, setup_context=_setup_context)
+dispatch.register("sparse_linear", plan=plan)
