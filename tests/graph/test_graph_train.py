@@ -41,7 +41,7 @@ def test_l0_ball_counts_every_tensor_of_the_model():
 def test_zeros_may_come_back_but_the_result_is_on_the_ball(graph):
     model = gcn()
     ball = L0Ball.for_sparsity(model, 0.8)
-    fit = Fit(model, graph, TrainConfig(epochs=15, distillation=0.0), constraint=ball)
+    fit = Fit(model, graph, TrainConfig(epochs=15, lr=0.05, distillation=0.0), constraint=ball)
     seen = []
     fit.run(lambda f: seen.append(f.model.conv1.lin.weight.detach() != 0))
     assert bool((seen[-1] & ~seen[0]).any())  # not sticky
@@ -72,13 +72,15 @@ def test_best_epoch_is_the_last_of_equals(graph):
 def test_training_learns_and_distillation_follows_the_teacher(graph):
     dense = Fit(gcn(), graph, TrainConfig(epochs=40, distillation=0.0)).run()
     assert dense.val_accuracy > 0.5  # chance is a third
-    ball = L0Ball.for_sparsity(gcn(), 0.5)
     apart = {}
-    for weight in (0.0, 10.0):
+    for weight in (0.0, 30.0):
         recipe = TrainConfig(epochs=40, distillation=weight)
-        best = Fit(gcn(1), graph, recipe, teacher=dense.logits, constraint=ball).run()
-        apart[weight] = float((best.logits.softmax(1) - dense.logits.softmax(1)).abs().mean())
-    assert apart[10.0] < apart[0.0]
+        fit = Fit(gcn(1), graph, recipe, teacher=dense.logits)
+        fit.run()
+        with torch.no_grad():  # the last epoch, since the best of each is not equally far trained
+            logits = fit.model(fit.features, fit.graph)
+        apart[weight] = float((logits.softmax(1) - dense.logits.softmax(1)).abs().mean())
+    assert apart[30.0] < 0.5 * apart[0.0]
 
 
 def test_the_same_seed_gives_the_same_run(graph):

@@ -106,7 +106,9 @@ def test_counts_are_exact_and_directions_tied(nodes, density, loops, sparsity, o
     edges = adjacency.nonzero().t()
     edges = edges[:, torch.randperm(edges.shape[1], generator=generator)]
     if order == "random":
-        scores = random_scores(edges, nodes, generator) if edges.shape[1] else torch.empty(0, dtype=torch.float64)
+        scores = (
+            random_scores(edges, nodes, generator) if edges.shape[1] else torch.empty(0, dtype=torch.float64)
+        )
     else:
         scores = edge_scores(edges, nodes) * (1 if order == "teddy" else -1)
         scores = torch.where(edges[0] == edges[1], math.inf, scores)

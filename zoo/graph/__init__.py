@@ -1,4 +1,5 @@
-"""Graph neural networks with few edges and few weights: TEDDY's one-shot tickets and what they are measured against.
+"""Graph neural networks with few edges and few weights: TEDDY's one-shot tickets and what they are measured
+against.
 
 Importing this package imports neither torch nor torch-geometric: everything is registered by address.
 """

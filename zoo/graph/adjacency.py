@@ -16,7 +16,8 @@ from zoo.graph.sparse import SparseMatrix
 
 @dataclass(frozen=True)
 class Adjacency:
-    """The rows of `matrix` are the nodes that receive; its entries the edges (and self-loops, where asked for).
+    """The rows of `matrix` are the nodes that receive; its entries the edges (and self-loops, where asked
+    for).
 
     Args:
         matrix: A or A + I, values 1.
@@ -66,7 +67,8 @@ class Adjacency:
         """The block-diagonal matrix over (node, head) pairs in which every head has all the edges.
 
         Returns:
-            The matrix, and the order of its entries: its entry e is the entry `order[e]` of a flat [entries, heads].
+            The matrix, and the order of its entries: its entry e is the entry `order[e]` of a flat [entries,
+                heads].
         """
         if heads not in self._heads:
             head = torch.arange(heads, device=self.matrix.col.device)
@@ -80,7 +82,9 @@ class Adjacency:
 
 
 def weighted_gcn_value(graph: Adjacency) -> Float[Tensor, " entries"]:
-    """Entries of D^-1/2 (A * weight) D^-1/2, where D are the row sums of A * weight; differentiable in `weight`."""
+    """Entries of D^-1/2 (A * weight) D^-1/2, where D are the row sums of A * weight; differentiable in
+    `weight`.
+    """
     matrix, weight = graph.matrix, graph.weight
     if weight is None:
         weight = matrix.value
@@ -98,7 +102,8 @@ def attention(
     negative_slope: float,
     dropout: float,
 ) -> Float[Tensor, "nodes heads width"]:
-    """sum_j alpha_ij hidden_j with alpha = softmax over j of leaky_relu(source_j + target_i), times the edge's weight.
+    """sum_j alpha_ij hidden_j with alpha = softmax over j of leaky_relu(source_j + target_i), times the
+    edge's weight.
 
     A weight multiplies exp(.) before the normalisation, so that weight 0 is exactly the removal of the edge.
     """
@@ -108,11 +113,12 @@ def attention(
 
 
 class _EdgeSoftmax(torch.autograd.Function):
-    """alpha[e, h] = w_e exp(s_e,h) / sum over the edges e' into the same node, s = leaky_relu(source + target).
+    """alpha[e, h] = w_e exp(s_e,h) / sum over the edges e' into the same node, s = leaky_relu(source +
+    target).
 
-    The exponent is shifted by leaky_relu(max_j source_j + target_i), an upper bound over all nodes that costs no pass
-    over the edges; it cannot overflow. Sums over edges run on the compressed rows, several times faster than the
-    scatter that autograd would use.
+    The exponent is shifted by leaky_relu(max_j source_j + target_i), an upper bound over all nodes that costs
+    no pass over the edges; it cannot overflow. Sums over edges run on the compressed rows, several times
+    faster than the scatter that autograd would use.
     """
 
     @staticmethod
@@ -124,16 +130,16 @@ class _EdgeSoftmax(torch.autograd.Function):
         raw = source.index_select(0, matrix.col) + target.index_select(0, matrix.row)
         power = (functional.leaky_relu(raw, slope) - bound.index_select(0, matrix.row)).exp_()
         weighted = power if weight is None else power * weight[:, None]
-        total = matrix.sum_rows(weighted).clamp_(min=torch.finfo(power.dtype).tiny).index_select(0, matrix.row)
+        total = (
+            matrix.sum_rows(weighted).clamp_(min=torch.finfo(power.dtype).tiny).index_select(0, matrix.row)
+        )
         alpha = weighted / total
         ctx.graph, ctx.slope = graph, slope
         ctx.save_for_backward(raw, alpha, None if weight is None else power / total)
         return alpha
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         raw, alpha, unweighted = ctx.saved_tensors
         matrix = ctx.graph.matrix
         centred = grad - matrix.sum_rows(alpha * grad).index_select(0, matrix.row)
@@ -156,7 +162,7 @@ class _HeadProduct(torch.autograd.Function):
         return sparse.rows_sum(flat, matrix.col, matrix.rowptr, value).view(nodes, heads, width)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         value, hidden = ctx.saved_tensors
         nodes, heads, width = hidden.shape
         edges, (matrix, _) = ctx.graph.matrix, ctx.graph.per_head(heads)

@@ -1,7 +1,8 @@
 """The arms of TEDDY's comparison: which edges, which weights, distilled or not - one training run each.
 
-Each run is a cell of the experiment: a plain description in, plain numbers out. All runs of a seed start from the same
-initial weights; the teacher is the dense run of that seed. Times are processor seconds of the training alone.
+Each run is a cell of the experiment: a plain description in, plain numbers out. All runs of a seed start from
+the same initial weights; the teacher is the dense run of that seed. Times are processor seconds of the
+training alone.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Arm:
 
     Args:
         edges: the order in which edges go, or None for the whole graph.
-        weights: projection on the l0 ball at each step; magnitude of the trained dense weights, then rewound and
-            trained with that mask; or dense.
+        weights: projection on the l0 ball at each step; magnitude of the trained dense weights, then rewound
+            and trained with that mask; or dense.
         distilled: whether the dense run's logits are distilled.
     """
 
@@ -76,7 +77,8 @@ class Setting:
 
 
 def new_model(architecture: str, data: Data, hidden: int, seed: int) -> GraphModel:
-    """A freshly initialised model for this graph; sets torch's seed, on which initialisation and dropout depend.
+    """A freshly initialised model for this graph; sets torch's seed, on which initialisation and dropout
+    depend.
 
     Args:
         architecture: gcn, gat or gin.
@@ -111,7 +113,9 @@ def dense_run(setting: Setting, data: Data, seed: int, cells: CellCache) -> dict
         best = Fit(model, data, TrainConfig(setting.epochs, distillation=0.0)).run()
         seconds = time.process_time() - start
         teacher.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(teacher, save({"logits": best.logits, **{f"weights/{k}": v for k, v in best.weights.items()}}))
+        atomic_write(
+            teacher, save({"logits": best.logits, **{f"weights/{k}": v for k, v in best.weights.items()}})
+        )
         entries = data.edge_index.shape[1]
         return _report(best, data, seconds, entries, sum(p.numel() for p in model.parameters()))
 
@@ -206,9 +210,7 @@ def levels_of(ks: tuple[int, ...]) -> dict[int, tuple[float, float]]:
     return {k: released_level(k) for k in ks}
 
 
-def _constraint(
-    model: GraphModel, spec: Arm, sparsity: float, dense: dict[str, Tensor]
-) -> Constraint | None:
+def _constraint(model: GraphModel, spec: Arm, sparsity: float, dense: dict[str, Tensor]) -> Constraint | None:
     if spec.weights == "dense" or sparsity == 0:
         return None
     ball = L0Ball.for_sparsity(model, sparsity)

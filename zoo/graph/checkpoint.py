@@ -1,4 +1,6 @@
-"""The state of a training in one safetensors file, written whole or not at all and read without running anything."""
+"""The state of a training in one safetensors file, written whole or not at all and read without running
+anything.
+"""
 
 from __future__ import annotations
 

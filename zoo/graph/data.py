@@ -1,10 +1,11 @@
 """The graphs of the zoo by name, each with features, labels and a fixed split.
 
 Planetoid's and the Coauthor graph go through torch-geometric's own loaders. Their raw files come from
-`$ZOO_DATA/planetoid/<Name>/raw` and `$ZOO_DATA/graphs-npz` if that folder is set, else from torch-geometric's download;
-they are processed once in the cache folder (`$ZOO_CACHE`, by default ~/.cache/sparse-model-zoo). Planetoid's raw files
-are pickles, which can run code when read: those of Cora and Citeseer must have the known SHA-256 before they are read.
-`digits` is embedded: it needs no file and no network.
+`$ZOO_DATA/planetoid/<Name>/raw` and `$ZOO_DATA/graphs-npz` if that folder is set, else from torch-geometric's
+download; they are processed once in the cache folder (`$ZOO_CACHE`, by default ~/.cache/sparse-model-zoo).
+Planetoid's raw files
+are pickles, which can run code when read: those of Cora and Citeseer must have the known SHA-256 before they
+are read. `digits` is embedded: it needs no file and no network.
 """
 
 from __future__ import annotations
@@ -63,8 +64,12 @@ class Source:
 
 SOURCES = {
     "cora": Source("Cora (Planetoid public split)", "kimiyoung/planetoid", "not stated (repository: MIT)"),
-    "citeseer": Source("CiteSeer (Planetoid public split)", "kimiyoung/planetoid", "not stated (repository: MIT)"),
-    "pubmed": Source("PubMed (Planetoid public split)", "kimiyoung/planetoid", "not stated (repository: MIT)"),
+    "citeseer": Source(
+        "CiteSeer (Planetoid public split)", "kimiyoung/planetoid", "not stated (repository: MIT)"
+    ),
+    "pubmed": Source(
+        "PubMed (Planetoid public split)", "kimiyoung/planetoid", "not stated (repository: MIT)"
+    ),
     "cs": Source(
         "Coauthor-CS (20 training and 30 validation nodes per class, fixed draw)",
         "shchur/gnn-benchmark",
@@ -79,13 +84,14 @@ SOURCES = {
 
 
 def load_graph(name: str) -> Data:
-    """The graph of that name: x [n, f], edge_index [2, E] in canonical order, y [n], train_mask, val_mask, test_mask.
+    """The graph of that name: x [n, f], edge_index [2, E] in canonical order, y [n], train_mask, val_mask,
+    test_mask.
 
     Features of the citation and co-author graphs are row-normalised to sum 1, as TEDDY does.
 
     Raises:
-        DataError: an unknown name, raw files that are neither in ZOO_DATA nor to be had by download, or raw files
-            that are not the published ones.
+        DataError: an unknown name, raw files that are neither in ZOO_DATA nor to be had by download, or raw
+            files that are not the published ones.
     """
     if name == "digits":
         return digits_graph()
@@ -137,7 +143,8 @@ def _check_sha256(path: Path) -> None:
     known = _SHA256.get(path.name)
     if known is not None and (found := sha256_file(path)) != known:
         raise DataError(
-            f"{path} is not the published file: SHA-256 {found[:16]}... instead of {known[:16]}.... It is a pickle and "
+            f"{path} is not the published file: SHA-256 {found[:16]}... instead of {known[:16]}.... It is a "
+            f"pickle and "
             "is not read. Delete it and fetch it again."
         )
 
@@ -160,11 +167,15 @@ def _build(name: str, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
     except OSError as error:
-        raise DataError(f"The cache {folder.parent} cannot be written ({error.strerror}): set ZOO_CACHE.") from error
+        raise DataError(
+            f"The cache {folder.parent} cannot be written ({error.strerror}): set ZOO_CACHE."
+        ) from error
     try:
         copied = _copy_raw(name, scratch)
         if not copied and os.environ.get("ZOO_OFFLINE") == "1":
-            raise DataError(f"The raw files of {name} are not in ZOO_DATA, and ZOO_OFFLINE=1 forbids the download.")
+            raise DataError(
+                f"The raw files of {name} are not in ZOO_DATA, and ZOO_OFFLINE=1 forbids the download."
+            )
         try:
             _open(name, scratch)
         except (OSError, aiohttp.ClientError, asyncio.TimeoutError) as error:  # what the download may raise

@@ -15,10 +15,11 @@ NEIGHBOURS = 8
 def digits_graph(neighbours: int = NEIGHBOURS) -> Data:
     """The k-nearest-neighbour graph over scikit-learn's digits.
 
-    Each image is joined to the `neighbours` others of smallest Euclidean distance, and the graph is made undirected (an
-    edge stays if either end chose it). Pixels are whole numbers from 0 to 16, so the squared distances are exact and the
-    graph is the same on every machine; equal distances go to the lower index. The split has 20 training and 30
-    validation images per class, drawn once with a fixed seed, and the rest for testing.
+    Each image is joined to the `neighbours` others of smallest Euclidean distance, and the graph is made
+    undirected (an edge stays if either end chose it). Pixels are whole numbers from 0 to 16, so the squared
+    distances are exact and the graph is the same on every machine; equal distances go to the lower index. The
+    split has 20 training and 30 validation images per class, drawn once with a fixed seed, and the rest for
+    testing.
 
     Returns:
         x [1797, 64] (pixels / 16), edge_index in canonical order, y, train_mask, val_mask, test_mask.

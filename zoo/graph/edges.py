@@ -1,7 +1,9 @@
-"""The edges of an undirected graph: what is refused, the canonical order, and the fingerprint that ties a mask to it.
+"""The edges of an undirected graph: what is refused, the canonical order, and the fingerprint that ties a
+mask to it.
 
-A graph is given as PyG's `edge_index` [2, E] of int64 with both directions of every edge. Its *canonical order* is the
-lexicographic order of the entries (source, then target), which is the order of PyG's `coalesce`. Everything here is
+A graph is given as PyG's `edge_index` [2, E] of int64 with both directions of every edge. Its *canonical
+order* is the lexicographic order of the entries (source, then target), which is the order of PyG's
+`coalesce`. Everything here is
 linear in the number of entries: the sorting is a counting sort (coordinates to CSR).
 """
 
@@ -87,7 +89,8 @@ def canonical_order(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> Int[Tenso
 
 
 def fingerprint(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> str:
-    """SHA-256 (hexadecimal) of the number of nodes and the entries in canonical order, as little-endian int64.
+    """SHA-256 (hexadecimal) of the number of nodes and the entries in canonical order, as little-endian
+    int64.
 
     The order in which the entries are stored does not matter; each entry does.
     """

@@ -1,7 +1,7 @@
 """`zoo finetune graph`: train a ticket on, on its own graph or on another, with every zero kept.
 
-Every few epochs the whole state goes into one file beside the output, written atomically; the same command goes on from
-there after a kill, and its result equals that of an uninterrupted run bit for bit.
+Every few epochs the whole state goes into one file beside the output, written atomically; the same command
+goes on from there after a kill, and its result equals that of an uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch_geometric.data import Data
 from tqdm import tqdm
 
 from shared.masks import MaskSet, masks_of, set_masks
-from zoo.bundles import info, load_bundle, save
+from zoo.bundles import load_bundle, save
 from zoo.cards import Card, mean_and_spread
 from zoo.catalog import Bundle, find
 from zoo.errors import ConfigError, UnknownNameError
@@ -30,18 +30,19 @@ from zoo.graph.method import dataset_of
 from zoo.graph.models import GraphModel
 from zoo.graph.train import Fit, TrainConfig
 from zoo.graph.transfer import transferred
-from zoo.harness.tasks import get_task
 from zoo.harness.tables import Table
+from zoo.harness.tasks import get_task
 
 
 @dataclass
 class Finetune:
     """Fine-tune a graph model; the zeros of a sparse one stay zero.
 
-    On its own graph the model goes on from its weights. On another graph whose features and classes differ, the layers
+    On its own graph the model goes on from its weights. On another graph whose features and classes differ,
+    the layers
     that meet them are new: their weights are drawn with the seed and masked at the model's weight sparsity by
-    magnitude, edges are dropped by degree at the model's edge sparsity, and only layers of the same shape keep weights
-    and masks.
+    magnitude, edges are dropped by degree at the model's edge sparsity, and only layers of the same shape
+    keep weights and masks.
     """
 
     model: str
@@ -72,7 +73,9 @@ class Finetune:
     """Epochs between checkpoints."""
 
     twin: str | None = None
-    """Dense model to stand beside on the new card; by default the packaged one of this architecture and graph."""
+    """Dense model to stand beside on the new card; by default the packaged one of this architecture and
+    graph.
+    """
 
     name: str | None = None
     """Name on the card; by default graph/ and the folder's name."""
@@ -131,7 +134,9 @@ class Finetune:
         """Train in place; returns the test accuracy before and after."""
         accelerator = Accelerator()
         if accelerator.num_processes > 1:
-            raise ConfigError("Full-batch training on one graph runs in one process; start it without a launcher.")
+            raise ConfigError(
+                "Full-batch training on one graph runs in one process; start it without a launcher."
+            )
         task = get_task(f"graph/{dataset}")
         before = task.evaluate(model.eval()).metrics["accuracy"].value
         teacher = None
@@ -144,9 +149,7 @@ class Finetune:
         masks = masks_of(model)
         adam = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         prepared, optimizer = accelerator.prepare(model, adam)
-        fit = Fit(
-            prepared, data, recipe, teacher=teacher, optimizer=optimizer, backward=accelerator.backward
-        )
+        fit = Fit(prepared, data, recipe, teacher=teacher, optimizer=optimizer, backward=accelerator.backward)
         checkpoint = Checkpoint(self._checkpoints(), self._identity(source, dataset))
         torch.manual_seed(self.seed)
         checkpoint.restore(fit)
@@ -173,7 +176,11 @@ class Finetune:
 
     def _identity(self, source: Bundle, dataset: str) -> dict[str, Any]:
         """What a checkpoint must agree with to be gone on from."""
-        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("model", "out", "overwrite", "name")}
+        options = {
+            k: v
+            for k, v in dataclasses.asdict(self).items()
+            if k not in ("model", "out", "overwrite", "name")
+        }
         return {**options, "dataset": dataset, "weights": source.card.weights.sha256}
 
     def _twin(self, card: Card, dataset: str) -> Bundle | None:
@@ -186,7 +193,9 @@ class Finetune:
         try:
             return find(name)
         except UnknownNameError as error:
-            raise ConfigError(f"No dense twin {name!r} to stand beside on {dataset}: name one with --twin.") from error
+            raise ConfigError(
+                f"No dense twin {name!r} to stand beside on {dataset}: name one with --twin."
+            ) from error
 
     def _card(
         self, model: GraphModel, card: Card, dataset: str, data: Data, twin: Bundle | None, seconds: float
@@ -214,7 +223,11 @@ class Finetune:
             figure = {key: getattr(own, key) for key in ("value", "per_seed", "mean", "spread")}
             metric["dense"] = {"name": twin.card.name, **figure}
         source = SOURCES[dataset]
-        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("model", "out", "overwrite", "name")}
+        options = {
+            k: v
+            for k, v in dataclasses.asdict(self).items()
+            if k not in ("model", "out", "overwrite", "name")
+        }
         tuned = {**options, "dataset": dataset, "from": card.reference}
         method = {**card.method.model_dump(), "seed": self.seed}
         method["hyperparameters"] = {**method["hyperparameters"], "finetuned": tuned}
@@ -253,7 +266,9 @@ def _require_zeros(model: GraphModel, masks: MaskSet | None) -> None:
         return
     set_masks(model, masks)
     if lost := masks.zeros_intact(model):
-        raise ConfigError(f"Fine-tuning lost zeros of {lost[0]!r}; this is a fault of the zoo, please report it.")
+        raise ConfigError(
+            f"Fine-tuning lost zeros of {lost[0]!r}; this is a fault of the zoo, please report it."
+        )
 
 
 def _zeros(model: GraphModel) -> int:

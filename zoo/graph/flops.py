@@ -1,6 +1,8 @@
-"""What graph convolutions cost, told to `shared.account`: projections of all nodes and messages along all edges.
+"""What graph convolutions cost, told to `shared.account`: projections of all nodes and messages along all
+edges.
 
-A self-loop costs a message and is never dropped. GIN's linear map is counted before the sum, where it is cheaper.
+A self-loop costs a message and is never dropped. GIN's linear map is counted before the sum, where it is
+cheaper.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from zoo.graph.models import GINLayer, GraphModel
 def count_graph(
     model: GraphModel, x: Float[Tensor, "nodes features"], edge_index: Int[Tensor, "2 E"]
 ) -> Account:
-    """The account of one forward pass on a graph: dense with all its edges, kept with those of the model's ticket."""
+    """The account of one forward pass on a graph: dense with all its edges, kept with those of the model's
+    ticket.
+    """
     masks = masks_of(model)
     whole = copy.deepcopy(model).float().eval()  # half-precision storage is computed on as float32
     set_masks(whole, masks)
@@ -49,7 +53,7 @@ def _gin(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any, cou
 def _gat(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any, counting: Counting) -> Macs:
     nodes = output.shape[0]
     edges, loops = _edges(args[1], nodes, loops=True)
-    width = module.heads * module.out_channels  # type: ignore[operator]
+    width = int(module.heads * module.out_channels)  # type: ignore[operator]
     total = counting.product(module.lin.weight, nodes)  # type: ignore
     for attention in (module.att_src, module.att_dst):
         total = total.plus(counting.product(attention, nodes))  # type: ignore[arg-type]
@@ -59,8 +63,8 @@ def _gat(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any, cou
 def _edges(graph: Tensor | Adjacency, nodes: int, *, loops: bool) -> tuple[int, int]:
     """Edges as given, and self-loops that the layer adds."""
     if isinstance(graph, Adjacency):
-        inside = int((graph.matrix.row == graph.matrix.col).sum())
-        return graph.matrix.entries - (inside if loops else 0), inside if loops else 0
+        inside = int((graph.matrix.row == graph.matrix.col).sum()) if loops else 0
+        return graph.matrix.entries - inside, inside
     if not loops:
         return graph.shape[1], 0
     return graph.shape[1], nodes - int(torch.unique(graph[0, graph[0] == graph[1]]).numel())

@@ -1,4 +1,6 @@
-"""TEDDY as a method of the zoo: from a dense model to a ticket, `zoo sparsify graph/dense-... --method teddy`."""
+"""TEDDY as a method of the zoo: from a dense model to a ticket, `zoo sparsify graph/dense-... --method
+teddy`.
+"""
 
 from __future__ import annotations
 

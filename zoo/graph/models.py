@@ -1,17 +1,16 @@
 """GCN, GAT and GIN as TEDDY trains them, on torch-geometric's convolutions.
 
-`model(x, edge_index)` is torch-geometric's message passing on its own `GCNConv`, `GATConv` and `GINConv`. Full-batch
-training on one graph calls the model hundreds of times on the same features and edges; `model.prepare` turns them once
-into a `SparseMatrix` and an `Adjacency`, and `model(features, adjacency)` then gives the same numbers from sparse
-products (tests compare the two, gradients included).
+`model(x, edge_index)` is torch-geometric's message passing on its own `GCNConv`, `GATConv` and `GINConv`.
+Full-batch training on one graph calls the model hundreds of times on the same features and edges;
+`model.prepare` turns them once into a `SparseMatrix` and an `Adjacency`, and `model(features, adjacency)`
+then gives the same numbers from sparse products (tests compare the two, gradients included).
 
-Differences from the convolutions' defaults, all from the released code of TEDDY: no biases; GIN's linear map is applied
-before the sum (the two commute, as the map is linear), GIN averages two readouts.
+Differences from the convolutions' defaults, all from the released code of TEDDY: no biases; GIN's linear map
+is applied before the sum (the two commute, as the map is linear), GIN averages two readouts.
 """
 
 from __future__ import annotations
 
-import torch
 import torch_geometric.nn as pyg
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -19,9 +18,9 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from zoo.errors import DataError
+from zoo.graph import sparse
 from zoo.graph.adjacency import Adjacency, attention, weighted_gcn_value
 from zoo.graph.edges import check_features, check_ids
-from zoo.graph import sparse
 from zoo.graph.sparse import SparseMatrix
 from zoo.graph.ticket import EdgeTicket
 
@@ -33,7 +32,9 @@ _SPARSE_BELOW = 0.2
 
 # torch-geometric tells layers apart by the bare class name, so these must not be named as their bases are.
 class GCNLayer(pyg.GCNConv):
-    """Kipf and Welling's convolution D^-1/2 (A + I) D^-1/2 X W; the degrees D are those of the edges it is given."""
+    """Kipf and Welling's convolution D^-1/2 (A + I) D^-1/2 X W; the degrees D are those of the edges it is
+    given.
+    """
 
     def forward(self, x: Features, graph: Tensor | Adjacency) -> Tensor:
         if isinstance(graph, Tensor):
@@ -76,8 +77,9 @@ class GATLayer(pyg.GATConv):
 class GraphModel(nn.Module):
     """What the three share: preparing inputs, and the edges that a ticket keeps.
 
-    `ticket` is the edge mask of a sparse bundle. It belongs to one graph; `model(x, edge_index)` drops the pruned edges
-    of that graph by itself and refuses any other, unless `model.edges = "whole"` says to use the edges as given.
+    `ticket` is the edge mask of a sparse bundle. It belongs to one graph; `model(x, edge_index)` drops the
+    pruned edges of that graph by itself and refuses any other, unless `model.edges = "whole"` says to use the
+    edges as given.
     """
 
     self_loops = False
@@ -136,7 +138,8 @@ class GraphModel(nn.Module):
     def forward(self, x: Features, graph: Tensor | Adjacency) -> Float[Tensor, "nodes classes"]:
         """Logits of every node, from plain tensors or from what `prepare` returned.
 
-        Weights stored in another precision (bundles store half) are converted to that of `x` for the computation.
+        Weights stored in another precision (bundles store half) are converted to that of `x` for the
+        computation.
         """
         if isinstance(graph, Tensor):
             graph = self.surviving(graph, x.shape[0])
@@ -144,7 +147,9 @@ class GraphModel(nn.Module):
         if all(p.dtype == dtype for p in self.parameters()):
             return self.network(x, graph)
         converted = {name: p.to(dtype) for name, p in self.named_parameters()}
-        out: Tensor = functional_call(_Network(self), {f"model.{k}": v for k, v in converted.items()}, (x, graph))
+        out: Tensor = functional_call(
+            _Network(self), {f"model.{k}": v for k, v in converted.items()}, (x, graph)
+        )
         return out
 
     def network(self, x: Features, graph: Tensor | Adjacency) -> Tensor:
@@ -190,7 +195,8 @@ class GCN(GraphModel):
 
 
 class GAT(GraphModel):
-    """Two attention layers: `heads` concatenated heads and ELU, then one head; dropout on inputs and attention.
+    """Two attention layers: `heads` concatenated heads and ELU, then one head; dropout on inputs and
+    attention.
 
     Args:
         in_channels, out_channels: widths of input and output (classes).
@@ -211,7 +217,9 @@ class GAT(GraphModel):
     ) -> None:
         super().__init__(in_channels, out_channels)
         self.conv1 = GATLayer(in_channels, hidden_channels, heads=heads, dropout=dropout, bias=False)
-        self.conv2 = GATLayer(heads * hidden_channels, out_channels, dropout=dropout, concat=False, bias=False)
+        self.conv2 = GATLayer(
+            heads * hidden_channels, out_channels, dropout=dropout, concat=False, bias=False
+        )
         self.dropout = dropout
 
     def resized(self, in_channels: int, out_channels: int) -> GAT:

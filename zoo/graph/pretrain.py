@@ -3,9 +3,9 @@
     python -m zoo.graph.pretrain                                     # all of them
     python -m zoo.graph.pretrain --architectures gcn --datasets cora
 
-Each training is kept in the cells folder as it finishes, so that an interrupted run goes on. The bundle holds the model
-of seed 0, whatever its rank; weights are stored in half precision, and every figure, each seed's included, is measured
-with weights rounded to it.
+Each training is kept in the cells folder as it finishes, so that an interrupted run goes on. The bundle holds
+the model of seed 0, whatever its rank; weights are stored in half precision, and every figure, each seed's
+included, is measured with weights rounded to it.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from shared.masks import MaskSet, set_masks
 from zoo.bundles import save as save_bundle
 from zoo.cards import mean_and_spread
 from zoo.catalog import cache_folder, open_bundle
+from zoo.errors import TaskError
 from zoo.graph.arms import ARCHITECTURES, edge_mask, new_model
 from zoo.graph.data import SOURCES, load_graph
 from zoo.graph.models import GraphModel
 from zoo.graph.ticket import EdgeTicket
 from zoo.graph.train import Best, Fit, L0Ball, TrainConfig, accuracy_of
-from zoo.errors import TaskError
 from zoo.harness.tasks import get_task
 
 CITATION = (
-    "Hyunjin Seo, Jihun Yun, Eunho Yang. TEDDY: Trimming Edges with Degree-based Discrimination Strategy. ICLR 2024."
+    "Hyunjin Seo, Jihun Yun, Eunho Yang. "
+    "TEDDY: Trimming Edges with Degree-based Discrimination Strategy. ICLR 2024."
 )
 _TITLES = {"gcn": "GCN", "gin": "GIN", "gat": "GAT"}
 
@@ -79,7 +80,9 @@ class Trained:
 
 
 def hidden_width(architecture: str, dataset: str) -> int:
-    """128; 64 for GAT (8 heads of 8) and for Coauthor-CS, whose 6,805 features would make files of megabytes."""
+    """128; 64 for GAT (8 heads of 8) and for Coauthor-CS, whose 6,805 features would make files of
+    megabytes.
+    """
     return 64 if architecture == "gat" or dataset == "cs" else 128
 
 
@@ -155,7 +158,12 @@ def write_bundle(recipes: list[Recipe], config: Pretrain, data: Data, folder: Pa
 
 
 def _card(
-    recipe: Recipe, config: Pretrain, model: GraphModel, data: Data, per_seed: dict[int, float], seconds: float
+    recipe: Recipe,
+    config: Pretrain,
+    model: GraphModel,
+    data: Data,
+    per_seed: dict[int, float],
+    seconds: float,
 ) -> dict[str, Any]:
     task = get_task(f"graph/{recipe.dataset}")
     measured = task.evaluate(model).metrics["accuracy"]
@@ -192,7 +200,9 @@ def _card(
         dense = Recipe(recipe.architecture, recipe.dataset, recipe.hidden, 0)
         twin = f"graph/{dense.slug()}"
         metric["dense"] = _dense_figure(config.out / dense.slug(), twin)
-    command = f"python -m zoo.graph.pretrain --architectures {recipe.architecture} --datasets {recipe.dataset}"
+    command = (
+        f"python -m zoo.graph.pretrain --architectures {recipe.architecture} --datasets {recipe.dataset}"
+    )
     return {
         "name": f"graph/{recipe.slug()}",
         "version": "1.0.0",

@@ -1,7 +1,7 @@
 """`zoo reproduce teddy`: TEDDY beside random edges, the reversed score, magnitude weights, UGS and dense.
 
-Levels are those of the released schedule. Everything that a comparison shares is shared: initial weights, teacher,
-recipe, counts of kept edges and weights.
+Levels are those of the released schedule. Everything that a comparison shares is shared: initial weights,
+teacher, recipe, counts of kept edges and weights.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch_geometric.data import Data
 
 from zoo.errors import ConfigError
 from zoo.graph import verdicts
-from zoo.graph.arms import ARCHITECTURES, ARMS, Setting, arm_run, dense_run, levels_of, ugs_run
+from zoo.graph.arms import ARCHITECTURES, Setting, arm_run, dense_run, levels_of, ugs_run
 from zoo.graph.data import load_graph
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 
-# Arms that are run at every level, and those that are run at the main levels only; the rest where a verdict needs them.
+# Arms that are run at every level, and those that are run at the main levels only; the rest where a verdict
+# needs them.
 LEVEL_ARMS = ("teddy", "teddy, no distillation", "random", "random, no distillation")
 MAIN_ARMS = ("reversed", "magnitude weights")
 
@@ -31,7 +32,8 @@ class TeddyConfig:
         architectures: which of gcn, gin, gat.
         datasets: the first one gets all levels and UGS.
         levels: levels k of the released schedule (1 to 20) for the first data set.
-        main_levels: levels with the reversed score and magnitude weights, too; the only ones of the other data sets.
+        main_levels: levels with the reversed score and magnitude weights, too; the only ones of the other
+            data sets.
         seeds: how many seeds, from 0.
         ugs_seeds: how many seeds for UGS, which trains 20 rounds for each; 0 leaves it out.
         epochs: epochs per training.
@@ -57,7 +59,9 @@ class TeddyConfig:
         if not self.datasets or not self.levels or self.seeds < 1 or self.ugs_seeds < 0 or self.epochs < 1:
             raise ConfigError("datasets and levels must not be empty; seeds and epochs must be at least 1.")
         if self.hidden < 8 or self.hidden % 8:
-            raise ConfigError(f"hidden must be a multiple of 8, the number of GAT's heads. Received: {self.hidden}.")
+            raise ConfigError(
+                f"hidden must be a multiple of 8, the number of GAT's heads. Received: {self.hidden}."
+            )
 
     def levels_for(self, dataset: str) -> tuple[int, ...]:
         """The levels run on a data set."""
@@ -114,7 +118,11 @@ def _jobs_of_seed(config: TeddyConfig, setting: Setting, seed: int) -> Iterator[
     for k, sparsities in levels_of(config.levels_for(setting.dataset)).items():
         for arm in LEVEL_ARMS + (MAIN_ARMS if k in config.main_levels else ()):
             yield Job(setting, arm, seed, f"k{k}", sparsities, weight)
-    for arm in ("teddy", "random", "reversed"):  # the order of the score alone: weights dense, no distillation
+    for arm in (
+        "teddy",
+        "random",
+        "reversed",
+    ):  # the order of the score alone: weights dense, no distillation
         yield Job(setting, f"{arm}, no distillation", seed, "edges 30 %", (0.3, 0.0), weight)
     if first:
         yield Job(setting, "l0 weights", seed, "weights 90 %", (0.0, 0.9), weight)
@@ -128,7 +136,8 @@ class TeddyExperiment(Experiment):
     name: ClassVar[str] = "teddy"
     title: ClassVar[str] = "TEDDY: graph lottery tickets from degrees, in one training"
     paper: ClassVar[str] = (
-        "Hyunjin Seo, Jihun Yun, Eunho Yang: TEDDY: Trimming Edges with Degree-based Discrimination Strategy, ICLR 2024"
+        "Hyunjin Seo, Jihun Yun, Eunho Yang: TEDDY: Trimming Edges with Degree-based Discrimination "
+        "Strategy, ICLR 2024"
     )
     config_class: ClassVar[type] = TeddyConfig
 
@@ -142,8 +151,8 @@ class TeddyExperiment(Experiment):
         for done, job in enumerate(work, start=1):
             rows += job.run(graphs[job.setting.dataset], cells)
             if progress is not None:
-                progress(done, len(work), f"{job.setting.architecture} {job.setting.dataset} {job.arm} {job.level}")
+                progress(
+                    done, len(work), f"{job.setting.architecture} {job.setting.dataset} {job.arm} {job.level}"
+                )
         entries = {name: int(graph.edge_index.shape[1]) for name, graph in graphs.items()}
         return verdicts.summarise(rows, config.datasets, config.architectures, entries)
-
-

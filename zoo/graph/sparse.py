@@ -1,9 +1,11 @@
-"""Constant sparse matrices that are multiplied thousands of times: node features and (normalised) adjacencies.
+"""Constant sparse matrices that are multiplied thousands of times: node features and (normalised)
+adjacencies.
 
-Full-batch training multiplies the same matrix twice per epoch forward (M @ W) and once backward (M^T @ G). `SparseMatrix`
-keeps both the compressed rows of M and those of M^T, so that neither pass sorts or transposes anything. The product is
-`torch.nn.functional.embedding_bag` in weighted-sum mode, whose vectorised CPU kernel is about 1.7 times as fast as
-`torch.sparse` on Cora's features (0.6 against 1.0 ms at width 128, one core) and exists on every device.
+Full-batch training multiplies the same matrix twice per epoch forward (M @ W) and once backward (M^T @ G).
+`SparseMatrix` keeps both the compressed rows of M and those of M^T, so that neither pass sorts or transposes
+anything. The product is `torch.nn.functional.embedding_bag` in weighted-sum mode, whose vectorised CPU kernel
+is about 1.7 times as fast as `torch.sparse` on Cora's features (0.6 against 1.0 ms at width 128, one core)
+and exists on every device.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class SparseMatrix:
         value: Float[Tensor, " entries"],
         shape: tuple[int, int],
     ) -> SparseMatrix:
-        """Build from coordinates in any order. Duplicates are kept as separate entries, which a product adds up."""
+        """Build from coordinates in any order. Duplicates are kept as separate entries, which a product adds
+        up.
+        """
         by_row = torch.argsort(row * shape[1] + col, stable=True)
         row, col, value = row[by_row], col[by_row], value[by_row]
         by_col = torch.argsort(col, stable=True)
@@ -112,7 +116,9 @@ class SparseMatrix:
     def weighted(
         self, value: Float[Tensor, " entries"], dense: Float[Tensor, "columns width"]
     ) -> Float[Tensor, "rows width"]:
-        """M' @ D where M' has this pattern and `value`; gradients flow to both (sampled dense-dense for `value`)."""
+        """M' @ D where M' has this pattern and `value`; gradients flow to both (sampled dense-dense for
+        `value`).
+        """
         product: Tensor = _WeightedProduct.apply(value, dense, self)
         return product
 
@@ -124,7 +130,7 @@ class _Product(torch.autograd.Function):
         return rows_sum(dense, matrix.col, matrix.rowptr, matrix.value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         m = ctx.matrix
         return rows_sum(grad.contiguous(), m.t_col, m.t_rowptr, m.t_value), None
 
@@ -137,7 +143,7 @@ class _WeightedProduct(torch.autograd.Function):
         return rows_sum(dense, matrix.col, matrix.rowptr, value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         m = ctx.matrix
         value, dense = ctx.saved_tensors
         grad = grad.contiguous()
@@ -155,7 +161,9 @@ def rows_sum(
     rowptr: Int[Tensor, " rows_and_end"],
     value: Float[Tensor, " entries"],
 ) -> Float[Tensor, "rows width"]:
-    """out[i] = sum over the entries e of row i of value[e] * dense[col[e]]; a row without entries gives zeros."""
+    """out[i] = sum over the entries e of row i of value[e] * dense[col[e]]; a row without entries gives
+    zeros.
+    """
     if col.numel() == 0:
         return dense.new_zeros(rowptr.numel() - 1, dense.shape[1])
     return functional.embedding_bag(
@@ -166,8 +174,8 @@ def rows_sum(
 def dropout(x: Float[Tensor, "*shape"], p: float, training: bool) -> Float[Tensor, "*shape"]:
     """Inverted dropout from 16 random bits an element, so that p is met to 1 / 65536.
 
-    `torch.nn.functional.dropout` draws 64 bits for each element, which on the CPU costs more than both sparse products
-    of a Cora epoch together (5 of 14 ms).
+    `torch.nn.functional.dropout` draws 64 bits for each element, which on the CPU costs more than both sparse
+    products of a Cora epoch together (5 of 14 ms).
     """
     if not training or p == 0.0:
         return x

@@ -18,7 +18,8 @@ from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
 class NodeClassification(Task):
     """Accuracy on the test nodes of one graph, in one full-batch pass over the whole graph.
 
-    The model is called as `model(x, edge_index)` with all edges; a ticket drops its own. Subclasses name the graph.
+    The model is called as `model(x, edge_index)` with all edges; a ticket drops its own. Subclasses name the
+    graph.
     """
 
     domain = "graph"
@@ -55,7 +56,9 @@ class NodeClassification(Task):
         logits = model(x, edge_index)
         if not isinstance(logits, Tensor) or tuple(logits.shape) != (len(x), self.classes):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise TaskError(f"{self.name} expects logits of shape {(len(x), self.classes)}. Received: {shape}.")
+            raise TaskError(
+                f"{self.name} expects logits of shape {(len(x), self.classes)}. Received: {shape}."
+            )
         return logits
 
 

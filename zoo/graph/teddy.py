@@ -6,12 +6,14 @@ For an undirected graph A with degrees d (row sums; self-loops count):
     t_i  = a_i / d_i                                score of a node
     T_ij = t_i t_j                                  score of an edge, high between low-degree nodes
 
-and the int(E p) entries of lowest score are dropped; 1/0 := 0; self-loops have the highest score. One pass over the
+and the int(E p) entries of lowest score are dropped; 1/0 := 0; self-loops have the highest score. One pass
+over the
 edges for the degrees, one for a, one for the scores: O(E) time, a few vectors of memory.
 
-Differs from the released code in: both directions of an edge are one decision (there, the cut may split a pair), so an
-odd number of entries to drop is rounded down to an even one; ties keep the edge of lower (source, target); the scores
-are computed once and never again between levels, so that the kept sets of rising sparsities are nested.
+Differs from the released code in: both directions of an edge are one decision (there, the cut may split a
+pair), so an odd number of entries to drop is rounded down to an even one; ties keep the edge of lower
+(source, target); the scores are computed once and never again between levels, so that the kept sets of rising
+sparsities are nested.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def node_scores(
 def edge_scores(
     edge_index: Int[Tensor, "2 E"], num_nodes: int, edge_weight: Float[Tensor, " E"] | None = None
 ) -> Float[Tensor, " E"]:
-    """T_ij = t_i t_j of every entry, float64; infinity for self-loops. See `node_scores` for the arguments."""
+    """T_ij = t_i t_j of every entry, float64; infinity for self-loops. See `node_scores` for the
+    arguments.
+    """
     node = node_scores(edge_index, num_nodes, edge_weight)
     scores = torch.empty(edge_index.shape[1], dtype=torch.float64)
     for piece in _pieces(edge_index.shape[1]):
@@ -82,7 +86,9 @@ def edge_scores(
 def random_scores(
     edge_index: Int[Tensor, "2 E"], num_nodes: int, generator: torch.Generator
 ) -> Float[Tensor, " E"]:
-    """One uniform draw per undirected edge, the same for both directions; infinity for self-loops. The baseline."""
+    """One uniform draw per undirected edge, the same for both directions; infinity for self-loops. The
+    baseline.
+    """
     low, high = edge_index.min(0).values, edge_index.max(0).values
     _, pair = torch.unique(low * num_nodes + high, return_inverse=True)
     scores = torch.rand(edge_index.shape[1], generator=generator, dtype=torch.float64)[pair]
@@ -101,7 +107,8 @@ def keep_highest(
         sparsity: share of the entries to drop, in [0, 1).
 
     Returns:
-        True for the kept. If int(E * sparsity) is odd, one entry fewer is dropped, unless a self-loop can make it up.
+        True for the kept. If int(E * sparsity) is odd, one entry fewer is dropped, unless a self-loop can
+        make it up.
 
     Raises:
         DataError: a sparsity out of range or scores that are NaN.
@@ -139,12 +146,14 @@ def ticket_mask(
         edge_index: both directions of every edge.
         num_nodes: number of nodes.
         sparsity: share of the entries (with the added self-loops, if any) to drop.
-        add_self_loops: give every node a self-loop first, as TEDDY does for GAT; they count as entries and as degrees.
+        add_self_loops: give every node a self-loop first, as TEDDY does for GAT; they count as entries and as
+            degrees.
         order: drop by TEDDY's score, by its reverse (highest first), or at random.
         generator: for `order="random"`.
 
     Raises:
-        DataError: a sparsity out of range, ids out of range, or a sparsity that would drop the added self-loops.
+        DataError: a sparsity out of range, ids out of range, or a sparsity that would drop the added
+            self-loops.
     """
     check_ids(edge_index, num_nodes)
     entries = edge_index.shape[1]
@@ -158,7 +167,8 @@ def ticket_mask(
     keep = keep_highest(scores, full, num_nodes, sparsity)
     if not bool(keep[entries:].all()):
         raise DataError(
-            f"Sparsity {sparsity} of {full.shape[1]} entries leaves no edge and drops self-loops, which attention needs: "
+            f"Sparsity {sparsity} of {full.shape[1]} entries leaves no edge and drops self-loops, which "
+            f"attention needs: "
             f"ask for less than {entries / full.shape[1]:.3f}."
         )
     return keep[:entries]
@@ -173,7 +183,9 @@ def with_self_loops(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> Int[Tenso
 
 
 def released_level(k: int) -> tuple[float, float]:
-    """(p_g, p_w) of level k = 1..20 of the released schedule: 1 - 0.95^k of the edges and 1 - 0.9^k of the weights."""
+    """(p_g, p_w) of level k = 1..20 of the released schedule: 1 - 0.95^k of the edges and 1 - 0.9^k of the
+    weights.
+    """
     return 1 - 0.95**k, 1 - 0.9**k
 
 
@@ -182,7 +194,8 @@ def _check_weight(weight: Tensor) -> None:
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
         raise DataError(
-            f"Edge weights must be finite and not negative, as their sums are degrees. Received: {float(weight[first])} "
+            f"Edge weights must be finite and not negative, as their sums are degrees. Received: "
+            f"{float(weight[first])} "
             f"at entry {first}."
         )
 
@@ -208,7 +221,9 @@ def _row_sums(
 def _drop_pairs(
     keep: Tensor, scores: Tensor, upper: Tensor, edge_index: Tensor, num_nodes: int, pairs: int
 ) -> None:
-    """Clear the `pairs` undirected edges of lowest score in `keep`; of equal scores the highest ids go first."""
+    """Clear the `pairs` undirected edges of lowest score in `keep`; of equal scores the highest ids go
+    first.
+    """
     threshold = float(np.partition(upper.numpy(), pairs - 1)[pairs - 1])
     tied_to_drop = pairs - int((upper < threshold).sum())
     keep &= scores >= threshold

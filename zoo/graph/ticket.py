@@ -60,7 +60,9 @@ class EdgeTicket:
         return {**self.__dict__, "_last": None}  # a weak reference cannot be pickled or copied
 
     def to_extras(self) -> dict[str, Tensor]:
-        """As named tensors for a bundle: `edges/keep`, `edges/graph` (the fingerprint's bytes), `edges/nodes`."""
+        """As named tensors for a bundle: `edges/keep`, `edges/graph` (the fingerprint's bytes),
+        `edges/nodes`.
+        """
         return {
             "edges/keep": self.keep.cpu(),
             "edges/graph": torch.tensor(list(bytes.fromhex(self.graph)), dtype=torch.uint8),
@@ -82,5 +84,7 @@ class EdgeTicket:
             raise DataError(f"An edge ticket needs {sorted(names)}. Received only: {sorted(found)}.")
         keep, graph, nodes = extras["edges/keep"], extras["edges/graph"], extras["edges/nodes"]
         if keep.dtype != torch.bool or keep.dim() != 1 or graph.dtype != torch.uint8 or graph.numel() != 32:
-            raise DataError("The edge ticket is malformed: edges/keep must be bool [E], edges/graph uint8 [32].")
+            raise DataError(
+                "The edge ticket is malformed: edges/keep must be bool [E], edges/graph uint8 [32]."
+            )
         return cls(keep, bytes(graph.tolist()).hex(), int(nodes))

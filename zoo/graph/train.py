@@ -1,9 +1,10 @@
 """Full-batch training on one graph, one epoch at a time.
 
-`Fit` is TEDDY's recipe with its parts optional: cross-entropy on the training nodes, distillation from a teacher's
-logits over all nodes, Adam, and a constraint on the weights after each step. The result is taken at the epoch of best
-validation accuracy, the last of equals, measured after the constraint. `Fit.state_dict` holds everything that decides
-what follows - weights, moments, best epoch, random number generator - so that a resumed run equals an uninterrupted one.
+`Fit` is TEDDY's recipe with its parts optional: cross-entropy on the training nodes, distillation from a
+teacher's logits over all nodes, Adam, and a constraint on the weights after each step. The result is taken at
+the epoch of best validation accuracy, the last of equals, measured after the constraint. `Fit.state_dict`
+holds everything that decides what follows - weights, moments, best epoch, random number generator - so that a
+resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -125,7 +126,9 @@ class Fit:
         self.labels = data.y.to(self.device)
         self.train_nodes = data.train_mask.nonzero().flatten().to(self.device)
         self.val_nodes = data.val_mask.nonzero().flatten().to(self.device)
-        self.teacher = None if teacher is None or config.distillation == 0 else teacher.to(self.device).log_softmax(1)
+        self.teacher = (
+            None if teacher is None or config.distillation == 0 else teacher.to(self.device).log_softmax(1)
+        )
         self.optimizer = optimizer or torch.optim.Adam(
             model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
@@ -186,7 +189,8 @@ def distilled_loss(
     teacher: Float[Tensor, "nodes classes"] | None,
     weight: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy on the training nodes + weight (1/n) sum over all n nodes of KL(teacher || model), temperature 1.
+    """Cross-entropy on the training nodes + weight (1/n) sum over all n nodes of KL(teacher || model),
+    temperature 1.
 
     Args:
         logits: the model's output.

@@ -20,9 +20,10 @@ from zoo.graph.ticket import EdgeTicket
 def transferred(model: GraphModel, data: Data, seed: int) -> tuple[GraphModel, list[str]]:
     """A float32 copy of `model` that fits this graph, and a line for each thing that had to change.
 
-    Tensors whose shape fits keep their values and masks. Those that meet other features or classes are drawn anew with
-    `seed` and, in a sparse model, masked at its weight sparsity by magnitude at initialisation: ceil(P s) of their P
-    weights are zero. A ticket of another graph is drawn anew by TEDDY's degree score at the same edge sparsity.
+    Tensors whose shape fits keep their values and masks. Those that meet other features or classes are drawn
+    anew with `seed` and, in a sparse model, masked at its weight sparsity by magnitude at initialisation:
+    ceil(P s) of their P weights are zero. A ticket of another graph is drawn anew by TEDDY's degree score at
+    the same edge sparsity.
 
     Args:
         model: a dense or sparse model, with its masks and ticket.
@@ -79,7 +80,9 @@ def _by_magnitude(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def _redrawn(model: GraphModel, ticket: EdgeTicket, data: Data) -> EdgeTicket:
-    """TEDDY's mask on another graph, at the share of dropped entries of `ticket` (GAT's self-loops not counted)."""
+    """TEDDY's mask on another graph, at the share of dropped entries of `ticket` (GAT's self-loops not
+    counted).
+    """
     nodes = int(data.num_nodes)
     sparsity = 1 - int(ticket.keep.sum()) / len(ticket.keep)
     entries = data.edge_index.shape[1]

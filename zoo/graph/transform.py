@@ -20,17 +20,17 @@ class TeddyPrune(BaseTransform):
 
         transform = T.Compose([T.NormalizeFeatures(), TeddyPrune(0.3)])
 
-    Everything that belongs to edges (`edge_attr`, `edge_weight`, ...) is cut with them. `edge_weight`, where there is
-    one, holds the entries of A, so that degrees are its sums. Self-loops stay to the last. For attention with
-    self-loops, put `T.AddSelfLoops()` first, as TEDDY does for GAT.
+    Everything that belongs to edges (`edge_attr`, `edge_weight`, ...) is cut with them. `edge_weight`, where
+    there is one, holds the entries of A, so that degrees are its sums. Self-loops stay to the last. For
+    attention with self-loops, put `T.AddSelfLoops()` first, as TEDDY does for GAT.
 
     Args:
         sparsity: share of the entries to drop, in [0, 1).
 
     Raises:
-        DataError: when made, a sparsity out of range; when called, no edges, ids out of range, a directed graph,
-            repeated entries, features or weights that are not finite, negative weights, or weights that differ
-            between the directions of an edge.
+        DataError: when made, a sparsity out of range; when called, no edges, ids out of range, a directed
+            graph, repeated entries, features or weights that are not finite, negative weights, or weights
+            that differ between the directions of an edge.
     """
 
     def __init__(self, sparsity: float) -> None:
@@ -63,7 +63,8 @@ class TeddyPrune(BaseTransform):
 def _check_symmetric(edge_index: Tensor, weight: Tensor, nodes: int) -> None:
     if weight.dim() != 1 or len(weight) != edge_index.shape[1]:
         raise DataError(
-            f"edge_weight must have one entry per edge, shape [{edge_index.shape[1]}]. Received: {list(weight.shape)}."
+            f"edge_weight must have one entry per edge, shape [{edge_index.shape[1]}]. Received: "
+            f"{list(weight.shape)}."
         )
     forward = weight[canonical_order(edge_index, nodes)]
     backward = weight[canonical_order(edge_index.flip(0), nodes)]
@@ -71,6 +72,7 @@ def _check_symmetric(edge_index: Tensor, weight: Tensor, nodes: int) -> None:
     if bool(differ.any()):
         source, target = edge_index[:, canonical_order(edge_index, nodes)[int(differ.nonzero()[0])]].tolist()
         raise DataError(
-            f"edge_weight differs between ({source}, {target}) and ({target}, {source}): TEDDY prunes undirected "
+            f"edge_weight differs between ({source}, {target}) and ({target}, {source}): TEDDY prunes "
+            f"undirected "
             "graphs. Average the two with torch_geometric.transforms.ToUndirected(reduce='mean')."
         )

@@ -1,12 +1,15 @@
-"""UGS (Chen et al., ICML 2021), TEDDY's main rival: masks on edges and weights, trained, cut and rewound round by round.
+"""UGS (Chen et al., ICML 2021), TEDDY's main rival: masks on edges and weights, trained, cut and rewound
+round by round.
 
-Each round trains the weights together with a mask for every edge and every weight, all starting at one, with an l1
-subgradient on the masks; at the best validation epoch the edges and weights of smallest mask are cut; the weights are
-rewound to their initial values. A level's accuracy is that of a training with its cut edges and weights alone.
+Each round trains the weights together with a mask for every edge and every weight, all starting at one, with
+an l1 subgradient on the masks; at the best validation epoch the edges and weights of smallest mask are cut;
+the weights are rewound to their initial values. A level's accuracy is that of a training with its cut edges
+and weights alone.
 
-Differs from the released code in: the two directions of an edge share one mask; a mask multiplies GIN's messages and
-GAT's exp(.) before the softmax, so that 0 is exactly the removal of the edge; self-loops are not cut; the cuts follow
-TEDDY's schedule (5 % of the remaining edges, 10 % of the remaining weights), counted as TEDDY counts.
+Differs from the released code in: the two directions of an edge share one mask; a mask multiplies GIN's
+messages and GAT's exp(.) before the softmax, so that 0 is exactly the removal of the edge; self-loops are not
+cut; the cuts follow TEDDY's schedule (5 % of the remaining edges, 10 % of the remaining weights), counted as
+TEDDY counts.
 """
 
 from __future__ import annotations
@@ -103,7 +106,9 @@ def ugs(
             best = Fit(model, data, recipe, keep=keep[:entries], constraint=FixedMasks(masks)).run()
             now = time.process_time()
             found[k] = UGSLevel(best, keep[:entries], now - start - readout_seconds)
-            readout_seconds += now - begun  # the readings of earlier levels are no part of reaching a later one
+            readout_seconds += (
+                now - begun
+            )  # the readings of earlier levels are no part of reaching a later one
     return found
 
 
@@ -121,7 +126,9 @@ def _train_masks(
     keep: Bool[Tensor, " F"],
     masks: dict[str, Tensor],
 ) -> tuple[Float[Tensor, " F"], dict[str, Tensor]]:
-    """|mask| of every entry of `full` and of every weight at the best validation epoch; -1 for what is already cut."""
+    """|mask| of every entry of `full` and of every weight at the best validation epoch; -1 for what is
+    already cut.
+    """
     nodes = int(data.num_nodes)
     features, graph = model.prepare(data.x, data.edge_index, keep[: data.edge_index.shape[1]])
     pairs, pair_of, is_loop = _pairs(graph, nodes)
@@ -169,7 +176,9 @@ def _add_l1(mask: Tensor, coefficient: float) -> None:
 
 
 def _pairs(graph: Adjacency, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys of the undirected edges, the index of each entry's key (0 for self-loops), and which entries are self-loops."""
+    """Keys of the undirected edges, the index of each entry's key (0 for self-loops), and which entries are
+    self-loops.
+    """
     row, col = graph.matrix.row, graph.matrix.col.long()
     is_loop = row == col
     key = torch.minimum(row, col) * nodes + torch.maximum(row, col)
@@ -185,9 +194,7 @@ def _entry_scores(full: Tensor, keep: Tensor, nodes: int, pairs: Tensor, score: 
     return entries.masked_fill(low == high, math.inf)
 
 
-def _keep_weights(
-    score: dict[str, Tensor], masks: dict[str, Tensor], sparsity: float
-) -> dict[str, Tensor]:
+def _keep_weights(score: dict[str, Tensor], masks: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
     """The masks that keep all but ceil(P sparsity) weights, those of highest score."""
     flat = torch.cat([score[name].flatten() for name in masks])
     kept = torch.zeros(len(flat), dtype=torch.bool)

@@ -1,7 +1,8 @@
 """From the runs of TEDDY's comparison to tables, plots and verdicts.
 
-Differences are paired by seed: for each seed the mean over the levels that both arms have, then mean and 95 % interval
-(Student's t) over seeds. TEDDY's edges are the same for every seed, so its spread holds no variance of the edge set.
+Differences are paired by seed: for each seed the mean over the levels that both arms have, then mean and 95 %
+interval (Student's t) over seeds. TEDDY's edges are the same for every seed, so its spread holds no variance
+of the edge set.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ NOT_STATED = "not stated; this zoo's bar"
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of a paired difference in points, half-width of its 95 % interval, and on how many seeds it rests."""
+    """Mean of a paired difference in points, half-width of its 95 % interval, and on how many seeds it
+    rests.
+    """
 
     mean: float
     half: float
@@ -87,17 +90,21 @@ def summarise(
                 verdicts += _method_verdicts(own, dataset, architecture)
                 plots += _plots(own, dataset, architecture)
     notes = [
-        "Accuracy is that of the test nodes at the epoch of best validation accuracy, in percent: mean ± sample standard "
+        "Accuracy is that of the test nodes at the epoch of best validation accuracy, in percent: mean ± "
+        "sample standard "
         "deviation over seeds.",
-        "Times are processor seconds of all trainings that an arm needs, on one thread: TEDDY and the distilled arms one "
+        "Times are processor seconds of all trainings that an arm needs, on one thread: TEDDY and the "
+        "distilled arms one "
         "dense training and one of their own; UGS every round before the level.",
-        "Published numbers could not be had; the paper's claim is that TEDDY significantly surpasses iterative methods.",
+        "Published numbers could not be had; the paper's claim is that TEDDY significantly surpasses "
+        "iterative methods.",
     ]
     return ExperimentResult(tables, verdicts, plots, rows=list(rows), notes=notes)
 
 
 def paired(rows: Rows, first: str, second: str, levels: Sequence[str] | None = None) -> Difference | None:
-    """Accuracy of one arm minus another's in points, over the levels both have (or those given); None if there are none.
+    """Accuracy of one arm minus another's in points, over the levels both have (or those given); None if
+    there are none.
 
     `dense` has one level, which is compared with each level of the other arm.
     """
