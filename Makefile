@@ -19,7 +19,7 @@ help:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/src/* native/include/*)
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/src/* native/include/zoo/*)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[graph]"
 	@touch $@
 
@@ -36,7 +36,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/.installed-test
-	$(BIN)/zoo bench
+	$(BIN)/zoo bench all
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check zoo shared tests benchmarks
