@@ -1,7 +1,7 @@
-"""`make demo`: the main job on embedded data, as the commands a user would type, in a few minutes without any download.
+"""`make demo`: the main job on embedded data, as the commands a user would type, without any download.
 
-Lists the zoo, loads a pretrained ticket by name, evaluates it beside its dense twin, fine-tunes it for a moment, counts
-its zeros before and after, prints the bytes on disk and writes the report page.
+Lists the zoo, loads a pretrained ticket by name, evaluates it beside its dense twin, fine-tunes it for a moment,
+counts its zeros before and after, prints the bytes on disk and writes the report page.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ TICKET = "graph/teddy-gcn-digits-g30-w80"
 TWIN = "graph/dense-gcn-digits"
 RUNS = Path("runs/demo")
 REPORT = Path("reports/demo.html")
+NEXT = {
+    f"zoo verify {TICKET}": "measure every figure on a card again",
+    "zoo sparsify --method teddy --help": "prune a dense model yourself",
+    "zoo finetune graph --help": "fine-tune a ticket, on its own graph or another",
+    "zoo reproduce teddy --help": "the paper's experiment, claimed beside measured",
+}
 
 
 class StepFailed(Exception):
@@ -53,16 +59,14 @@ def count_zeros(before: str, after: Path) -> None:
 
 
 def bytes_on_disk(names: list[str]) -> None:
-    """Print the sizes of the files that the names load, dense and sparse."""
-    import zoo
-    from zoo.bundles import find
+    """Print the sizes of the files that the names load, and of their weights as dense tensors."""
+    from zoo.catalog import find
 
     print("\nBytes on disk:")
     for name in names:
         bundle = find(name)
-        dense = zoo.card(name).cost.bytes.dense
-        size = (bundle.folder / bundle.card.weights.file).stat().st_size
-        print(f"  {name:<36} {size:>9,} bytes  ({dense:,} as dense tensors)")
+        size, dense = bundle.weights.stat().st_size, bundle.card.cost.bytes.dense
+        print(f"  {name:<36} {size:>9,} bytes in the file, {dense:>9,} as dense tensors")
 
 
 def main() -> int:
@@ -73,7 +77,8 @@ def main() -> int:
         type_command("list")
         type_command(f"show {TICKET}")
         type_command(f"compare {TWIN} {TICKET}")
-        type_command(f"finetune graph --model {TICKET} --dataset digits --epochs 30 --out {tuned} --overwrite")
+        options = f"--dataset digits --epochs 30 --out {tuned} --overwrite"
+        type_command(f"finetune graph --model {TICKET} {options}")
         count_zeros(TICKET, tuned)
         bytes_on_disk([TWIN, TICKET])
         type_command(f"eval 'graph/*-digits*' --report {REPORT}")
@@ -81,13 +86,9 @@ def main() -> int:
         print(f"demo: {failure}", file=sys.stderr)
         return 1
     print(f"\nDone in {time.perf_counter() - start:.0f} s. The report page: {REPORT.resolve().as_uri()}")
-    print(
-        "\nNext:\n"
-        f"  zoo verify '{TICKET}'                 measure every figure on a card again\n"
-        "  zoo sparsify --method teddy --help    prune a dense model yourself\n"
-        "  zoo finetune graph --help             fine-tune a ticket on your data\n"
-        "  zoo reproduce teddy --help            the paper's experiment, published beside measured\n"
-    )
+    print("\nNext (`. .venv/bin/activate` puts the command zoo on the path):")
+    for command, purpose in NEXT.items():
+        print(f"  {command:<45} {purpose}")
     return 0
 
 
