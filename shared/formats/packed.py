@@ -45,7 +45,11 @@ class EntryReport:
 
 @dataclass(frozen=True)
 class PackedReport:
-    """What `save_packed` wrote. Sizes in bytes; `bytes` is the whole file, header included."""
+    """What `save_packed` wrote. Sizes in bytes; `bytes` is the whole file, header included.
+
+    `dense_bytes` is what `tensors` take as dense tensors. Extras are left out of it: a dense model stores no
+    edge mask and no threshold, and would look larger for them.
+    """
 
     path: Path
     bytes: int
@@ -220,8 +224,7 @@ def save_packed(
         "manifest": manifest,
         "manifest_crc32": f"{zlib.crc32(manifest.encode()):08x}",
     })
-    reports = [*body.reports.values(), *rest.reports.values()]
-    dense = sum(report.dense_bytes for report in reports if report.encoding != "same")
+    dense = sum(report.dense_bytes for report in body.reports.values() if report.encoding != "same")
     return PackedReport(Path(path), written, header, dense, body.reports, rest.reports)
 
 
