@@ -82,7 +82,7 @@ def sparsify_command(argv: Sequence[str]) -> int:
         path = make_bundle(
             source, method, origin, options.out, overwrite=options.overwrite, progress=progress
         )  # fmt: skip
-    return _show_new(path, options.json)
+    return _show_new(path, options.json, before=options.model)
 
 
 def finetune_command(argv: Sequence[str]) -> int:
@@ -176,7 +176,7 @@ def _show_new(path: Path, as_json: bool, before: Any = None) -> int:
 
 
 def _figures(model: Any) -> dict[tuple[str, str], float]:
-    """Figures on the card of the model that a fine-tuning started from."""
+    """Figures on the card of the model that the work started from."""
     if model is None:
         return {}
     from zoo.catalog import find
