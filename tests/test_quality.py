@@ -82,7 +82,7 @@ def test_zoo_core_does_not_know_the_domains() -> None:
 def tracked_files() -> list[Path]:
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip("not a git checkout (an unpacked source archive): there is no list of tracked files to check")
+        pytest.skip("not a git checkout (an unpacked source archive): no list of tracked files to check")
     return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
 
 
@@ -102,7 +102,7 @@ def test_no_unsafe_loading() -> None:
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)
-            safe_torch = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
-            if name in calls or (name == "torch.load" and not safe_torch):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if name in calls or (name == "torch.load" and keywords.get("weights_only") != "True"):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
     assert not wrong, wrong
