@@ -14,9 +14,9 @@ from typing import IO, Any
 def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[IO[bytes]], object]) -> Path:
     """Write `content` (bytes, or a function that writes to a binary file) to `path` atomically.
 
-    The bytes go to a temporary file in the same folder, are flushed to the disk and renamed over `path`. After
-    a full disk, a kill or an error in the writer the old file is intact and the temporary one is gone (after a
-    kill it may remain, under a name that starts with a dot).
+    The bytes go to a temporary file in the same folder, are flushed to the disk and renamed over `path`.
+    After a full disk, a kill or an error in the writer the old file is intact and the temporary one is gone
+    (after a kill it may remain, under a name that starts with a dot).
 
     Raises:
         OSError: the folder is missing or not writable, or the disk is full.

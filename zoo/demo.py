@@ -1,7 +1,7 @@
 """`make demo`: the main job on embedded data, as the commands a user would type, without any download.
 
-Lists the zoo, loads a pretrained ticket by name, evaluates it beside its dense twin, fine-tunes it for a moment,
-counts its zeros before and after, prints the bytes on disk and writes the report page.
+Lists the zoo, loads a pretrained ticket by name, evaluates it beside its dense twin, fine-tunes it for a
+moment, counts its zeros before and after, prints the bytes on disk and writes the report page.
 """
 
 from __future__ import annotations
