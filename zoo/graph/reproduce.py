@@ -42,7 +42,7 @@ class TeddyConfig:
     """
 
     architectures: tuple[str, ...] = ARCHITECTURES
-    datasets: tuple[str, ...] = ("cora", "citeseer", "digits")
+    datasets: tuple[str, ...] = ("cora", "citeseer")
     levels: tuple[int, ...] = (3, 5, 10, 15, 20)
     main_levels: tuple[int, ...] = (10, 20)
     seeds: int = 5
