@@ -1,0 +1,324 @@
+"""Sparse matrix times sparse matrix, row by row (Gustavson), with hash or dense accumulation of each row.
+
+The algorithm is SMASH's on a CPU: multiplications are counted, rows are handed out in chunks of equal work,
+and each row is summed in a private accumulator. One pass counts the entries, the next computes them, so the
+result is allocated once and nothing holds the partial products.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from shared.errors import OpError
+from shared.ops import _native, dispatch
+from shared.ops.csr import check_layout, check_values, entry_rows, transposed
+
+
+class CSR(NamedTuple):
+    """A sparse matrix [rows, cols] in compressed rows.
+
+    Columns may come in any order within a row, and repeated entries count as their sum.
+    """
+
+    crow: Int[Tensor, " rows_plus_1"]
+    col: Int[Tensor, " entries"]
+    values: Float[Tensor, " entries"]
+    cols: int
+
+
+def spgemm(a: CSR, b: CSR, *, sort: bool = True) -> CSR:
+    """C = A B. Entries that cancel to zero are kept, as scipy does; so is every NaN.
+
+    The gradients flow to the values of A and of B, at the entries that these have.
+
+    Args:
+        a: [rows, inner].
+        b: [inner, cols]; indices and values of the same dtypes as a's, fp32 or fp64.
+        sort: columns of C in rising order within each row; otherwise in any order.
+
+    Raises:
+        OpError: inner dimensions, dtypes or devices that do not fit, an index out of range, or a result with
+            more entries than the index dtype can count.
+    """
+    _check(a, b)
+    crow, col, values = _spgemm(*a[:3], *b[:3], b.cols, sort)
+    return CSR(crow, col, values, b.cols)
+
+
+def multiplications(a: CSR, b: CSR) -> int:
+    """How many multiplications A B takes: the summed lengths of the rows of B that the entries of A name."""
+    _check(a, b)
+    check_values(a.crow, a.col, a.cols)
+    lengths = b.crow.diff().long()
+    return int(lengths[a.col.long()].sum())
+
+
+def spgemm_reference(a: CSR, b: CSR) -> CSR:
+    """The definition of `spgemm`: every product, sorted by place, summed (the outer-product formulation)."""
+    crow, col, values = _reference(*a[:3], *b[:3], b.cols)
+    return CSR(crow, col, values, b.cols)
+
+
+def _check(a: CSR, b: CSR) -> None:
+    for name, matrix in (("A", a), ("B", b)):
+        check_layout(matrix.crow, matrix.col)
+        values = matrix.values
+        if values.shape != matrix.col.shape or values.dtype not in (torch.float32, torch.float64):
+            raise OpError(
+                f"the values of {name} must be fp32 or fp64, one per column ({matrix.col.numel()}). "
+                f"Received: {tuple(values.shape)}, {values.dtype}."
+            )
+        if values.device != matrix.col.device:
+            raise OpError(f"{name} has its values on {values.device}, its index on {matrix.col.device}")
+    if a.cols != b.crow.numel() - 1:
+        raise OpError(f"A has {a.cols} columns and B {b.crow.numel() - 1} rows: their product is not defined")
+    if a.values.dtype != b.values.dtype or a.col.dtype != b.col.dtype or a.col.device != b.col.device:
+        raise OpError(
+            "A and B must share dtypes and device. Received: "
+            f"{a.values.dtype}, {a.col.dtype}, {a.col.device} and "
+            f"{b.values.dtype}, {b.col.dtype}, {b.col.device}."
+        )
+
+
+def _reference(
+    a_crow: Tensor,
+    a_col: Tensor,
+    a_values: Tensor,
+    b_crow: Tensor,
+    b_col: Tensor,
+    b_values: Tensor,
+    cols: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = a_crow.numel() - 1
+    lengths = b_crow.diff().long()[a_col.long()]
+    left = torch.arange(a_col.numel(), device=a_col.device).repeat_interleave(lengths)
+    offset = torch.arange(left.numel(), device=left.device) - (lengths.cumsum(0) - lengths)[left]
+    right = b_crow.long()[a_col.long()[left]] + offset
+    place = entry_rows(a_crow)[left] * cols + b_col.long()[right]
+    places, inverse = place.unique(sorted=True, return_inverse=True)
+    values = a_values.new_zeros(places.numel()).index_add(0, inverse, a_values[left] * b_values[right])
+    counts = torch.bincount(places // max(cols, 1), minlength=rows)
+    crow = a_crow.new_zeros(rows + 1)
+    crow[1:] = counts.cumsum(0)
+    return crow, (places % max(cols, 1)).to(a_col.dtype), values
+
+
+def _plan(crow: Tensor, col: Tensor, values: Tensor, vendor: bool) -> dispatch.Plan:
+    native = ["native"] if values.device.type == "cpu" else []
+    kind = f"{str(values.dtype).removeprefix('torch.')}/{str(col.dtype).removeprefix('torch.')}"
+    offered = (*native, *(["vendor"] if vendor else []), "reference")
+    sizes = (float(crow.numel()), float(col.numel() + 1))
+    return dispatch.choose("spgemm", values.device, offered, kind, sizes)
+
+
+def _explain(a: CSR, b: CSR, *, sort: bool = True) -> dispatch.Plan:
+    _check(a, b)
+    return _plan(a.crow, a.col, a.values, True)
+
+
+def _native_product(
+    matrices: tuple[Tensor, ...], cols: int, sort: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    matrices = tuple(tensor.contiguous() for tensor in matrices)
+    crow, col, values = matrices[:3]
+    rows = crow.numel() - 1
+    starts = torch.zeros(rows + 1, dtype=torch.int64)
+    a_crow, a_col, _, b_crow, b_col, _ = (tensor.data_ptr() for tensor in matrices)
+    _native.function("zoo_spgemm_count", "ppppiiiip")(
+        a_crow, a_col, b_crow, b_col, rows, cols, col.element_size(), _native.threads(), starts[1:].data_ptr()
+    )
+    starts.cumsum_(0)
+    entries = int(starts[-1])
+    _refuse_overflow(entries, col.dtype)
+    out = starts.to(col.dtype), col.new_empty(entries), values.new_empty(entries)
+    _native.function("zoo_spgemm", "pppppppppiiiiii")(
+        *(tensor.data_ptr() for tensor in (*matrices, *out)), rows, cols, int(sort), values.element_size(),
+        col.element_size(), _native.threads(),
+    )
+    return out
+
+
+def _refuse_overflow(entries: int, index: torch.dtype) -> None:
+    if entries > torch.iinfo(index).max:
+        raise OpError(f"the product has {entries} entries, too many for {index}: use int64 indices")
+
+
+def _vendor_product(matrices: tuple[Tensor, ...], cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    inner = matrices[3].numel() - 1
+    a_crow, a_col, a_values, b_crow, b_col, b_values = matrices
+    shape = (a_crow.numel() - 1, inner)
+    a = torch.sparse_csr_tensor(a_crow, a_col, a_values, shape, check_invariants=False)
+    b = torch.sparse_csr_tensor(b_crow, b_col, b_values, (inner, cols), check_invariants=False)
+    product = a @ b
+    kind = matrices[1].dtype
+    return product.crow_indices().to(kind), product.col_indices().to(kind), product.values()
+
+
+@torch.library.custom_op(
+    "zoo::spgemm",
+    mutates_args=(),
+    schema=(
+        "(Tensor a_crow, Tensor a_col, Tensor a_values, Tensor b_crow, Tensor b_col, Tensor b_values, "
+        "int cols, bool sort) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _spgemm(
+    a_crow: Tensor,
+    a_col: Tensor,
+    a_values: Tensor,
+    b_crow: Tensor,
+    b_col: Tensor,
+    b_values: Tensor,
+    cols: int,
+    sort: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_values(a_crow, a_col, b_crow.numel() - 1)
+    check_values(b_crow, b_col, cols)
+    backend = _plan(a_crow, a_col, a_values, True).backend
+    matrices = (a_crow, a_col, a_values, b_crow, b_col, b_values)
+    if backend == "native":
+        return _native_product(matrices, cols, sort)
+    if backend == "vendor":
+        return _vendor_product(matrices, cols)
+    return _reference(*matrices, cols)
+
+
+@_spgemm.register_fake
+def _(
+    a_crow: Tensor,
+    a_col: Tensor,
+    a_values: Tensor,
+    b_crow: Tensor,
+    b_col: Tensor,
+    b_values: Tensor,
+    cols: int,
+    sort: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    entries = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty_like(a_crow), a_col.new_empty(entries), a_values.new_empty(entries)
+
+
+@torch.library.custom_op(
+    "zoo::spgemm_sampled",
+    mutates_args=(),
+    schema=(
+        "(Tensor crow, Tensor col, Tensor g_crow, Tensor g_col, Tensor g_values, Tensor b_crow, "
+        "Tensor b_col, Tensor b_values, int cols) -> Tensor"
+    ),
+)
+def _sampled(
+    crow: Tensor,
+    col: Tensor,
+    g_crow: Tensor,
+    g_col: Tensor,
+    g_values: Tensor,
+    b_crow: Tensor,
+    b_col: Tensor,
+    b_values: Tensor,
+    cols: int,
+) -> Tensor:
+    """s[e] = sum over j of G[i, j] * B[k, j] for the entries e = (i, k) of a pattern: G B^T, sampled."""
+    rows = crow.numel() - 1
+    check_values(crow, col, b_crow.numel() - 1)
+    check_values(g_crow, g_col, cols)
+    check_values(b_crow, b_col, cols)
+    if _plan(crow, col, g_values, False).backend == "reference":
+        g = g_values.new_zeros(rows, cols)
+        g = g.index_put((entry_rows(g_crow), g_col.long()), g_values, accumulate=True)
+        lengths = b_crow.diff().long()[col.long()]
+        entry = torch.arange(col.numel(), device=col.device).repeat_interleave(lengths)
+        offset = torch.arange(entry.numel(), device=entry.device) - (lengths.cumsum(0) - lengths)[entry]
+        right = b_crow.long()[col.long()[entry]] + offset
+        products = g[entry_rows(crow)[entry], b_col.long()[right]] * b_values[right]
+        return g_values.new_zeros(col.numel()).index_add(0, entry, products)
+    tensors = [t.contiguous() for t in (crow, col, g_crow, g_col, g_values, b_crow, b_col, b_values)]
+    out = g_values.new_empty(col.numel())
+    _native.function("zoo_spgemm_sampled", "pppppppppiiiii")(
+        *(tensor.data_ptr() for tensor in tensors), out.data_ptr(), rows, cols, g_values.element_size(),
+        col.element_size(), _native.threads(),
+    )
+    return out
+
+
+@_sampled.register_fake
+def _(
+    crow: Tensor,
+    col: Tensor,
+    g_crow: Tensor,
+    g_col: Tensor,
+    g_values: Tensor,
+    b_crow: Tensor,
+    b_col: Tensor,
+    b_values: Tensor,
+    cols: int,
+) -> Tensor:
+    return g_values.new_empty(col.shape[0])
+
+
+@torch.library.custom_op(
+    "zoo::spgemm_grad_b",
+    mutates_args=(),
+    schema=(
+        "(Tensor a_crow, Tensor a_col, Tensor a_values, Tensor b_crow, Tensor b_col, Tensor g_crow, "
+        "Tensor g_col, Tensor g_values, int cols) -> Tensor"
+    ),
+)
+def _grad_b(
+    a_crow: Tensor,
+    a_col: Tensor,
+    a_values: Tensor,
+    b_crow: Tensor,
+    b_col: Tensor,
+    g_crow: Tensor,
+    g_col: Tensor,
+    g_values: Tensor,
+    cols: int,
+) -> Tensor:
+    """A^T G at the entries of B, computed as (G^T A)[j, k] at the entries of B^T."""
+    inner, rows = b_crow.numel() - 1, a_crow.numel() - 1
+    at, bt = transposed(a_crow, a_col, inner), transposed(b_crow, b_col, cols)
+    gt = transposed(g_crow, g_col, cols)
+    turned = _sampled(
+        bt.crow, bt.col, gt.crow, gt.col, g_values[gt.order.long()],
+        at.crow, at.col, a_values[at.order.long()], rows,
+    )
+    return torch.empty_like(turned).index_copy_(0, bt.order.long(), turned)
+
+
+@_grad_b.register_fake
+def _(
+    a_crow: Tensor,
+    a_col: Tensor,
+    a_values: Tensor,
+    b_crow: Tensor,
+    b_col: Tensor,
+    g_crow: Tensor,
+    g_col: Tensor,
+    g_values: Tensor,
+    cols: int,
+) -> Tensor:
+    return a_values.new_empty(b_col.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.cols = inputs[6]
+    ctx.mark_non_differentiable(output[0], output[1])
+    ctx.save_for_backward(*inputs[:6], output[0], output[1])
+
+
+def _backward(ctx: Any, _crow: Any, _col: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a_crow, a_col, a_values, b_crow, b_col, b_values, crow, col = ctx.saved_tensors
+    grad_a = grad_b = None
+    if ctx.needs_input_grad[2]:
+        grad_a = _sampled(a_crow, a_col, crow, col, grad, b_crow, b_col, b_values, ctx.cols)
+    if ctx.needs_input_grad[5]:
+        grad_b = _grad_b(a_crow, a_col, a_values, b_crow, b_col, crow, col, grad, ctx.cols)
+    return None, None, grad_a, None, None, grad_b, None, None
+
+
+_spgemm.register_autograd(_backward, setup_context=_save)
+dispatch.register("spgemm", plan=_explain)
