@@ -1,0 +1,87 @@
+"""What README, CONTRIBUTING and the demo tell a reader to type, and what they point at, is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import zoo
+from zoo import demo, registry
+from zoo.catalog import select
+from zoo.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "zoo/graph/README.md", "docs/design.md", "docs/format.md")
+
+
+def pages() -> dict[str, str]:
+    return {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES if (ROOT / name).exists()}
+
+
+def commands() -> list[str]:
+    """Every `zoo ...` line of the pages' shell blocks and of the demo's last words."""
+    blocks = [block for text in pages().values() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return [line for line in [*lines, *demo.NEXT] if line.startswith("zoo ")]
+
+
+@pytest.mark.parametrize("line", sorted(set(commands())))
+def test_a_command_exists_with_its_options_and_models(line: str, capsys) -> None:
+    """Options are looked up in the help of the command and of the method that the line names."""
+    command, *words = shlex.split(line, comments=True)[1:]
+    assert command in COMMANDS
+    asks = [word for word in words[:1] if command in ("finetune", "reproduce")]
+    if "--method" in words and command == "sparsify":
+        asks += ["--method", words[words.index("--method") + 1]]
+    assert main([command, *asks, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for word in words:
+        if word.startswith("--"):
+            assert re.search(rf"{word}\b", shown), f"{line}: {word}"
+        elif word.startswith(tuple(f"{domain}/" for domain in registry.DOMAINS)):
+            assert select(word), line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_in_a_page_lead_somewhere(page: str) -> None:
+    """Links, and paths and public names in backticks or code."""
+    if page not in pages():
+        pytest.skip("that domain has no page yet")
+    text = pages()[page]
+    places = [target for target in re.findall(r"\]\(([^)#:]+)\)", text)]
+    missing = [place for place in places if not (ROOT / page).parent.joinpath(place).exists()]
+    paths = re.findall(r"`((?:zoo|shared|tests|benchmarks|docs|native)/[\w/.-]+)`", text)
+    missing += [path for path in paths if not (ROOT / path).exists()]
+    missing += [name for name in re.findall(r"\bzoo\.(\w+)\(", text) if name not in zoo.__all__]
+    assert not missing, missing
+
+
+def test_the_readme_runs_as_python(monkeypatch) -> None:
+    """The blocks of Python code in the README, one after the other, as a reader would paste them."""
+    import torch
+    from torch import nn
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(data.x, data.edge_index).square().mean().backward()
+        optimizer.step()
+
+    blocks = re.findall(r"```python\n(.*?)```", pages()["README.md"], re.DOTALL)
+    assert len(blocks) == 3
+    space: dict[str, object] = {"train": train}
+    exec(blocks[0], space)
+    model, data = space["model"], space["data"]
+    assert space["logits"].shape == (1797, 10)
+    space["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = model.state_dict()["conv1.lin.weight"].clone()
+    exec(blocks[1], space)
+    assert not torch.equal(model.state_dict()["conv1.lin.weight"], before)
+    space["model"] = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8))
+    first, second = blocks[2].splitlines()[-2:]
+    exec(f"import zoo\n{first}", space)
+    assert space["masks"].sparsity() == pytest.approx(0.9, abs=0.01)
+    space["model"] = nn.Linear(32, 16)
+    exec(second, space)
+    assert space["masks"].sparsity() == 0.5
