@@ -268,4 +268,5 @@ def _(tensors: Sequence[Tensor], mask: Tensor) -> None:
     return None
 
 
-dispatch.register("select", plan=_explain)
+for _function in (threshold_and_ties, keep_largest_, largest_masks):
+    dispatch.register(_function.__name__, plan=_explain)

@@ -49,7 +49,58 @@ def spmm() -> None:
         check(GraphNet(reduce), crow, col, torch.randn(4, 8))
 
 
-CASES = {"spmm": spmm}
+class VoxelNet(nn.Module):
+    """A submanifold and a strided convolution, pooling, and the way back, on fixed sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from shared.ops.rulebook import conv_rulebook, submanifold_rulebook
+
+        sites = (torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0)) < 0.5).nonzero().int()
+        self.register_buffer("sites", sites)
+        self.same = submanifold_rulebook(sites, (5, 6), 2, 3)
+        self.down = conv_rulebook(sites, (5, 6), 2, 3, 2, 1)
+        self.first = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.deep = nn.Parameter(torch.randn(4, 3, 3, 1))
+        self.strided = nn.Parameter(torch.randn(5, 3, 3, 4))
+
+    def forward(self, features: Tensor) -> Tensor:
+        from shared.ops.sparse_conv import sparse_conv, sparse_max_pool, subm_conv
+        from shared.ops.sparse_tensor import SparseConvTensor
+
+        x = SparseConvTensor(features, self.sites, (5, 6), 2)
+        x = subm_conv(x, self.first, rulebook=self.same)
+        x = subm_conv(x, self.deep, groups=4, rulebook=self.same)
+        pooled = sparse_max_pool(x, 3, stride=2, padding=1, rulebook=self.down)
+        x = sparse_conv(x, self.strided, stride=2, padding=1, rulebook=self.down)
+        return torch.cat([x.features, pooled.features], 1)
+
+
+def sparse_conv() -> None:
+    net = VoxelNet()
+    check(net, torch.randn(len(net.sites), 3))
+
+
+class GraphPower(nn.Module):
+    """Two steps of a graph as one, with edge weights that are learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.rand(5))
+
+    def forward(self, crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
+        from shared.ops.spgemm import CSR, spgemm
+
+        a = CSR(crow, col, self.values, 4)
+        square = spgemm(a, a)
+        return square.values.sum() * x
+
+
+def spgemm() -> None:
+    check(GraphPower(), torch.tensor([0, 2, 3, 3, 5]), torch.tensor([0, 1, 3, 2, 3]), torch.randn(3))
+
+
+CASES = {"spmm": spmm, "spgemm": spgemm, "sparse_conv": sparse_conv}
 
 
 @pytest.mark.parametrize("name", CASES)
