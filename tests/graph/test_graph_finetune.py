@@ -73,7 +73,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert start(tmp_path / "whole", epochs).wait() == 0
     process = start(tmp_path / "killed", epochs)
     checkpoint = tmp_path / ".killed.checkpoint" / "state.safetensors"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -170,7 +170,7 @@ def test_transfer_to_another_graph_keeps_what_fits(graph, build):
     digits = load_graph("digits")
     moved, changes = transferred(model, digits, seed=1)
     assert (moved.in_channels, moved.out_channels) == (64, 10)
-    assert "12 features and 3 classes" in changes[0]
+    assert "64 features and 10 classes, the model 12 and 3" in changes[0]
     assert "another graph" in changes[1]
     found = masks_of(moved)
     assert found.zeros_intact(moved) == []
