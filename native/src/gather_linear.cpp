@@ -1,4 +1,4 @@
-// Products that skip whole rows of a dense weight, for a batch of 1 to 8:
+// Products that skip whole rows of a dense weight, for a batch of 1, 2, 4 or 8:
 //   input-sparse:  y = x W^T where few columns of x are not zero; W^T is stored input-major [in, out], and the rows of
 //                  the inactive inputs are not read;
 //   output-sparse: y = x W^T at some outputs only; W is stored output-major [out, in].
@@ -133,11 +133,7 @@ void with_batch(int64_t batch, Body&& body) {
   switch (batch) {
     case 1: return body(std::integral_constant<int, 1>{});
     case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
     case 4: return body(std::integral_constant<int, 4>{});
-    case 5: return body(std::integral_constant<int, 5>{});
-    case 6: return body(std::integral_constant<int, 6>{});
-    case 7: return body(std::integral_constant<int, 7>{});
     default: return body(std::integral_constant<int, kMostBatch>{});
   }
 }
@@ -145,7 +141,7 @@ void with_batch(int64_t batch, Body&& body) {
 }  // namespace
 }  // namespace zoo
 
-// x [batch, inputs] float; y [batch, stride] float, holding the bias or zeros, is added to. batch is 1 to 8. An input
+// x [batch, inputs] float; y [batch, stride] float, holding the bias or zeros, is added to. batch is 1, 2, 4 or 8. An input
 // is active where any row of x is not zero there; finding them is part of this call.
 ZOO_EXPORT void zoo_gather_linear_input(const float* x, const void* weight, const void* scales, float* y, int64_t batch,
                                         int64_t inputs, int64_t stride, int64_t kind, int64_t group, int64_t threads) {
@@ -171,7 +167,7 @@ ZOO_EXPORT void zoo_gather_linear_input(const float* x, const void* weight, cons
 }
 
 // x [batch, inputs] float; y [batch, outputs] float, holding the bias or zeros, is added to at the `count` outputs
-// listed in `active`, without repetition. batch is 1 to 8; stride >= inputs.
+// listed in `active`, without repetition. batch is 1, 2, 4 or 8; stride >= inputs.
 ZOO_EXPORT void zoo_gather_linear_output(const float* x, const void* weight, const void* scales, const int32_t* active,
                                          float* y, int64_t batch, int64_t inputs, int64_t outputs, int64_t stride,
                                          int64_t count, int64_t kind, int64_t group, int64_t threads) {

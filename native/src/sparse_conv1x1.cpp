@@ -2,7 +2,7 @@
 // maps: y[image, o, :] = bias[o] + sum of w[o, c] * x[image, c, :].
 //
 // A tile of pixels stays in registers while the kept weights of an output channel (or of four) pass by. Tiles are of
-// 4, 2 or 1 vectors; the last one is moved back so that it ends with the map, and overlaps the one before: 7 x 7 maps
+// 8, 4, 2 or 1 vectors (2 or 1 for four channels at a time); the last one is moved back so that it ends with the map, and overlaps the one before: 7 x 7 maps
 // need no scalar tail.
 #include "zoo/export.hpp"
 #include "zoo/packed.hpp"
@@ -68,7 +68,8 @@ void image_rows(const Job<T>& job, int64_t from, int64_t to) {
       if (vectors >= 2) rows4_tile<2>(job, pixel, from, to), pixel += 2 * kLanes;
       else rows4_tile<1>(job, pixel, from, to), pixel += kLanes;
     } else {
-      if (vectors >= 4) rows_tile<4>(job, pixel, from, to), pixel += 4 * kLanes;
+      if (vectors >= 8) rows_tile<8>(job, pixel, from, to), pixel += 8 * kLanes;
+      else if (vectors >= 4) rows_tile<4>(job, pixel, from, to), pixel += 4 * kLanes;
       else if (vectors >= 2) rows_tile<2>(job, pixel, from, to), pixel += 2 * kLanes;
       else rows_tile<1>(job, pixel, from, to), pixel += kLanes;
     }

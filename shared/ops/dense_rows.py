@@ -46,8 +46,8 @@ class DenseRows:
             )
         if self.stride % ALIGN or not self.cols <= self.stride or not self.data.is_contiguous():
             raise OpError(
-                f"stored rows must be contiguous and padded to a multiple of {ALIGN} values of which {self.cols} "
-                f"count, received {tuple(self.data.shape)} with strides {self.data.stride()}"
+                f"stored rows must be contiguous and padded to a multiple of {ALIGN} values of which "
+                f"{self.cols} count, received {tuple(self.data.shape)} with strides {self.data.stride()}"
             )
         if not self.quantised:
             return

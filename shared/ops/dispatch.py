@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 
+from shared.bench.timing import compare
 from shared.errors import OpError
 from shared.io import read_json, write_json
 from shared.ops import _native
@@ -83,6 +85,23 @@ def backend(name: str) -> Iterator[None]:
 def requested() -> str:
     """The backend that the enclosing `backend(...)` block asks for, "auto" outside of any."""
     return _requested.get()
+
+
+def direct(*tensors: torch.Tensor | None) -> bool:
+    """True where torch's dispatcher would add nothing but its cost to a call of a custom op.
+
+    That is an eager call on plain tensors that needs no gradient, under no mode (fake tensors, tracing,
+    vmap).
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    trains = torch.is_grad_enabled()
+    return all(
+        t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and not (trains and t.requires_grad))
+        for t in tensors
+    )
 
 
 def choose(
@@ -196,6 +215,42 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     if name not in _planners:
         raise OpError(f"unknown op {name!r}: there are {', '.join(sorted(_planners))}")
     return _planners[name](*args, **kwargs)
+
+
+def measure(
+    op: str,
+    run: Callable[[], object],
+    offered: Sequence[str],
+    kind: str,
+    sizes: tuple[float, ...],
+    *,
+    quick: bool,
+) -> Entry:
+    """Time a call on each offered backend but the reference, side by side, for the table.
+
+    Args:
+        run: the call.
+        offered, kind, sizes: what the op passes to `choose` for it.
+        quick: shorter blocks.
+    """
+
+    def forced(name: str) -> Callable[[], object]:
+        def call() -> object:
+            with backend(name):
+                return run()
+
+        return call
+
+    functions = {name: forced(name) for name in offered if name != "reference"}
+    threads = torch.get_num_threads()
+    timings = compare(
+        functions,
+        rounds=4,
+        block_seconds=0.005 if quick else 0.03,
+        # CPU time of one thread is what other programs disturb least
+        clock=time.process_time if threads == 1 else time.perf_counter,
+    )
+    return Entry(op, kind, threads, sizes, {name: timing.median for name, timing in timings.items()})
 
 
 def calibrate(ops: Sequence[str] | None = None, *, quick: bool = False, path: Path | None = None) -> Path:

@@ -11,6 +11,8 @@ Finding the active inputs is part of the call. A batch uses the union of its row
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,6 +42,8 @@ def gather_linear(
     Raises:
         OpError: shapes, dtypes or devices that do not fit.
     """
+    if dispatch.direct(x, weight.data, bias):
+        return _forward(x, weight, bias)
     return _gather_linear(x, weight.data, weight.scales, bias, weight.kind, weight.cols, weight.group)
 
 
@@ -58,6 +62,8 @@ def gather_linear_rows(
     Raises:
         OpError: shapes, dtypes or devices that do not fit.
     """
+    if dispatch.direct(x, active, weight.data, bias):
+        return _forward_rows(x, active, weight, bias)
     return _gather_linear_rows(
         x, active, weight.data, weight.scales, bias, weight.kind, weight.cols, weight.group
     )
@@ -142,11 +148,17 @@ def _share(marks: Tensor) -> float:
 
 
 def _plan(op: str, x: Tensor, weight: DenseRows, share: float) -> dispatch.Plan:
+    return dispatch.choose(op, x.device, *case(x, weight, share))
+
+
+def case(x: Tensor, weight: DenseRows, share: float) -> tuple[tuple[str, ...], str, tuple[float, ...]]:
+    """Backends offered, and the kind and sizes by which measured cases are looked up: weights, batch,
+    active share."""
     batch = max(1, x.numel() // max(1, x.shape[-1]))
     offered: tuple[str, ...] = ("dense", "reference")
     if x.dtype != torch.float64:
         offered = ("native", *offered) if batch <= MOST_BATCH else ("dense", "native", "reference")
-    return dispatch.choose(op, x.device, offered, weight.kind, (max(1, weight.data.numel()), batch, share))
+    return offered, weight.kind, (float(max(1, weight.rows * weight.cols)), float(batch), share)
 
 
 def _forward(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
@@ -161,13 +173,23 @@ def _forward(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
     return reference(x, weight, bias)
 
 
+def _batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of 1, 2, 4 or 8 rows (what the kernels are built for), the last one filled up with zeros."""
+    for parts in zip(*(tensor.split(MOST_BATCH) for tensor in tensors), strict=True):
+        rows = parts[0].shape[0]
+        missing = (1 << (rows - 1).bit_length()) - rows
+        yield tuple(torch.nn.functional.pad(part, (0, 0, 0, missing)) if missing else part for part in parts)
+
+
 def _native_input(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
     flat = x.reshape(-1, weight.rows).float().contiguous()
-    y = torch.zeros(flat.shape[0], weight.stride)
+    start = torch.zeros(weight.stride)
     if bias is not None:
-        y[:, : weight.cols] = bias
+        start[: weight.cols] = bias
+    outs = []
     run = _native.function("zoo_gather_linear_input", "ppppiiiiii")
-    for part, out in zip(flat.split(MOST_BATCH), y.split(MOST_BATCH), strict=True):
+    for (part,) in _batches(flat):
+        out = start.repeat(part.shape[0], 1)
         run(
             part.data_ptr(),
             weight.data.data_ptr(),
@@ -180,7 +202,9 @@ def _native_input(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
             weight.group,
             _native.threads(),
         )
-    return y[:, : weight.cols].to(x.dtype).reshape(*x.shape[:-1], weight.cols)
+        outs.append(out)
+    y = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return y[: flat.shape[0], : weight.cols].to(x.dtype).reshape(*x.shape[:-1], weight.cols)
 
 
 def _forward_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
@@ -198,12 +222,11 @@ def _forward_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | N
 
 def _native_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
     flat, wanted = x.reshape(-1, weight.cols).float().contiguous(), active.reshape(-1, weight.rows)
-    y = torch.zeros(flat.shape[0], weight.rows)
-    if bias is not None:
-        y += bias
+    start = torch.zeros(weight.rows) if bias is None else bias.float()
+    outs = []
     run = _native.function("zoo_gather_linear_output", "pppppiiiiiiii")
-    parts = zip(flat.split(MOST_BATCH), wanted.split(MOST_BATCH), y.split(MOST_BATCH), strict=True)
-    for part, marks, out in parts:
+    for part, marks in _batches(flat, wanted):
+        out = start.repeat(part.shape[0], 1)
         rows = marks.any(0).nonzero().squeeze(1).int()
         run(
             part.data_ptr(),
@@ -220,7 +243,9 @@ def _native_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | No
             weight.group,
             _native.threads(),
         )
-    return torch.where(wanted, y, 0).to(x.dtype).reshape(active.shape)
+        outs.append(out)
+    y = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return torch.where(wanted, y[: flat.shape[0]], 0).to(x.dtype).reshape(active.shape)
 
 
 @torch.library.custom_op(
@@ -319,5 +344,35 @@ def _bias_grad(ctx: Any, grad: Tensor, position: int) -> Tensor | None:
 
 _gather_linear.register_autograd(_backward_input, setup_context=_setup_input)
 _gather_linear_rows.register_autograd(_backward_rows, setup_context=_setup_rows)
-dispatch.register("gather_linear", plan=plan)
-dispatch.register("gather_linear_rows", plan=plan_rows)
+
+
+def calibrate_inputs(quick: bool) -> list[dispatch.Entry]:
+    """Measure `gather_linear` on this machine, for `dispatch.calibrate`."""
+    return _calibrate("gather_linear", quick)
+
+
+def calibrate_rows(quick: bool) -> list[dispatch.Entry]:
+    """Measure `gather_linear_rows` on this machine, for `dispatch.calibrate`."""
+    return _calibrate("gather_linear_rows", quick)
+
+
+def _calibrate(op: str, quick: bool) -> list[dispatch.Entry]:
+    entries = []
+    for kind in ("float32",) if quick else KINDS:
+        for side in (1024,) if quick else (256, 1024, 4096):
+            weight = store_rows(torch.randn(side, side), kind)
+            dtype = getattr(torch, kind) if not weight.quantised else torch.float32
+            for share in (0.1, 0.5) if quick else (0.05, 0.1, 0.25, 0.5, 0.75, 1.0):
+                for batch in (1,) if quick else (1, 4, 8, 32):
+                    marks = torch.rand(side) < share
+                    x = torch.randn(batch, side).to(dtype)
+                    if op == "gather_linear":
+                        run = functools.partial(gather_linear, x * marks, weight)
+                    else:
+                        run = functools.partial(gather_linear_rows, x, weight, marks.expand(batch, side))
+                    entries.append(dispatch.measure(op, run, *case(x, weight, _share(marks)), quick=quick))
+    return entries
+
+
+dispatch.register("gather_linear", plan=plan, calibrate=calibrate_inputs)
+dispatch.register("gather_linear_rows", plan=plan_rows, calibrate=calibrate_rows)

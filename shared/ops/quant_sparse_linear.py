@@ -10,6 +10,7 @@ number.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,10 @@ class QuantGroups:
     group: int
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise OpError if the parts do not fit; their content is read again only after it was changed."""
         rows, cols = self.shape
         if self.group < 16 or self.group % 16 or cols % self.group or cols // self.group > 2**15:
             raise OpError(
@@ -166,6 +171,9 @@ def quant_sparse_linear(
     Raises:
         OpError: shapes, dtypes or devices that do not fit.
     """
+    if dispatch.direct(x, weight.codes, bias):
+        weight.check()
+        return _forward(x, weight, bias)
     return _quant_sparse_linear(
         x,
         weight.codes,
@@ -201,9 +209,16 @@ def plan(
         raise OpError(f"x is on {x.device}, the weight on {weight.codes.device}: move one of them")
     if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
         raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
+    return dispatch.choose("quant_sparse_linear", x.device, *case(x, weight))
+
+
+def case(x: Tensor, weight: QuantGroups) -> tuple[tuple[str, ...], str, tuple[float, ...]]:
+    """Backends offered, and the kind and sizes by which measured cases are looked up: weights, batch,
+    density."""
+    rows, cols = weight.shape
     offered = ("dense", "reference") if x.dtype == torch.float64 else ("native", "dense", "reference")
-    sizes = (max(1, rows * cols), max(1, x.numel() // max(1, cols)), max(weight.density, 1e-4))
-    return dispatch.choose("quant_sparse_linear", x.device, offered, f"int4 g{weight.group}", sizes)
+    sizes = (float(max(1, rows * cols)), float(max(1, x.numel() // max(1, cols))), max(weight.density, 1e-4))
+    return offered, f"int4 g{weight.group}", sizes
 
 
 def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
@@ -286,7 +301,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         *parts, pointer = ctx.saved_tensors
-        dense = QuantGroups(*parts, pointer, (pointer.numel() - 1, ctx.cols), ctx.group).to_dense()
+        codes, scales, zeros, columns = parts
+        shape = (pointer.numel() - 1, ctx.cols)
+        dense = QuantGroups(codes, scales, zeros, columns, pointer, shape, ctx.group).to_dense()
         grad_x = grad @ dense.to(grad.dtype)
     if ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
@@ -294,4 +311,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _quant_sparse_linear.register_autograd(_backward, setup_context=_setup_context)
-dispatch.register("quant_sparse_linear", plan=plan)
+
+
+def calibrate(quick: bool) -> list[dispatch.Entry]:
+    """Measure sizes x densities x batches on this machine, for `dispatch.calibrate`."""
+    entries = []
+    for group in (16, 64):
+        for side in (1024,) if quick else (256, 1024, 4096):
+            for density in (0.5,) if quick else (0.25, 0.5, 1.0):
+                weight = quantise_groups(
+                    torch.randn(side, side), torch.rand(side, side // group) < density, group
+                )
+                for batch in (1, 64) if quick else (1, 4, 8, 64, 512):
+                    x = torch.randn(batch, side)
+                    run = functools.partial(quant_sparse_linear, x, weight)
+                    entries.append(
+                        dispatch.measure("quant_sparse_linear", run, *case(x, weight), quick=quick)
+                    )
+    return entries
+
+
+dispatch.register("quant_sparse_linear", plan=plan, calibrate=calibrate)

@@ -10,6 +10,7 @@ Maps that lie channels-last, and maps of fewer than 16 pixels, are rows of featu
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ def sparse_conv1x1(
         raise OpError(f"x must be [batch, channels, *map], received {tuple(x.shape)}")
     if _is_rows(x):
         return sparse_linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+    if dispatch.direct(x, weight.values, bias):
+        weight.check()
+        return _forward(x, weight, bias)
     form = (weight.layout, *weight.shape, weight.width)
     return _sparse_conv1x1(x, weight.values, weight.index, weight.pointer, bias, *form)
 
@@ -70,13 +74,19 @@ def plan(
         raise OpError(f"x is on {x.device}, the weight on {weight.values.device}: move one of them")
     if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
         raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
+    return dispatch.choose("sparse_conv1x1", x.device, *case(x, weight))
+
+
+def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[float, ...]]:
+    """Backends offered, and the kind and sizes by which measured cases are looked up: weights, pixels,
+    density."""
+    rows, cols = weight.shape
     offered: tuple[str, ...] = ("dense", "reference")
     if torch.float64 not in (x.dtype, weight.values.dtype) and weight.layout != "columns":
         offered = ("native", *offered)
     pixels = x.numel() // max(1, cols)
     kind = f"{weight.layout} {str(weight.values.dtype).removeprefix('torch.')}"
-    sizes = (max(1, rows * cols), max(1, pixels), max(weight.density, 1e-4))
-    return dispatch.choose("sparse_conv1x1", x.device, offered, kind, sizes)
+    return offered, kind, (float(max(1, rows * cols)), float(max(1, pixels)), max(weight.density, 1e-4))
 
 
 def _is_rows(x: Tensor) -> bool:
@@ -183,4 +193,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _sparse_conv1x1.register_autograd(_backward, setup_context=_setup_context)
-dispatch.register("sparse_conv1x1", plan=plan)
+
+
+def calibrate(quick: bool) -> list[dispatch.Entry]:
+    """Measure channels x maps x densities on this machine, for `dispatch.calibrate`."""
+    entries = []
+    for layout in ("csr", "rows4", "bitmask"):
+        for channels, side in (
+            ((256, 14),) if quick else ((64, 56), (128, 28), (256, 14), (512, 14), (1024, 7))
+        ):
+            for density in (0.3, 0.1) if quick else (0.5, 0.3, 0.2, 0.1, 0.05):
+                mask = torch.rand(channels // 4, channels) < density
+                mask = (
+                    mask.repeat_interleave(4, 0)
+                    if layout == "rows4"
+                    else torch.rand(channels, channels) < density
+                )
+                weight = pack(torch.randn(channels, channels), mask, layout)
+                for batch in (1,) if quick else (1, 8):
+                    x = torch.randn(batch, channels, side, side)
+                    run = functools.partial(sparse_conv1x1, x, weight)
+                    entries.append(dispatch.measure("sparse_conv1x1", run, *case(x, weight), quick=quick))
+    return entries
+
+
+dispatch.register("sparse_conv1x1", plan=plan, calibrate=calibrate)

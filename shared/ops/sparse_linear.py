@@ -8,6 +8,8 @@ A dropped weight takes no part in the sum: an infinite or NaN x meets only the w
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +41,9 @@ def sparse_linear(
     Raises:
         OpError: shapes, dtypes or devices that do not fit, or a backend that cannot run this.
     """
+    if dispatch.direct(x, weight.values, bias):
+        weight.check()
+        return _forward(x, weight, bias)
     return _sparse_linear(
         x, weight.values, weight.index, weight.pointer, bias, weight.layout, *weight.shape, weight.width
     )
@@ -97,6 +102,12 @@ def _check(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> None:
 
 
 def _plan(x: Tensor, weight: SparseWeight) -> dispatch.Plan:
+    return dispatch.choose("sparse_linear", x.device, *case(x, weight))
+
+
+def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[float, ...]]:
+    """Backends offered, and the kind and sizes by which measured cases are looked up: weights, batch,
+    density."""
     rows, cols = weight.shape
     wide = torch.float64 in (x.dtype, weight.values.dtype)
     offered: tuple[str, ...] = ("dense", "reference", "vendor")
@@ -106,8 +117,7 @@ def _plan(x: Tensor, weight: SparseWeight) -> dispatch.Plan:
         offered = offered[:-1]  # torch's CSR product takes one dtype for all, and fp32 or fp64 only
     kind = f"{weight.layout}{weight.width} {str(weight.values.dtype).removeprefix('torch.')}"
     batch = max(1, x.numel() // max(1, cols))
-    sizes = (float(max(1, rows * cols)), float(batch), max(weight.density, 1e-4))
-    return dispatch.choose("sparse_linear", x.device, offered, kind, sizes)
+    return offered, kind, (float(max(1, rows * cols)), float(batch), max(weight.density, 1e-4))
 
 
 def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
@@ -328,4 +338,47 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _sparse_linear.register_autograd(_autograd, setup_context=_setup_context)
-dispatch.register("sparse_linear", plan=plan)
+
+# Layouts that are measured, each at densities at which `pack` chooses it.
+_EXAMPLES = {
+    "bitmask": (0.8, 0.5, 0.35),
+    "csr": (0.3, 0.2, 0.1, 0.05),
+    "rows4": (0.5, 0.3, 0.1),
+    "columns4": (0.5, 0.3, 0.1),
+    "columns8": (0.5, 0.3, 0.1),
+    "columns16": (0.5, 0.3, 0.1),
+    "2:4": (0.5,),
+    "1:4": (0.25,),
+}
+
+
+def calibrate(quick: bool) -> list[dispatch.Entry]:
+    """Measure layouts x densities x dtypes x sizes x batches on this machine, for `dispatch.calibrate`."""
+    entries = []
+    for layout, densities in _EXAMPLES.items():
+        half = (torch.bfloat16, torch.float16) if layout in ("bitmask", "csr") and not quick else ()
+        for side in (1024,) if quick else (256, 1024, 4096):
+            for density in densities:
+                weight = _example(side, density, layout)
+                for dtype in (torch.float32, *half):
+                    typed = weight.to(dtype)
+                    for batch in (1, 64) if quick else (1, 8, 64, 512):
+                        x = torch.randn(batch, side).to(dtype)
+                        run = functools.partial(sparse_linear, x, typed)
+                        entries.append(dispatch.measure("sparse_linear", run, *case(x, typed), quick=quick))
+    return entries
+
+
+def _example(side: int, density: float, layout: str) -> SparseWeight:
+    if ":" in layout:
+        n, m = map(int, layout.split(":"))
+        mask = (torch.rand(side, side // m, m).argsort(-1) < n).reshape(side, side)
+        return replace(pack(torch.randn(side, side), mask, "bitmask"), width=8 * n // m)
+    width = int(layout.removeprefix("columns")) if layout.startswith("columns") else 1
+    height = 4 if layout == "rows4" else 1
+    mask = torch.rand(side // height, side // width) < density
+    mask = mask.repeat_interleave(height, 0).repeat_interleave(width, 1)
+    return pack(torch.randn(side, side), mask, layout)
+
+
+dispatch.register("sparse_linear", plan=plan, calibrate=calibrate)

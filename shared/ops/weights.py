@@ -63,6 +63,11 @@ class SparseWeight:
     width: int = 1
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise OpError if the parts do not fit each other; the index is read again only after it was
+        changed."""
         check_weight(self.values, self.index, self.pointer, self.layout, self.shape, self.width)
 
     @property
