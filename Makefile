@@ -19,13 +19,16 @@ help:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/src/* native/include/zoo/*)
+# What an installation depends on. The extra `test` holds all of `graph`, so that one installation serves both.
+INPUTS := $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/src/* native/include/zoo/*)
+
+$(VENV)/.installed: $(INPUTS)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[graph]"
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-test: $(INPUTS)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 setup: $(VENV)/.installed
 
