@@ -167,8 +167,9 @@ def _submanifold_neighbours(indices: Tensor, shape: tuple[int, ...], batch: int,
     if _is_native(indices):
         table = indices.new_empty(sites, shaped.offsets)
         extents, numbers = torch.tensor(shape, dtype=torch.int64), shaped.numbers()
+        place = indices.contiguous()
         _native.function("zoo_submanifold_neighbours", "piiippip")(
-            indices.contiguous().data_ptr(), sites, len(shape), batch, extents.data_ptr(), numbers.data_ptr(),
+            place.data_ptr(), sites, len(shape), batch, extents.data_ptr(), numbers.data_ptr(),
             _native.threads(), table.data_ptr(),
         )
         return table

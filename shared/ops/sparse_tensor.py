@@ -93,8 +93,9 @@ def _find_problem(indices: Tensor, shape: Sequence[int], batch: int) -> tuple[in
     if indices.device.type == "cpu" and _native.available():
         result = torch.zeros(3, dtype=torch.int64)
         extents = torch.tensor(tuple(shape), dtype=torch.int64)
+        place = indices.contiguous()
         _native.function("zoo_sites_check", "piiipp")(
-            indices.contiguous().data_ptr(), indices.shape[0], len(shape), batch, extents.data_ptr(),
+            place.data_ptr(), indices.shape[0], len(shape), batch, extents.data_ptr(),
             result.data_ptr(),
         )
         problem, row, other = result.tolist()

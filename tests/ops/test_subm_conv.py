@@ -288,6 +288,18 @@ def test_foreign_tensors_come_back_in_their_type() -> None:
     assert isinstance(back, Foreign) and back.indices is x.indices
 
 
+def test_sites_and_features_in_any_layout(backend: str) -> None:
+    x = random_sites((5, 6), 4, 0.5)
+    weight = torch.randn(3, 3, 3, 4, dtype=torch.float64)
+    turned = SparseConvTensor(
+        x.features.T.contiguous().T, x.indices.T.contiguous().T, x.spatial_shape, x.batch_size
+    )
+    strange = weight.movedim(-1, 1).contiguous().movedim(1, -1)
+    assert torch.equal(subm_conv(turned, strange).features, subm_conv(x, weight).features)
+    down, expected = (sparse_conv(each, weight, stride=2, padding=1) for each in (turned, x))
+    assert torch.equal(down.indices, expected.indices) and torch.equal(down.features, expected.features)
+
+
 def test_from_dense_and_back() -> None:
     grid = torch.randn(2, 3, 4, 5) * (torch.rand(2, 1, 4, 5) < 0.5)
     x = SparseConvTensor.from_dense(grid)
