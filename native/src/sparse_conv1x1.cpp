@@ -11,12 +11,12 @@
 namespace zoo {
 namespace {
 
+constexpr int64_t kPiece = 64;   // pixels of a piece of the map, a multiple of two vectors
 constexpr int64_t kRowCost = 4;  // what an empty row costs, in entries, for an even split among threads
 
 template <class T>
 struct Job {
   Packed<T> w;
-  int64_t layout;
   const float* bias;
   const float* x;  // one image
   float* y;
@@ -38,41 +38,60 @@ void rows_tile(const Job<T>& job, int64_t pixel, int64_t from, int64_t to) {
   }
 }
 
+// One block of four channels, V vectors of pixels.
 template <int V, class T>
-void rows4_tile(const Job<T>& job, int64_t pixel, int64_t from, int64_t to) {
+ZOO_INLINE void rows4_tile(const Job<T>& job, int64_t pixel, int64_t block) {
   const Packed<T>& w = job.w;
-  const int64_t block_rows = (w.rows + 3) / 4;
-  for (int64_t block = from; block < to; ++block) {
-    const int64_t valid = std::min<int64_t>(4, w.rows - 4 * block);
-    vf acc[4][V];
-    for (int64_t r = 0; r < 4; ++r)
-      for (int v = 0; v < V; ++v)
-        acc[r][v] = splat(job.bias != nullptr && r < valid ? job.bias[4 * block + r] : 0.0f);
-    for (int64_t p = 0; p < w.panels(); ++p) {
-      const int64_t segment = p * block_rows + block, first = w.pointer[segment];
-      accumulate_rows4<V>(w.values + 4 * first, static_cast<const uint16_t*>(w.index) + first,
-                          w.pointer[segment + 1] - first, job.x + p * w.panel * job.pixels + pixel, job.pixels, acc);
-    }
-    for (int64_t r = 0; r < valid; ++r)
-      for (int v = 0; v < V; ++v) store(job.y + (4 * block + r) * job.pixels + pixel + v * kLanes, acc[r][v]);
+  const int64_t block_rows = (w.rows + 3) / 4, valid = std::min<int64_t>(4, w.rows - 4 * block);
+  vf acc[4][V];
+  for (int64_t r = 0; r < 4; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = splat(job.bias != nullptr && r < valid ? job.bias[4 * block + r] : 0.0f);
+  for (int64_t p = 0; p < w.panels(); ++p) {
+    const int64_t segment = p * block_rows + block, first = w.pointer[segment];
+    accumulate_rows4<V>(w.values + 4 * first, static_cast<const uint16_t*>(w.index) + first,
+                        w.pointer[segment + 1] - first, job.x + p * w.panel * job.pixels + pixel, job.pixels, acc);
   }
+  for (int64_t r = 0; r < valid; ++r)
+    for (int v = 0; v < V; ++v) store(job.y + (4 * block + r) * job.pixels + pixel + v * kLanes, acc[r][v]);
 }
 
-// All pixels of one image for rows (or blocks of four) [from, to); pixels >= kLanes.
+// Where the next tile of at most `most` vectors begins, and its vectors: the last one is moved back.
+ZOO_INLINE int64_t next_tile(int64_t pixels, int64_t most, int64_t* pixel) {
+  int64_t vectors = std::min(most, (pixels - *pixel) / kLanes);
+  if (vectors == 0) {
+    *pixel = pixels - kLanes;
+    return 1;
+  }
+  while (vectors & (vectors - 1)) vectors &= vectors - 1;  // the largest power of two in it
+  return vectors;
+}
+
+// All pixels of one image for rows [from, to); pixels >= kLanes.
 template <class T>
 void image_rows(const Job<T>& job, int64_t from, int64_t to) {
   for (int64_t pixel = 0; pixel < job.pixels;) {
-    const int64_t vectors = (job.pixels - pixel) / kLanes;
-    if (vectors == 0) pixel = job.pixels - kLanes;
-    if (job.layout == kRows4) {
-      if (vectors >= 2) rows4_tile<2>(job, pixel, from, to), pixel += 2 * kLanes;
-      else rows4_tile<1>(job, pixel, from, to), pixel += kLanes;
-    } else {
-      if (vectors >= 8) rows_tile<8>(job, pixel, from, to), pixel += 8 * kLanes;
-      else if (vectors >= 4) rows_tile<4>(job, pixel, from, to), pixel += 4 * kLanes;
-      else if (vectors >= 2) rows_tile<2>(job, pixel, from, to), pixel += 2 * kLanes;
-      else rows_tile<1>(job, pixel, from, to), pixel += kLanes;
-    }
+    const int64_t vectors = next_tile(job.pixels, 8, &pixel);
+    if (vectors == 8) rows_tile<8>(job, pixel, from, to);
+    else if (vectors == 4) rows_tile<4>(job, pixel, from, to);
+    else if (vectors == 2) rows_tile<2>(job, pixel, from, to);
+    else rows_tile<1>(job, pixel, from, to);
+    pixel += vectors * kLanes;
+  }
+}
+
+// The same for blocks of four rows. A block goes through a wide piece of the map in tiles of two vectors, so that its
+// weights are read from the first-level cache and whole lines of x are used while they are there.
+template <class T>
+void image_blocks(const Job<T>& job, int64_t from, int64_t to) {
+  for (int64_t start = 0; start < job.pixels; start += kPiece) {
+    const int64_t end = std::min(start + kPiece, job.pixels);
+    for (int64_t block = from; block < to; ++block)
+      for (int64_t pixel = start; pixel < end;) {
+        const int64_t vectors = next_tile(job.pixels, 2, &pixel);
+        if (vectors == 2) rows4_tile<2>(job, pixel, block);
+        else rows4_tile<1>(job, pixel, block);
+        pixel += vectors * kLanes;
+      }
   }
 }
 
@@ -89,9 +108,11 @@ ZOO_EXPORT void zoo_sparse_conv1x1(const float* x, const void* values, const voi
     using T = decltype(tag);
     const zoo::Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, 1};
     zoo::parallel_rows(pointer, segment_rows, zoo::kRowCost, threads, [&](int64_t from, int64_t to) {
-      for (int64_t image = 0; image < images; ++image)
-        zoo::image_rows(zoo::Job<T>{w, layout, bias, x + image * cols * pixels, y + image * rows * pixels, pixels}, from,
-                        to);
+      for (int64_t image = 0; image < images; ++image) {
+        const zoo::Job<T> job{w, bias, x + image * cols * pixels, y + image * rows * pixels, pixels};
+        if (layout == zoo::kRows4) zoo::image_blocks(job, from, to);
+        else zoo::image_rows(job, from, to);
+      }
     });
   });
 }

@@ -29,11 +29,11 @@ class NativeMissing(Exception):
 
 
 def _open(level: str) -> ctypes.CDLL:
-    suffix = {"darwin": ".so", "win32": ".dll"}.get(sys.platform, ".so")
-    path = FOLDER / f"_zoo_native_{level}{suffix}"
+    folder = Path(os.environ.get("ZOO_NATIVE_DIR") or FOLDER)  # another build, such as one with a sanitizer
+    path = folder / f"_zoo_native_{level}{'.dll' if sys.platform == 'win32' else '.so'}"
     if not path.exists():
         raise NativeMissing(
-            f"{path.name} is not in {FOLDER}: it was not built (no C++ compiler at install time?)"
+            f"{path.name} is not in {folder}: it was not built (no C++ compiler at install time?)"
         )
     try:
         library = ctypes.CDLL(str(path))
@@ -49,7 +49,12 @@ def _open(level: str) -> ctypes.CDLL:
 
 
 def _share_threads(library: ctypes.CDLL) -> None:
-    """Let the kernels run on torch's own OpenMP team; without one they start threads of their own."""
+    """Let the kernels run on torch's own OpenMP team; without one they start threads of their own.
+
+    ZOO_OWN_THREADS=1 leaves them theirs, for the thread sanitizer, which cannot see into OpenMP's barriers.
+    """
+    if os.environ.get("ZOO_OWN_THREADS") == "1":
+        return
     name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
     path = Path(torch.__file__).parent / "lib" / name
     if not path.exists():
@@ -112,6 +117,13 @@ def function(name: str, signature: str) -> Callable[..., None]:
     entry.argtypes = [_TYPES[letter] for letter in signature]
     entry.restype = None
     return entry
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as contiguous fp32, which the kernels read; itself where it is that already."""
+    if tensor.dtype is not torch.float32:
+        tensor = tensor.float()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def threads() -> int:

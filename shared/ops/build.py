@@ -8,15 +8,18 @@ with it.
 from __future__ import annotations
 
 import argparse
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
+from shared.ops._native import LEVELS
+
 ROOT = Path(__file__).parents[2]
 
 
-def build(sanitize: str | None = None) -> Path:
-    """Configure and compile; returns the folder that holds the libraries."""
+def build(sanitize: str | None = None, level: str | None = None) -> Path:
+    """Configure and compile (all instruction sets by default); returns the folder that holds the libraries."""
     source = ROOT / "CMakeLists.txt"
     if not source.exists():
         sys.exit(f"{source} is missing: this is an installed package, not a source checkout")
@@ -26,7 +29,10 @@ def build(sanitize: str | None = None) -> Path:
     subprocess.run(
         ["cmake", "-S", str(ROOT), "-B", str(folder), *options], check=True, stdout=subprocess.DEVNULL
     )
-    subprocess.run(["cmake", "--build", str(folder), "--parallel", "2"], check=True)
+    targets = [f"_zoo_native_{name}" for name in (LEVELS if level is None else {"portable", level})]
+    available = [name for name in targets if platform.machine() in ("x86_64", "AMD64") or "portable" in name]
+    command = ["cmake", "--build", str(folder), "--parallel", "2", "--target", *available]
+    subprocess.run(command, check=True)
     return output
 
 
@@ -35,7 +41,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sanitize", choices=["address", "thread"])
-    print(f"built into {build(parser.parse_args().sanitize)}")
+    parser.add_argument("--level", choices=LEVELS, help="build this instruction set only")
+    options = parser.parse_args()
+    folder = build(options.sanitize, options.level)
+    print(f"built into {folder}")
+    if options.sanitize:
+        runtime = {"address": "libasan.so", "thread": "libtsan.so"}[options.sanitize]
+        # torch's own runtime leaks by design, and OpenMP's barriers are unknown to the thread sanitizer, which
+        # therefore needs the kernels' own threads (ZOO_OWN_THREADS).
+        print(
+            f"run the tests on it: LD_PRELOAD=$(gcc -print-file-name={runtime}) ASAN_OPTIONS=detect_leaks=0 "
+            f"ZOO_OWN_THREADS=1 ZOO_NATIVE_DIR={folder} python -m pytest tests/ops"
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +102,23 @@ def direct(*tensors: torch.Tensor | None) -> bool:
         t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and not (trains and t.requires_grad))
         for t in tensors
     )
+
+
+def recall(plans: dict[Hashable, str], call: tuple[Hashable, ...], make: Callable[[], Plan]) -> str:
+    """The backend of a call that a weight has seen before, without building its plan again.
+
+    Args:
+        plans: the weight's memory; entries of another request, thread count or table do not match.
+        call: what the plan depends on: op, dtype and size of x.
+        make: the plan, for a call not seen before.
+    """
+    key = (call, _requested.get(), torch.get_num_threads(), id(table()))
+    found = plans.get(key)
+    if found is None:
+        if len(plans) >= 256:  # a batch size per call: forget
+            plans.clear()
+        found = plans[key] = make().backend
+    return found
 
 
 def choose(

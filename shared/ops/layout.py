@@ -7,6 +7,8 @@ here.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -123,11 +125,19 @@ def check_weight(
         )
     if torch.compiler.is_compiling() or not _is_plain(index):
         return  # tracing: there is no content to look at; the op checks again when it runs
-    stamp = (id(pointer), version(pointer), values.numel(), layout, shape, width)
-    checked = _in_range.get(index, set)
-    if stamp not in checked:
+    # A pointer is recognised by a weak reference: its id may be another tensor's after it is gone.
+    stamp = (weakref.ref(pointer), version(pointer), values.numel(), layout, shape, width)
+    checked: list[_Stamp] = _in_range.get(index, list)
+    if not any(_same_stamp(stamp, known) for known in checked):
         _check_ranges(values, index, pointer, layout, shape, width)
-        checked.add(stamp)
+        checked[:] = [stamp, *checked[:3]]
+
+
+_Stamp = tuple[weakref.ref[Tensor], int, int, str, tuple[int, int], int]
+
+
+def _same_stamp(stamp: _Stamp, known: _Stamp) -> bool:
+    return stamp[0]() is known[0]() and stamp[1:] == known[1:]
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -137,7 +147,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def _check_ranges(
     values: Tensor, index: Tensor, pointer: Tensor, layout: str, shape: tuple[int, int], width: int
 ) -> None:
-    panel, (height, width) = PANEL, block_of(layout, width)
+    panel, (height, block_width) = PANEL, block_of(layout, width)
     segments = -(-shape[1] // panel) * -(-shape[0] // height)
     if pointer.shape != (segments + 1,):
         raise OpError(
@@ -146,10 +156,10 @@ def _check_ranges(
     entries = int(pointer[-1])
     if int(pointer[0]) != 0 or bool((pointer.diff() < 0).any()):
         raise OpError("the pointer of a packed weight must start at 0 and never fall")
-    if values.shape != (entries * height * width + OVERREAD,):
+    if values.shape != (entries * height * block_width + OVERREAD,):
         raise OpError(
-            f"the pointer ends at {entries} entries of {height * width}, which with {OVERREAD} of padding "
-            f"does not fit {values.numel()} values"
+            f"the pointer ends at {entries} entries of {height * block_width}, which with {OVERREAD} of "
+            f"padding does not fit {values.numel()} values"
         )
     columns = (
         torch.arange(-(-shape[1] // panel), device=index.device).mul(-panel).add(shape[1]).clamp(max=panel)
@@ -175,7 +185,7 @@ def _check_ranges(
             f"{tuple(index.shape)}"
         )
     limit = torch.cat(
-        [limits.repeat_interleave(pointer.diff().long()), index.new_full((OVERREAD,), width).long()]
+        [limits.repeat_interleave(pointer.diff().long()), index.new_full((OVERREAD,), block_width).long()]
     )
-    if bool(((index < 0) | (index + width > limit) | (index % width != 0)).any()):
+    if bool(((index < 0) | (index + block_width > limit) | (index % block_width != 0)).any()):
         raise OpError(f"a column of the index lies outside its panel, or beyond the {shape[1]} columns")

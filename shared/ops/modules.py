@@ -29,6 +29,7 @@ class SparseLinear(nn.Module):
         self.values = nn.Parameter(weight.values)
         self.register_buffer("index", weight.index)
         self.register_buffer("pointer", weight.pointer)
+        self._weight: SparseWeight | None = None  # the last one returned, with what it remembers
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     @classmethod
@@ -55,8 +56,15 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> SparseWeight:
         """The packed weight; shares the parameter and the buffers."""
+        held = self._weight
+        same = held is not None and held.values is self.values and held.index is self.index
+        if held is not None and same and held.pointer is self.pointer:
+            return held
         shape = (self.out_features, self.in_features)
-        return SparseWeight(self.values, self.index, self.pointer, self.layout, shape, self.width)
+        weight = SparseWeight(self.values, self.index, self.pointer, self.layout, shape, self.width)
+        if not torch.compiler.is_compiling():
+            self._weight = weight
+        return weight
 
     def to_dense(self) -> nn.Linear:
         """A plain nn.Linear of the same weights."""

@@ -11,6 +11,7 @@ number.
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,18 +81,14 @@ class QuantGroups:
                 )
         if torch.compiler.is_compiling() or type(self.pointer) is not Tensor or self.pointer.is_meta:
             return  # tracing: there is no content to look at; the op checks again when it runs
-        stamp = (
-            id(self.columns),
-            version(self.columns),
-            id(self.zeros),
-            version(self.zeros),
-            self.shape,
-            self.group,
-        )
-        checked = _in_range.get(self.pointer, set)
-        if stamp not in checked:
+        # Tensors are recognised by weak references: an id may be another tensor's after the first is gone.
+        parts = (self.columns, self.zeros)
+        references, versions = [weakref.ref(part) for part in parts], [version(part) for part in parts]
+        stamp = (references, versions, self.shape, self.group)
+        checked: list[_Stamp] = _in_range.get(self.pointer, list)
+        if not any(_same_stamp(stamp, known) for known in checked):
             self._check_ranges()
-            checked.add(stamp)
+            checked[:] = [stamp, *checked[:3]]
 
     def _check_ranges(self) -> None:
         if int(self.pointer[0]) != 0 or bool((self.pointer.diff() < 0).any()):
@@ -124,6 +121,14 @@ class QuantGroups:
         )
         dense = values.new_zeros(self.shape[0], self.shape[1] // self.group, self.group)
         return dense.index_put((rows, self.columns.long()), values).flatten(1)
+
+
+_Stamp = tuple[list[weakref.ref[Tensor]], list[int], tuple[int, int], int]
+
+
+def _same_stamp(stamp: _Stamp, known: _Stamp) -> bool:
+    same = all(ours() is theirs() for ours, theirs in zip(stamp[0], known[0], strict=True))
+    return same and stamp[1:] == known[1:]
 
 
 def quantise_groups(

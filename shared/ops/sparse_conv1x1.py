@@ -11,6 +11,7 @@ Maps that lie channels-last, and maps of fewer than 16 pixels, are rows of featu
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ def plan(
     x: Float[Tensor, "batch in *map"], weight: SparseWeight, bias: Float[Tensor, " out"] | None = None
 ) -> dispatch.Plan:
     """The backend that `sparse_conv1x1` would run these arguments on."""
+    _check(x, weight, bias)
+    return dispatch.choose("sparse_conv1x1", x.device, *case(x, weight))
+
+
+def _check(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> None:
     rows, cols = weight.shape
     if x.dim() < 3 or x.shape[1] != cols:
         raise OpError(f"x {tuple(x.shape)} is not [batch, {cols}, *map] for a weight {weight.shape}")
@@ -74,7 +80,6 @@ def plan(
         raise OpError(f"x is on {x.device}, the weight on {weight.values.device}: move one of them")
     if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
         raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
-    return dispatch.choose("sparse_conv1x1", x.device, *case(x, weight))
 
 
 def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[float, ...]]:
@@ -91,12 +96,14 @@ def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[f
 
 def _is_rows(x: Tensor) -> bool:
     """True where the channels of a pixel lie together, or there are too few pixels for the kernel."""
-    pixels = x[0, 0].numel() if x.shape[0] and x.shape[1] else 0
-    return pixels < MIN_PIXELS or (x.movedim(1, -1).is_contiguous() and not x.is_contiguous())
+    pixels = math.prod(x.shape[2:])
+    return pixels < MIN_PIXELS or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
 
 
 def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
-    backend = plan(x, weight, bias).backend
+    _check(x, weight, bias)
+    call = ("sparse_conv1x1", x.dtype, x.numel())
+    backend = dispatch.recall(weight.plans, call, lambda: plan(x, weight, bias))
     if backend == "native" and x.numel() and weight.kept:
         return _native_forward(x, weight, bias)
     if backend == "dense":
@@ -108,9 +115,9 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
 
 def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     rows, cols = weight.shape
-    maps = x.float().contiguous()
+    maps = _native.plain(x)
     layout, index = csr_index(weight)
-    wide_bias = None if bias is None else bias.float().contiguous()
+    wide_bias = None if bias is None else _native.plain(bias)
     y = torch.empty(x.shape[0], rows, *x.shape[2:], dtype=torch.float32)
     _native.function("zoo_sparse_conv1x1", "ppppppiiiiiiii")(
         maps.data_ptr(),
@@ -120,7 +127,7 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
         None if wide_bias is None else wide_bias.data_ptr(),
         y.data_ptr(),
         x.shape[0],
-        maps[0, 0].numel(),
+        maps.numel() // (x.shape[0] * cols),
         rows,
         cols,
         PANEL,
@@ -128,7 +135,7 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
         VALUE_TYPES.index(weight.values.dtype),
         _native.threads(),
     )
-    return y.to(x.dtype)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 @torch.library.custom_op(

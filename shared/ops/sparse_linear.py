@@ -9,6 +9,7 @@ A dropped weight takes no part in the sum: an infinite or NaN x meets only the w
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -125,7 +126,8 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     if x.numel() == 0 or weight.kept == 0:
         y = x.new_zeros(*x.shape[:-1], weight.shape[0])
         return y if bias is None else y + bias.to(y.dtype)
-    backend = _plan(x, weight).backend
+    call = ("sparse_linear", x.dtype, x.numel())
+    backend = dispatch.recall(weight.plans, call, lambda: _plan(x, weight))
     if backend == "native":
         return _native_forward(x, weight, bias)
     if backend == "dense":
@@ -160,11 +162,12 @@ def csr_index(weight: SparseWeight) -> tuple[str, Tensor]:
 
 def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     rows, cols = weight.shape
-    flat = x.reshape(-1, cols).float().contiguous()
+    flat = _native.plain(x)
+    batch = flat.numel() // cols
     layout, index = weight.layout, weight.index
-    if layout == "bitmask" and (flat.shape[0] > _EXPAND_BATCH or not bool(torch.isfinite(flat).all())):
+    if layout == "bitmask" and (batch > _EXPAND_BATCH or not math.isfinite(float((flat * 0).sum()))):
         layout, index = csr_index(weight)
-    wide_bias = None if bias is None else bias.float().contiguous()
+    wide_bias = None if bias is None else _native.plain(bias)
     y = torch.empty(*x.shape[:-1], rows, dtype=torch.float32)
     _native.function("zoo_sparse_linear", "ppppppiiiiiiii")(
         flat.data_ptr(),
@@ -173,7 +176,7 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
         weight.pointer.data_ptr(),
         None if wide_bias is None else wide_bias.data_ptr(),
         y.data_ptr(),
-        flat.shape[0],
+        batch,
         rows,
         cols,
         PANEL,
@@ -182,7 +185,7 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
         VALUE_TYPES.index(weight.values.dtype),
         _native.threads(),
     )
-    return y.to(x.dtype)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 def _backward(

@@ -14,13 +14,15 @@ rows;
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from shared.errors import OpError
+from shared.ops.derived import version
 from shared.ops.layout import (
     BLOCK_WIDTHS,
     LAYOUTS,
@@ -43,16 +45,16 @@ class SparseWeight:
     """A packed weight W [out, in].
 
     Attributes:
-        values: kept weights in stored order, fp32, bf16 or fp16, followed by `OVERREAD` zeros that are read
-        and
-            never used. Gradients arrive here, zero in the tail.
-        index: mask bits (uint8 [segments, panel / 8]) or columns inside the panel (int16 [entries +
-        OVERREAD]). pointer: int32 [segments + 1].
+        values: kept weights in stored order, fp32, bf16 or fp16 (fp64 for gradient checks), followed by
+            `OVERREAD` zeros that are read and never used. Gradients arrive here, zero in the tail.
+        index: mask bits, uint8 [segments, panel / 8]; or columns in the panel, int16 [entries + OVERREAD].
+        pointer: int32 [segments + 1].
         layout: "bitmask", "csr", "rows4" or "columns".
         shape: (out, in).
-        width: columns per block of "columns"; for "bitmask" 2 or 4 says that each eight columns keep just
-        so many
-            (an N:M pattern); 1 otherwise.
+        width: columns per block of "columns"; for "bitmask", 2 or 4 says that each eight columns keep just so
+            many (an N:M pattern); 1 otherwise.
+        plans: the backends of calls seen before, for `dispatch.recall`.
+        seen: the state of the tensors that was last found in order.
     """
 
     values: Float[Tensor, " stored"]
@@ -61,14 +63,24 @@ class SparseWeight:
     layout: str
     shape: tuple[int, int]
     width: int = 1
+    plans: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False)
+    seen: dict[str, tuple[object, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
-        """Raise OpError if the parts do not fit each other; the index is read again only after it was
-        changed."""
-        check_weight(self.values, self.index, self.pointer, self.layout, self.shape, self.width)
+        """Raise OpError if the parts do not fit; an index is read again only after it was changed."""
+        values, index, pointer = self.values, self.index, self.pointer
+        if torch.compiler.is_compiling() or values.is_meta or type(index) is not Tensor:
+            return check_weight(values, index, pointer, self.layout, self.shape, self.width)
+        # What may change under this object: content in place, and the storage of a tensor through `.data`.
+        tensors = (values, index, pointer)
+        places = [tensor.data_ptr() for tensor in tensors]
+        state = (version(index), version(pointer), values.dtype, values.numel(), *places)
+        if self.seen.get("state") != state:
+            check_weight(values, index, pointer, self.layout, self.shape, self.width)
+            self.seen["state"] = state
 
     @property
     def kept(self) -> int:
