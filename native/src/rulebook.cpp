@@ -257,6 +257,17 @@ ZOO_EXPORT void zoo_conv_neighbours(const int32_t* sites, int64_t number, const 
   });
 }
 
+// total: entries of a neighbour table that are not -1.
+ZOO_EXPORT void zoo_pairs_total(const int32_t* neighbours, int64_t entries, int64_t threads, int64_t* total) {
+  std::atomic<int64_t> sum{0};
+  parallel_for(entries, threads, [&](int64_t begin, int64_t end) {
+    int64_t found = 0;
+    for (int64_t i = begin; i < end; ++i) found += neighbours[i] >= 0;
+    sum += found;
+  });
+  *total = sum;
+}
+
 // counts[tile, k]: neighbours that the targets of a tile (`tile` consecutive rows) have at offset k.
 ZOO_EXPORT void zoo_pairs_count(const int32_t* neighbours, int64_t targets, int64_t offsets, int64_t tile,
                                 int64_t threads, int64_t* counts) {
@@ -274,16 +285,18 @@ ZOO_EXPORT void zoo_pairs_count(const int32_t* neighbours, int64_t targets, int6
 ZOO_EXPORT void zoo_pairs_fill(const int32_t* neighbours, int64_t targets, int64_t offsets, int64_t tile,
                                const int64_t* start, int64_t threads, int32_t* source, int32_t* target) {
   parallel_for((targets + tile - 1) / tile, threads, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> next(offsets);
+    // Gathered without branches (whether there is a neighbour is anybody's guess), with room for one stray entry.
+    std::vector<int32_t> from(tile + 1), to(tile + 1);
     for (int64_t t = begin; t < end; ++t) {
-      std::copy_n(start + t * offsets, offsets, next.begin());
-      for (int64_t row = t * tile; row < std::min(targets, (t + 1) * tile); ++row) {
-        for (int64_t k = 0; k < offsets; ++k) {
-          const int32_t other = neighbours[row * offsets + k];
-          if (other < 0) continue;
-          source[next[k]] = other;
-          target[next[k]++] = static_cast<int32_t>(row);
+      for (int64_t k = 0; k < offsets; ++k) {
+        int64_t count = 0;
+        for (int64_t row = t * tile; row < std::min(targets, (t + 1) * tile); ++row) {
+          from[count] = neighbours[row * offsets + k];
+          to[count] = static_cast<int32_t>(row);
+          count += from[count] >= 0;
         }
+        std::copy_n(from.begin(), count, source + start[t * offsets + k]);
+        std::copy_n(to.begin(), count, target + start[t * offsets + k]);
       }
     }
   });

@@ -50,7 +50,7 @@ inline void sum_block(const Entries<T, Index>& a, int64_t row, const T* x, int64
     prefetch_row<V>(a, e, x, features);
     const T* from = x + static_cast<int64_t>(a.col[e]) * features;
     if (kWeighted) {
-      const Vec weight = Vec{} + a.weight_of(e);
+      const Vec weight = splat_vec<T>(a.weight_of(e));
       for (int v = 0; v < V; ++v) acc[v] += weight * load_vec(from + v * lanes);
     } else {
       for (int v = 0; v < V; ++v) acc[v] += load_vec(from + v * lanes);
@@ -73,7 +73,7 @@ inline void max_block(const Entries<T, Index>& a, int64_t row, const T* x, int64
   for (int64_t e = begin; e < end; ++e) {
     prefetch_row<V>(a, e, x, features);
     const T* from = x + static_cast<int64_t>(a.col[e]) * features;
-    const Vec weight = Vec{} + a.weight_of(e);
+    const Vec weight = splat_vec<T>(a.weight_of(e));
     const Bits position = Bits{} + static_cast<Lane>(e - begin);
     for (int v = 0; v < V; ++v) {
       const Vec message = weight * load_vec(from + v * lanes);

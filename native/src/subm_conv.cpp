@@ -84,7 +84,7 @@ inline void multiply_group(const T* const* rows, const T* panel, int64_t depth, 
     Vec w[kVectors];
     for (int v = 0; v < kVectors; ++v) w[v] = load_vec(panel + c * kPanel<T> + v * lanes);
     for (int r = 0; r < R; ++r) {
-      const Vec value = Vec{} + x[r][c];
+      const Vec value = splat_vec<T>(x[r][c]);
       for (int v = 0; v < kVectors; ++v) acc[r][v] += value * w[v];
     }
   }
@@ -154,7 +154,7 @@ inline void weight_group(int64_t count, const T* const* grads, const T* const* r
     Vec value[kVectors];
     for (int v = 0; v < kVectors; ++v) value[v] = load_vec(rows[p] + column + v * lanes);
     for (int r = 0; r < R; ++r) {
-      const Vec grad = Vec{} + grads[p][r];
+      const Vec grad = splat_vec<T>(grads[p][r]);
       for (int v = 0; v < kVectors; ++v) acc[r][v] += grad * value[v];
     }
   }
@@ -162,60 +162,85 @@ inline void weight_group(int64_t count, const T* const* grads, const T* const* r
     for (int v = 0; v < kVectors; ++v) store_vec(sums + r * stride + v * lanes, acc[r][v]);
 }
 
-// grad_weight[o, k, i] = sum over pairs of offset k of grad[target, o] * x[source, i]. A thread owns some output
-// channels of some offset and goes through its pairs in order.
+// The rows that one segment of pairs multiplies: of the gradient (from an output channel on) and of the input. Input
+// columns beyond the last whole panel are copied to where a whole panel may be read.
+template <class T>
+struct Gathered {
+  std::vector<const T*> grads, rows, tail_rows;
+  std::vector<T> tails;
+
+  void gather(const Pairs& pairs, int64_t segment, const T* x, const T* grad, int64_t out, int64_t in) {
+    const int64_t begin = pairs.start[segment], count = pairs.start[segment + 1] - begin;
+    const int64_t whole = in / kPanel<T> * kPanel<T>;
+    rows.resize(count);
+    grads.resize(count);
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = x + pairs.source[begin + i] * in;
+      grads[i] = grad + pairs.target[begin + i] * out;
+    }
+    if (whole == in) return;
+    tails.assign(count * kPanel<T>, T(0));
+    tail_rows.resize(count);
+    for (int64_t i = 0; i < count; ++i) {
+      std::copy(rows[i] + whole, rows[i] + in, tails.data() + i * kPanel<T>);
+      tail_rows[i] = tails.data() + i * kPanel<T> - whole;
+    }
+  }
+
+  void advance(int64_t channels) {
+    for (auto& g : grads) g += channels;
+  }
+};
+
+// grad_weight[o, k, i] = sum over pairs of offset k of grad[target, o] * x[source, i]. A thread owns some blocks of
+// output channels at some offsets. It goes through the tiles once, so that their rows stay in the cache for all of
+// its offsets, and sums in the order of the tiles.
 template <class T>
 void convolve_grad_weight(const Pairs& pairs, const T* x, const T* grad, int64_t out, int64_t in, T* grad_weight,
                           int64_t threads) {
-  constexpr int64_t kBlock = 4 * kRows;  // output channels per unit of work
-  const int64_t padded = round_up(in, kPanel<T>), blocks = (out + kBlock - 1) / kBlock;
-  const int64_t units = pairs.offsets * blocks;
-  const Pairs p = pairs;
-  std::atomic<int64_t> next{0};
-  parallel_for(std::min(units, threads), threads, [&](int64_t, int64_t) {
-    std::vector<T> sums(kBlock * padded), tails;
-    std::vector<const T*> rows, tail_rows, grads;
-    for (int64_t unit = next++; unit < units; unit = next++) {
-      // The centre, which has most pairs, comes first, so that no thread is left with it at the end.
-      const int64_t k = (p.offsets / 2 + unit / blocks) % p.offsets;
-      const int64_t first = unit % blocks * kBlock, width = std::min(kBlock, out - first);
-      std::fill(sums.begin(), sums.end(), T(0));
-      for (int64_t t = 0; t < p.tiles(); ++t) {
-        const int64_t begin = p.start[t * p.offsets + k], count = p.start[t * p.offsets + k + 1] - begin;
-        rows.resize(count);
-        grads.resize(count);
-        for (int64_t i = 0; i < count; ++i) {
-          rows[i] = x + p.source[begin + i] * in;
-          grads[i] = grad + p.target[begin + i] * out + first;
-        }
-        const int64_t whole = in / kPanel<T> * kPanel<T>;
-        if (whole < in) {  // the last columns, copied to where a whole panel may be read
-          tails.assign(count * kPanel<T>, T(0));
-          tail_rows.resize(count);
-          for (int64_t i = 0; i < count; ++i) {
-            std::copy(rows[i] + whole, rows[i] + in, tails.data() + i * kPanel<T>);
-            tail_rows[i] = tails.data() + i * kPanel<T> - whole;
-          }
-        }
-        for (int64_t column = 0; column < padded; column += kPanel<T>) {
-          const T* const* from = column < whole ? rows.data() : tail_rows.data();
-          for (int64_t o = 0; o < width; o += kRows) {
-            T* to = sums.data() + o * padded + column;
-            switch (std::min<int64_t>(kRows, width - o)) {
-              case 6: weight_group<6>(count, grads.data(), from, column, to, padded); break;
-              case 5: weight_group<5>(count, grads.data(), from, column, to, padded); break;
-              case 4: weight_group<4>(count, grads.data(), from, column, to, padded); break;
-              case 3: weight_group<3>(count, grads.data(), from, column, to, padded); break;
-              case 2: weight_group<2>(count, grads.data(), from, column, to, padded); break;
-              default: weight_group<1>(count, grads.data(), from, column, to, padded); break;
+  constexpr int64_t kBlock = 4 * kRows;
+  const int64_t padded = round_up(in, kPanel<T>), whole = in / kPanel<T> * kPanel<T>;
+  const int64_t units = (out + kBlock - 1) / kBlock * pairs.offsets;  // unit: block * offsets + offset
+  std::vector<int64_t> work(units + 1, 0);
+  for (int64_t t = 0; t < pairs.tiles(); ++t)
+    for (int64_t k = 0; k < pairs.offsets; ++k)
+      work[k + 1] += pairs.start[t * pairs.offsets + k + 1] - pairs.start[t * pairs.offsets + k];
+  for (int64_t u = pairs.offsets; u < units; ++u) work[u + 1] = work[u + 1 - pairs.offsets];
+  for (int64_t u = 0; u < units; ++u) work[u + 1] += work[u];
+  parallel_rows(work.data(), units, 1, threads, [&](int64_t begin, int64_t end) {
+    std::vector<T> sums((end - begin) * kBlock * padded, T(0));
+    Gathered<T> gathered;
+    for (int64_t t = 0; t < pairs.tiles(); ++t) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t first = unit / pairs.offsets * kBlock, width = std::min(kBlock, out - first);
+        const int64_t segment = t * pairs.offsets + unit % pairs.offsets;
+        const int64_t count = pairs.start[segment + 1] - pairs.start[segment];
+        if (count == 0) continue;
+        gathered.gather(pairs, segment, x, grad + first, out, in);
+        for (int64_t o = 0; o < width; o += kRows) {
+          const int64_t channels = std::min<int64_t>(kRows, width - o);
+          const T* const* grads = gathered.grads.data();
+          for (int64_t column = 0; column < padded; column += kPanel<T>) {
+            const T* const* from = (column < whole ? gathered.rows : gathered.tail_rows).data();
+            T* to = sums.data() + ((unit - begin) * kBlock + o) * padded + column;
+            switch (channels) {
+              case 6: weight_group<6>(count, grads, from, column, to, padded); break;
+              case 5: weight_group<5>(count, grads, from, column, to, padded); break;
+              case 4: weight_group<4>(count, grads, from, column, to, padded); break;
+              case 3: weight_group<3>(count, grads, from, column, to, padded); break;
+              case 2: weight_group<2>(count, grads, from, column, to, padded); break;
+              default: weight_group<1>(count, grads, from, column, to, padded); break;
             }
-            for (auto& g : grads) g += std::min<int64_t>(kRows, width - o);
           }
-          for (auto& g : grads) g -= width;
+          gathered.advance(channels);
         }
       }
-      for (int64_t o = 0; o < width; ++o)
-        std::copy_n(sums.data() + o * padded, in, grad_weight + ((first + o) * p.offsets + k) * in);
+    }
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit / pairs.offsets * kBlock, k = unit % pairs.offsets;
+      for (int64_t o = 0; o < std::min(kBlock, out - first); ++o)
+        std::copy_n(sums.data() + ((unit - begin) * kBlock + o) * padded, in,
+                    grad_weight + ((first + o) * pairs.offsets + k) * in);
     }
   });
 }

@@ -246,10 +246,21 @@ def _reached(
     return torch.cat([indices[:, :1], place], 1), valid
 
 
+def _found(neighbours: Tensor) -> int:
+    """How many entries of a neighbour table are not -1."""
+    if not _is_native(neighbours):
+        return int((neighbours >= 0).sum())
+    total = torch.zeros(1, dtype=torch.int64)
+    _native.function("zoo_pairs_total", "piip")(
+        neighbours.data_ptr(), neighbours.numel(), _native.threads(), total.data_ptr()
+    )
+    return int(total)
+
+
 def _pairs(neighbours: Tensor, sources: int) -> Pairs:
     """Pair lists of a neighbour table [targets, offsets]."""
     targets, offsets = neighbours.shape
-    found = int((neighbours >= 0).sum())
+    found = _found(neighbours)
     tile = min(max(_PAIRS * targets * offsets // max(found, 1), _TILES[0]), _TILES[1])
     tile = max(min(tile, targets // 8), _TILES[0])  # enough tiles to share among threads
     tiles = -(-targets // tile)

@@ -43,6 +43,12 @@ inline __attribute__((always_inline)) void store_vec(T* to, typename Lanes<T>::V
   std::memcpy(to, &vec, sizeof vec);
 }
 
+// All lanes the same. (x - 0 is x for every x, so this compiles to a broadcast; x + 0 would not.)
+template <class T>
+inline __attribute__((always_inline)) typename Lanes<T>::Vec splat_vec(T value) {
+  return value - typename Lanes<T>::Vec{};
+}
+
 template <class T>
 inline __attribute__((always_inline)) T sum_vec(typename Lanes<T>::Vec vec) {
   T total = vec[0];
