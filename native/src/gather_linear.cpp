@@ -93,38 +93,37 @@ void input_sparse(const Source& w, const int32_t* active, const float* factors, 
   }
 }
 
-// xs holds the rows of x chunk by chunk, kLanes values of each.
+// y[b, active[0..R)] += row * x: R rows at a time, so that several streams of the memory are open. xs holds the rows of
+// x chunk by chunk, kLanes values of each. The next R rows are fetched meanwhile.
+template <int R, int B, class Source>
+ZOO_INLINE void dot_rows(const Source& w, const int32_t* active, int64_t left, const float* xs, float* y, int64_t ldy) {
+  decltype(w.row(0)) row[R], next[R];
+  for (int r = 0; r < R; ++r) row[r] = w.row(active[r]), next[r] = w.row(active[std::min<int64_t>(R + r, left - 1)]);
+  vf acc[R][B];
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b) acc[r][b] = zero();
+  for (int64_t start = 0; start < w.stride; start += w.block) {
+    vf scale[R];
+    for (int r = 0; r < R; ++r) scale[r] = splat(w.scale(active[r], start));
+    for (int64_t k = start; k < start + w.block; k += kLanes)
+      for (int r = 0; r < R; ++r) {
+        vf values = load(row[r] + k / w.kPerItem);
+        if (w.scales != nullptr) values = mul(values, scale[r]);
+        w.prefetch(next[r], k);
+        for (int b = 0; b < B; ++b) acc[r][b] = fma(values, load(xs + k * B + b * kLanes), acc[r][b]);
+      }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b) y[b * ldy + active[r]] += sum(acc[r][b]);
+}
+
 template <int B, class Source>
 void output_sparse(const Source& w, const int32_t* active, int64_t begin, int64_t end, const float* xs, float* y,
                    int64_t ldy) {
-  constexpr int kChains = B >= 4 ? 1 : 4 / B;
-  for (int64_t i = begin; i < end; ++i) {
-    const auto* row = w.row(active[i]);
-    const auto* next = w.row(active[std::min(i + 1, end - 1)]);
-    vf acc[kChains][B];
-    for (int c = 0; c < kChains; ++c)
-      for (int b = 0; b < B; ++b) acc[c][b] = zero();
-    const float* xk = xs;
-    for (int64_t start = 0; start < w.stride; start += w.block) {
-      const vf scale = splat(w.scale(active[i], start));
-      const auto step = [&](int64_t k, int chain) {
-        vf values = load(row + k / w.kPerItem);
-        if (w.scales != nullptr) values = mul(values, scale);
-        w.prefetch(next, k);
-        for (int b = 0; b < B; ++b, xk += kLanes) acc[chain][b] = fma(values, load(xk), acc[chain][b]);
-      };
-      const int64_t end_of_block = start + w.block;
-      int64_t k = start;
-      for (; k + kChains * kLanes <= end_of_block; k += kChains * kLanes)
-        for (int c = 0; c < kChains; ++c) step(k + c * kLanes, c);
-      for (; k < end_of_block; k += kLanes) step(k, 0);
-    }
-    for (int b = 0; b < B; ++b) {
-      vf total = acc[0][b];
-      for (int c = 1; c < kChains; ++c) total = add(total, acc[c][b]);
-      y[b * ldy + active[i]] += sum(total);
-    }
-  }
+  constexpr int kRows = B >= 4 ? 1 : 4;
+  int64_t i = begin;
+  for (; i + kRows <= end; i += kRows) dot_rows<kRows, B>(w, active + i, end - i, xs, y, ldy);
+  for (; i < end; ++i) dot_rows<1, B>(w, active + i, end - i, xs, y, ldy);
 }
 
 // Calls body(std::integral_constant<int, batch>).

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def build(sanitize: str | None = None, level: str | None = None) -> Path:
-    """Configure and compile (all instruction sets by default); returns the folder that holds the libraries."""
+    """Configure and compile (all instruction sets by default); returns the folder that holds the
+    libraries."""
     source = ROOT / "CMakeLists.txt"
     if not source.exists():
         sys.exit(f"{source} is missing: this is an installed package, not a source checkout")
@@ -47,8 +48,8 @@ def main() -> None:
     print(f"built into {folder}")
     if options.sanitize:
         runtime = {"address": "libasan.so", "thread": "libtsan.so"}[options.sanitize]
-        # torch's own runtime leaks by design, and OpenMP's barriers are unknown to the thread sanitizer, which
-        # therefore needs the kernels' own threads (ZOO_OWN_THREADS).
+        # torch's own runtime leaks by design, and OpenMP's barriers are unknown to the thread sanitizer,
+        # which therefore needs the kernels' own threads (ZOO_OWN_THREADS).
         print(
             f"run the tests on it: LD_PRELOAD=$(gcc -print-file-name={runtime}) ASAN_OPTIONS=detect_leaks=0 "
             f"ZOO_OWN_THREADS=1 ZOO_NATIVE_DIR={folder} python -m pytest tests/ops"

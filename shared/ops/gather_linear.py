@@ -144,7 +144,9 @@ def _share(marks: Tensor) -> float:
     """Share of the last dimension that any row marks, in steps of 1/32 so that plans can be reused."""
     if marks.numel() == 0:
         return 1 / 32
-    return max(1, round(32 * float(marks.reshape(-1, marks.shape[-1]).any(0).float().mean()))) / 32
+    flat = marks.reshape(-1, marks.shape[-1])
+    count = int(torch.count_nonzero(flat if flat.shape[0] == 1 else flat.any(0)))
+    return max(1, round(32 * count / flat.shape[1])) / 32
 
 
 def _plan(op: str, x: Tensor, weight: DenseRows, share: float) -> dispatch.Plan:
@@ -182,7 +184,7 @@ def _batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _native_input(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
-    flat = x.reshape(-1, weight.rows).float().contiguous()
+    flat = _native.plain(x.reshape(-1, weight.rows))
     start = torch.zeros(weight.stride)
     if bias is not None:
         start[: weight.cols] = bias
@@ -221,13 +223,13 @@ def _forward_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | N
 
 
 def _native_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
-    flat, wanted = x.reshape(-1, weight.cols).float().contiguous(), active.reshape(-1, weight.rows)
+    flat, wanted = _native.plain(x.reshape(-1, weight.cols)), active.reshape(-1, weight.rows)
     start = torch.zeros(weight.rows) if bias is None else bias.float()
     outs = []
     run = _native.function("zoo_gather_linear_output", "pppppiiiiiiii")
     for part, marks in _batches(flat, wanted):
         out = start.repeat(part.shape[0], 1)
-        rows = marks.any(0).nonzero().squeeze(1).int()
+        rows = (marks[0] if marks.shape[0] == 1 else marks.any(0)).nonzero().squeeze(1).int()
         run(
             part.data_ptr(),
             weight.data.data_ptr(),
@@ -245,7 +247,9 @@ def _native_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | No
         )
         outs.append(out)
     y = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return torch.where(wanted, y[: flat.shape[0]], 0).to(x.dtype).reshape(active.shape)
+    if flat.shape[0] > 1 or bias is not None:  # otherwise the other outputs are zero already
+        y = torch.where(wanted, y[: flat.shape[0]], 0)
+    return y.to(x.dtype).reshape(active.shape)
 
 
 @torch.library.custom_op(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from shared.errors import OpError
@@ -35,8 +35,12 @@ def block_of(layout: str, width: int) -> tuple[int, int]:
 
 
 def coordinates(
-    index: Int[Tensor, ...], pointer: Int[Tensor, " end"], layout: str, shape: tuple[int, int], width: int
-) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+    index: Integer[Tensor, ...],
+    pointer: Integer[Tensor, " end"],
+    layout: str,
+    shape: tuple[int, int],
+    width: int,
+) -> tuple[Integer[Tensor, " kept"], Integer[Tensor, " kept"]]:
     """Row and column of each stored value. Padding rows of `rows4` keep their number, which is beyond the
     shape."""
     panel, (height, width) = PANEL, block_of(layout, width)
@@ -52,19 +56,19 @@ def coordinates(
     return rows.flatten(), cols.flatten()
 
 
-def columns_of_bits(bits: Int[Tensor, "segments bytes"]) -> Int[Tensor, " stored"]:
+def columns_of_bits(bits: Integer[Tensor, "segments bytes"]) -> Integer[Tensor, " stored"]:
     """The csr index (columns inside the panel, padded) of the same values in the same order."""
     kept = [unpack_bits(part).nonzero()[:, 1].to(torch.int16) for part in bits.split(1024)]
     return torch.cat([*kept, torch.zeros(OVERREAD, dtype=torch.int16, device=bits.device)])
 
 
-def pack_bits(kept: Bool[Tensor, "segments panel"]) -> Int[Tensor, "segments bytes"]:
+def pack_bits(kept: Bool[Tensor, "segments panel"]) -> Integer[Tensor, "segments bytes"]:
     """Eight columns per byte, the first in the lowest bit."""
     powers = 1 << torch.arange(8, device=kept.device, dtype=torch.uint8)
     return (kept.reshape(kept.shape[0], kept.shape[1] // 8, 8) * powers).sum(-1, dtype=torch.uint8)
 
 
-def unpack_bits(bits: Int[Tensor, "segments bytes"]) -> Bool[Tensor, "segments panel"]:
+def unpack_bits(bits: Integer[Tensor, "segments bytes"]) -> Bool[Tensor, "segments panel"]:
     """The inverse of `pack_bits`."""
     powers = 1 << torch.arange(8, device=bits.device, dtype=torch.uint8)
     return (bits.unsqueeze(-1) & powers).flatten(1) != 0
@@ -72,8 +76,8 @@ def unpack_bits(bits: Int[Tensor, "segments bytes"]) -> Bool[Tensor, "segments p
 
 def dense_of(
     values: Float[Tensor, " stored"],
-    index: Int[Tensor, ...],
-    pointer: Int[Tensor, " end"],
+    index: Integer[Tensor, ...],
+    pointer: Integer[Tensor, " end"],
     layout: str,
     shape: tuple[int, int],
     width: int,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from shared.errors import OpError
@@ -43,11 +43,11 @@ class QuantGroups:
         group: G, a multiple of 16 that divides `in`.
     """
 
-    codes: Int[Tensor, "groups bytes"]
+    codes: Integer[Tensor, "groups bytes"]
     scales: Float[Tensor, " groups"]
-    zeros: Int[Tensor, " groups"]
-    columns: Int[Tensor, " groups"]
-    pointer: Int[Tensor, " rows_and_end"]
+    zeros: Integer[Tensor, " groups"]
+    columns: Integer[Tensor, " groups"]
+    pointer: Integer[Tensor, " rows_and_end"]
     shape: tuple[int, int]
     group: int
 

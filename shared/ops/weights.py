@@ -18,7 +18,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from shared.errors import OpError
@@ -58,8 +58,8 @@ class SparseWeight:
     """
 
     values: Float[Tensor, " stored"]
-    index: Int[Tensor, ...]
-    pointer: Int[Tensor, " segments_and_end"]
+    index: Integer[Tensor, ...]
+    pointer: Integer[Tensor, " segments_and_end"]
     layout: str
     shape: tuple[int, int]
     width: int = 1
@@ -98,7 +98,7 @@ class SparseWeight:
         tensors = (self.index, self.pointer)
         return self.kept * self.values.element_size() + sum(t.numel() * t.element_size() for t in tensors)
 
-    def coordinates(self) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+    def coordinates(self) -> tuple[Integer[Tensor, " kept"], Integer[Tensor, " kept"]]:
         """Row and column of each stored value, in stored order."""
         return coordinates(self.index, self.pointer, self.layout, self.shape, self.width)
 

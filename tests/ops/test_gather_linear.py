@@ -130,6 +130,7 @@ def test_gradients() -> None:
         close(grad, tensor.grad.double())
 
 
+@pytest.mark.traced
 def test_compile_and_export() -> None:
     class Layer(torch.nn.Module):
         def __init__(self) -> None:

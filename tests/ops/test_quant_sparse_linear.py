@@ -75,6 +75,7 @@ def test_gradient_of_x() -> None:
     assert torch.allclose(found[1], bias.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.traced
 def test_compile() -> None:
     weight, x = example(), torch.randn(3, 128)
     compiled = torch.compile(lambda x: quant_sparse_linear(x, weight), backend="aot_eager", fullgraph=True)

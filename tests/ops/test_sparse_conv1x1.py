@@ -60,6 +60,7 @@ def test_gradients(layout: str) -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.traced
 def test_compile_and_empty_batch() -> None:
     weight = pack(torch.randn(6, 8), torch.rand(6, 8) < 0.5)
     compiled = torch.compile(lambda x: sparse_conv1x1(x, weight), backend="aot_eager", fullgraph=True)

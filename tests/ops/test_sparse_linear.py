@@ -225,6 +225,7 @@ def test_spoilt_bits_are_noticed() -> None:
 
 
 @pytest.mark.parametrize("layout", ["bitmask", "csr", "rows4"])
+@pytest.mark.traced
 def test_compile_and_export(layout: str) -> None:
     module = SparseLinear(example(8, 16, 0.5, layout), torch.randn(8))
     x = torch.randn(3, 16, requires_grad=True)

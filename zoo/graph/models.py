@@ -47,16 +47,21 @@ class GCNLayer(pyg.GCNConv):
 
 
 class GINLayer(pyg.GINConv):
-    """Xu et al.'s convolution W ((1 + eps) x_i + sum_j x_j)."""
+    """Xu et al.'s convolution W ((1 + eps) x_i + sum_j x_j), as (1 + eps) W x_i + sum_j W x_j.
+
+    W is linear, so the two are equal; messages are as wide as the output, not as the input (Coauthor-CS: 64
+    against 6,805, or 4 GB of messages).
+    """
 
     def forward(self, x: Features, graph: Tensor | Adjacency) -> Tensor:
-        if isinstance(graph, Tensor):
-            out: Tensor = super().forward(x, graph)
-            return out
         hidden = project(x, self.nn.weight) if isinstance(self.nn, nn.Linear) else self.nn(_as_dense(x))
+        own = (1 + self.eps) * hidden
+        if isinstance(graph, Tensor):
+            out: Tensor = self.propagate(graph, x=(hidden, hidden), size=None) + own
+            return out
         if graph.weight is None:
-            return graph.matrix @ hidden + (1 + self.eps) * hidden
-        return graph.matrix.weighted(graph.weight, hidden) + (1 + self.eps) * hidden
+            return graph.matrix @ hidden + own
+        return graph.matrix.weighted(graph.weight, hidden) + own
 
 
 class GATLayer(pyg.GATConv):
