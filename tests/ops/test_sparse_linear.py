@@ -174,6 +174,7 @@ def test_native_gradients(layout: str, batch: int) -> None:
         close(ours, expected.double())
 
 
+@pytest.mark.traced
 def test_refusals() -> None:
     weight = example(8, 16, 0.5, "csr")
     with pytest.raises(OpError, match="does not end in the 16 columns"):
