@@ -132,7 +132,8 @@ def _refuse_dangerous(text: str, source: str) -> None:
     """Walk over the events, which builds nothing, so that a bomb is met before it goes off."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
-        line = f"{source}:{event.start_mark.line + 1}"
+        mark = event.start_mark
+        line = f"{source}:{mark.line + 1}" if mark is not None else source
         if isinstance(event, yaml.AliasEvent):
             raise CardError(f"{line}: a YAML alias, which a card may not have. Write the value out.")
         tag = getattr(event, "tag", None)

@@ -3,11 +3,12 @@
 // Two passes: the first counts the entries of every row, so that the result is allocated once and exactly (pages of
 // memory cost more than arithmetic here), the second writes them. Rows are cut into chunks of about equal work
 // (multiplications), and each row is summed by one thread in a private accumulator: a dense row whose occupied
-// columns are marked in a bitmap, which also gives them back in order, or, where a row has far fewer products than
-// the bitmap has words, a hash table.
+// columns are marked in a bitmap, which also puts them in order, or, where a row has far fewer products than the
+// bitmap has words, a hash table.
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "zoo/export.hpp"
@@ -18,6 +19,8 @@ namespace {
 
 // The dense accumulator is used where a row has at least one product per this many columns (benchmarks/spgemm.py).
 constexpr int64_t kColumnsPerProduct = 256;
+// Its bitmap is scanned where there is a product per this many columns, eight per word; else its columns are listed.
+constexpr int64_t kColumnsScanned = 8;
 constexpr int64_t kDenseColumns = int64_t{1} << 26;
 constexpr int64_t kMinChunk = int64_t{1} << 16, kMaxChunk = int64_t{1} << 22;  // multiplications
 
@@ -28,15 +31,16 @@ struct Csr {
   const T* value;
 };
 
+uint64_t word_of(int64_t col) { return static_cast<uint64_t>(col) >> 6; }
+uint64_t bit_of(int64_t col) { return uint64_t{1} << (static_cast<uint64_t>(col) & 63); }
+
 // A row of `cols` sums and a bit per column that has one. Both are clear between rows.
 template <class T, class Index>
 class DenseRow {
  public:
   DenseRow(int64_t cols, bool with_sums) : sums_(with_sums ? cols : 0), words_((cols + 63) / 64) {}
 
-  void mark(Index col) {
-    words_[static_cast<uint64_t>(col) >> 6] |= uint64_t{1} << (static_cast<uint64_t>(col) & 63);
-  }
+  void mark(Index col) { words_[word_of(col)] |= bit_of(col); }
 
   void add(Index col, T product) {
     sums_[col] += product;
@@ -53,8 +57,8 @@ class DenseRow {
     return marked;
   }
 
-  // Moves the sums out in order of their columns; returns how many there are.
-  int64_t take(bool, Index* col, T* value) {
+  // Moves the sums out in order of their columns.
+  void take(bool, Index* col, T* value) {
     int64_t count = 0;
     for (size_t w = 0; w < words_.size(); ++w) {
       uint64_t word = words_[w];
@@ -68,12 +72,67 @@ class DenseRow {
         sums_[c] = 0;
       }
     }
-    return count;
   }
 
  private:
+  template <class U, class I>
+  friend class ListedRow;
   std::vector<T> sums_;
   std::vector<uint64_t> words_;
+};
+
+// The same for rows with few sums per word, where scanning words would be guesswork for the branch predictor: columns
+// are listed as they are met, and the number of marks before a column is its place in the result.
+template <class T, class Index>
+class ListedRow {
+ public:
+  void bind(DenseRow<T, Index>* row, int64_t products) {
+    row_ = row;
+    if (static_cast<int64_t>(cols_.size()) <= products) cols_.resize(products + 1);
+  }
+
+  void mark(Index col) {
+    uint64_t& word = row_->words_[word_of(col)];
+    cols_[count_] = col;
+    count_ += (word & bit_of(col)) == 0;
+    word |= bit_of(col);
+  }
+
+  void add(Index col, T product) {
+    row_->sums_[col] += product;
+    mark(col);
+  }
+
+  int64_t count() {
+    for (int64_t i = 0; i < count_; ++i) row_->words_[word_of(cols_[i])] = 0;
+    return std::exchange(count_, 0);
+  }
+
+  void take(bool sorted, Index* col, T* value) {
+    if (sorted) {
+      before_.resize(row_->words_.size());
+      uint32_t marks = 0;
+      for (size_t w = 0; w < before_.size(); ++w) {
+        before_[w] = marks;
+        marks += static_cast<uint32_t>(__builtin_popcountll(row_->words_[w]));
+      }
+    }
+    for (int64_t i = 0; i < count_; ++i) {
+      const Index c = cols_[i];
+      const uint64_t w = word_of(c);
+      const int64_t place =
+          sorted ? before_[w] + __builtin_popcountll(row_->words_[w] & (bit_of(c) - 1)) : i;
+      col[place] = c;
+      value[place] = std::exchange(row_->sums_[c], T(0));
+    }
+    count();
+  }
+
+ private:
+  DenseRow<T, Index>* row_ = nullptr;
+  std::vector<Index> cols_;
+  std::vector<uint32_t> before_;
+  int64_t count_ = 0;
 };
 
 // Open addressing with linear probing; the table is at least twice as large as a row can need, so probing ends.
@@ -117,7 +176,7 @@ class HashRow {
     return marked;
   }
 
-  int64_t take(bool sorted, Index* col, T* value) {
+  void take(bool sorted, Index* col, T* value) {
     if (sorted) std::sort(used_.begin(), used_.end(), [this](uint64_t a, uint64_t b) {
       return slots_[a].col < slots_[b].col;
     });
@@ -128,7 +187,6 @@ class HashRow {
       slots_[at].col = -1;
     }
     used_.clear();
-    return count;
   }
 
  private:
@@ -179,6 +237,7 @@ void for_chunks(const std::vector<int64_t>& work, int64_t threads, Make&& make, 
 template <class T, class Index>
 struct Accumulators {
   std::unique_ptr<DenseRow<T, Index>> dense;
+  ListedRow<T, Index> listed;
   HashRow<T, Index> hash;
 };
 
@@ -187,7 +246,12 @@ template <class T, class Index, class Use>
 inline void with_row(Accumulators<T, Index>& state, int64_t products, int64_t cols, bool sums, Use&& use) {
   if (cols <= kDenseColumns && products * kColumnsPerProduct >= cols) {
     if (!state.dense) state.dense = std::make_unique<DenseRow<T, Index>>(cols, sums);
-    use(*state.dense);
+    if (products * kColumnsScanned >= cols) {
+      use(*state.dense);
+    } else {
+      state.listed.bind(state.dense.get(), products);
+      use(state.listed);
+    }
   } else {
     state.hash.reserve(std::min(products, cols));
     use(state.hash);

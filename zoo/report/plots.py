@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
@@ -102,6 +102,7 @@ def _render(plot: Plot, kind: str, *, dpi: int = 100) -> bytes:
 def _draw(axes: Axes, plot: Plot) -> None:
     if plot.log_x:
         axes.set_xscale("log")
+    _set_range(axes, [x for series in plot.series for x in series.x], plot.log_x)
     colours: dict[str, int] = {}
     for series in plot.series:
         index = colours.setdefault(series.group or series.label, len(colours))
@@ -112,7 +113,7 @@ def _draw(axes: Axes, plot: Plot) -> None:
     axes.grid(True, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.06, y=0.12)
+    axes.margins(y=0.12)
     if plot.log_x:
         from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -121,6 +122,22 @@ def _draw(axes: Axes, plot: Plot) -> None:
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda x, _: numbers.count(x) if x >= 1000 else f"{x:g}")
         )
+
+
+def _set_range(axes: Axes, xs: Sequence[float | int], log: bool) -> None:
+    """A margin left and right of all points, set before anything is drawn.
+
+    matplotlib cannot place a line over a range that is empty but for rounding, which it meets when the first series
+    has one point.
+    """
+    if not xs:
+        return
+    low, high = (math.log(min(xs)), math.log(max(xs))) if log else (min(xs), max(xs))
+    margin = 0.06 * (high - low)
+    if margin <= 1e-7 * max(abs(low), abs(high)):
+        margin = 0.25 * (1.0 if log else abs(low) or 1.0)
+    low, high = low - margin, high + margin
+    axes.set_xlim(*((math.exp(low), math.exp(high)) if log else (low, high)))
 
 
 def _draw_series(axes: Axes, series: Series, colour: str, marker: str) -> None:
