@@ -127,7 +127,7 @@ def _draw(axes: Axes, plot: Plot) -> None:
 def _set_range(axes: Axes, xs: Sequence[float | int], log: bool) -> None:
     """A margin left and right of all points, set before anything is drawn.
 
-    matplotlib cannot place a line over a range that is empty but for rounding, which it meets when the first series
+    matplotlib cannot place a line over a range that is empty but for rounding, as when the first series
     has one point.
     """
     if not xs:
