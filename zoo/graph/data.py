@@ -26,6 +26,7 @@ from torch_geometric.datasets import Coauthor, Planetoid
 from torch_geometric.transforms import NormalizeFeatures
 
 from shared.io import sha256_file
+from zoo.catalog import cache_folder
 from zoo.errors import DataError
 from zoo.graph.digits import digits_graph
 from zoo.graph.splits import split_per_class
@@ -97,7 +98,7 @@ def load_graph(name: str) -> Data:
         return digits_graph()
     if name not in NAMES:
         raise DataError(f"Unknown graph {name!r}. There are: {', '.join(NAMES)}.")
-    folder = _cache() / name
+    folder = cache_folder() / "graphs" / name
     if not (folder / _PLACES[name].processed).exists():
         _build(name, folder)
     data = _open(name, folder)
@@ -207,8 +208,3 @@ def _copy_raw(name: str, target: Path) -> bool:
     for file in place.files:
         shutil.copyfile(source / file, raw / file)
     return True
-
-
-def _cache() -> Path:
-    root = os.environ.get("ZOO_CACHE") or Path.home() / ".cache" / "sparse-model-zoo"
-    return Path(root) / "graphs"

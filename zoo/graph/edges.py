@@ -107,9 +107,3 @@ def apply_canonical_mask(
     mask = torch.empty_like(keep)
     mask[canonical_order(edge_index, num_nodes)] = keep
     return mask
-
-
-def isolated_nodes(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> int:
-    """How many nodes have no neighbour but themselves."""
-    between = edge_index[:, edge_index[0] != edge_index[1]]
-    return num_nodes - len(torch.unique(between))

@@ -46,7 +46,7 @@ class TeddyConfig:
     levels: tuple[int, ...] = (3, 5, 10, 15, 20)
     main_levels: tuple[int, ...] = (10, 20)
     seeds: int = 5
-    ugs_seeds: int = 3
+    ugs_seeds: int = 5
     epochs: int = 200
     hidden: int = 128
     distillation: float = 1.0

@@ -7,15 +7,13 @@ of the edge set.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import t as student
-
 from zoo.harness.experiments import ExperimentResult
+from zoo.harness.judging import deviation, judge, mean_cell
+from zoo.harness.stats import Difference, seed_difference
 from zoo.harness.tables import Outcome, Plot, Series, Table, Verdict
 
 Rows = Sequence[dict[str, Any]]
@@ -40,30 +38,6 @@ CURVES = (
 )
 EDGES = "edges 30 %"
 NOT_STATED = "not stated; this zoo's bar"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of a paired difference in points, half-width of its 95 % interval, and on how many seeds it
-    rests.
-    """
-
-    mean: float
-    half: float
-    seeds: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.1f} ± {self.half:.1f} points ({self.seeds} seeds)"
-
-    def sign(self) -> Outcome:
-        """Whether it is above zero, below, or neither can be said."""
-        if self.mean - self.half > 0:
-            return "holds"
-        return "does not hold" if self.mean + self.half < 0 else "no difference seen"
-
-    def at_least(self, bar: float) -> Outcome:
-        """Whether the mean reaches a bar."""
-        return "holds" if self.mean >= bar else "does not hold"
 
 
 def summarise(
@@ -91,11 +65,9 @@ def summarise(
                 plots += _plots(own, dataset, architecture)
     notes = [
         "Accuracy is that of the test nodes at the epoch of best validation accuracy, in percent: mean ± "
-        "sample standard "
-        "deviation over seeds.",
+        "sample standard deviation over seeds.",
         "Times are processor seconds of all trainings that an arm needs, on one thread: TEDDY and the "
-        "distilled arms one "
-        "dense training and one of their own; UGS every round before the level.",
+        "distilled arms one dense training and one of their own; UGS every round before the level.",
         "Magnitude weights and l0 weights keep all edges: they show what the weights alone cost. GAT counts "
         "self-loops among the entries, as TEDDY does, so that it loses more edges at the same level.",
         "Published numbers could not be had; the paper's claim is that TEDDY significantly surpasses "
@@ -122,11 +94,7 @@ def paired(rows: Rows, first: str, second: str, levels: Sequence[str] | None = N
             differences.append(100 * statistics.fmean(one[seed][name] - base[name] for name in base))
     if not differences:
         return None
-    n = len(differences)
-    half = math.inf
-    if n > 1:
-        half = float(student.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
-    return Difference(statistics.fmean(differences), half, n)
+    return seed_difference(differences, [0.0] * len(differences))
 
 
 def _by_seed(rows: Rows, arm: str) -> dict[int, dict[str, float]]:
@@ -135,14 +103,6 @@ def _by_seed(rows: Rows, arm: str) -> dict[int, dict[str, float]]:
         if row["arm"] == arm:
             found.setdefault(row["seed"], {})[row["level"]] = row["test"]
     return found
-
-
-def _verdict(claim: str, published: str, found: Difference | None, outcome: str | float) -> Verdict:
-    """`outcome` is a bar to reach, or "sign" for above zero beyond the interval."""
-    if found is None:
-        return Verdict(claim, published, "", "not measured")
-    reached = found.sign() if isinstance(outcome, str) else found.at_least(outcome)
-    return Verdict(claim, published, str(found), reached)
 
 
 def _levels(rows: Rows) -> list[str]:
@@ -156,35 +116,31 @@ def _score_verdicts(rows: Rows, dataset: str, architecture: str) -> list[Verdict
     plain, levels = ", no distillation", _levels(rows)
     bare = {arm: f"{arm}{plain}" for arm in ("teddy", "random", "reversed")}
     return [
-        _verdict(
+        judge(
             f"{where}: 30 % of the edges dropped by TEDDY's score beat the reversed order by 2 points",
             NOT_STATED,
             paired(rows, bare["teddy"], bare["reversed"], [EDGES]),
-            2.0,
+            at_least=2.0,
         ),
-        _verdict(
+        judge(
             f"{where}: 30 % of the edges dropped by TEDDY's score beat random ones",
             "the score finds the edges that matter",
             paired(rows, bare["teddy"], bare["random"], [EDGES]),
-            "sign",
         ),
-        _verdict(
+        judge(
             f"{where}: TEDDY beats random edges with the same distillation, mean over levels",
             "the score finds the edges that matter",
             paired(rows, "teddy", "random", levels) or paired(rows, "teddy", "random"),
-            "sign",
         ),
-        _verdict(
+        judge(
             f"{where}: without distillation TEDDY's edges beat random ones, mean over levels",
             "the score finds the edges that matter",
             paired(rows, bare["teddy"], bare["random"], levels),
-            "sign",
         ),
-        _verdict(
+        judge(
             f"{where}: distillation adds to TEDDY, mean over levels",
             "helps",
             paired(rows, "teddy", bare["teddy"], levels),
-            "sign",
         ),
     ]
 
@@ -193,20 +149,18 @@ def _method_verdicts(rows: Rows, dataset: str, architecture: str) -> list[Verdic
     """The whole method against UGS and dense."""
     where, levels = f"{TITLES[dataset]}, {TITLES[architecture]}", _levels(rows)
     found = [
-        _verdict(
+        judge(
             f"{where}: TEDDY in one training beats UGS, mean over levels",
             "significantly surpasses iterative methods",
             paired(rows, "teddy", "ugs", levels),
-            "sign",
         )
     ]
     undistilled = "teddy, no distillation"
     found.append(
-        _verdict(
+        judge(
             f"{where}: TEDDY without distillation beats UGS, mean over levels",
             "not stated",
             paired(rows, undistilled, "ugs", levels),
-            "sign",
         )
     )
     bars = (
@@ -217,7 +171,7 @@ def _method_verdicts(rows: Rows, dataset: str, architecture: str) -> list[Verdic
          "weights 90 %", -1.0),
     )  # fmt: skip
     for claim, first, second, level, bar in bars:
-        found.append(_verdict(claim, NOT_STATED, paired(rows, first, second, [level]), bar))
+        found.append(judge(claim, NOT_STATED, paired(rows, first, second, [level]), at_least=bar))
     return [*found, _time_verdict(rows, where, levels)]
 
 
@@ -241,19 +195,11 @@ def _values(rows: Rows, arm: str, level: str) -> list[float]:
     return [100 * row["test"] for row in rows if row["arm"] == arm and row["level"] == level]
 
 
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _cell(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.1f} ± {_spread(values):.1f}" if values else ""
-
-
 def _accuracy_table(rows: Rows, dataset: str, architecture: str, entries: int) -> Table:
     levels = ["dense", *_levels(rows), EDGES, "weights 90 %", "k10, lambda 0.1", "k10, lambda 10"]
     levels = [level for level in levels if any(row["level"] == level for row in rows)]
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows)]
-    body = [[arm, *(_cell(_values(rows, arm, level)) for level in levels)] for arm in arms]
+    body = [[arm, *(mean_cell(_values(rows, arm, level)) for level in levels)] for arm in arms]
     seeds = {arm: len({row["seed"] for row in rows if row["arm"] == arm}) for arm in arms}
     fewer = {arm: count for arm, count in seeds.items() if count != max(seeds.values(), default=0)}
     note = f"{max(seeds.values(), default=0)} seeds" + "".join(f"; {arm}: {n}" for arm, n in fewer.items())
@@ -300,7 +246,7 @@ def _plots(rows: Rows, dataset: str, architecture: str) -> list[Plot]:
         if not known:
             continue
         values = [_values(rows, arm, level) for level in known]
-        mean, spread = [statistics.fmean(v) for v in values], [_spread(v) for v in values]
+        mean, spread = [statistics.fmean(v) for v in values], [deviation(v) for v in values]
         curves.append(Series(arm, [int(level[1:]) for level in known], mean, spread))
         times = [statistics.fmean(_seconds(rows, arm, level)) for level in known]
         if arm in ("teddy", "teddy, no distillation", "magnitude weights", "ugs"):

@@ -18,28 +18,6 @@ CHUNK = 4_000_000
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation (n - 1; 0 for one value) over seeds."""
-
-    mean: float
-    std: float
-    n: int
-
-
-def spread(values: Values) -> Spread:
-    """Mean and standard deviation over seeds.
-
-    Raises:
-        DataError: no values.
-    """
-    if not len(values):
-        raise DataError("the spread of no values is not defined; give one value per seed")
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) if len(values) > 1 else 0.0
-    return Spread(mean, math.sqrt(variance), len(values))
-
-
-@dataclass(frozen=True)
 class Difference:
     """The mean paired difference a - b.
 
@@ -109,16 +87,18 @@ def seed_difference(a: Values, b: Values, *, confidence: float = 0.95, power: fl
     """Compare two methods over the same few seeds: the t interval and test of the paired differences.
 
     With five seeds a bootstrap would be too narrow; Student's t is not, if the differences are roughly
-    normal.
+    normal. One seed says nothing of the spread: its interval is the whole line.
 
     Raises:
-        DataError: as in `paired_difference`.
+        DataError: different lengths, no values, or values that are not finite.
     """
     from scipy.stats import t
 
-    left, right = _checked(a, b)
+    left, right = _checked(a, b, fewest=1)
     delta = left - right
     n = len(delta)
+    if n == 1:
+        return Difference(float(delta[0]), -math.inf, math.inf, 1.0, math.inf, confidence, 1)
     mean, error = float(delta.mean()), float(delta.std(ddof=1)) / math.sqrt(n)
     half = float(t.ppf(0.5 + confidence / 2, n - 1)) * error
     reach = (float(t.ppf(0.5 + confidence / 2, n - 1)) + float(t.ppf(power, n - 1))) * error
@@ -185,14 +165,14 @@ def _paired_t(delta: np.ndarray) -> float:
     return float(2 * t.sf(abs(float(delta.mean())) / error, len(delta) - 1))
 
 
-def _checked(a: Values, b: Values) -> tuple[np.ndarray, np.ndarray]:
+def _checked(a: Values, b: Values, fewest: int = 2) -> tuple[np.ndarray, np.ndarray]:
     left, right = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if left.shape != right.shape or left.ndim != 1:
         raise DataError(
             f"a paired comparison needs the same samples; received {left.shape} and {right.shape} values"
         )
-    if len(left) < 2:
-        raise DataError(f"a paired comparison needs at least two samples; received {len(left)}")
+    if len(left) < fewest:
+        raise DataError(f"a paired comparison needs at least {fewest} samples; received {len(left)}")
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         raise DataError("per-sample values contain NaN or infinity; look at the model's outputs first")
     return left, right

@@ -12,18 +12,7 @@ from zoo.harness.stats import (
     mcnemar_exact,
     paired_difference,
     seed_difference,
-    spread,
 )
-
-
-def test_spread_by_hand():
-    got = spread([1.0, 2.0, 4.0])
-    assert got.mean == pytest.approx(7 / 3)
-    assert got.std == pytest.approx(np.std([1, 2, 4], ddof=1))
-    assert got.n == 3
-    assert spread([5.0]).std == 0.0
-    with pytest.raises(DataError, match="no values"):
-        spread([])
 
 
 @pytest.mark.parametrize("continuous", [True, False])
@@ -100,13 +89,15 @@ def test_constant_difference_is_seen_and_seeds_use_student():
     # t(0.975, 2) = 4.303 and s = 0.577 / sqrt(3)
     assert got.high - got.value == pytest.approx(4.3027 * np.std([1, 2, 1], ddof=1) / np.sqrt(3), rel=1e-3)
     assert got.detectable > got.high - got.value
+    single = seed_difference([2.0], [1.0])
+    assert (single.value, single.low, single.high, single.seen) == (1.0, -np.inf, np.inf, False)
 
 
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
         ([1.0, 2.0], [1.0], "same samples"),
-        ([1.0], [1.0], "at least two"),
+        ([1.0], [1.0], "at least 2"),
         ([1.0, float("nan")], [1.0, 2.0], "NaN"),
     ],
 )
