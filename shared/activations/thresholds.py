@@ -40,6 +40,7 @@ class ActivationThreshold(nn.Module):
 
     Args:
         threshold: one number, or one per channel of the last axis; infinity drops a channel altogether.
+        persistent: whether the threshold is part of the state dict.
 
     Raises:
         BudgetError: a negative or NaN threshold, or one of more than one dimension.
@@ -47,7 +48,7 @@ class ActivationThreshold(nn.Module):
 
     threshold: Tensor
 
-    def __init__(self, threshold: float | Tensor) -> None:
+    def __init__(self, threshold: float | Tensor, persistent: bool = True) -> None:
         super().__init__()
         value = torch.as_tensor(threshold).detach().clone()
         if not value.is_floating_point():
@@ -57,7 +58,7 @@ class ActivationThreshold(nn.Module):
                 "ActivationThreshold: expected a number or a vector, none of it negative or NaN; received "
                 f"{'NaN or negative values' if value.ndim <= 1 else f'shape {tuple(value.shape)}'}."
             )
-        self.register_buffer("threshold", value)
+        self.register_buffer("threshold", value, persistent=persistent)
         self.counting = False
         self.dropped = 0
         self.seen = 0
