@@ -20,8 +20,10 @@ Execution = Literal["masked", "packed"]
 
 @dataclass
 class Eval:
-    """Evaluate models on tasks. Finished runs are kept: after a kill the same command goes on where it
-    stood."""
+    """Evaluate models on tasks. Finished runs are kept: after a kill the same command goes on where it stood.
+
+    Several processes share the runs: `accelerate launch --cpu --num_processes 2 -m zoo eval ...`.
+    """
 
     models: Annotated[tuple[str, ...], Positional, metavar("MODEL")]
     """Names, quoted globs, folders, hf://owner/name, or package.module:callable."""
@@ -116,11 +118,13 @@ def eval_command(argv: Sequence[str]) -> int:
         if path.suffix not in (".html", ".md"):
             raise ConfigError(f"--report {path}: a report is a .html or .md file")
     from zoo.harness.runner import evaluate
+    from zoo.harness.workers import workers
     from zoo.report import html, markdown
     from zoo.report.summary import summarise
     from zoo.report.terminal import show_table
 
-    with progress_bar() as progress:
+    first = workers().index == 0
+    with progress_bar(quiet=not first) as progress:
         records = evaluate(
             options.models,
             options.task or None,
@@ -131,6 +135,8 @@ def eval_command(argv: Sequence[str]) -> int:
             out=options.out,
             progress=progress,
         )
+    if not first:
+        return OK
     if options.json:
         print_json([record.model_dump() for record in records])
     else:

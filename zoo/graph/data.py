@@ -145,8 +145,7 @@ def _check_sha256(path: Path) -> None:
     if known is not None and (found := sha256_file(path)) != known:
         raise DataError(
             f"{path} is not the published file: SHA-256 {found[:16]}... instead of {known[:16]}.... It is a "
-            f"pickle and "
-            "is not read. Delete it and fetch it again."
+            "pickle and is not read. Delete it and fetch it again."
         )
 
 

@@ -168,8 +168,7 @@ def ticket_mask(
     if not bool(keep[entries:].all()):
         raise DataError(
             f"Sparsity {sparsity} of {full.shape[1]} entries leaves no edge and drops self-loops, which "
-            f"attention needs: "
-            f"ask for less than {entries / full.shape[1]:.3f}."
+            f"attention needs: ask for less than {entries / full.shape[1]:.3f}."
         )
     return keep[:entries]
 
@@ -195,8 +194,7 @@ def _check_weight(weight: Tensor) -> None:
         first = int(wrong.nonzero()[0])
         raise DataError(
             f"Edge weights must be finite and not negative, as their sums are degrees. Received: "
-            f"{float(weight[first])} "
-            f"at entry {first}."
+            f"{float(weight[first])} at entry {first}."
         )
 
 

@@ -73,6 +73,5 @@ def _check_symmetric(edge_index: Tensor, weight: Tensor, nodes: int) -> None:
         source, target = edge_index[:, canonical_order(edge_index, nodes)[int(differ.nonzero()[0])]].tolist()
         raise DataError(
             f"edge_weight differs between ({source}, {target}) and ({target}, {source}): TEDDY prunes "
-            f"undirected "
-            "graphs. Average the two with torch_geometric.transforms.ToUndirected(reduce='mean')."
+            "undirected graphs. Average the two with torch_geometric.transforms.ToUndirected(reduce='mean')."
         )

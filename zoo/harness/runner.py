@@ -35,6 +35,7 @@ from zoo.harness.records import (
 )
 from zoo.harness.subjects import Models, Subject, resolve
 from zoo.harness.tasks import Progress, Task, TaskResult, get_task
+from zoo.harness.workers import workers
 from zoo.names import is_glob
 from zoo.registry import TASKS
 
@@ -80,7 +81,8 @@ def evaluate(
 
     Finished cells are kept in the cache folder and found again by content: the weights, the architecture,
     the task and its version, the execution, the seed and the code. So a second run, also after a kill,
-    measures only what is missing.
+    measures only what is missing. Under `accelerate launch` the cells are shared out over the processes, and
+    every process returns all records.
 
     Args:
         models: names, globs (`graph/*cora*`), folders of bundles or modules, one or many.
@@ -108,9 +110,12 @@ def evaluate(
         for task in tasks_for(subject, tasks)
     ]
     folder = cache_folder() / "records"
-    records: list[Record] = []
+    team = workers()
+    records: list[tuple[int, Record]] = []
     loaded: tuple[Subject, str, nn.Module] | None = None
     for index, cell in enumerate(cells):
+        if not team.owns(index):
+            continue
         label = f"{cell.subject.name} on {cell.task.name}"
         if progress:
             progress(index, len(cells), label)
@@ -124,10 +129,10 @@ def evaluate(
             record.write(path)
         if out is not None:
             record.write(Path(out) / f"{_file_name(cell)}.json")
-        records.append(record)
+        records.append((index, record))
     if progress:
         progress(len(cells), len(cells), "done")
-    return records
+    return [record for _, record in sorted(team.gather(records), key=lambda item: item[0])]
 
 
 def run_cell(cell: Cell, model: nn.Module, progress: Progress | None = None) -> Record:

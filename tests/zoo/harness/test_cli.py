@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -312,3 +313,22 @@ def test_ctrl_c_leaves_nothing_half_written(toy_environment, tmp_path):
     assert running.returncode == 130
     assert "interrupted" in err and "Traceback" not in err
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_two_processes_share_the_runs(toy_environment, tmp_path):
+    """Each process measures its share, one prints, and the records are those of one process."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        launcher += ["--main_process_port", str(probe.getsockname()[1]), "--num_machines", "1"]
+    arguments = ["-m", "zoo", "eval", "toy/*", "--twins", "--json", "--out", str(tmp_path / "out")]
+    command = [*launcher, *arguments]
+    done = subprocess.run(command, env=toy_environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)
+    alone = toy_environment | {"ZOO_CACHE": str(tmp_path / "another-cache")}
+    expected = json.loads(process(alone, "eval", "toy/*", "--twins", "--json").stdout)
+    assert len(records) == len(expected) > 2
+    for one, other in zip(records, expected, strict=True):
+        assert (one["key"], one["metrics"]) == (other["key"], other["metrics"])
+    assert len(list((tmp_path / "out").glob("*.json"))) == len(expected)

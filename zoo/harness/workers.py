@@ -1,0 +1,45 @@
+"""Several processes, as `accelerate launch -m zoo eval ...` starts them: each measures its share."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those that work together.
+
+    Attributes:
+        index: from 0; 0 is the one that prints and writes reports.
+        count: how many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def owns(self, item: int) -> bool:
+        """Whether an item, counted from 0, is this process's to measure."""
+        return item % self.count == self.index
+
+    def gather(self, values: list[T]) -> list[T]:
+        """All processes' values, in every process. Values are pickled between processes of one run."""
+        if self.count == 1:
+            return values
+        from accelerate.utils import gather_object
+
+        gathered: list[T] = gather_object(values)
+        return gathered
+
+
+def workers() -> Workers:
+    """The processes that a launcher started; one without a launcher, and then Accelerate is not imported."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return Workers()
+    from accelerate import PartialState
+
+    state = PartialState()
+    return Workers(state.process_index, state.num_processes)
