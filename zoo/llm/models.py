@@ -1,0 +1,263 @@
+"""Language models of the zoo: built from a card, or loaded from a transformers folder or hub id.
+
+All are transformers' own classes, so that `generate`, the KV cache, batching, `save_pretrained` and
+`torch.compile` are transformers'. What a method keeps beside the weights (thresholds, a tokenizer) comes back
+through `EXTRAS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from zoo.errors import ConfigError
+from zoo.llm.blocks import find_blocks
+from zoo.llm.tokenization import packaged, remember, tokenizer_in
+
+#: First part of an extra tensor's name -> "module:function". When a bundle with extras `first/rest` is loaded,
+#: function(model, {rest: tensor}) puts them where the model uses them (thresholds, quantised groups, ...).
+EXTRAS = {"tokenizer": "zoo.llm.tokenization:take_extras"}
+
+
+def llama(
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int | Sequence[int],
+    layers: int,
+    heads: int,
+    kv_heads: int | None = None,
+    context: int = 512,
+    rope_theta: float = 10000.0,
+    norm_eps: float = 1e-5,
+    tied: bool = True,
+    tokenizer: str | None = None,
+    bos: int | None = 0,
+    eos: int | None = 0,
+) -> LlamaForCausalLM:
+    """A LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; the architecture `llm/llama`.
+
+    Args:
+        vocab_size: tokens of the tokenizer.
+        hidden_size: d, width of the residual stream.
+        intermediate_size: f, width of the FFN; one number, or one for each layer of a model that was cut.
+        layers: decoder layers.
+        heads: query heads; d / heads is the width of a head.
+        kv_heads: key and value heads, which divide the query heads; by default as many as these.
+        context: longest sequence.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of RMSNorm.
+        tied: whether the output layer is the embedding.
+        tokenizer: name of a packaged tokenizer; None where the bundle's extras hold one.
+        bos, eos: ids that begin and end a text.
+
+    Raises:
+        ConfigError: widths that do not divide, a wrong number of FFN widths, a tokenizer that does not fit.
+    """
+    widths = [intermediate_size] * layers if isinstance(intermediate_size, int) else list(intermediate_size)
+    if len(widths) != layers or layers < 1 or min(widths) < 1:
+        raise ConfigError(
+            f"intermediate_size must give a positive width for each of {layers} layers: {widths}."
+        )
+    groups = heads if kv_heads is None else kv_heads
+    if hidden_size % heads or heads % groups or (hidden_size // heads) % 2:
+        raise ConfigError(
+            f"heads ({heads}) must divide hidden_size ({hidden_size}) into even widths, and kv_heads ({groups}) heads."
+        )
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=max(widths),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        max_position_embeddings=context,
+        rms_norm_eps=norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        tie_word_embeddings=tied,
+        bos_token_id=bos,
+        eos_token_id=eos,
+    )
+    model = LlamaForCausalLM(config)
+    for layer, width in zip(model.model.layers, widths, strict=True):
+        if width != config.intermediate_size:
+            layer.mlp.gate_proj = nn.Linear(hidden_size, width, bias=False)
+            layer.mlp.up_proj = nn.Linear(hidden_size, width, bias=False)
+            layer.mlp.down_proj = nn.Linear(width, hidden_size, bias=False)
+            layer.mlp.intermediate_size = width
+    return _with_extras(model, tokenizer)
+
+
+def from_config(config: Mapping[str, Any], tokenizer: str | None = None) -> PreTrainedModel:
+    """Any transformers causal LM with a gated FFN, from its configuration; the architecture `llm/transformers`.
+
+    Args:
+        config: transformers' configuration as plain values, `model_type` included (`config_arguments`).
+        tokenizer: name of a packaged tokenizer; None where the bundle's extras hold one.
+
+    Raises:
+        ConfigError: transformers knows no such model type, or its FFN is not gated.
+    """
+    fields = dict(config)
+    kind = fields.pop("model_type", None)
+    try:
+        made = AutoConfig.for_model(kind, **fields)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"transformers builds no causal LM of model_type {kind!r}: {_first_line(error)}"
+        ) from error
+    find_blocks(model)
+    return _with_extras(model, tokenizer)
+
+
+def architecture_of(model: nn.Module) -> dict[str, Any]:
+    """Name and arguments of the architecture for a card: what builds this model again.
+
+    Raises:
+        ConfigError: not a transformers model.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or config is None:
+        raise ConfigError(
+            f"{type(model).__name__} is no transformers model; its architecture cannot be written down."
+        )
+    name = getattr(config, "zoo_tokenizer", None)
+    if type(model) is LlamaForCausalLM and _is_plain(config):
+        widths = [block.gate.out_features for block in find_blocks(model)]
+        return {
+            "name": "llm/llama",
+            "args": {
+                "vocab_size": config.vocab_size,
+                "hidden_size": config.hidden_size,
+                "intermediate_size": widths[0] if len(set(widths)) == 1 else widths,
+                "layers": config.num_hidden_layers,
+                "heads": config.num_attention_heads,
+                "kv_heads": config.num_key_value_heads,
+                "context": config.max_position_embeddings,
+                "rope_theta": float(config.rope_parameters["rope_theta"]),
+                "norm_eps": config.rms_norm_eps,
+                "tied": config.tie_word_embeddings,
+                "tokenizer": name,
+                "bos": config.bos_token_id,
+                "eos": config.eos_token_id,
+            },
+        }
+    fields = config.to_diff_dict()
+    drop = ("architectures", "torch_dtype", "dtype", "transformers_version", "zoo_tokenizer", "_name_or_path")
+    plain = {key: value for key, value in fields.items() if key not in drop}
+    return {"name": "llm/transformers", "args": {"config": plain, "tokenizer": name}}
+
+
+def load_pretrained(
+    source: str | os.PathLike[str], dtype: torch.dtype = torch.float32, tokenizer: bool = True
+) -> PreTrainedModel:
+    """A causal LM with a gated FFN from a local transformers folder or a hub id, in eval mode on the CPU.
+
+    Weights are read from safetensors only, and no code of the repository is run. Offline (`ZOO_OFFLINE=1` or
+    `HF_HUB_OFFLINE=1`) only what is in the cache is found.
+
+    Args:
+        source: folder written by `save_pretrained`, or `owner/name` on the hub.
+        dtype: precision of the weights in memory.
+        tokenizer: whether to load the tokenizer from the same place, for `tokenizer_of`.
+
+    Raises:
+        ConfigError: nothing there, no safetensors, an architecture that transformers does not know or whose
+            FFN is not gated, or a tokenizer that does not fit.
+    """
+    offline = "1" in (os.environ.get("ZOO_OFFLINE"), os.environ.get("HF_HUB_OFFLINE"))
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ConfigError(f"{source} has no config.json: give a folder that save_pretrained wrote.")
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=offline
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(
+            f"{source} cannot be loaded as a causal LM from safetensors: {_first_line(error)}. Give a folder that "
+            "save_pretrained wrote, or a hub id; ask the hub with ZOO_OFFLINE unset."
+        ) from error
+    find_blocks(model)
+    model = _with_extras(model.eval(), getattr(model.config, "zoo_tokenizer", None))
+    if tokenizer and getattr(model.config, "zoo_tokenizer", None) is None:
+        remember(model, tokenizer_in(source, offline))
+    return model
+
+
+@contextlib.contextmanager
+def float32(model: nn.Module) -> Iterator[nn.Module]:
+    """Compute in float32 while the block runs, with weights that are stored in half precision on the CPU.
+
+    Bundles store half; CPUs multiply it slowly and round every sum. Going up and back again changes no weight.
+    Models that are in single precision or on a GPU are left as they are.
+    """
+    halves = [
+        (tensor, tensor.dtype)
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.dtype in (torch.float16, torch.bfloat16) and tensor.device.type == "cpu"
+    ]
+    for tensor, _ in halves:
+        tensor.data = tensor.data.float()
+    try:
+        yield model
+    finally:
+        for tensor, dtype in halves:
+            tensor.data = tensor.data.to(dtype)
+
+
+def load_extras(model: nn.Module, extras: Mapping[str, Tensor]) -> None:
+    """Hand a bundle's extra tensors to those that know them; see `EXTRAS`."""
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in extras.items():
+        first, _, rest = name.partition("/")
+        grouped.setdefault(first, {})[rest] = tensor
+    for first, tensors in grouped.items():
+        if first in EXTRAS:
+            module, _, function = EXTRAS[first].partition(":")
+            getattr(importlib.import_module(module), function)(model, tensors)
+
+
+def _with_extras(model: Any, tokenizer: str | None) -> Any:
+    """Give a model what the zoo asks of one: `load_extras`, and the name of its packaged tokenizer."""
+    if tokenizer is not None:
+        found = packaged(tokenizer)
+        if len(found) > model.config.vocab_size:
+            raise ConfigError(
+                f"The tokenizer {tokenizer!r} has {len(found)} tokens, the model {model.config.vocab_size}: it does "
+                "not fit. Give the tokenizer that the model was trained with."
+            )
+        model.config.zoo_tokenizer = tokenizer
+    model.load_extras = functools.partial(load_extras, model)
+    return model
+
+
+def _is_plain(config: Any) -> bool:
+    """Whether `llama`'s arguments say all that this configuration says."""
+    return bool(
+        config.hidden_act == "silu"
+        and not config.attention_bias
+        and not config.mlp_bias
+        and not config.attention_dropout
+        and config.head_dim == config.hidden_size // config.num_attention_heads
+        and config.rope_parameters.get("rope_type") == "default"
+        and isinstance(config.eos_token_id, (int, type(None)))
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
