@@ -86,11 +86,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
             raise ConfigError(
                 f"{mlp_name} ({type(mlp).__name__}) names no activation act_fn between gate and up."
             )
-        parts = {
-            letter: getattr(attention, attribute)
-            for letter, attribute in zip("qkvo", _ATTENTION, strict=True)
-        }
-        parts |= {attribute.removesuffix("_proj"): getattr(mlp, attribute) for attribute in _FFN}
+        parts = {part.removesuffix("_proj"): getattr(attention, part) for part in _ATTENTION}
+        parts |= {part.removesuffix("_proj"): getattr(mlp, part) for part in _FFN}
         blocks.append(Block(name, layer, attention, mlp, attention_name, mlp_name, **parts))
     return blocks
 
@@ -110,8 +107,8 @@ def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             # Outer lists come first in modules(); the decoder's own stack is the first one.
             return names[id(lists[0])], lists[0]
     raise ConfigError(
-        f"{type(model).__name__} has no stack of decoder layers. Give a transformers causal LM with a gated FFN: "
-        "Llama, Mistral, Qwen2, Qwen3, Gemma."
+        f"{type(model).__name__} has no stack of decoder layers. Give a transformers causal LM with a "
+        "gated FFN: Llama, Mistral, Qwen2, Qwen3, Gemma."
     )
 
 

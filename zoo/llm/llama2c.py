@@ -84,7 +84,9 @@ def read_llama2c(
 
 
 def read_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of a llama2.c `tok*.bin` file: int32 longest token, then float32 score, int32 length, bytes.
+    """The tokenizer of a llama2.c `tok*.bin` file.
+
+    It holds an int32 (the longest token), then float32 score, int32 length and bytes of each token.
 
     Raises:
         DataError: the file is missing or does not hold exactly `vocab_size` tokens.
@@ -103,7 +105,7 @@ def read_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> PreTrainedT
         raise DataError(f"{path} is no llama2.c tokenizer of {vocab_size} tokens: {error}.") from error
     if offset != len(content):
         raise DataError(
-            f"{path} has {len(content) - offset} bytes after {vocab_size} tokens; it belongs to another model."
+            f"{path} has {len(content) - offset} bytes after {vocab_size} tokens: it is another model's."
         )
     return score_bpe(pieces)
 

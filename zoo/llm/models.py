@@ -29,8 +29,8 @@ from zoo.errors import ConfigError
 from zoo.llm.blocks import find_blocks
 from zoo.llm.tokenization import packaged, remember, tokenizer_in
 
-#: First part of an extra tensor's name -> "module:function". When a bundle with extras `first/rest` is loaded,
-#: function(model, {rest: tensor}) puts them where the model uses them (thresholds, quantised groups, ...).
+#: First part of an extra tensor's name -> "module:function". When a bundle with extras `first/rest` is
+#: loaded, function(model, {rest: tensor}) puts them where the model uses them (thresholds, quantised groups, ...).
 EXTRAS = {"tokenizer": "zoo.llm.tokenization:take_extras"}
 
 
@@ -49,7 +49,7 @@ def llama(
     bos: int | None = 0,
     eos: int | None = 0,
 ) -> LlamaForCausalLM:
-    """A LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; the architecture `llm/llama`.
+    """A LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; architecture `llm/llama`.
 
     Args:
         vocab_size: tokens of the tokenizer.
@@ -76,7 +76,8 @@ def llama(
     groups = heads if kv_heads is None else kv_heads
     if hidden_size % heads or heads % groups or (hidden_size // heads) % 2:
         raise ConfigError(
-            f"heads ({heads}) must divide hidden_size ({hidden_size}) into even widths, and kv_heads ({groups}) heads."
+            f"heads ({heads}) must divide hidden_size ({hidden_size}) into even widths, and kv_heads "
+            f"({groups}) heads."
         )
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -103,7 +104,7 @@ def llama(
 
 
 def from_config(config: Mapping[str, Any], tokenizer: str | None = None) -> PreTrainedModel:
-    """Any transformers causal LM with a gated FFN, from its configuration; the architecture `llm/transformers`.
+    """Any transformers causal LM with a gated FFN from its configuration; architecture `llm/transformers`.
 
     Args:
         config: transformers' configuration as plain values, `model_type` included (`config_arguments`).
@@ -189,8 +190,8 @@ def load_pretrained(
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(
-            f"{source} cannot be loaded as a causal LM from safetensors: {_first_line(error)}. Give a folder that "
-            "save_pretrained wrote, or a hub id; ask the hub with ZOO_OFFLINE unset."
+            f"{source} cannot be loaded as a causal LM from safetensors: {_first_line(error)}. Give a folder "
+            "that save_pretrained wrote, or a hub id; ask the hub with ZOO_OFFLINE unset."
         ) from error
     find_blocks(model)
     model = _with_extras(model.eval(), getattr(model.config, "zoo_tokenizer", None))
@@ -203,7 +204,7 @@ def load_pretrained(
 def float32(model: nn.Module) -> Iterator[nn.Module]:
     """Compute in float32 while the block runs, with weights that are stored in half precision on the CPU.
 
-    Bundles store half; CPUs multiply it slowly and round every sum. Going up and back again changes no weight.
+    Bundles store half; CPUs multiply it slowly and round every sum. Going up and back changes no weight.
     Models that are in single precision or on a GPU are left as they are.
     """
     halves = [
@@ -238,8 +239,8 @@ def _with_extras(model: Any, tokenizer: str | None) -> Any:
         found = packaged(tokenizer)
         if len(found) > model.config.vocab_size:
             raise ConfigError(
-                f"The tokenizer {tokenizer!r} has {len(found)} tokens, the model {model.config.vocab_size}: it does "
-                "not fit. Give the tokenizer that the model was trained with."
+                f"The tokenizer {tokenizer!r} has {len(found)} tokens, the model {model.config.vocab_size}: it "
+                "does not fit. Give the tokenizer that the model was trained with."
             )
         model.config.zoo_tokenizer = tokenizer
     model.load_extras = functools.partial(load_extras, model)

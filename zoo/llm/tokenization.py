@@ -39,8 +39,8 @@ def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerFast:
         known = packaged(name)
     if known is None:
         raise ConfigError(
-            f"{type(model).__name__} has no tokenizer. Load it with zoo.load or zoo.llm.load_pretrained, or give it "
-            "one: zoo.llm.tokenization.remember(model, tokenizer)."
+            f"{type(model).__name__} has no tokenizer. Load it with zoo.load or zoo.llm.load_pretrained, or "
+            "give it one: zoo.llm.tokenization.remember(model, tokenizer)."
         )
     return known
 
@@ -54,8 +54,8 @@ def remember(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
     size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     if len(tokenizer) > size:
         raise ConfigError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model {size}: it does not fit. Give the tokenizer that "
-            "the model was trained with."
+            f"The tokenizer has {len(tokenizer)} tokens, the model {size}: it does not fit. Give the "
+            "tokenizer that the model was trained with."
         )
     model.__dict__["zoo_tokenizer"] = tokenizer
 
@@ -146,10 +146,12 @@ def tokenizer_in(source: str | os.PathLike[str], offline: bool) -> PreTrainedTok
     except (OSError, ValueError, KeyError, ImportError) as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{source} holds no tokenizer that transformers reads: {text}. Save one there with save_pretrained, or "
-            "load with tokenizer=False."
+            f"{source} holds no tokenizer that transformers reads: {text}. Save one there with "
+            "save_pretrained, or load with tokenizer=False."
         ) from error
-    return found  # type: ignore[no-any-return]
+    if not isinstance(found, PreTrainedTokenizerFast):
+        raise ConfigError(f"{source} has a tokenizer in Python ({type(found).__name__}). Give a fast one.")
+    return found
 
 
 def to_extras(tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
@@ -161,7 +163,7 @@ def to_extras(tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ConfigError(
-            f"{type(tokenizer).__name__} is written in Python and cannot be stored. Convert it to a fast tokenizer."
+            f"{type(tokenizer).__name__} is written in Python and cannot be stored. Give a fast one."
         )
     settings = {
         key: value for key in _SETTINGS if (value := _plain(getattr(tokenizer, key, None))) is not None
