@@ -1,0 +1,64 @@
+"""Wanda (Sun, Liu, Bair and Kolter, ICLR 2024): weights pruned by |W_ij| ||x_j||_2, ranked in each output.
+
+Nothing is trained and no weight is updated. Blocks are pruned in order, each on the outputs of the pruned
+blocks before it; within a block all layers are scored on the block as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from shared.masks import Mask
+from shared.patterns import NM, Pattern, Unstructured
+from zoo.llm.blockwise import RunningBlock
+from zoo.llm.pruning import input_norms, kept_of, nm_pattern, rowwise_mask
+
+
+def wanda_score(weight: Float[Tensor, "out in"], norms: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
+    """S_ij = |W_ij| ||x_j||_2, equation 1; float32."""
+    return weight.detach().float().abs() * norms.float()
+
+
+def wanda_mask(
+    weight: Float[Tensor, "out in"], norms: Float[Tensor, " in"], kept: int, nm: NM | None = None
+) -> Bool[Tensor, "out in"]:
+    """Which weights stay: the best of each row, or n of every m inputs.
+
+    Args:
+        weight: of a linear layer.
+        norms: of its input features.
+        kept: entries in all (see `rowwise_mask`); an N:M pattern decides it itself.
+        nm: the N:M pattern, if there is one.
+
+    Raises:
+        PatternError: a count or an N:M pattern that does not fit.
+    """
+    score = wanda_score(weight, norms)
+    return rowwise_mask(score, kept) if nm is None else nm.keep(score, kept)
+
+
+def wanda_pruner(
+    pattern: Pattern, sparsity: float, counts: Callable[[str], int] | None = None
+) -> Callable[[RunningBlock], dict[str, Mask]]:
+    """The visit of a block, for `prune_blocks`.
+
+    Args:
+        pattern: unstructured or N:M.
+        sparsity: share of each row to drop, where the pattern does not fix it.
+        counts: entries to keep by full name of the weight; by default the sparsity says it.
+    """
+    nm = nm_pattern(pattern)
+
+    def prune(block: RunningBlock) -> dict[str, Mask]:
+        norms = input_norms(block)
+        masks = {}
+        for name, linear in block.linears().items():
+            key = f"{name}.weight"
+            kept = counts(f"{block.name}.{key}") if counts else kept_of(linear.weight, sparsity)
+            masks[key] = Mask(wanda_mask(linear.weight, norms[key], kept, nm), nm or Unstructured())
+        return masks
+
+    return prune
