@@ -30,7 +30,7 @@ from zoo.llm.blocks import find_blocks
 from zoo.llm.tokenization import packaged, remember, tokenizer_in
 
 #: First part of an extra tensor's name -> "module:function". When a bundle with extras `first/rest` is
-#: loaded, function(model, {rest: tensor}) puts them where the model uses them (thresholds, quantised groups, ...).
+#: loaded, function(model, {rest: tensor}) puts them where the model uses them (thresholds, groups, ...).
 EXTRAS = {"tokenizer": "zoo.llm.tokenization:take_extras"}
 
 
@@ -239,8 +239,8 @@ def _with_extras(model: Any, tokenizer: str | None) -> Any:
         found = packaged(tokenizer)
         if len(found) > model.config.vocab_size:
             raise ConfigError(
-                f"The tokenizer {tokenizer!r} has {len(found)} tokens, the model {model.config.vocab_size}: it "
-                "does not fit. Give the tokenizer that the model was trained with."
+                f"The tokenizer {tokenizer!r} has {len(found)} tokens, the model {model.config.vocab_size}: "
+                "it does not fit. Give the tokenizer that the model was trained with."
             )
         model.config.zoo_tokenizer = tokenizer
     model.load_extras = functools.partial(load_extras, model)
