@@ -1,0 +1,202 @@
+"""ECoFLaP (Sung, Yoon and Bansal, ICLR 2024): how sparse each block becomes is decided from the whole model's
+loss, which weights go is decided layer by layer.
+
+Coarse: for every weight matrix W_l, alone, and noise z ~ N(0, 1) of its shape,
+
+    score_l = mean over batches of |L(W_l + eps z) - L(W_l - eps z)| / (2 eps),
+
+two forward passes and no gradient; its expectation is sqrt(2 / pi) ||dL/dW_l||_2 for small eps. The scores of
+a block's matrices are added; every block keeps at least 1 - p_max of its weights and the rest of the budget
+is shared in proportion to the scores. Fine: Wanda or SparseGPT prune each layer to its count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from shared.allocation import Slot, proportional
+from shared.budgets import kept_count
+from shared.calibration import LossFn, collect_gradients
+from shared.modes import eval_mode
+from shared.patterns import Unstructured
+from zoo.errors import ConfigError, DataError
+from zoo.llm.blockwise import block_chains
+from zoo.llm.pruning import block_weights, open_sparsity
+
+
+def language_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:
+    """Mean next-token cross-entropy of a batch: token ids, or the model's keyword arguments with labels."""
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch, "labels": batch}
+    loss: Tensor = model(**inputs, use_cache=False).loss
+    return loss
+
+
+def zeroth_order_scores(
+    model: nn.Module,
+    batches: Sequence[Any],
+    *,
+    loss_fn: LossFn = language_loss,
+    eps: float = 1e-3,
+    probes: int = 1,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, float]:
+    """The coarse score of every linear weight inside the blocks, by name.
+
+    The weights come back bit for bit (the perturbed ones are other tensors), and the model is in eval mode
+    meanwhile, so that dropout does not drown the difference.
+
+    Args:
+        model: a transformer in float32.
+        batches: one noise is drawn for each.
+        loss_fn: scalar loss of a batch.
+        eps: size of the step.
+        probes: noises per batch; the mean is taken.
+        seed: of the noise.
+        progress: called with (done, total, name) after each tensor.
+
+    Raises:
+        ConfigError: a step that is not positive, or weights in half precision, whose spacing eps falls below.
+        DataError: no batch, or a loss that is not finite.
+    """
+    weights = block_weights(model)
+    if not eps > 0 or probes < 1:
+        raise ConfigError(f"eps must be positive and probes at least 1; received {eps} and {probes}")
+    if any(weight.element_size() < 4 for weight in weights.values()):
+        raise ConfigError("probing with a small eps needs weights in float32; load the model with that dtype")
+    if not batches:
+        raise DataError("No calibration batches; pass at least one.")
+    generator = torch.Generator().manual_seed(seed)
+    scores = {}
+    with eval_mode(model), torch.no_grad():
+        for done, (name, weight) in enumerate(weights.items(), start=1):
+            original, total = weight.data, 0.0
+            try:
+                for batch in batches:
+                    for _ in range(probes):
+                        noise = eps * torch.randn(weight.shape, generator=generator).to(weight)
+                        weight.data = original + noise
+                        above = float(loss_fn(model, batch))
+                        weight.data = original - noise
+                        total += abs(above - float(loss_fn(model, batch))) / (2 * eps)
+            finally:
+                weight.data = original
+            if not math.isfinite(total):
+                raise DataError(
+                    f"the loss is not finite when {name} is probed; check the checkpoint and the text"
+                )
+            scores[name] = total / (len(batches) * probes)
+            if progress is not None:
+                progress(done, len(weights), name)
+    return scores
+
+
+def first_order_scores(
+    model: nn.Module, batches: Sequence[Any], *, loss_fn: LossFn = language_loss
+) -> dict[str, float]:
+    """sqrt(2 / pi) times the mean over batches of ||dL/dW_l||_2: what `zeroth_order_scores` estimates, by
+    backpropagation."""
+    names = list(block_weights(model))
+    totals = dict.fromkeys(names, 0.0)
+    with eval_mode(model):
+        for batch in batches:
+            gradients = collect_gradients(model, loss_fn, [batch])
+            for name in names:
+                totals[name] += float(gradients[name].norm())
+    return {name: math.sqrt(2 / math.pi) * total / len(batches) for name, total in totals.items()}
+
+
+def group_counts(
+    sizes: Mapping[str, int], scores: Mapping[str, float], sparsity: float, max_sparsity: float
+) -> dict[str, int]:
+    """Weights kept of each group; together exactly N - floor(sparsity * N).
+
+    Every group keeps ceil(n (1 - max_sparsity)); the rest is shared in proportion to the scores, and what a
+    full group cannot take goes to the others.
+
+    Args:
+        sizes: weights of each group.
+        scores: of each group, not negative.
+        sparsity: p, over all groups.
+        max_sparsity: p_max, the most that one group may lose.
+
+    Raises:
+        ConfigError: sparsity outside (0, 1), or above max_sparsity.
+        DataError: scores that are negative, not finite, or all zero.
+    """
+    open_sparsity(sparsity)
+    if not sparsity <= max_sparsity <= 1:
+        raise ConfigError(
+            f"max_sparsity must lie between the sparsity {sparsity} and 1; received {max_sparsity} "
+            "(the paper adds 0.1)"
+        )
+    values = [scores[name] for name in sizes]
+    if not all(math.isfinite(value) and value >= 0 for value in values) or not max(values, default=0.0) > 0:
+        raise DataError(f"scores must be finite and not negative, one of them positive; received {values[:8]}")
+    least = 1 - Fraction(repr(float(max_sparsity)))
+    floors = {name: math.ceil(size * least) for name, size in sizes.items()}
+    left = kept_count(sum(sizes.values()), sparsity) - sum(floors.values())
+    if left < 0:
+        raise ConfigError(
+            f"rounding the floors of max_sparsity {max_sparsity} up leaves no weight to share at sparsity "
+            f"{sparsity}; raise max_sparsity a little"
+        )
+    slots = {name: _slot(size - floors[name]) for name, size in sizes.items()}
+    # A group without any score still takes what the others, being full, cannot.
+    tiny = max(values) * 1e-12
+    shares = proportional(slots, left, {name: max(scores[name], tiny) for name in sizes})
+    return {name: floors[name] + share for name, share in shares.items()}
+
+
+def tensor_counts(
+    model: nn.Module,
+    scores: Mapping[str, float],
+    sparsity: float,
+    max_sparsity: float | None = None,
+    group_score: Literal["sum", "mean"] = "sum",
+) -> dict[str, int]:
+    """Weights kept of each linear weight inside the blocks: `group_counts` over blocks, then the same share
+    of every weight of a block.
+
+    Args:
+        model: the transformer.
+        scores: by weight.
+        sparsity: over all these weights.
+        max_sparsity: most that one block may lose; by default sparsity + 0.1, at most 1.
+        group_score: add a block's scores, or divide the sum by its number of weights.
+
+    Raises:
+        ConfigError, DataError: see `group_counts`.
+    """
+    open_sparsity(sparsity)
+    sizes = {name: weight.numel() for name, weight in block_weights(model).items()}
+    blocks: dict[str, list[str]] = {}
+    for name in sizes:
+        blocks.setdefault(_block_of(model, name), []).append(name)
+    totals = {block: sum(sizes[name] for name in names) for block, names in blocks.items()}
+    grouped = {block: sum(scores[name] for name in names) for block, names in blocks.items()}
+    if group_score == "mean":
+        grouped = {block: value / totals[block] for block, value in grouped.items()}
+    ceiling = min(1.0, sparsity + 0.1) if max_sparsity is None else max_sparsity
+    counts = group_counts(totals, grouped, sparsity, ceiling)
+    result: dict[str, int] = {}
+    for block, names in blocks.items():
+        slots = {name: _slot(sizes[name]) for name in names}
+        result |= proportional(slots, counts[block], {name: float(sizes[name]) for name in names})
+    return result
+
+
+def _slot(size: int) -> Slot:
+    return Slot((size,), Unstructured(), None, 0, size)
+
+
+def _block_of(model: nn.Module, name: str) -> str:
+    path = next(path for path in block_chains(model) if name.startswith(f"{path}."))
+    return f"{path}.{name.removeprefix(f'{path}.').partition('.')[0]}"
