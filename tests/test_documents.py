@@ -14,7 +14,13 @@ from zoo.catalog import select
 from zoo.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "zoo/graph/README.md", "docs/design.md", "docs/format.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/design.md",
+    "docs/format.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "zoo").glob("*/README.md"))),
+)
 
 
 def pages() -> dict[str, str]:

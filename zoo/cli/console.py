@@ -1,12 +1,10 @@
-"""Where output goes: tables and JSON to stdout, progress and messages to stderr."""
+"""Where output goes: tables and JSON to stdout, messages to stderr (progress: `zoo.progress`)."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import platform
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,54 +29,6 @@ def print_json(value: Any) -> None:
 def note(text: str) -> None:
     """A message beside the results, to stderr."""
     print(text, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def progress_bar(quiet: bool = False) -> Iterator[Any]:
-    """A progress callable `(done, total, note)` that draws a bar on stderr while the block runs.
-
-    Outside a terminal each finished step is one line, so that a log shows where long work stands.
-    """
-    if quiet:
-        yield None
-        return
-    if not sys.stderr.isatty():
-        last = -1
-
-        def line(done: int, total: int, note: str = "") -> None:
-            nonlocal last
-            if done != last:
-                print(f"[{done}/{total}] {note}", file=sys.stderr, flush=True)
-                last = done
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def draw(done: int, total: int, note: str = "") -> None:
-            from rich.markup import escape
-
-            bar.update(task, completed=done, total=total, description=escape(note))
-
-        yield draw
 
 
 def version_line() -> str:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from zoo.cli import OK
-from zoo.cli.console import note, print_json, progress_bar, stdout
+from zoo.cli.console import note, print_json, stdout
 from zoo.cli.parsing import Positional, command_line, is_help, metavar, parse_with, take_option
 from zoo.errors import ConfigError
 from zoo.harness.tables import Table
+from zoo.progress import progress_bar
 
 
 @dataclass

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 from shared.io import atomic_write
 from zoo.cli import CHECK_FAILED, OK
-from zoo.cli.console import note, print_json, progress_bar, stdout
+from zoo.cli.console import note, print_json, stdout
 from zoo.cli.parsing import Positional, metavar, parse
 from zoo.errors import ConfigError
+from zoo.progress import progress_bar
 
 Execution = Literal["masked", "packed"]
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch_geometric.data import Data
-from tqdm import tqdm
 
 from shared.masks import MaskSet, masks_of, set_masks
 from zoo.bundles import load_bundle, save
@@ -32,6 +31,7 @@ from zoo.graph.train import Fit, TrainConfig
 from zoo.graph.transfer import transferred
 from zoo.harness.tables import Table
 from zoo.harness.tasks import get_task
+from zoo.progress import progress_bar
 
 
 @dataclass
@@ -154,12 +154,11 @@ class Finetune:
         torch.manual_seed(self.seed)
         checkpoint.restore(fit)
         handle = masks.attach(model, adam) if masks is not None else None
-        with tqdm(total=recipe.epochs, initial=fit.epoch, desc="fine-tuning", unit="epoch") as bar:
+        with progress_bar() as progress:
 
             def on_epoch(fit: Fit) -> None:
-                bar.update()
-                best = fit.result()
-                bar.set_postfix(loss=f"{fit.last_loss:.4f}", val=f"{best.val_accuracy:.4f}", refresh=False)
+                best = fit.result().val_accuracy
+                progress(fit.epoch, recipe.epochs, f"loss {fit.last_loss:.4f}, best validation {best:.4f}")
                 if fit.epoch % self.checkpoint_every == 0 and not fit.done:
                     checkpoint.write(fit)
 

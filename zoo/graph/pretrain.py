@@ -22,7 +22,6 @@ import tyro
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch_geometric.data import Data
-from tqdm import tqdm
 
 from shared.io import atomic_write
 from shared.masks import MaskSet, set_masks
@@ -37,6 +36,7 @@ from zoo.graph.ticket import EdgeTicket
 from zoo.graph.train import Best, Fit, L0Ball, TrainConfig, accuracy_of
 from zoo.harness.evidence import record_evidence
 from zoo.harness.tasks import get_task
+from zoo.progress import progress_bar
 
 CITATION = (
     "Hyunjin Seo, Jihun Yun, Eunho Yang. "
@@ -285,13 +285,14 @@ def main(config: Pretrain) -> None:
     torch.set_num_threads(config.threads)
     folder = config.cells or cache_folder() / "cells" / "graph-pretrain"
     bundles = config.recipes()
-    with tqdm(total=sum(map(len, bundles)), unit="training") as bar:
+    done, total = 0, sum(map(len, bundles))
+    with progress_bar() as progress:
         for recipes in bundles:
             data = load_graph(recipes[0].dataset)
             for recipe in recipes:
-                bar.set_description(f"{recipe.slug()} seed {recipe.seed}")
                 train(recipe, data, folder)
-                bar.update()
+                done += 1
+                progress(done, total, f"{recipe.slug()} seed {recipe.seed}")
             write_bundle(recipes, config, data, folder)
 
 
