@@ -23,7 +23,6 @@ from zoo.errors import ConfigError, UnknownNameError
 from zoo.names import suggestion
 
 END = "<|endoftext|>"  # begins and ends a document; id 0 of the packaged tokenizers
-_FOLDER = Path(__file__).parent / "tokenizers"
 _SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token", "clean_up_tokenization_spaces")
 
 
@@ -60,6 +59,11 @@ def remember(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
     model.__dict__["zoo_tokenizer"] = tokenizer
 
 
+def folder() -> Path:
+    """Where the packaged tokenizers lie."""
+    return Path(__file__).parent / "tokenizers"
+
+
 @functools.cache
 def packaged(name: str) -> PreTrainedTokenizerFast:
     """A packaged tokenizer.
@@ -67,9 +71,9 @@ def packaged(name: str) -> PreTrainedTokenizerFast:
     Raises:
         UnknownNameError: there is none of that name.
     """
-    path = _FOLDER / f"{name}.json"
-    if not path.is_file() or path.parent != _FOLDER:
-        names = [file.stem for file in _FOLDER.glob("*.json")]
+    path = folder() / f"{name}.json"
+    if not path.is_file() or path.parent != folder():
+        names = [file.stem for file in folder().glob("*.json")]
         raise UnknownNameError(f"Unknown tokenizer {name!r}. {suggestion(name, names)}")
     return wrap(Tokenizer.from_file(str(path)))
 
