@@ -12,17 +12,24 @@ import torch
 from torch import nn
 
 from shared.masks import Mask, MaskSet, set_masks
+from shared.patterns import NM
 
 # Takes a module and the masks of its own parameters by their short names; None where the module should stay.
 Converter = Callable[[nn.Module, Mapping[str, Mask]], "nn.Module | None"]
 _CONVERTERS: dict[type[nn.Module], Converter] = {}
+_WITHOUT_MASKS: set[type[nn.Module]] = set()
 
 
-def register_packer(module_type: type[nn.Module]) -> Callable[[Converter], Converter]:
-    """Decorator: `convert(module, masks) -> module or None` packs modules of exactly this type."""
+def register_packer(module_type: type[nn.Module], masked: bool = True) -> Callable[[Converter], Converter]:
+    """Decorator: `convert(module, masks) -> module or None` packs modules of exactly this type.
+
+    With `masked=False` it also packs those without a mask, which keep their zeros out in another way.
+    """
 
     def register(convert: Converter) -> Converter:
         _CONVERTERS[module_type] = convert
+        if not masked:
+            _WITHOUT_MASKS.add(module_type)
         return convert
 
     return register
@@ -52,10 +59,14 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
     for name, module in list(model.named_modules()):
         convert = _CONVERTERS.get(type(module))
         prefix = f"{name}." if name else ""
-        own = {key: masks[prefix + key] for key, _ in module.named_parameters(recurse=False)
-               if prefix + key in masks}
+        own = {
+            key: masks[prefix + key]
+            for key, _ in module.named_parameters(recurse=False)
+            if prefix + key in masks
+        }
         tied = any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False))
-        packed = convert(module, own) if convert is not None and own and not tied else None
+        wanted = convert is not None and not tied and (own or type(module) in _WITHOUT_MASKS)
+        packed = convert(module, own) if convert is not None and wanted else None
         if packed is None:
             continue
         packed.train(module.training)
@@ -75,7 +86,9 @@ _MIN_SPARSITY = 0.5
 
 @register_packer(nn.Linear)
 def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
-    """`shared.ops.SparseLinear`, which runs each product by the fastest backend for its shape, also dense."""
+    """`shared.ops.SparseLinear`, which runs each product by the fastest backend for its shape, also dense; in
+    the layout of `nm_linear` where the mask is of such a pattern.
+    """
     keep = masks.get("weight")
     if not isinstance(module, nn.Linear) or keep is None or set(masks) != {"weight"}:
         return None
@@ -83,7 +96,17 @@ def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | No
         return None
     if keep.sparsity < _MIN_SPARSITY:
         return None
-    from shared.ops import SparseLinear
+    from shared.ops import SparseLinear, pack_nm
+    from shared.ops.nm_linear import PATTERNS
 
+    pattern = keep.pattern
+    if (
+        isinstance(pattern, NM)
+        and pattern.dim == -1
+        and (pattern.n, pattern.m) in PATTERNS
+        and keep.kept * pattern.m == keep.numel * pattern.n  # a mask of the pattern may keep fewer
+    ):
+        weight = pack_nm(module.weight, keep.keep, pattern.n, pattern.m)
+        return SparseLinear(weight.packed, module.bias).requires_grad_(False)
     packed = SparseLinear.from_dense(module, keep.keep)
     return packed.requires_grad_(False)

@@ -47,3 +47,9 @@ def llama():
 def batches():
     """Four batches of random token ids."""
     return token_batches()
+
+
+@pytest.fixture(scope="module")
+def make_llama_once():
+    """A random LLaMA and batches, for fixtures that many tests of a module share."""
+    return build_llama(), token_batches()

@@ -53,7 +53,9 @@ def test_the_cut_network_equals_the_masked_one_and_has_the_predicted_size(llama,
     dropped = sum(int((~kept).sum()) for kept in keep.values())
     assert before - after == dropped * 3 * 32 and dropped > 0
     with torch.no_grad():
-        torch.testing.assert_close(smaller(batches[0]).logits, masked(batches[0]).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            smaller(batches[0]).logits, masked(batches[0]).logits, rtol=1e-5, atol=1e-5
+        )
     out = smaller.generate(batches[0][:1, :4], max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape[1] <= 7
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from shared import packing
 from shared.errors import MaskError
-from shared.masks import MaskSet, masks_of
+from shared.masks import Mask, MaskSet, masks_of
 from shared.ops import SparseLinear
 from shared.packing import pack
+from shared.patterns import NM
 
 
 def masked(model: nn.Module, sparsity: float) -> tuple[nn.Module, MaskSet]:
@@ -64,6 +65,40 @@ def test_a_layer_that_would_not_gain_stays() -> None:
     assert isinstance(pack(model, masks)[0], nn.Linear)
     double, masks = masked(nn.Sequential(nn.Linear(100, 80)).double(), 0.95)
     assert isinstance(pack(double, masks)[0], nn.Linear)
+
+
+def test_an_nm_mask_is_packed_in_the_layout_of_its_pattern() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32)
+    mask = Mask(NM(2, 4).keep(layer.weight.abs(), 0), NM(2, 4))
+    masks = MaskSet({"0.weight": mask})
+    model = nn.Sequential(layer)
+    masks.apply_(model)
+    x = torch.randn(5, 64)
+    expected = model(x)
+    packed = pack(copy.deepcopy(model), masks)
+    assert packed[0].width == 4  # of each eight columns
+    torch.testing.assert_close(packed(x), expected, atol=1e-5, rtol=1e-5)
+    fewer = mask.keep.clone()
+    fewer[0] = False
+    thinned = MaskSet({"0.weight": Mask(fewer, NM(2, 4))})
+    thinned.apply_(model)
+    again = pack(model, thinned)
+    torch.testing.assert_close(again(x)[:, 0], layer.bias[0].expand(5))
+    assert again[0].width == 1
+
+
+def test_modules_that_need_no_mask_are_packed_if_they_say_so() -> None:
+    class Doubled(nn.Linear):
+        pass
+
+    packing.register_packer(Doubled, masked=False)(lambda module, masks: nn.Identity())
+    try:
+        packed = pack(nn.Sequential(Doubled(3, 3), nn.Linear(3, 3)), MaskSet({}))
+    finally:
+        del packing._CONVERTERS[Doubled]
+        packing._WITHOUT_MASKS.discard(Doubled)
+    assert isinstance(packed[0], nn.Identity) and isinstance(packed[1], nn.Linear)
 
 
 def test_tied_layers_stay_tied() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from zoo.errors import ConfigError, DataError
 
@@ -53,11 +54,17 @@ class RunningBlock:
     total: int
 
     def run(
-        self, batch: int, hidden: Float[Tensor, "*batch features"] | None = None
+        self,
+        batch: int,
+        hidden: Float[Tensor, "*batch features"] | None = None,
+        weights: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "*batch features"]:
-        """The block's output on a batch, from its own input or from other hidden states of that shape."""
+        """The block's output on a batch, from its own input or from other hidden states of that shape, with
+        its own weights or with others by their name in the block.
+        """
         args, kwargs = self.calls[batch]
-        output = self.module(self.inputs[batch] if hidden is None else hidden, *args, **kwargs)
+        state = self.inputs[batch] if hidden is None else hidden
+        output: Any = functional_call(self.module, weights or {}, (state, *args), kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def linears(self) -> dict[str, nn.Linear]:

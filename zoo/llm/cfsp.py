@@ -4,10 +4,11 @@ Coarse, how many channels each block keeps: the mean angle arccos(cos(h_in, h_ou
 the residual stream by decides its share through a sigmoid. Fine, which channels: with x_c the inputs of
 down_proj over S windows, n_c = sqrt(1/S sum ||x_c||^2) and A = |W_down| n_c,
 
-    score_c = n_c * mean over r of [A_rc / norm A + |W_up^T|_rc / norm |W_up^T| + |W_gate^T|_rc / norm |W_gate^T|].
+    score_c = n_c * mean over r of [N(A)_rc + N(|W_up^T|)_rc + N(|W_gate^T|)_rc]
 
-`released` normalises each matrix over r, the axis that the mean is then taken over, so that every term is 1/d
-and the score is 3/d n_c: no weight enters. `repaired` normalises over the channels c, as RIA does.
+where N divides by sums. `released` takes them over r, the axis that the mean is then taken over, so that
+every term is 1/d and the score is 3/d n_c: no weight enters. `repaired` takes them over the channels c, as
+RIA does.
 All blocks are scored on the dense model and cut at the end: gate and up lose rows, down loses columns.
 """
 

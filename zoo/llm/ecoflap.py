@@ -139,7 +139,9 @@ def group_counts(
         )
     values = [scores[name] for name in sizes]
     if not all(math.isfinite(value) and value >= 0 for value in values) or not max(values, default=0.0) > 0:
-        raise DataError(f"scores must be finite and not negative, one of them positive; received {values[:8]}")
+        raise DataError(
+            f"scores must be finite and not negative, one of them positive; received {values[:8]}"
+        )
     least = 1 - Fraction(repr(float(max_sparsity)))
     floors = {name: math.ceil(size * least) for name, size in sizes.items()}
     left = kept_count(sum(sizes.values()), sparsity) - sum(floors.values())

@@ -1,0 +1,162 @@
+"""Linear layers whose weights are kept four-bit groups: as a bundle stores them, and as the op runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shared.budgets import kept_count
+from shared.masks import Mask
+from shared.ops.quant_sparse_linear import QuantGroups, quant_sparse_linear
+from shared.packing import register_packer
+from zoo.errors import ConfigError
+from zoo.llm.blockwise import block_chains
+
+
+class GroupQuantLinear(nn.Module):
+    """y = x W^T + b with W = scale (q - zero) over kept groups of G consecutive inputs, zero elsewhere.
+
+    Codes, zero points and places are buffers; the scales are the only weights that train, so that fine-tuning
+    tunes the quantiser, and neither a zero nor a code can be lost. The forward multiplies by the dequantised
+    weight; `shared.packing.pack` makes it a `PackedGroupLinear`.
+
+    Args:
+        groups: the weight.
+        bias: or None.
+    """
+
+    codes: Tensor
+    zeros: Tensor
+    columns: Tensor
+    pointer: Tensor
+
+    def __init__(self, groups: QuantGroups, bias: Float[Tensor, " out"] | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = groups.shape
+        self.group = groups.group
+        self.scales = nn.Parameter(groups.scales)
+        for name in ("codes", "zeros", "columns", "pointer"):
+            self.register_buffer(name, getattr(groups, name))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @classmethod
+    def empty(cls, linear: nn.Linear, group: int, sparsity: float) -> GroupQuantLinear:
+        """A layer of the shape of `linear` whose rows keep all but floor(sparsity * groups) of their groups,
+        to load stored tensors into.
+
+        Raises:
+            ConfigError: a group that is no multiple of 16 or does not divide the inputs.
+        """
+        rows, columns = linear.weight.shape
+        check_group(columns, group)
+        kept = kept_count(columns // group, sparsity)
+        groups = QuantGroups(
+            codes=torch.zeros(rows * kept, group // 2, dtype=torch.uint8),
+            scales=torch.ones(rows * kept, dtype=torch.float16),
+            zeros=torch.zeros(rows * kept, dtype=torch.uint8),
+            columns=torch.arange(kept, dtype=torch.int16).repeat(rows),
+            pointer=torch.arange(rows + 1, dtype=torch.int32) * kept,
+            shape=(rows, columns),
+            group=group,
+        )
+        return cls(groups, linear.bias)
+
+    @property
+    def groups(self) -> QuantGroups:
+        """The weight as the op takes it; scales are rounded to fp16, in which they are stored."""
+        return QuantGroups(
+            self.codes,
+            self.scales.detach().half().contiguous(),
+            self.zeros,
+            self.columns,
+            self.pointer,
+            (self.out_features, self.in_features),
+            self.group,
+        )
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The dequantised weight, float32; differentiable in the scales."""
+        q = torch.stack([self.codes & 15, self.codes >> 4], -1).flatten(1).float()
+        values = (q - self.zeros.float().unsqueeze(1)) * self.scales.float().unsqueeze(1)
+        rows = torch.repeat_interleave(
+            torch.arange(self.out_features, device=self.codes.device), self.pointer.diff().long()
+        )
+        dense = values.new_zeros(self.out_features, self.in_features // self.group, self.group)
+        return dense.index_put((rows, self.columns.long()), values).flatten(1)
+
+    @property
+    def coded_weights(self) -> int:
+        """Weights that are kept as codes and not as parameters."""
+        return self.columns.numel() * self.group
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, group={self.group}, "
+            f"density={self.groups.density:.3f}"
+        )
+
+
+class PackedGroupLinear(nn.Module):
+    """The same product by `shared.ops.quant_sparse_linear`, which reads the kept groups only; for inference.
+
+    Args:
+        groups: the weight.
+        bias: or None.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, groups: QuantGroups, bias: Float[Tensor, " out"] | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = groups.shape
+        self.groups = groups
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return quant_sparse_linear(x, self.groups, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, group={self.groups.group}"
+
+
+@register_packer(GroupQuantLinear, masked=False)
+def _pack(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
+    if not isinstance(module, GroupQuantLinear):
+        return None
+    return PackedGroupLinear(module.groups, None if module.bias is None else module.bias.detach())
+
+
+def check_group(columns: int, group: int) -> None:
+    """Raises ConfigError unless the inputs divide into groups of a size that the op takes."""
+    if group < 16 or group % 16 or columns % group:
+        raise ConfigError(
+            f"groups of {group} do not fit {columns} inputs: the size must be a multiple of 16 that divides "
+            "them (pad_ffn widens an FFN without changing the model)"
+        )
+
+
+def with_empty_groups(model: nn.Module, group: int, sparsity: float) -> None:
+    """Make the linear layers inside the blocks `GroupQuantLinear` that wait for their stored tensors, in
+    place.
+
+    Raises:
+        ConfigError: see `GroupQuantLinear.empty`.
+    """
+    for chain in block_chains(model).values():
+        for name, module in list(chain.named_modules()):
+            if isinstance(module, nn.Linear):
+                replace_module(chain, name, GroupQuantLinear.empty(module, group, sparsity))
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the submodule `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
