@@ -15,10 +15,19 @@ namespace {
 constexpr int64_t kParts = 16;
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-ZOO_INLINE void fetch(const void* from, int64_t bytes) {
-  const auto* p = static_cast<const char*>(from);
-  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(p + i, 0, 2);
-}
+// Fetches a run of bytes little by little, so that the requests do not stand in each other's way.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  int64_t each = 0;  // bytes per step
+
+  Ahead() = default;
+  Ahead(const void* from, int64_t bytes, int64_t steps)
+      : at(static_cast<const char*>(from)), end(at + bytes), each((bytes / steps + kLine) / kLine * kLine) {}
+  ZOO_INLINE void step() {
+    for (int64_t i = 0; i < each && at < end; i += kLine, at += kLine) __builtin_prefetch(at, 0, 2);
+  }
+};
 
 // A matrix of dense rows; `cols` is padded to a multiple of 16 values.
 template <class T>
@@ -49,8 +58,8 @@ struct DenseSource {
 
   // y[b] += sum over r of factors[r][b] * row rows[r]. Meanwhile the rows upcoming[r] of `next` are fetched.
   template <int R, int B, class Next>
-  ZOO_INLINE void add(const int32_t* rows, const float (*factors)[B], const Next& next, const int32_t* upcoming,
-                      float* y, int64_t ldy) const {
+  ZOO_INLINE void add_rows(const int32_t* rows, const float (*factors)[B], const Next& next, const int32_t* upcoming,
+                           float* y, int64_t ldy) const {
     const T* row[R];
     vf factor[R][B];
     for (int r = 0; r < R; ++r) {
@@ -84,64 +93,74 @@ struct BitSource {
   int64_t cols;  // padded to a multiple of 16
   static constexpr int kRows = 1;
 
-  // visit(k, expanded) for each kLanes columns of a row.
+  // visit(k, expanded, chain) for each kLanes columns of a row, chain = 0, 1, 2, 3, 0, ...
   template <class Visit>
-  ZOO_INLINE void walk(int64_t number, Visit&& visit) const {
+  ZOO_INLINE void walk(int64_t number, const BitSource& next, int64_t upcoming, Visit&& visit) const {
     for (int64_t p = 0; p < w.panels(); ++p) {
       const int64_t segment = p * w.rows + number, first = p * w.panel;
       const int64_t columns = std::min(w.panel, w.cols - first);
+      Ahead ahead = next.ahead(p, upcoming, (columns + 63) / 64);
       const T* values = w.values + w.pointer[segment];
       const uint8_t* bits = static_cast<const uint8_t*>(w.index) + segment * (w.panel / 8);
-      const auto step = [&](int64_t k, uint64_t mask) {
+      const auto step = [&](int64_t k, uint64_t mask, int chain) {
         const uint32_t lanes = static_cast<uint32_t>(mask) & ((1u << kLanes) - 1);
-        visit(first + k, expand(lanes, values));
+        visit(first + k, expand(lanes, values), chain);
         values += __builtin_popcount(lanes);
       };
-      uint64_t mask;
+      uint64_t mask = 0;
       int64_t k = 0;
       for (; k + 64 <= columns; k += 64) {
         std::memcpy(&mask, bits + k / 8, 8);
+        ahead.step();
 #pragma GCC unroll 8
-        for (int s = 0; s < 64 / kLanes; ++s, mask >>= kLanes) step(k + s * kLanes, mask);
+        for (int s = 0; s < 64 / kLanes; ++s, mask >>= kLanes) step(k + s * kLanes, mask, s % 4);
       }
       if (k < columns) std::memcpy(&mask, bits + k / 8, 8);
-      for (; k < columns; k += kLanes, mask >>= kLanes) step(k, mask);
+      for (; k < columns; k += kLanes, mask >>= kLanes) step(k, mask, 0);
     }
   }
 
   template <int R, int B, class Next>
   ZOO_INLINE void dot(const int32_t* rows, const float* xs, const Next& next, float (*sums)[B]) const {
+    constexpr int kChains = B >= 4 ? 1 : 4 / B;  // enough independent sums to hide the latency of fma
     for (int r = 0; r < R; ++r) {
-      vf acc[B];
-      for (int b = 0; b < B; ++b) acc[b] = zero();
-      next.prefetch_row(rows[r]);
-      walk(rows[r], [&](int64_t k, vf values) {
-        for (int b = 0; b < B; ++b) acc[b] = fma(values, load(xs + k * B + b * kLanes), acc[b]);
+      vf acc[kChains][B];
+      for (int c = 0; c < kChains; ++c)
+        for (int b = 0; b < B; ++b) acc[c][b] = zero();
+      walk(rows[r], next, rows[r], [&](int64_t k, vf values, int chain) __attribute__((always_inline)) {
+        for (int b = 0; b < B; ++b) {
+          vf& total = acc[chain % kChains][b];
+          total = fma(values, load(xs + k * B + b * kLanes), total);
+        }
       });
-      for (int b = 0; b < B; ++b) sums[r][b] = sum(acc[b]);
+      for (int b = 0; b < B; ++b) {
+        vf total = acc[0][b];
+        for (int c = 1; c < kChains; ++c) total = add(total, acc[c][b]);
+        sums[r][b] = sum(total);
+      }
     }
   }
 
   template <int R, int B, class Next>
-  ZOO_INLINE void add(const int32_t* rows, const float (*factors)[B], const Next& next, const int32_t* upcoming,
-                      float* y, int64_t ldy) const {
+  ZOO_INLINE void add_rows(const int32_t* rows, const float (*factors)[B], const Next& next, const int32_t* upcoming,
+                           float* y, int64_t ldy) const {
     for (int r = 0; r < R; ++r) {
       vf factor[B];
       for (int b = 0; b < B; ++b) factor[b] = splat(factors[r][b]);
-      next.prefetch_row(upcoming[r]);
-      walk(rows[r], [&](int64_t k, vf values) {
+      walk(rows[r], next, upcoming[r], [&](int64_t k, vf values, int) __attribute__((always_inline)) {
         for (int b = 0; b < B; ++b) store(y + b * ldy + k, fma(factor[b], values, load(y + b * ldy + k)));
       });
     }
   }
 
-  ZOO_INLINE void prefetch_row(int64_t number) const {
-    for (int64_t p = 0; p < w.panels(); ++p) {
-      const int64_t segment = p * w.rows + number;
-      const int64_t first = w.pointer[segment], count = w.pointer[segment + 1] - first;
-      fetch(static_cast<const uint8_t*>(w.index) + segment * (w.panel / 8), w.panel / 8);
-      fetch(w.values + first, count * static_cast<int64_t>(sizeof(T)));
-    }
+  // The kept values of a row in panel p, to be fetched in `steps` steps; their mask bits are fetched at once.
+  ZOO_INLINE Ahead ahead(int64_t p, int64_t number, int64_t steps) const {
+    if (p >= w.panels()) return {};
+    const int64_t segment = p * w.rows + number;
+    const uint8_t* bits = static_cast<const uint8_t*>(w.index) + segment * (w.panel / 8);
+    for (int64_t i = 0; i < w.panel / 8; i += kLine) __builtin_prefetch(bits + i, 0, 2);
+    const int64_t first = w.pointer[segment], count = w.pointer[segment + 1] - first;
+    return {w.values + first, count * static_cast<int64_t>(sizeof(T)), steps};
   }
 };
 
@@ -168,7 +187,7 @@ ZOO_INLINE void channels(const Source& up, const Source& down, const Problem& p,
     }
     upcoming[r] = p.active[std::min(i + R + r, end - 1)];
   }
-  down.template add<R, B>(p.active + i, h, up, upcoming, y, p.ldy);
+  down.template add_rows<R, B>(p.active + i, h, up, upcoming, y, p.ldy);
 }
 
 template <int B, class Source>
