@@ -8,10 +8,28 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES
+from zoo.registry import ARCHITECTURES, FINETUNERS, METHODS, TASKS
 
 ARCHITECTURES.register("llm/llama", "zoo.llm.models:llama")
 ARCHITECTURES.register("llm/transformers", "zoo.llm.models:from_config")
+METHODS.register("chess", "zoo.llm.chess:Chess")
+METHODS.register("cats", "zoo.llm.cats:Cats")
+METHODS.register("teal", "zoo.llm.teal:Teal")
+METHODS.register("wanda", "zoo.llm.wanda:Wanda")
+METHODS.register("sparsegpt", "zoo.llm.sparsegpt:SparseGPT")
+METHODS.register("ecoflap", "zoo.llm.ecoflap:ECoFLaP")
+METHODS.register("cfsp", "zoo.llm.cfsp:CFSP")
+METHODS.register("gqsa", "zoo.llm.gqsa_method:GQSA")
+TASKS.register("llm/wikitext2", "zoo.llm.tasks:WikiText2")
+TASKS.register("llm/tinystories", "zoo.llm.tasks:TinyStories")
+TASKS.register("llm/embedded", "zoo.llm.tasks:Embedded")
+TASKS.register("llm/cloze-wikitext2", "zoo.llm.tasks:ClozeWikiText2")
+TASKS.register("llm/cloze-tinystories", "zoo.llm.tasks:ClozeTinyStories")
+TASKS.register("llm/cloze-embedded", "zoo.llm.tasks:ClozeEmbedded")
+TASKS.register("lm_eval", "zoo.llm.lm_eval:LmEvalTask")
+FINETUNERS.register("llm", "zoo.llm.finetune:Finetune")
+TASKS.register("llm/sparsity-embedded", "zoo.llm.sparsity_task:EmbeddedSparsity")
+TASKS.register("llm/sparsity-tinystories", "zoo.llm.sparsity_task:TinyStoriesSparsity")
 
 _PUBLIC = {
     "find_blocks": "blocks",

@@ -24,8 +24,9 @@ from transformers import LlamaForCausalLM
 from zoo.catalog import cache_folder
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError
+from zoo.llm.bundling import save_dense
 from zoo.llm.data import corpus
-from zoo.llm.models import architecture_of, llama
+from zoo.llm.models import llama
 from zoo.llm.tokenization import folder, packaged, train_bpe
 from zoo.llm.train import Fit, TrainConfig, Windows, next_token_loss, token_stream
 from zoo.progress import progress_bar
@@ -34,19 +35,25 @@ from zoo.progress import progress_bar
 TOKENIZERS = {"shakespeare": ("embedded", 1024), "stories": ("tinystories", 2048)}
 
 
+EVIDENCE = "benchmarks/results/llm-bundles.json"
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """One model: its text, its shape (arguments of `llama`) and how it is trained."""
+    """One model: its text, its shape (arguments of `llama`), how it is trained, and the tasks on its card."""
 
     title: str
     text: str
     shape: dict[str, Any]
     training: TrainConfig
+    tasks: tuple[str, ...]
     seed: int = 0
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
-        return {**dataclasses.asdict(self), "version": 1}
+        fields = dataclasses.asdict(self)
+        del fields["tasks"]
+        return {**fields, "version": 1}
 
 
 # Shapes that one core trains in half an hour; every width is a multiple of 16, for groups, and of 4, for N:M.
@@ -65,6 +72,7 @@ RECIPES = {
             "tokenizer": "shakespeare",
         },
         TrainConfig(steps=1000, batch=8, window=256),
+        ("llm/embedded",),
     ),
     "stories": Recipe(
         "LLaMA decoder of 2 million parameters on TinyStories",
@@ -80,6 +88,7 @@ RECIPES = {
             "tokenizer": "stories",
         },
         TrainConfig(steps=1000, batch=16, window=256),
+        ("llm/tinystories", "llm/cloze-tinystories"),
     ),
 }
 
@@ -101,7 +110,9 @@ def new_model(recipe: Recipe) -> LlamaForCausalLM:
         return llama(**recipe.shape)
 
 
-def train(name: str, cells: Path, until: int | None = None, every: int = 25) -> tuple[LlamaForCausalLM, float]:
+def train(
+    name: str, cells: Path, until: int | None = None, every: int = 25
+) -> tuple[LlamaForCausalLM, float]:
     """Train, or go on with, the model of that name.
 
     Args:
@@ -132,6 +143,25 @@ def train(name: str, cells: Path, until: int | None = None, every: int = 25) -> 
                 validation = _loss(model, held_out)
             progress(fit.step, config.steps, f"{name}: loss {fit.last_loss:.3f}, validation {validation:.3f}")
     return model.eval(), clock.total()
+
+
+def write_bundle(name: str, model: LlamaForCausalLM, seconds: float, out: Path) -> Path:
+    """The bundle `dense-<name>` of a trained model, in half precision."""
+    recipe = RECIPES[name]
+    return save_dense(
+        model.half(),
+        out / f"dense-{name}",
+        name=f"llm/dense-{name}",
+        summary=f"{recipe.title}.",
+        text=recipe.text,
+        tasks=recipe.tasks,
+        command=f"python -m zoo.llm.pretrain --models {name}",
+        seconds=seconds,
+        seed=recipe.seed,
+        hyperparameters={**dataclasses.asdict(recipe.training), "optimizer": "AdamW"},
+        evidence=EVIDENCE,
+        overwrite=True,
+    )
 
 
 class _Clock:
@@ -185,7 +215,7 @@ def main(config: Pretrain) -> None:
             make_tokenizer(RECIPES[name].shape["tokenizer"])
         model, seconds = train(name, cells, config.until)
         if config.until is None:
-            write_bundle(name, model, seconds, config)
+            print(write_bundle(name, model, seconds, config.out))
 
 
 if __name__ == "__main__":
