@@ -5,6 +5,12 @@ Operators work on plain tensors, in place where a name ends in an underscore, an
 autograd: a projection or proximal step comes after the optimiser's step, on the weights themselves.
 """
 
+from shared.constraints.bidirectional import (
+    Bidirectional,
+    finish_bidirectional,
+    make_bidirectional,
+    two_weights,
+)
 from shared.constraints.projections import project_l0_, project_l1_, project_pattern_
 from shared.constraints.proximal import (
     envelope_factors,
@@ -29,14 +35,17 @@ from shared.constraints.straight_through import (
 __all__ = [
     "ADMM",
     "AugmentedLagrangian",
+    "Bidirectional",
     "DecayingSTE",
     "PatternSTE",
     "SRSTE",
     "SoftShrinkage",
     "decaying_ste",
     "envelope_factors",
+    "finish_bidirectional",
     "group_envelope",
     "group_soft_factors",
+    "make_bidirectional",
     "project_l0_",
     "project_l1_",
     "project_pattern_",
@@ -47,4 +56,5 @@ __all__ = [
     "soft_shrink_",
     "sr_ste",
     "straight_through",
+    "two_weights",
 ]

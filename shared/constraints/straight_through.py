@@ -4,7 +4,7 @@ With w the weight, m its mask, g = dL/dw_effective:
 
     straight_through  forward m w                      backward g
     sr_ste            forward m w                      backward g + decay (1 - m) w
-    decaying_ste      forward (m + beta (1 - m)) w     backward g
+    decaying_ste      forward (m + beta (1 - m)) w     backward g, or (m + beta (1 - m)) g if restricted
 
 A plain product m w, with m g as gradient, needs no function; for scores on frozen weights see `shared.gates`.
 """
@@ -61,11 +61,15 @@ def sr_ste(
 
 
 def decaying_ste(
-    weight: Float[Tensor, "*shape"], keep: Bool[Tensor, "*shape"], beta: float
+    weight: Float[Tensor, "*shape"], keep: Bool[Tensor, "*shape"], beta: float, restrict: bool = False
 ) -> Float[Tensor, "*shape"]:
-    """(m + beta (1 - m)) w with gradient g: masked weights fade as beta goes from 1 to 0 (Kao et al.,
-    2022).
+    """(m + beta (1 - m)) w: masked weights fade as beta goes from 1 to 0 (Kao et al., 2022).
+
+    The gradient is g as in their code, or with `restrict` that of the formula, so that what flows to masked
+    weights fades as well, which is the paper's argument.
     """
+    if restrict:
+        return torch.where(keep, weight, beta * weight)
     return _StraightThrough.apply(weight, keep, beta, 0.0)
 
 
@@ -114,15 +118,18 @@ class SRSTE(PatternSTE):
 class DecayingSTE(PatternSTE):
     """`PatternSTE` whose masked weights fade: factor `beta` while training, 0 in eval mode.
 
-    A schedule drives beta from 1 to 0: `DecayingSTE.set_beta(model, schedule(step))`.
+    A schedule drives beta from 1 to 0: `DecayingSTE.set_beta(model, schedule(step))`. For `restrict` see
+    `decaying_ste`.
     """
 
-    def __init__(self, pattern: Pattern, sparsity: float | None = None, beta: float = 1.0) -> None:
+    def __init__(
+        self, pattern: Pattern, sparsity: float | None = None, beta: float = 1.0, restrict: bool = False
+    ) -> None:
         super().__init__(pattern, sparsity)
-        self.beta = beta
+        self.beta, self.restrict = beta, restrict
 
     def forward(self, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return decaying_ste(weight, self.keep(weight), self.beta if self.training else 0.0)
+        return decaying_ste(weight, self.keep(weight), self.beta if self.training else 0.0, self.restrict)
 
     @staticmethod
     def set_beta(model: nn.Module, beta: float) -> None:

@@ -6,7 +6,6 @@ goes on from there after a kill, and its result equals that of an uninterrupted 
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import sys
 import time
@@ -18,9 +17,9 @@ import torch
 from accelerate import Accelerator
 from torch_geometric.data import Data
 
-from shared.masks import MaskSet, masks_of, set_masks
+from shared.masks import masks_of
 from zoo.bundles import load_bundle, save
-from zoo.cards import Card, mean_and_spread
+from zoo.cards import Card
 from zoo.catalog import Bundle, find
 from zoo.errors import ConfigError, UnknownNameError
 from zoo.graph.checkpoint import Checkpoint
@@ -29,8 +28,15 @@ from zoo.graph.method import dataset_of
 from zoo.graph.models import GraphModel
 from zoo.graph.train import Fit, TrainConfig
 from zoo.graph.transfer import transferred
-from zoo.harness.tables import Table
 from zoo.harness.tasks import get_task
+from zoo.harness.tuning import (
+    checkpoint_folder,
+    finetuned_card,
+    options_of,
+    require_zeros,
+    show_change,
+    zero_count,
+)
 from zoo.progress import progress_bar
 
 
@@ -109,7 +115,7 @@ class Finetune:
         for line in changes:
             print(f"zoo: {line}", file=sys.stderr)
         start = time.perf_counter()
-        zeros = _zeros(model)
+        zeros = zero_count(model)
         before, after = self._train(model, source, dataset, data, twin, recipe)
         seconds = time.perf_counter() - start
         for parameter in model.parameters():  # stored as the source stores them
@@ -118,8 +124,10 @@ class Finetune:
         extras = model.ticket.to_extras() if model.ticket is not None else {}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         path = save(model, self.out, card=fields, extras=extras, overwrite=self.overwrite)
-        shutil.rmtree(self._checkpoints(), ignore_errors=True)
-        _show(source.card.name, dataset, (before, after), (zeros, _zeros(model)))
+        shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)
+        show_change(
+            f"{source.card.name} on graph/{dataset}", "accuracy", (before, after), (zeros, zero_count(model))
+        )
         return path
 
     def _train(
@@ -150,7 +158,7 @@ class Finetune:
         adam = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         prepared, optimizer = accelerator.prepare(model, adam)
         fit = Fit(prepared, data, recipe, teacher=teacher, optimizer=optimizer, backward=accelerator.backward)
-        checkpoint = Checkpoint(self._checkpoints(), self._identity(source, dataset))
+        checkpoint = Checkpoint(checkpoint_folder(self.out), self._identity(source, dataset))
         torch.manual_seed(self.seed)
         checkpoint.restore(fit)
         handle = masks.attach(model, adam) if masks is not None else None
@@ -167,20 +175,12 @@ class Finetune:
             handle.detach()
         model.load_state_dict(best.weights)
         model.cpu().eval()
-        _require_zeros(model, masks)
+        require_zeros(model, masks)
         return before, task.evaluate(model).metrics["accuracy"].value
-
-    def _checkpoints(self) -> Path:
-        return self.out.parent / f".{self.out.name}.checkpoint"
 
     def _identity(self, source: Bundle, dataset: str) -> dict[str, Any]:
         """What a checkpoint must agree with to be gone on from."""
-        options = {
-            k: v
-            for k, v in dataclasses.asdict(self).items()
-            if k not in ("model", "out", "overwrite", "name")
-        }
-        return {**options, "dataset": dataset, "weights": source.card.weights.sha256}
+        return {**options_of(self), "dataset": dataset, "weights": source.card.weights.sha256}
 
     def _twin(self, card: Card, dataset: str) -> Bundle | None:
         """The dense model beside which the new one will stand; None for a dense model."""
@@ -199,91 +199,22 @@ class Finetune:
     def _card(
         self, model: GraphModel, card: Card, dataset: str, data: Data, twin: Bundle | None, seconds: float
     ) -> dict[str, Any]:
-        task = get_task(f"graph/{dataset}")
-        value = task.evaluate(model).metrics["accuracy"]
-        flops = task.flops(model)
-        if flops is None:
-            raise ConfigError(f"{task.name} counts no operations of {type(model).__name__}.")
-        per_seed = {self.seed: value.value}
-        mean, spread = mean_and_spread(per_seed)
-        metric: dict[str, Any] = {
-            "task": task.name,
-            "metric": "accuracy",
-            "split": "test",
-            "protocol": f"fine-tuned from {card.name}; epoch of best validation accuracy",
-            "value": value.value,
-            "stderr": value.stderr or 0.0,
-            "per_seed": per_seed,
-            "mean": mean,
-            "spread": spread,
-        }
-        if twin is not None:
-            own = next(m for m in twin.card.metrics if m.task == task.name)
-            figure = {key: getattr(own, key) for key in ("value", "per_seed", "mean", "spread")}
-            metric["dense"] = {"name": twin.card.name, **figure}
         source = SOURCES[dataset]
-        options = {
-            k: v
-            for k, v in dataclasses.asdict(self).items()
-            if k not in ("model", "out", "overwrite", "name")
-        }
-        tuned = {**options, "dataset": dataset, "from": card.reference}
-        method = {**card.method.model_dump(), "seed": self.seed}
-        method["hyperparameters"] = {**method["hyperparameters"], "finetuned": tuned}
-        return card.to_dict() | {
-            "name": self.name or f"graph/{self.out.name}",
-            "summary": f"{card.name} fine-tuned on {source.title}.",
-            "architecture": {"name": card.architecture.name, "args": _arguments(card, data)},
-            "method": method,
-            "sparsity": {},
-            "cost": {"parameters": {}, "flops": {"dense": flops.dense, "sparse": flops.sparse}, "bytes": {}},
-            "metrics": [metric],
-            "dense_twin": twin.card.name if twin is not None else None,
-            "training": {"command": self.command(), "seconds": round(seconds, 3)},
-            "data": {"name": source.title, "source": source.origin, "licence": source.licence},
-            "evidence": None,
-        }
-
-    def command(self) -> str:
-        """The command line of these options."""
-        words = ["zoo finetune graph"]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.default is dataclasses.MISSING or value != field.default:
-                option = "--" + field.name.replace("_", "-")
-                words.append(option if value is True else f"{option} {value}")
-        return " ".join(words)
+        fields = finetuned_card(
+            self,
+            card,
+            twin,
+            model,
+            get_task(f"graph/{dataset}"),
+            protocol=f"fine-tuned from {card.name}; epoch of best validation accuracy",
+            seconds=seconds,
+            data={"name": source.title, "source": source.origin, "licence": source.licence},
+            arguments=_arguments(card, data),
+        )
+        fields["method"]["hyperparameters"]["finetuned"]["dataset"] = dataset
+        return fields
 
 
 def _arguments(card: Card, data: Data) -> dict[str, Any]:
     widths = {"in_channels": int(data.x.shape[1]), "out_channels": int(data.y.max()) + 1}
     return {**card.architecture.args, **widths}
-
-
-def _require_zeros(model: GraphModel, masks: MaskSet | None) -> None:
-    if masks is None:
-        return
-    set_masks(model, masks)
-    if lost := masks.zeros_intact(model):
-        raise ConfigError(
-            f"Fine-tuning lost zeros of {lost[0]!r}; this is a fault of the zoo, please report it."
-        )
-
-
-def _zeros(model: GraphModel) -> int:
-    """Weights that are zero and that the masks drop."""
-    masks, weights = masks_of(model), dict(model.named_parameters())
-    return sum(int((weights[n][~m.keep] == 0).sum()) for n, m in masks.items()) if masks else 0
-
-
-def _show(name: str, dataset: str, accuracy: tuple[float, float], zeros: tuple[int, int]) -> None:
-    """The before/after table, on standard error: standard output belongs to the command line's own answer."""
-    from rich.console import Console
-
-    from zoo.report.terminal import show_table
-
-    rows = [
-        ["test accuracy", *(f"{value:.4f}" for value in accuracy)],
-        ["pruned weights that are zero", *(f"{count:,}" for count in zeros)],
-    ]
-    show_table(Console(stderr=True), Table(f"{name} on graph/{dataset}", ["", "before", "after"], rows))

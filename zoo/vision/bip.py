@@ -61,8 +61,10 @@ class BiP(VisionMethod):
             model.zero_grad()
             cross_entropy(model, next(second)).backward()
             for name, gate in gates.items():
-                # The gate's gradient is w g, the weight's m g, of which the square is m g^2.
-                gate.logits.grad.sub_(self.implicit * weights[name].grad.square())
+                own, of_weight = gate.logits.grad, weights[name].grad
+                if own is not None and of_weight is not None:
+                    # The gate's gradient is w g, the weight's m g, of which the square is m g^2.
+                    own.sub_(self.implicit * of_weight.square())
             upper.step()
             values = {name: gate.logits.detach() for name, gate in gates.items()}
             for name, kept in Global().allocate(values, self.sparsity).items():

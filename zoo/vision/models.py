@@ -148,8 +148,9 @@ class ResNet(Classifier):
     def current_arguments(self) -> dict[str, Any]:
         stages, inner = [], []
         for layer in (self.layer1, self.layer2, self.layer3):
-            stages.append(layer[0].conv2.out_channels)
-            inner += [block.conv1.out_channels for block in layer]
+            blocks = [block for block in layer if isinstance(block, Block)]
+            stages.append(blocks[0].conv2.out_channels)
+            inner += [block.conv1.out_channels for block in blocks]
         return {**self.arguments, "stages": stages, "inner": inner}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -25,6 +25,7 @@ from shared.errors import MaskError
 from shared.masks import masks_of
 from shared.modes import eval_mode
 from shared.schedules import Linear, Ramp
+from zoo.checkpoints import optimizer_tensors, part, restore_optimizer
 from zoo.errors import ConfigError
 from zoo.vision.data import Images, Split, shifted_and_mirrored
 
@@ -235,25 +236,13 @@ class Fit:
     def state(self) -> dict[str, Tensor]:
         """Everything that decides how the run goes on, as tensors; masks stay with the model."""
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        for index, held in self.optimizer.state_dict()["state"].items():
-            tensors |= {
-                f"optimizer/{index}/{key}": torch.as_tensor(value)
-                for key, value in held.items()
-                if value is not None
-            }
-        tensors["epoch"] = torch.tensor(self.epoch)
-        return {name: value.detach().clone() for name, value in tensors.items()}
+        tensors |= {f"optimizer/{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+        return {**tensors, "epoch": torch.tensor(self.epoch)}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken."""
-        model = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
-        self.model.load_state_dict(model)
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                states.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
+        self.model.load_state_dict(part(tensors, "model/"))
+        restore_optimizer(self.optimizer, part(tensors, "optimizer/"))
         self.epoch = int(tensors["epoch"])
 
 

@@ -206,10 +206,11 @@ def _plots(rows: Rows, arms: Sequence[str], levels: Sequence[float], dataset: st
     level = 0.95 if 0.95 in levels else levels[-1]
     points = []
     for arm in arms:
-        if found := chosen(rows, arm, level):
-            cost = statistics.fmean(r["flops"] for r in found) / 1e9
-            values = [100 * r["accuracy"] for r in found]
-            points.append(Series(arm, [cost], [statistics.fmean(values)], [deviation(values)], kind="points"))
+        if runs := chosen(rows, arm, level):
+            cost = statistics.fmean(r["flops"] for r in runs) / 1e9
+            reached = [100 * r["accuracy"] for r in runs]
+            mean, spread = statistics.fmean(reached), deviation(reached)
+            points.append(Series(arm, [cost], [mean], [spread], kind="points"))
     return [
         Plot("accuracy", f"Accuracy against sparsity, {dataset}", "zeros (%)", "test accuracy (%)", curves,
              alt="One curve per method, with bands of one standard deviation over seeds."),
