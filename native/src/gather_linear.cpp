@@ -26,15 +26,10 @@ struct Rows {
   int64_t stride, block;
   const f16* scales;
   static constexpr int64_t kPerItem = std::is_same_v<T, int4> ? 2 : 1;
-  static constexpr int64_t kBytes = static_cast<int64_t>(sizeof(T));
 
   ZOO_INLINE const T* row(int64_t number) const { return data + number * stride / kPerItem; }
   ZOO_INLINE float scale(int64_t number, int64_t i) const {
     return scales == nullptr ? 1.0f : to_float(scales[(number * stride + i) / block]);
-  }
-  // Asks for the cache line that holds value i of a row, once per line.
-  ZOO_INLINE void prefetch(const T* row, int64_t i) const {
-    if (i / kPerItem * kBytes % 64 == 0) __builtin_prefetch(row + i / kPerItem, 0, 2);
   }
 };
 
@@ -51,13 +46,13 @@ void with_rows(int64_t kind, const void* data, const void* scales, int64_t strid
   }
 }
 
-// y[b, from..to) += sum over R active rows of factor[r][b] * row. The next R rows are fetched meanwhile: they lie
-// anywhere, and the processor cannot guess them.
+// y[b, from..to) += sum over R active rows of factor[r][b] * row. R streams of the memory are open at a time, which
+// brings more than one stream does, and more than asking for the rows that follow.
 template <int R, int B, class Source>
-ZOO_INLINE void add_rows(const Source& w, const int32_t* active, int64_t left, const float* factors, float* y,
+ZOO_INLINE void add_rows(const Source& w, const int32_t* active, const float* factors, float* y,
                          int64_t ldy, int64_t from, int64_t to) {
-  decltype(w.row(0)) row[R], next[R];
-  for (int r = 0; r < R; ++r) row[r] = w.row(active[r]), next[r] = w.row(active[std::min<int64_t>(R + r, left - 1)]);
+  decltype(w.row(0)) row[R];
+  for (int r = 0; r < R; ++r) row[r] = w.row(active[r]);
   for (int64_t start = from; start < to;) {
     const int64_t end = std::min(to, (start / w.block + 1) * w.block);
     vf factor[R][B];
@@ -67,10 +62,7 @@ ZOO_INLINE void add_rows(const Source& w, const int32_t* active, int64_t left, c
     }
     for (int64_t n = start; n < end; n += kLanes) {
       vf values[R];
-      for (int r = 0; r < R; ++r) {
-        values[r] = load(row[r] + n / w.kPerItem);
-        w.prefetch(next[r], n);
-      }
+      for (int r = 0; r < R; ++r) values[r] = load(row[r] + n / w.kPerItem);
       for (int b = 0; b < B; ++b) {
         vf sum = load(y + b * ldy + n);
         for (int r = 0; r < R; ++r) sum = fma(factor[r][b], values[r], sum);
@@ -88,17 +80,17 @@ void input_sparse(const Source& w, const int32_t* active, const float* factors, 
     const int64_t to = std::min(from + kChunk, end);
     int64_t i = 0;
     for (; i + kRowsAtOnce <= count; i += kRowsAtOnce)
-      add_rows<kRowsAtOnce, B>(w, active + i, count - i, factors + i * B, y, ldy, from, to);
-    for (; i < count; ++i) add_rows<1, B>(w, active + i, count - i, factors + i * B, y, ldy, from, to);
+      add_rows<kRowsAtOnce, B>(w, active + i, factors + i * B, y, ldy, from, to);
+    for (; i < count; ++i) add_rows<1, B>(w, active + i, factors + i * B, y, ldy, from, to);
   }
 }
 
 // y[b, active[0..R)] += row * x: R rows at a time, so that several streams of the memory are open. xs holds the rows of
-// x chunk by chunk, kLanes values of each. The next R rows are fetched meanwhile.
+// x chunk by chunk, kLanes values of each.
 template <int R, int B, class Source>
-ZOO_INLINE void dot_rows(const Source& w, const int32_t* active, int64_t left, const float* xs, float* y, int64_t ldy) {
-  decltype(w.row(0)) row[R], next[R];
-  for (int r = 0; r < R; ++r) row[r] = w.row(active[r]), next[r] = w.row(active[std::min<int64_t>(R + r, left - 1)]);
+ZOO_INLINE void dot_rows(const Source& w, const int32_t* active, const float* xs, float* y, int64_t ldy) {
+  decltype(w.row(0)) row[R];
+  for (int r = 0; r < R; ++r) row[r] = w.row(active[r]);
   vf acc[R][B];
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b) acc[r][b] = zero();
@@ -109,7 +101,6 @@ ZOO_INLINE void dot_rows(const Source& w, const int32_t* active, int64_t left, c
       for (int r = 0; r < R; ++r) {
         vf values = load(row[r] + k / w.kPerItem);
         if (w.scales != nullptr) values = mul(values, scale[r]);
-        w.prefetch(next[r], k);
         for (int b = 0; b < B; ++b) acc[r][b] = fma(values, load(xs + k * B + b * kLanes), acc[r][b]);
       }
   }
@@ -122,8 +113,8 @@ void output_sparse(const Source& w, const int32_t* active, int64_t begin, int64_
                    int64_t ldy) {
   constexpr int kRows = B >= 4 ? 1 : 4;
   int64_t i = begin;
-  for (; i + kRows <= end; i += kRows) dot_rows<kRows, B>(w, active + i, end - i, xs, y, ldy);
-  for (; i < end; ++i) dot_rows<1, B>(w, active + i, end - i, xs, y, ldy);
+  for (; i + kRows <= end; i += kRows) dot_rows<kRows, B>(w, active + i, xs, y, ldy);
+  for (; i < end; ++i) dot_rows<1, B>(w, active + i, xs, y, ldy);
 }
 
 // Calls body(std::integral_constant<int, batch>).

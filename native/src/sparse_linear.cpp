@@ -10,7 +10,11 @@
 namespace zoo {
 namespace {
 
+constexpr int64_t kAhead = 512;     // entries: what is asked for early, as the end of a page stops the processor's own guess
+constexpr int64_t kNarrow = 256;    // columns of a panel whose part of a wide tile of x stays in the nearest caches
 constexpr int64_t kRowCost = 8;     // what an empty segment costs, in entries, for an even split among threads
+
+ZOO_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
 // ---- a few rows of x, no transposition -----------------------------------------------------------------------------
 
@@ -38,6 +42,9 @@ void bitmask_rows(const Packed<T>& w, const float* xs, float* y, int64_t from, i
       int64_t k = 0;
       for (; k + 64 <= columns; k += 64) {
         std::memcpy(&mask, bits + k / 8, 8);
+        prefetch(values + kAhead);
+        if constexpr (sizeof(T) == 4) prefetch(values + kAhead + 16);  // up to 64 kept values, on average two lines
+        if (k % 512 == 0) prefetch(bits + k / 8 + kAhead);
 #pragma GCC unroll 8
         for (int s = 0; s < 64 / kLanes; ++s, mask >>= kLanes)
           step(static_cast<uint32_t>(mask) & ((1u << kLanes) - 1), s % kChains);
@@ -64,9 +71,12 @@ void csr_vector(const Packed<T>& w, const float* x, float* y, int64_t from, int6
       const uint16_t* offsets = static_cast<const uint16_t*>(w.index) + first;
       vf sums[2] = {zero(), zero()};
       int64_t j = 0;
-      for (; j + 2 * kLanes <= count; j += 2 * kLanes)
+      for (; j + 2 * kLanes <= count; j += 2 * kLanes) {
+        prefetch(values + j + kAhead);
+        prefetch(offsets + j + kAhead);
         for (int c = 0; c < 2; ++c)
           sums[c] = fma(load(values + j + c * kLanes), gather(xp, offsets + j + c * kLanes), sums[c]);
+      }
       if (j + kLanes <= count) {
         sums[0] = fma(load(values + j), gather(xp, offsets + j), sums[0]);
         j += kLanes;
@@ -169,13 +179,15 @@ void tile_rows_of(int64_t vectors, const Packed<T>& w, int64_t layout, const flo
   switch (vectors) {
     case 1: return tile_rows<1>(w, layout, xt, yt, from, to);
     case 2: return tile_rows<2>(w, layout, xt, yt, from, to);
-    default: return tile_rows<4>(w, layout, xt, yt, from, to);
+    case 4: return tile_rows<4>(w, layout, xt, yt, from, to);
+    default: return tile_rows<8>(w, layout, xt, yt, from, to);
   }
 }
 
 // Vectors of the tile for `batch` remaining columns. 32 columns times a panel of 2048 are 256 KiB of x, half of a
-// usual second-level cache; wider tiles were no faster and would need narrower panels.
-int64_t tile_vectors(int64_t batch) {
+// usual second-level cache; 64 columns need narrow panels.
+int64_t tile_vectors(int64_t batch, int64_t panel) {
+  if (panel <= kNarrow && batch > 48) return 64 / kLanes;
   constexpr int64_t kMost = 32 / kLanes;
   int64_t vectors = 1;
   while (vectors < kMost && vectors * kLanes < batch) vectors *= 2;
@@ -188,7 +200,7 @@ void batched(const Packed<T>& w, int64_t layout, const float* x, const float* bi
   const int64_t step = layout == kRows4 ? 4 : 1;
   const int64_t segment_rows = (w.rows + step - 1) / step;
   for (int64_t b = 0; b < batch;) {
-    const int64_t vectors = tile_vectors(batch - b), width = vectors * kLanes;
+    const int64_t vectors = tile_vectors(batch - b, w.panel), width = vectors * kLanes;
     const int64_t columns = std::min(width, batch - b);
     float* xt = scratch_of<float>(w.cols * width, 0);
     float* yt = scratch_of<float>(segment_rows * step * width, 1);
@@ -276,4 +288,37 @@ ZOO_EXPORT void zoo_sparse_linear(const float* x, const void* values, const void
     const zoo::Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, width};
     zoo::run(w, layout, x, bias, y, batch, threads);
   });
+}
+
+// The same csr weight in panels of `narrow` columns, which divides `panel`: values of `bytes` each and index are written
+// with kOverread entries of padding, narrow_pointer has ceil(cols / narrow) * rows + 1 entries.
+ZOO_EXPORT void zoo_csr_narrow(const void* values, const uint16_t* index, const int32_t* pointer, void* narrow_values,
+                               uint16_t* narrow_index, int32_t* narrow_pointer, int64_t rows, int64_t cols,
+                               int64_t panel, int64_t narrow, int64_t bytes) {
+  const int64_t panels = (cols + panel - 1) / panel, parts = (cols + narrow - 1) / narrow;
+  const int64_t entries = pointer[panels * rows];
+  const auto for_each = [&](auto&& visit) {  // visit(entry, narrow segment, column in the narrow panel)
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t j = pointer[p * rows + row]; j < pointer[p * rows + row + 1]; ++j)
+          visit(j, (p * (panel / narrow) + index[j] / narrow) * rows + row, index[j] % narrow);
+  };
+  std::memset(narrow_pointer, 0, static_cast<size_t>(parts * rows + 1) * sizeof(int32_t));
+  for_each([&](int64_t, int64_t segment, int64_t) { ++narrow_pointer[segment + 1]; });
+  for (int64_t i = 0; i < parts * rows; ++i) narrow_pointer[i + 1] += narrow_pointer[i];
+  const auto fill = [&](auto tag) {
+    using V = decltype(tag);
+    const auto* from = static_cast<const V*>(values);
+    auto* to = static_cast<V*>(narrow_values);
+    for_each([&](int64_t j, int64_t segment, int64_t column) {  // each pointer moves to the end of its segment
+      const int32_t at = narrow_pointer[segment]++;
+      to[at] = from[j];
+      narrow_index[at] = static_cast<uint16_t>(column);
+    });
+    for (int64_t i = entries; i < entries + zoo::kOverread; ++i) to[i] = 0, narrow_index[i] = 0;
+  };
+  if (bytes == 4) fill(uint32_t{});
+  else fill(uint16_t{});
+  for (int64_t i = parts * rows; i > 0; --i) narrow_pointer[i] = narrow_pointer[i - 1];
+  narrow_pointer[0] = 0;
 }

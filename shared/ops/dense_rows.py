@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shared.errors import OpError
 from shared.ops.derived import Derived
+from shared.ops.memory import on_huge_pages
 
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4")  # in the order of `enum Kind` in gather_linear.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
@@ -118,13 +119,15 @@ def store_rows(matrix: Float[Tensor, "rows cols"], kind: str | None = None, grou
     cols = matrix.shape[1]
     padded = torch.nn.functional.pad(matrix.detach(), (0, -cols % (group if quantised else ALIGN)))
     if not quantised:
-        return DenseRows(padded.to(_DTYPES[KINDS.index(kind)]).contiguous(), None, kind, cols, group)
+        stored = padded.to(_DTYPES[KINDS.index(kind)]).contiguous()
+        return DenseRows(on_huge_pages(stored), None, kind, cols, group)
     most = 127 if kind == "int8" else 7
     grouped = padded.float().reshape(matrix.shape[0], padded.shape[1] // group, group)
     scales = (grouped.abs().amax(-1) / most).half()
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     codes = (grouped / scales.float().unsqueeze(-1)).round().clamp(-most, most).flatten(1)
     if kind == "int8":
-        return DenseRows(codes.to(torch.int8), scales, kind, cols, group)
+        return DenseRows(on_huge_pages(codes.to(torch.int8)), scales, kind, cols, group)
     nibbles = (codes + 8).to(torch.uint8)
-    return DenseRows((nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous(), scales, kind, cols, group)
+    packed = (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous()
+    return DenseRows(on_huge_pages(packed), scales, kind, cols, group)

@@ -34,10 +34,12 @@ from shared.ops.layout import (
     dense_of,
     pack_bits,
 )
+from shared.ops.memory import on_huge_pages
 
-# Above this share of zeros 16-bit columns are read faster than bits (benchmarks/sparse_linear.py, batch 1
-# and 8).
+# Above this share of zeros 16-bit columns are faster than bits at batch 1 (benchmarks/sparse_linear.py): bits
+# cost the same work however few are set. Values of 16 bits are spread with fewer instructions.
 BITMASK_LIMIT = 0.65
+BITMASK_LIMIT_HALF = 0.75
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +111,7 @@ class SparseWeight:
     def to(self, target: torch.device | torch.dtype | str) -> SparseWeight:
         """A copy on another device, or with values of another dtype."""
         if isinstance(target, torch.dtype):
-            return replace(self, values=self.values.to(target))
+            return replace(self, values=on_huge_pages(self.values.to(target)))
         return replace(
             self, values=self.values.to(target), index=self.index.to(target), pointer=self.pointer.to(target)
         )
@@ -170,6 +172,7 @@ def pack(
     else:
         columns = held.nonzero()[:, -1] * width
         index = torch.cat([columns, columns.new_zeros(OVERREAD)]).to(torch.int16)
+    values, index = on_huge_pages(values), on_huge_pages(index)
     return SparseWeight(values, index, pointer.int(), layout, (rows, weight.shape[1]), width)
 
 
@@ -185,7 +188,8 @@ def auto_layout(weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]) -
     sparsity = 1 - int(mask.sum()) / max(1, mask.numel())
     # Expanding bits multiplies a stray neighbour by zero, which is not zero when that neighbour is
     # infinite.
-    if sparsity > BITMASK_LIMIT or not bool(torch.isfinite(weight).all()):
+    limit = BITMASK_LIMIT if weight.dtype.itemsize > 2 else BITMASK_LIMIT_HALF
+    if sparsity > limit or not bool(torch.isfinite(weight).all()):
         return "csr"
     return "bitmask"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from shared import ops
 from shared.errors import OpError
 from shared.ops import _native
 from shared.ops.layout import OVERREAD
+from shared.ops.memory import PAGE, on_huge_pages
 from shared.ops.modules import SparseLinear
 from shared.ops.sparse_linear import reference, sparse_linear
 from shared.ops.weights import SparseWeight, pack
@@ -80,6 +82,33 @@ def test_several_panels_and_threads_bit_for_bit(layout: str, batch: int) -> None
     torch.set_num_threads(1)
     close(results[0], exact(x, weight))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("rows", "cols", "sparsity"), [(37, 4993, 0.8), (5, 2049, 1.0), (64, 600, 0.0)])
+def test_narrow_panels_change_no_bit(rows: int, cols: int, sparsity: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = example(rows, cols, sparsity, "csr", dtype)
+    x = torch.randn(115, cols)
+    with ops.backend("native"):
+        first, second = sparse_linear(x, weight), sparse_linear(x, weight)  # narrow from the second call on
+        close(first, exact(x, weight))
+        assert torch.equal(first, second)
+        weight.values.mul_(2)
+        assert torch.equal(sparse_linear(x, weight), 2 * first)
+        assert torch.equal(sparse_linear(x, weight), 2 * first)
+
+
+def test_large_weights_lie_on_huge_pages_unchanged() -> None:
+    tensor = torch.randn(2200, 1000)
+    copy = on_huge_pages(tensor)
+    assert torch.equal(copy, tensor) and copy.is_contiguous()
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert copy.data_ptr() % PAGE == 0
+    small = torch.randn(3)
+    assert on_huge_pages(small) is small
+
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

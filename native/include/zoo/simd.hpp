@@ -160,29 +160,51 @@ ZOO_INLINE vf gather(const float* x, const uint16_t* offsets) {
   return _mm256_set_m128(_mm_movelh_ps(pair(4), pair(6)), _mm_movelh_ps(pair(0), pair(2)));
 }
 
-// Byte i holds the rank of bit i among the set bits, and its sign bit where bit i is set: widened to 32 bits it serves
-// as permutation (low three bits) and as selection (sign).
-struct RankTable {
-  alignas(64) uint8_t rank[256][8];
-  constexpr RankTable() : rank() {
+// Byte shuffles that put packed values where the set bits of a byte are, and zeros elsewhere (a control byte with its
+// sign bit set makes a zero): one instruction spreads, widens and masks.
+//   f32:  two groups of four lanes, each from 16 bytes of its own;
+//   bf16: eight lanes from the same 16 bytes, each value into the upper half of a float;
+//   f16:  eight halves, widened afterwards.
+struct SpreadTable {
+  alignas(64) uint8_t f32[256][32];
+  alignas(64) uint8_t bf16[256][32];
+  alignas(64) uint8_t f16[256][16];
+  constexpr SpreadTable() : f32(), bf16(), f16() {
     for (uint32_t bits = 0; bits < 256; ++bits) {
-      uint8_t seen = 0;
+      uint32_t seen = 0, in_group = 0;
       for (uint32_t lane = 0; lane < 8; ++lane) {
         const bool set = (bits >> lane) & 1;
-        rank[bits][lane] = set ? static_cast<uint8_t>(0x80 | seen) : 0;
-        seen = static_cast<uint8_t>(seen + set);
+        if (lane == 4) in_group = 0;
+        for (uint32_t byte = 0; byte < 4; ++byte) {
+          f32[bits][4 * lane + byte] = static_cast<uint8_t>(set ? 4 * in_group + byte : 0x80);
+          bf16[bits][4 * lane + byte] = static_cast<uint8_t>(set && byte >= 2 ? 2 * seen + byte - 2 : 0x80);
+        }
+        for (uint32_t byte = 0; byte < 2; ++byte)
+          f16[bits][2 * lane + byte] = static_cast<uint8_t>(set ? 2 * seen + byte : 0x80);
+        seen += set;
+        in_group += set;
       }
     }
   }
 };
-inline constexpr RankTable kRankTable{};
+inline constexpr SpreadTable kSpread{};
+
+ZOO_INLINE __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 // Lane i of the result is the next unread packed value where bit i is set; other lanes are zero.
-template <class T>
-ZOO_INLINE vf expand(uint32_t bits, const T* packed) {
-  const __m256i rank = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kRankTable.rank[bits])));
-  const vf spread = _mm256_permutevar8x32_ps(load(packed), rank);
-  return _mm256_blendv_ps(_mm256_setzero_ps(), spread, _mm256_castsi256_ps(rank));
+ZOO_INLINE vf expand(uint32_t bits, const float* packed) {
+  const __m256i halves = _mm256_inserti128_si256(_mm256_castsi128_si256(load16(packed)),
+                                                 load16(packed + __builtin_popcount(bits & 15)), 1);
+  const auto* control = reinterpret_cast<const __m256i*>(kSpread.f32[bits]);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(halves, _mm256_load_si256(control)));
+}
+ZOO_INLINE vf expand(uint32_t bits, const bf16* packed) {
+  const auto* control = reinterpret_cast<const __m256i*>(kSpread.bf16[bits]);
+  return _mm256_castsi256_ps(
+      _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load16(packed)), _mm256_load_si256(control)));
+}
+ZOO_INLINE vf expand(uint32_t bits, const f16* packed) {
+  return _mm256_cvtph_ps(_mm_shuffle_epi8(load16(packed), load16(kSpread.f16[bits])));
 }
 
 #else
