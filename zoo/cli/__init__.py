@@ -27,6 +27,7 @@ COMMANDS = {
     "verify": ("measure", "measure every figure on a card again"),
     "sparsify": ("make", "make a sparse model from a dense one, by any method"),
     "finetune": ("make", "fine-tune a sparse model; its zeros stay"),
+    "generate": ("write", "let a language model write, with tokens per second"),
     "reproduce": ("make", "run a paper's experiment: published, measured, verdict"),
     "bench": ("bench", "run the speed and size benchmarks of a source checkout"),
     "pull": ("ship", "fetch a model from a hub into the local cache"),

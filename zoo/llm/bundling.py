@@ -1,7 +1,7 @@
 """Dense bundles: models trained here, and models made elsewhere.
 
-    python -m zoo.llm.bundling --source path/to/transformers-folder --out my-models/dense-mine --tasks llm/wikitext2
-    python -m zoo.llm.bundling --source stories260K.bin --tokenizer tok512.bin --out my-models/dense-260k
+    python -m zoo.llm.bundling --source transformers-folder --out my/dense-mine --tasks llm/wikitext2
+    python -m zoo.llm.bundling --source stories260K.bin --tokenizer tok512.bin --out my/dense-260k
 
 The result is the dense twin that `zoo sparsify`, `zoo finetune llm` and `zoo generate` start from.
 """

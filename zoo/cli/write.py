@@ -1,0 +1,91 @@
+"""`zoo generate`: text from a language model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from zoo.cli import OK
+from zoo.cli.console import note, print_json
+from zoo.cli.parsing import Positional, metavar, parse
+from zoo.errors import ConfigError
+
+
+@dataclass
+class Generate:
+    """Let a language model write: text as it comes, then tokens per second."""
+
+    model: Annotated[str, Positional, metavar("MODEL")]
+    """A name, folder or hf://owner/name."""
+
+    prompt: str = ""
+    """The beginning of the text."""
+
+    max_new_tokens: int = 128
+    """At most so many tokens."""
+
+    temperature: float = 0.0
+    """Of sampling; 0 takes the most probable token each time."""
+
+    seed: int = 0
+    """Of sampling."""
+
+    execution: Literal["masked", "packed"] = "masked"
+    """Plain dense products, or modules that skip the zeros."""
+
+    threads: int | None = None
+    """Processor threads; by default torch's choice."""
+
+    json: bool = False
+    """Print one JSON object at the end instead of streaming."""
+
+
+def generate_command(argv: Sequence[str]) -> int:
+    """`zoo generate MODEL --prompt TEXT ...`."""
+    options = parse(Generate, argv, "generate")
+    from zoo.catalog import find
+
+    bundle = find(options.model)
+    if bundle.card.domain != "llm":
+        raise ConfigError(
+            f"{bundle.card.name} is of the {bundle.card.domain} domain; only language models write. See "
+            "`zoo list --domain llm`."
+        )
+    import torch
+
+    from zoo.bundles import load_bundle
+    from zoo.llm.generate import generate
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ConfigError(f"--threads must be at least 1, received {options.threads}")
+        torch.set_num_threads(options.threads)
+    model = load_bundle(bundle, options.execution)
+    if not options.json:
+        _show(options.prompt)
+    done = generate(
+        model,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        on_text=None if options.json else _show,
+    )
+    if options.json:
+        print_json({"model": bundle.card.reference, "prompt": options.prompt, **done.to_dict()})
+        return OK
+    print()
+    speed = done.decode_tokens_per_second
+    note(
+        f"{bundle.card.reference}, {options.execution}, {torch.get_num_threads()} threads: "
+        f"{done.prompt_tokens} prompt tokens in {done.prefill_seconds * 1000:.0f} ms, {done.new_tokens} new"
+        + ("" if speed is None else f", then {speed:.1f} tokens/s")
+    )
+    return OK
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
