@@ -249,7 +249,9 @@ def _measure(
     """Replace the fields of a card that can be measured."""
     fields.setdefault("schema_version", SCHEMA_VERSION)
     fields["weights"] = {"file": WEIGHTS_FILE, "sha256": sha256_file(report.path), "bytes": report.bytes}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # Some layers keep weights as codes in buffers; those count like the parameters that they stand for.
+    coded = sum(getattr(module, "coded_weights", 0) for module in model.modules())
+    parameters = coded + sum(parameter.numel() for parameter in model.parameters())
     counted = masks.report(model)
     cost = fields.setdefault("cost", {})
     cost.setdefault("parameters", {}).setdefault("dense", parameters)

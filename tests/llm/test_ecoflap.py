@@ -123,7 +123,8 @@ def tiny_vlm():
     text = LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                        num_attention_heads=4, max_position_embeddings=32)  # fmt: skip
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=39,
-                         vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=4)  # fmt: skip
+                         vision_feature_layer=-1, vision_feature_select_strategy="default",
+                         image_seq_length=4)  # fmt: skip
     return LlavaForConditionalGeneration(config).eval()
 
 

@@ -24,7 +24,7 @@ from zoo.llm.gqsa import (
     stored_bits,
     tune_model,
 )
-from zoo.llm.quantised import GroupQuantLinear, PackedGroupLinear, with_empty_groups
+from zoo.llm.quantised import GroupQuantLinear, PackedGroupLinear, group_arguments, with_empty_groups
 
 
 def quantiser_of(rows=8, columns=64, seed=0, sparsity=0.5, bits=4):
@@ -167,7 +167,9 @@ def test_empty_layers_load_what_was_stored(compressed, make_llama, batches):
     *_, tuned, quantisers, codes = compressed
     pack_model(tuned, quantisers, codes)
     again = make_llama(seed=5)
-    with_empty_groups(again, 16, 0.5)
+    arguments = group_arguments(tuned)
+    assert arguments == {"group": 16, "kept": {"32": 1, "64": 2}}
+    with_empty_groups(again, **arguments)
     again.load_state_dict(tuned.state_dict())
     with torch.no_grad():
         assert torch.equal(again(batches[0]).logits, tuned(batches[0]).logits)

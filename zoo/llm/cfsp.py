@@ -14,6 +14,7 @@ All blocks are scored on the dense model and cut at the end: gate and up lose ro
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from shared.groups import GroupMap
+from shared.masks import MaskSet, masks_of
 from shared.surgery import cut
 from shared.topk import topk_mask
+from zoo.cards import share_dropped
 from zoo.errors import ConfigError, DataError
 from zoo.llm.blocks import Block, find_blocks
 from zoo.llm.blockwise import Forward, RunningBlock, default_forward, walk_blocks
+from zoo.llm.calibration import Calibrated, extras_of
+from zoo.llm.models import architecture_of, float32
 from zoo.llm.pruning import input_norms
+from zoo.methods import Sparsified
 
 FineScore = Literal["repaired", "released", "wanda", "magnitude", "random"]
 Coarse = Literal["angular", "uniform"]
@@ -215,3 +221,54 @@ def cut_channels(model: nn.Module, keep: Mapping[str, Bool[Tensor, " channels"]]
     if config is not None:
         config.intermediate_size = max(widths)
     return done.parameters
+
+
+@dataclasses.dataclass
+class CFSP(Calibrated):
+    """Cut FFN channels, so that the model is physically smaller, without training."""
+
+    ratio: float = 0.2
+    """Share of the FFN channels to cut, from 0 up to 1; attention stays whole."""
+
+    score: FineScore = "repaired"
+    """Which channels go: by the repaired or the released score, or by those it is compared with."""
+
+    coarse: Coarse = "angular"
+    """Channels per block by the angle that it turns the residual stream by, or the same for all."""
+
+    multiple: int = 1
+    """Round each width to a multiple of this (the released code: 128)."""
+
+    def sparsify(self, model: nn.Module) -> Sparsified:
+        """Cut `model` in place.
+
+        Raises:
+            ConfigError: options that are not possible, an FFN that is not gated, or unequal widths in an
+                architecture that has but one.
+            DataError: too little text, or activations that are not finite.
+        """
+        before = [block.up.out_features for block in find_blocks(model)]
+        with float32(model):
+            statistics = ffn_statistics(model, self.batches(model))
+            keep = choose_channels(
+                model, statistics, self.ratio, score=self.score, coarse=self.coarse, multiple=self.multiple,
+                seed=self.seed,
+            )  # fmt: skip
+        widths = [int(kept.sum()) for kept in keep.values()]
+        architecture = architecture_of(model)
+        if architecture["name"] != "llm/llama" and len(set(widths)) > 1:
+            raise ConfigError(
+                f"{type(model).__name__} has one FFN width for all layers, CFSP found {widths}; "
+                "use the option coarse=uniform"
+            )
+        cut_channels(model, keep)
+        part = {"kept": sum(widths), "total": sum(before), "pattern": "channel0"}
+        part["sparsity"] = share_dropped(sum(widths), sum(before))
+        return Sparsified(
+            model,
+            masks_of(model) or MaskSet({}),
+            extras_of(model),
+            dataclasses.asdict(self) | {"widths": widths},
+            {"ffn channels": part},
+            architecture_of(model)["args"],
+        )

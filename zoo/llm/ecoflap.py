@@ -12,6 +12,7 @@ is shared in proportion to the scores. Fine: Wanda or SparseGPT prune each layer
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -28,7 +29,12 @@ from shared.modes import eval_mode
 from shared.patterns import Unstructured
 from zoo.errors import ConfigError, DataError
 from zoo.llm.blockwise import block_chains
-from zoo.llm.pruning import block_weights, open_sparsity
+from zoo.llm.calibration import Calibrated, extras_of
+from zoo.llm.models import float32
+from zoo.llm.pruning import block_weights, open_sparsity, prune_blocks
+from zoo.llm.sparsegpt import sparsegpt_pruner
+from zoo.llm.wanda import wanda_pruner
+from zoo.methods import Sparsified
 
 
 def language_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:
@@ -202,3 +208,44 @@ def _slot(size: int) -> Slot:
 def _block_of(model: nn.Module, name: str) -> str:
     path = next(path for path in block_chains(model) if name.startswith(f"{path}."))
     return f"{path}.{name.removeprefix(f'{path}.').partition('.')[0]}"
+
+
+@dataclasses.dataclass
+class ECoFLaP(Calibrated):
+    """Decide each block's sparsity from the model's loss, then prune layer by layer, without training."""
+
+    sparsity: float = 0.5
+    """Share of the blocks' linear weights to drop, between 0 and 1, exact over the model."""
+
+    max_sparsity: float | None = None
+    """Most that one block may lose; by default the sparsity plus 0.1."""
+
+    coarse: Literal["zeroth", "first"] = "zeroth"
+    """Block scores by forward passes alone, or by gradients."""
+
+    local: Literal["wanda", "sparsegpt"] = "wanda"
+    """How each layer is pruned to its count."""
+
+    group_score: Literal["sum", "mean"] = "sum"
+    """A block's score: the sum over its matrices, or that sum by its number of weights."""
+
+    eps: float = 1e-3
+    """Size of the probing step."""
+
+    def sparsify(self, model: nn.Module) -> Sparsified:
+        """Prune `model` in place.
+
+        Raises:
+            ConfigError: options that are not possible, or a model without blocks or tokenizer.
+            DataError: too little text, or a loss or activations that are not finite.
+        """
+        with float32(model):
+            batches = self.batches(model)
+            if self.coarse == "zeroth":
+                scores = zeroth_order_scores(model, batches, eps=self.eps, seed=self.seed)
+            else:
+                scores = first_order_scores(model, batches)
+            counts = tensor_counts(model, scores, self.sparsity, self.max_sparsity, self.group_score)
+            pruner = wanda_pruner if self.local == "wanda" else sparsegpt_pruner
+            masks = prune_blocks(model, batches, pruner(Unstructured(), self.sparsity, counts.__getitem__))
+        return Sparsified(model, masks, extras_of(model), dataclasses.asdict(self))

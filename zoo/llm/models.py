@@ -27,11 +27,15 @@ from transformers import (
 
 from zoo.errors import ConfigError
 from zoo.llm.blocks import find_blocks
+from zoo.llm.quantised import group_arguments, with_empty_groups
 from zoo.llm.tokenization import packaged, remember, tokenizer_in
 
 #: First part of an extra tensor's name -> "module:function". When a bundle with extras `first/rest` is
 #: loaded, function(model, {rest: tensor}) puts them where the model uses them (thresholds, groups, ...).
-EXTRAS = {"tokenizer": "zoo.llm.tokenization:take_extras"}
+EXTRAS = {
+    "thresholds": "zoo.llm.serving:take_extras",
+    "tokenizer": "zoo.llm.tokenization:take_extras",
+}
 
 
 def llama(
@@ -48,6 +52,7 @@ def llama(
     tokenizer: str | None = None,
     bos: int | None = 0,
     eos: int | None = 0,
+    quantised: Mapping[str, Any] | None = None,
 ) -> LlamaForCausalLM:
     """A LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; architecture `llm/llama`.
 
@@ -64,6 +69,8 @@ def llama(
         tied: whether the output layer is the embedding.
         tokenizer: name of a packaged tokenizer; None where the bundle's extras hold one.
         bos, eos: ids that begin and end a text.
+        quantised: `group` and `kept` of a model whose blocks keep their linear weights in four-bit groups (
+            see `zoo.llm.quantised.with_empty_groups`); None for plain weights.
 
     Raises:
         ConfigError: widths that do not divide, a wrong number of FFN widths, a tokenizer that does not fit.
@@ -100,6 +107,8 @@ def llama(
             layer.mlp.up_proj = nn.Linear(hidden_size, width, bias=False)
             layer.mlp.down_proj = nn.Linear(width, hidden_size, bias=False)
             layer.mlp.intermediate_size = width
+    if quantised is not None:
+        with_empty_groups(model, **quantised)
     return _with_extras(model, tokenizer)
 
 
@@ -140,6 +149,7 @@ def architecture_of(model: nn.Module) -> dict[str, Any]:
     name = getattr(config, "zoo_tokenizer", None)
     if type(model) is LlamaForCausalLM and _is_plain(config):
         widths = [block.gate.out_features for block in find_blocks(model)]
+        quantised = group_arguments(model)
         return {
             "name": "llm/llama",
             "args": {
@@ -156,6 +166,7 @@ def architecture_of(model: nn.Module) -> dict[str, Any]:
                 "tokenizer": name,
                 "bos": config.bos_token_id,
                 "eos": config.eos_token_id,
+                **({"quantised": quantised} if quantised else {}),
             },
         }
     fields = config.to_diff_dict()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.budgets import kept_count
+from shared.account import Counting, Macs, register_counter
 from shared.masks import Mask
 from shared.ops.quant_sparse_linear import QuantGroups, quant_sparse_linear
 from shared.packing import register_packer
@@ -44,16 +45,17 @@ class GroupQuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     @classmethod
-    def empty(cls, linear: nn.Linear, group: int, sparsity: float) -> GroupQuantLinear:
-        """A layer of the shape of `linear` whose rows keep all but floor(sparsity * groups) of their groups,
-        to load stored tensors into.
+    def empty(cls, linear: nn.Linear, group: int, kept: int) -> GroupQuantLinear:
+        """A layer of the shape of `linear` each of whose rows keeps that many groups, to load stored tensors
+        into.
 
         Raises:
-            ConfigError: a group that is no multiple of 16 or does not divide the inputs.
+            ConfigError: a group that is no multiple of 16 or does not divide the inputs, or too many of them.
         """
         rows, columns = linear.weight.shape
         check_group(columns, group)
-        kept = kept_count(columns // group, sparsity)
+        if not 0 <= kept <= columns // group:
+            raise ConfigError(f"a row of {columns} inputs has {columns // group} groups; received {kept}")
         groups = QuantGroups(
             codes=torch.zeros(rows * kept, group // 2, dtype=torch.uint8),
             scales=torch.ones(rows * kept, dtype=torch.float16),
@@ -120,11 +122,28 @@ class PackedGroupLinear(nn.Module):
         self.groups = groups
         self.register_buffer("bias", bias)
 
+    @property
+    def coded_weights(self) -> int:
+        """Weights that are kept."""
+        return self.groups.columns.numel() * self.groups.group
+
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return quant_sparse_linear(x, self.groups, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, group={self.groups.group}"
+
+
+def _macs(module: nn.Module, args: Any, kwargs: Any, output: Tensor, counting: Counting) -> Macs:
+    """A kept group is multiplied by each row of the input."""
+    if not isinstance(module, (GroupQuantLinear, PackedGroupLinear)):
+        return Macs(0, 0)
+    rows = output.numel() // module.out_features
+    return Macs(rows * module.in_features * module.out_features, rows * module.coded_weights)
+
+
+register_counter(GroupQuantLinear, _macs)
+register_counter(PackedGroupLinear, _macs)
 
 
 @register_packer(GroupQuantLinear, masked=False)
@@ -143,17 +162,46 @@ def check_group(columns: int, group: int) -> None:
         )
 
 
-def with_empty_groups(model: nn.Module, group: int, sparsity: float) -> None:
+def with_empty_groups(model: nn.Module, group: int, kept: Mapping[str, int]) -> None:
     """Make the linear layers inside the blocks `GroupQuantLinear` that wait for their stored tensors, in
     place.
 
+    Args:
+        model: a transformer.
+        group: inputs per group.
+        kept: groups kept in each row, by the number of inputs of the layer (as text, for cards).
+
     Raises:
-        ConfigError: see `GroupQuantLinear.empty`.
+        ConfigError: see `GroupQuantLinear.empty`; or a number of inputs that `kept` does not name.
     """
     for chain in block_chains(model).values():
         for name, module in list(chain.named_modules()):
             if isinstance(module, nn.Linear):
-                replace_module(chain, name, GroupQuantLinear.empty(module, group, sparsity))
+                columns = str(module.in_features)
+                if columns not in kept:
+                    raise ConfigError(f"kept says nothing of layers with {columns} inputs: {dict(kept)}")
+                replace_module(chain, name, GroupQuantLinear.empty(module, group, kept[columns]))
+
+
+def group_arguments(model: nn.Module) -> dict[str, Any] | None:
+    """The arguments of `with_empty_groups` that make the layers of this model; None if it has none of them.
+
+    Raises:
+        ConfigError: layers that these arguments cannot tell apart.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GroupQuantLinear)]
+    if not layers:
+        return None
+    kept: dict[str, int] = {}
+    for layer in layers:
+        per_row, rest = divmod(layer.columns.numel(), layer.out_features)
+        known = kept.setdefault(str(layer.in_features), per_row)
+        if rest or known != per_row or layer.group != layers[0].group:
+            raise ConfigError(
+                f"layers of {layer.in_features} inputs keep unequal numbers of groups, which cannot be "
+                "stored: choose groups with spread='row'"
+            )
+    return {"group": layers[0].group, "kept": kept}
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -12,17 +12,21 @@ when the block is done.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.masks import Mask
-from shared.patterns import NM, Pattern, Unstructured, topk_mask
+from shared.patterns import NM, Pattern, Unstructured, parse_pattern, topk_mask
 from zoo.errors import ConfigError
 from zoo.llm.blockwise import RunningBlock
-from zoo.llm.pruning import input_hessians, kept_of, nm_pattern
+from zoo.llm.calibration import Calibrated, extras_of
+from zoo.llm.models import float32
+from zoo.llm.pruning import input_hessians, kept_of, nm_pattern, prune_blocks, resolve_sparsity
+from zoo.methods import Sparsified
 
 
 def inverse_factor(
@@ -150,3 +154,36 @@ def sparsegpt_pruner(
         return masks
 
     return prune
+
+
+@dataclasses.dataclass
+class SparseGPT(Calibrated):
+    """Prune the linear weights of all blocks and adjust the others to make up for it, without training."""
+
+    sparsity: float | None = None
+    """Share of each layer's weights to drop, between 0 and 1; N:M patterns fix it themselves."""
+
+    pattern: str = "unstructured"
+    """Where zeros may lie: unstructured, or N:M along the inputs, such as 2:4."""
+
+    block: int = 128
+    """Columns that are chosen together."""
+
+    damping: float = 0.01
+    """Share of the mean diagonal added to the Hessian."""
+
+    def sparsify(self, model: nn.Module) -> Sparsified:
+        """Prune `model` in place.
+
+        Raises:
+            ConfigError: a sparsity, pattern or damping that is not possible, or a model without blocks or
+                tokenizer.
+            DataError: too little text, or activations that are not finite.
+        """
+        pattern = parse_pattern(self.pattern)
+        pruner = sparsegpt_pruner(
+            pattern, resolve_sparsity(pattern, self.sparsity), block=self.block, damping=self.damping
+        )
+        with float32(model):
+            masks = prune_blocks(model, self.batches(model), pruner)
+        return Sparsified(model, masks, extras_of(model), dataclasses.asdict(self))

@@ -6,15 +6,26 @@ blocks before it; within a block all layers are scored on the block as it was.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.masks import Mask
-from shared.patterns import NM, Pattern, Unstructured
+from shared.patterns import NM, Pattern, Unstructured, parse_pattern
 from zoo.llm.blockwise import RunningBlock
-from zoo.llm.pruning import input_norms, kept_of, nm_pattern, rowwise_mask
+from zoo.llm.calibration import Calibrated, extras_of
+from zoo.llm.models import float32
+from zoo.llm.pruning import (
+    input_norms,
+    kept_of,
+    nm_pattern,
+    prune_blocks,
+    resolve_sparsity,
+    rowwise_mask,
+)
+from zoo.methods import Sparsified
 
 
 def wanda_score(weight: Float[Tensor, "out in"], norms: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
@@ -62,3 +73,27 @@ def wanda_pruner(
         return masks
 
     return prune
+
+
+@dataclasses.dataclass
+class Wanda(Calibrated):
+    """Prune the linear weights of all blocks by weight times input norm, without training."""
+
+    sparsity: float | None = None
+    """Share of each row's weights to drop, between 0 and 1; N:M patterns fix it themselves."""
+
+    pattern: str = "unstructured"
+    """Where zeros may lie: unstructured, or N:M along the inputs, such as 2:4."""
+
+    def sparsify(self, model: nn.Module) -> Sparsified:
+        """Prune `model` in place.
+
+        Raises:
+            ConfigError: a sparsity or pattern that is not possible, or a model without blocks or tokenizer.
+            DataError: too little text, or activations that are not finite.
+        """
+        pattern = parse_pattern(self.pattern)
+        sparsity = resolve_sparsity(pattern, self.sparsity)
+        with float32(model):
+            masks = prune_blocks(model, self.batches(model), wanda_pruner(pattern, sparsity))
+        return Sparsified(model, masks, extras_of(model), dataclasses.asdict(self))
