@@ -69,9 +69,11 @@ def generate(
         )
     tokenizer = tokenizer_of(model)
     ids = first_tokens(tokenizer) + encode(tokenizer, prompt)
-    context = int(model.config.get_text_config().max_position_embeddings)  # type: ignore[union-attr, operator, arg-type]
+    context = int(model.config.get_text_config().max_position_embeddings)  # type: ignore[union-attr, operator]
     if len(ids) >= context:
-        raise ConfigError(f"The prompt has {len(ids)} tokens, the model's context {context}. Shorten the prompt.")
+        raise ConfigError(
+            f"The prompt has {len(ids)} tokens, the model's context {context}. Shorten the prompt."
+        )
     if not ids:
         raise ConfigError("This model's tokenizer has no token to begin a text with: give a prompt.")
     config = GenerationConfig(
@@ -101,7 +103,7 @@ def generate(
     return Generated(streamer.text, len(ids), count, first - streamer.start, rate)
 
 
-class _Streamer(BaseStreamer):  # type: ignore[misc]
+class _Streamer(BaseStreamer):
     """Collects tokens, times them, and hands on the text that more tokens cannot change."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None, prompt: int) -> None:

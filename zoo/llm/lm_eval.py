@@ -44,7 +44,9 @@ class LmEvalTask(Task):
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ConfigError(f"{argument}: lm-eval is missing ({error}). Run: pip install lm-eval") from error
+            raise ConfigError(
+                f"{argument}: lm-eval is missing ({error}). Run: pip install lm-eval"
+            ) from error
         self.name = f"lm_eval:{argument}"
         source = f"lm-eval {lm_eval.__version__}"
         file = Path(argument)
@@ -85,7 +87,7 @@ class LmEvalTask(Task):
         with float32(model), _quiet():
             device = str(next(model.parameters()).device)
             wrapped = HFLM(
-                pretrained=model,  # type: ignore[arg-type]
+                pretrained=model,
                 tokenizer=tokenizer_of(model),
                 batch_size=8,
                 max_length=context_of(model),

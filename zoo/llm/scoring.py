@@ -106,8 +106,8 @@ def first_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def context_of(model: nn.Module) -> int:
     """Tokens of the longest window that the model is given."""
     config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr, operator]
-    return min(int(text.max_position_embeddings), _WINDOW)  # type: ignore[union-attr, arg-type]
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[operator]
+    return min(int(text.max_position_embeddings), _WINDOW)  # type: ignore[union-attr]
 
 
 def _batches(sequences: Sequence[Scored]) -> Iterator[list[int]]:

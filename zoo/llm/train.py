@@ -164,7 +164,9 @@ class Fit:
         batch = self.windows(self.step)[self.rank :: self.processes].to(device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
-        logits = self.model(input_ids=batch[:, :-1], use_cache=False).logits
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # dropout, where a model has it
+            logits = self.model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = next_token_loss(logits, batch[:, 1:])
         self.last_loss = float(loss.detach())
         if not math.isfinite(self.last_loss):
@@ -209,7 +211,7 @@ class Fit:
         self.step = int(facts["step"])
         return True
 
-    def _trainable(self) -> dict[str, nn.Parameter]:
+    def _trainable(self) -> dict[str, Tensor]:
         model = getattr(self.model, "module", self.model)  # DDP wraps the model
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
