@@ -18,7 +18,7 @@ from shared.ops._native import available
 from shared.ops.dense_rows import DenseRows, store_rows
 from shared.ops.dispatch import backend, calibrate, explain
 from shared.ops.gather_linear import gather_linear, gather_linear_rows
-from shared.ops.modules import SparseLinear
+from shared.ops.modules import SparseConv1x1, SparseLinear
 from shared.ops.nm_linear import NMWeight, nm_linear, pack_nm
 from shared.ops.quant_sparse_linear import QuantGroups, quant_sparse_linear, quantise_groups
 from shared.ops.sparse_conv1x1 import sparse_conv1x1
@@ -29,6 +29,7 @@ __all__ = [
     "DenseRows",
     "NMWeight",
     "QuantGroups",
+    "SparseConv1x1",
     "SparseLinear",
     "SparseWeight",
     "available",

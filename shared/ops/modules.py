@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from shared.errors import OpError
+from shared.ops.sparse_conv1x1 import sparse_conv1x1
 from shared.ops.sparse_linear import sparse_linear
 from shared.ops.weights import SparseWeight, pack
 
@@ -85,3 +86,38 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
         return f"{sizes}, layout={self.layout}, density={self.weight.density:.3f}"
+
+
+class SparseConv1x1(SparseLinear):
+    """A 1x1 convolution with stride 1 that stores and multiplies its kept weights only, see `SparseLinear`.
+    """
+
+    @classmethod
+    def from_convolution(
+        cls, convolution: nn.Conv2d, mask: Bool[Tensor, "out in 1 1"] | None = None, layout: str = "auto"
+    ) -> SparseConv1x1:
+        """Pack a dense 1x1 convolution; arguments as for `from_dense`.
+
+        Raises:
+            OpError: a kernel, stride, padding or number of groups other than 1, 1, 0 and 1.
+        """
+        if not is_pointwise(convolution):
+            raise OpError(f"{convolution} is not a plain 1x1 convolution with stride 1 and one group")
+        weight = convolution.weight.flatten(1)
+        module = cls(pack(weight, None if mask is None else mask.flatten(1), layout), convolution.bias)
+        module.values.requires_grad_(convolution.weight.requires_grad)
+        return module.train(convolution.training)
+
+    def forward(self, x: Float[Tensor, "batch in *map"]) -> Float[Tensor, "batch out *map"]:
+        return sparse_conv1x1(x, self.weight, self.bias)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a plain 1x1 convolution with stride 1, without padding, of one group."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding in ((0, 0), "valid")
+        and module.groups == 1
+    )

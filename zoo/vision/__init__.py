@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, METHODS, TASKS
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, TASKS
 
 ARCHITECTURES.register("vision/resnet", "zoo.vision.models:ResNet")
 ARCHITECTURES.register("vision/convnet", "zoo.vision.models:ConvNet")
 ARCHITECTURES.register("vision/mlp", "zoo.vision.models:MLP")
 ARCHITECTURES.register("vision/vit", "zoo.vision.models:ViT")
+ARCHITECTURES.register("vision/mobilenet", "zoo.vision.mobilenet:MobileNetV1")
+ARCHITECTURES.register("vision/edsr", "zoo.vision.upscalers:EDSR")
+ARCHITECTURES.register("vision/swinir", "zoo.vision.upscalers:SwinIR")
 METHODS.register("magnitude", "zoo.vision.magnitude:MagnitudePruning")
 METHODS.register("random-pruning", "zoo.vision.random_pruning:RandomPruning")
 METHODS.register("dynamic-sparse", "zoo.vision.random_pruning:DynamicSparse")
@@ -21,10 +24,21 @@ METHODS.register("lottery-ticket", "zoo.vision.tickets:LotteryTicket")
 METHODS.register("lottery-jackpot", "zoo.vision.jackpots:LotteryJackpot")
 METHODS.register("bip", "zoo.vision.bip:BiP")
 METHODS.register("sparse-soup", "zoo.vision.soups:SparseSoup")
+METHODS.register("pgf", "zoo.vision.nm_training:ProgressiveFlow")
+METHODS.register("bdwp", "zoo.vision.nm_training:BDWP")
+METHODS.register("sparse-ift", "zoo.vision.sparse_ift:SparseIFT")
+METHODS.register("mask-sparsity", "zoo.vision.channels:MaskSparsity")
+METHODS.register("wgsef", "zoo.vision.channels:WGSEF")
+METHODS.register("iss-p", "zoo.vision.iss_p:ISSP")
+METHODS.register("fast-convnet", "zoo.vision.fast_convnets:FastConvNet")
 TASKS.register("vision/digits", "zoo.vision.tasks:Digits")
 TASKS.register("vision/cifar10-jpeg", "zoo.vision.tasks:CifarJpeg")
 TASKS.register("vision/cifar10-true", "zoo.vision.tasks:CifarTrue")
+TASKS.register("vision/set5-x2", "zoo.vision.superres:Set5")
+TASKS.register("vision/set14-x2", "zoo.vision.superres:Set14")
+FINETUNERS.register("vision", "zoo.vision.finetune:Finetune")
 EXPERIMENTS.register("pruning-benchmark", "zoo.vision.reproduce:PruningBenchmark")
+EXPERIMENTS.register("pruning-claims", "zoo.vision.claims:PruningClaims")
 
 _PUBLIC = {
     "ConvNet": "models",

@@ -37,6 +37,13 @@ class ChannelMethod(VisionMethod):
     """Epochs before the cut; `epochs` counts these and those after it."""
 
     def prune(self, model: Classifier, trainer: Trainer) -> Pruned:
+        fit, keep = self.cut(model, trainer)
+        fit.run()
+        return Pruned(model, {"channels/keep": torch.cat([units.cpu() for units in keep.values()])})
+
+    def cut(self, model: Classifier, trainer: Trainer) -> tuple[Fit, Units]:
+        """Train sparsely and remove the channels, in place; returns the training, which may go on, and what
+        was kept of each family."""
         if not 0 <= self.sparse_epochs < self.epochs:
             raise ConfigError(
                 f"sparse_epochs must leave an epoch after the cut; received {self.sparse_epochs} of "
@@ -47,8 +54,7 @@ class ChannelMethod(VisionMethod):
         fit = self.sparse_stage(model, groups, kept, trainer)
         keep = groups.select(self.scores(model, groups), kept)
         remove(model, groups, keep, fit, trainer)
-        fit.run()
-        return Pruned(model, {"channels/keep": torch.cat([keep[name].cpu() for name in groups])})
+        return fit, {name: keep[name] for name in groups}
 
     @abstractmethod
     def sparse_stage(self, model: Classifier, groups: GroupMap, kept: int, trainer: Trainer) -> Fit:
@@ -143,7 +149,7 @@ class WGSEF(ChannelMethod):
     """
 
     penalty: float = 0.1
-    """Weight of the envelope; search it on a logarithmic grid."""
+    """Weight of the envelope; search it on a logarithmic grid. 0 leaves it out."""
 
     weight_decay: float = 0.0
     """The envelope holds a ridge part of its own."""
@@ -156,6 +162,8 @@ class WGSEF(ChannelMethod):
         counts = [family.units for family in groups.values()]
 
         def shrink() -> None:
+            if not self.penalty:
+                return
             norms = groups.norms(model)
             everything = torch.cat([norms[name].detach() for name in groups])
             step = fit.learning_rate(fit.step - 1) * self.penalty

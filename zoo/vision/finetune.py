@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.masks import masks_of, set_masks
-from zoo.bundles import load_bundle, save
+from zoo.bundles import info, load_bundle, save
 from zoo.catalog import find
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError
@@ -114,7 +114,7 @@ class Finetune:
             data={"name": origin.title, "source": origin.origin, "licence": origin.licence},
             arguments=source.card.architecture.args,
         )  # fmt: skip
-        extras = loaded.zoo_info.extras  # type: ignore[union-attr]
+        extras = info(loaded).extras
         self.out.parent.mkdir(parents=True, exist_ok=True)
         path = save(model, self.out, card=fields, extras=extras, overwrite=self.overwrite)
         shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)

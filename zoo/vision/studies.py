@@ -1,0 +1,368 @@
+"""Small studies, one per claim of a paper: what each needs to show, in figures by name.
+
+A study is run once per seed and gives accuracies in percent (or counts, or ratios); `zoo.vision.claims` sums
+them up. All are on the embedded digits but the last, which needs the super-resolution images.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.averaging import recalibrate_norms
+from shared.bench.timing import compare
+from shared.groups import trace_groups
+from shared.masks import MaskSet, masks_of
+from shared.sparsifier import sparsify
+from shared.surgery import cut
+from zoo.harness.tasks import get_task
+from zoo.vision.base import clone
+from zoo.vision.bip import BiP
+from zoo.vision.channels import WGSEF, MaskSparsity
+from zoo.vision.data import load_images
+from zoo.vision.iss_p import ISSP
+from zoo.vision.jackpots import LotteryJackpot, magnitude_masks
+from zoo.vision.magnitude import MagnitudePruning
+from zoo.vision.models import MLP, Classifier, ConvNet, ResNet, ViT, reinitialised
+from zoo.vision.nm_training import BDWP, ProgressiveFlow
+from zoo.vision.soups import SparseSoup
+from zoo.vision.sparse_ift import SparseIFT
+from zoo.vision.train import Recipe, Trainer, accuracy
+from zoo.vision.upscalers import EDSR
+
+DENSE = Recipe(12, 0.1)
+TUNED = 6  # epochs after the dense ones
+BAR = "this zoo's bar"
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`first` is above `second`: by at least `bar` where one is given, else beyond the interval."""
+
+    text: str
+    published: str
+    first: str
+    second: str
+    bar: float | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """One small experiment.
+
+    Attributes:
+        title: for its table.
+        run: seed -> figures by name, in the order of the table.
+        claims: what the figures are to show.
+        unit: of the figures.
+        facts: figures that are no accuracies and are shown as they are.
+    """
+
+    title: str
+    run: Callable[[int], Figures]
+    claims: tuple[Claim, ...] = ()
+    unit: str = "%"
+    facts: tuple[str, ...] = field(default=())
+
+
+def _trainer(seed: int, recipe: Recipe = DENSE) -> Trainer:
+    return Trainer(load_images("digits"), recipe, seed)
+
+
+def _dense(model: Classifier, seed: int, recipe: Recipe = DENSE) -> Classifier:
+    """The model with fresh weights, trained."""
+    fresh = reinitialised(model, seed)
+    _trainer(seed, recipe).fit(fresh).run()
+    return fresh
+
+
+def _test(model: nn.Module) -> float:
+    data = load_images("digits")
+    return 100 * accuracy(model, data, data.test)
+
+
+def _made(method: Any, model: Classifier, seed: int) -> tuple[Classifier, Trainer]:
+    """What a method makes of a model, and the trainer that knows the cost."""
+    trainer = _trainer(seed, method.recipe())
+    return method.prune(clone(model), trainer).model, trainer
+
+
+def jackpots(seed: int) -> Figures:
+    """Search at 95 %: from magnitudes, from a random mask, and on weights that were never trained."""
+    dense, out = _dense(ConvNet(), seed), {}
+    cut_only = clone(dense)
+    sparsify(cut_only, sparsity=0.95)
+    out["magnitude, no training"] = _test(cut_only)
+    recalibrate_norms(cut_only, (x for x, _ in _trainer(seed).batches(20)))
+    out["magnitude, norms recalibrated"] = _test(cut_only)
+    for start in ("magnitude", "random"):
+        method = LotteryJackpot(0.95, epochs=TUNED, lr=0.1, start=start, seed=seed)
+        found = _made(method, dense, seed)[0]
+        weights, before = dict(found.named_parameters()), dict(dense.named_parameters())
+        moved = [n for n, w in weights.items() if not torch.equal(w[w != 0], before[n][w != 0])]
+        out[f"search from {start}"] = _test(found)
+        out[f"weights changed by the search from {start}"] = float(len(moved))
+    untrained = reinitialised(dense, seed)
+    out["search on untrained weights"] = _test(_made(LotteryJackpot(0.95, epochs=TUNED, seed=seed),
+                                                     untrained, seed)[0])  # fmt: skip
+    return out
+
+
+def bip(seed: int) -> Figures:
+    """BiP at 95 % and 98 % beside one-shot and gradual magnitude with as many gradients; how far its mask
+    moves."""
+    dense, out = _dense(ConvNet(), seed), Figures()
+    for level in (0.95, 0.98):
+        shared: dict[str, Any] = {"epochs": TUNED, "seed": seed}
+        found = _made(BiP(level, **shared), dense, seed)[0]
+        out[f"BiP {level:.0%}"] = _test(found)
+        out[f"one-shot {level:.0%}"] = _test(_made(MagnitudePruning(level, **shared), dense, seed)[0])
+        gradual = MagnitudePruning(level, gradual=True, **shared)
+        out[f"gradual {level:.0%}"] = _test(_made(gradual, dense, seed)[0])
+        scores_only = _made(LotteryJackpot(level, **shared), dense, seed)[0]
+        out[f"scores only {level:.0%}"] = _test(scores_only)
+        masks = masks_of(found) or MaskSet({})
+        out[f"IoU with the magnitude mask {level:.0%}"] = masks.iou(magnitude_masks(dense, level))
+    return out
+
+
+def soups(seed: int) -> Figures:
+    """One phase of a soup of three at 95 % beside its members, and one network trained three times as
+    long."""
+    dense = _dense(ConvNet(), seed)
+    method = SparseSoup(0.95, epochs=TUNED, phases=1, seed=seed)
+    trainer = _trainer(seed, method.recipe())
+    start = clone(dense)
+    sparsify(start, sparsity=0.95)
+    members = method.retrained(start, trainer, 1)
+    values = [_test(member) for member in members]
+    raw = replace(method, recalibrate=False).average(members, trainer)
+    long = MagnitudePruning(0.95, epochs=3 * TUNED, seed=seed)
+    return {
+        "soup": _test(method.average(members, trainer)),
+        "mean member": statistics.fmean(values),
+        "best member": max(values),
+        "greedy soup": _test(replace(method, soup="greedy").average(members, trainer)),
+        "soup, norms not recalibrated": _test(raw),
+        "one network, three times as long": _test(_made(long, dense, seed)[0]),
+    }
+
+
+def _flows(model: Classifier, pattern: str, names: tuple[str, ...], seed: int) -> Figures:
+    shared: dict[str, Any] = {"pattern": pattern, "names": names, "epochs": 15, "lr": 0.05, "seed": seed}
+    out = {}
+    for flow in ("ste", "sr-ste", "decay-linear", "decay-exp", "stepwise"):
+        method = ProgressiveFlow(flow=flow, **shared)
+        out[flow] = _test(_made(method, model, seed)[0])
+    plain = ProgressiveFlow(flow="decay-exp", restrict=False, **shared)
+    out["decay-exp, gradient not restricted"] = _test(_made(plain, model, seed)[0])
+    out["dense"] = _test(_dense(model, seed, Recipe(15, 0.05)))
+    return out
+
+
+def flow_mlp(seed: int) -> Figures:
+    """1:16 in a perceptron."""
+    return _flows(MLP(), "1:16", ("layers.*.weight",), seed)
+
+
+def flow_vit(seed: int) -> Figures:
+    """1:16 in the feed-forward layers of a transformer."""
+    return _flows(ViT(), "1:16", ("blocks.*.fc?.weight",), seed)
+
+
+def bdwp(seed: int) -> Figures:
+    """BDWP at 2:8 beside SR-STE and dense, with the counted training cost."""
+    out: Figures = {}
+    shared: dict[str, Any] = {"pattern": "2:8", "epochs": 12, "seed": seed}
+    for name, method in (("BDWP 2:8", BDWP(**shared)),
+                         ("SR-STE 2:8", ProgressiveFlow(flow="sr-ste", **shared))):
+        made, trainer = _made(method, ConvNet(), seed)
+        out[name] = _test(made)
+        out[f"training GFLOPs of {name}"] = trainer.cost.flops / 1e9
+    trainer, fresh = _trainer(seed), reinitialised(ConvNet(), seed)
+    trainer.fit(fresh).run()
+    return {**out, "dense": _test(fresh), "training GFLOPs of dense": trainer.cost.flops / 1e9}
+
+
+def sparse_ift(seed: int) -> Figures:
+    """Sparse-Wide at equal inference FLOPs of a net a quarter as wide as usual."""
+    small, out = ConvNet().wider(0.25), {"dense": 0.0}
+    out["dense"] = _test(_dense(small, seed))
+    for level in (0.5, 0.75, 0.9):
+        for growth in ("rigl", "static"):
+            method = SparseIFT(level, epochs=12, growth=growth, seed=seed)
+            out[f"wide, {level:.0%}, {growth}"] = _test(_made(method, small, seed)[0])
+    out["dense, 4 times the weights"] = _test(_dense(small.wider(2), seed))
+    return out
+
+
+def mask_sparsity(seed: int) -> Figures:
+    """Right after removal of half the channels between the convolutions of each block, and after
+    fine-tuning."""
+    model = ResNet(14, 8, channels=1)
+    dense, out = _dense(model, seed), {}
+    out["dense"] = _test(dense)
+    for which in ("marked", "all", "none"):
+        method = MaskSparsity(0.5, epochs=8, sparse_epochs=6, regularise=which, seed=seed)
+        trainer, made = _trainer(seed, method.recipe()), clone(dense)
+        fit = method.cut(made, trainer)[0]
+        out[f"{which}: after removal"] = _test(made)
+        out[f"{which}: fine-tuned"] = (fit.run(), _test(made))[1]
+    return out
+
+
+def wgsef(seed: int) -> Figures:
+    """Right after the cut to a quarter of the channels, for several penalties, and without one."""
+    dense, out = _dense(ConvNet(), seed), {}
+    for penalty in (0.0, 0.1, 0.3, 1.0):
+        method = WGSEF(0.75, epochs=10, sparse_epochs=8, penalty=penalty, seed=seed)
+        trainer, made = _trainer(seed, method.recipe()), clone(dense)
+        fit = method.cut(made, trainer)[0]
+        name = f"penalty {penalty:g}" if penalty else "no penalty"
+        out[f"{name}: after the cut"] = _test(made)
+        out[f"{name}: fine-tuned"] = (fit.run(), _test(made))[1]
+    return out
+
+
+def removed_channels(seed: int) -> Figures:
+    """How much faster ResNet-20 without half of its inner channels is, one image of 32x32, one thread."""
+    model = reinitialised(ResNet(20), seed).eval()
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    smaller = clone(model).eval()
+    groups = trace_groups(smaller, (image,))
+    inner = {name: family for name, family in groups.items() if name != "conv1.weight"}
+    cut(smaller, groups, {name: torch.arange(family.units) % 2 == 0 for name, family in inner.items()})
+    with torch.no_grad():
+        timings = compare(
+            {"whole": lambda: model(image), "cut": lambda: smaller(image)}, rounds=4, block_seconds=0.2,
+            clock=time.process_time,
+        )  # fmt: skip
+    parameters = [sum(p.numel() for p in net.parameters()) for net in (model, smaller)]
+    return {
+        "times as fast as whole": timings["whole"].median / timings["cut"].median,
+        "whole": 1.0,
+        "share of the weights": parameters[1] / parameters[0],
+    }
+
+
+def iss_p(seed: int) -> Figures:
+    """EDSR of 4 blocks with 90 % zeros, Set5 twice the size: PSNR on luma in dB."""
+    task, model, out = get_task("vision/set5-x2"), EDSR(4, 16), {}
+    for choice in ("iss-p", "iht", "one-shot", "random"):
+        made = ISSP(0.9, choice=choice, epochs=12, seed=seed).train(model)[0].eval()
+        out[choice] = task.evaluate(made).metrics["psnr"].value
+    dense = ISSP(0.0, choice="one-shot", epochs=12, seed=seed).train(model)[0].eval()
+    out["dense"] = task.evaluate(dense).metrics["psnr"].value
+    out["bicubic enlargement"] = task.evaluate(model.fresh(seed).eval()).metrics["psnr"].value
+    return out
+
+
+STUDIES: dict[str, Study] = {
+    "jackpots": Study(
+        "Lottery jackpots, 95 % zeros", jackpots,
+        (
+            Claim("search lifts a one-shot magnitude mask by 10 points, weights untouched", BAR,
+                  "search from magnitude", "magnitude, no training", 10.0),
+            Claim("a search from magnitudes ends above one from a random mask", "needs fewer epochs",
+                  "search from magnitude", "search from random"),
+            Claim("a search on untrained weights fails", BAR, "search from magnitude",
+                  "search on untrained weights", 10.0),
+        ),
+        facts=("weights changed by the search from magnitude", "weights changed by the search from random"),
+    ),
+    "bip": Study(
+        "BiP with as many gradients as the others", bip,
+        (
+            Claim("BiP is a point above one-shot magnitude at 95 %", BAR, "BiP 95%", "one-shot 95%", 1.0),
+            Claim("BiP is above gradual magnitude at 95 %", "above IMP in most settings (abstract)",
+                  "BiP 95%", "gradual 95%"),
+            Claim("BiP is above training the scores alone at 95 %", BAR, "BiP 95%", "scores only 95%"),
+        ), facts=("IoU with the magnitude mask 95%", "IoU with the magnitude mask 98%"),
+    ),
+    "soups": Study(
+        "Sparse soups, 95 % zeros, one phase", soups,
+        (
+            Claim("a soup is half a point above its mean member", BAR, "soup", "mean member", 0.5),
+            Claim("a soup is above its best member", "above (abstract)", "soup", "best member"),
+            Claim("without new statistics of norms the soup is worse", BAR, "soup",
+                  "soup, norms not recalibrated"),
+            Claim("a soup is above one network trained three times as long", "above (paper)", "soup",
+                  "one network, three times as long"),
+        ),
+    ),
+    "pgf-mlp": Study(
+        "N:M training, perceptron, 1:16", flow_mlp,
+        (
+            Claim("exponential decay is a point above SR-STE at 1:16", "up to 2 % (abstract)", "decay-exp",
+                  "sr-ste", 1.0),
+            Claim("exponential decay differs from plain straight-through", "above", "decay-exp", "ste"),
+        ),
+    ),
+    "pgf-vit": Study(
+        "N:M training, feed-forward layers of a transformer, 1:16", flow_vit,
+        (
+            Claim("exponential decay is a point above SR-STE at 1:16 in a transformer",
+                  "up to 2 % (abstract)", "decay-exp", "sr-ste", 1.0),
+            Claim("exponential decay differs from plain straight-through in a transformer", "above",
+                  "decay-exp", "ste"),
+        ),
+    ),
+    "bdwp": Study(
+        "BDWP, 2:8", bdwp,
+        (
+            Claim("BDWP is within a point of dense at 2:8", "0.56 % below (abstract)", "BDWP 2:8", "dense",
+                  -1.0),
+            Claim("BDWP is within half a point of SR-STE at two thirds of its cost", BAR, "BDWP 2:8",
+                  "SR-STE 2:8", -0.5),
+        ),
+        facts=("training GFLOPs of BDWP 2:8", "training GFLOPs of SR-STE 2:8", "training GFLOPs of dense"),
+    ),
+    "sparse-ift": Study(
+        "Sparse-IFT at equal inference FLOPs", sparse_ift,
+        (
+            Claim("Sparse-Wide with RigL is a point above dense at 75 %", "+3.5 % on ImageNet (abstract)",
+                  "wide, 75%, rigl", "dense", 1.0),
+            Claim("Sparse-Wide with RigL is a point above dense at 50 %", BAR, "wide, 50%, rigl", "dense",
+                  1.0),
+            Claim("RigL is above a static mask at 90 %", "above", "wide, 90%, rigl", "wide, 90%, static"),
+        ),
+    ),
+    "mask-sparsity": Study(
+        "MaskSparsity, half of the channels", mask_sparsity,
+        (
+            Claim("the penalty on marked scales leaves a point more after removal than that on all", BAR,
+                  "marked: after removal", "all: after removal", 1.0),
+            Claim("and far more than none", BAR, "marked: after removal", "none: after removal", 5.0),
+        ),
+    ),
+    "wgsef": Study(
+        "WGSEF, a quarter of the channels left", wgsef,
+        (
+            Claim("the envelope leaves 5 points more after the cut than no penalty", BAR,
+                  "penalty 1: after the cut", "no penalty: after the cut", 5.0),
+            Claim("and is no worse by 0.3 points after equal fine-tuning", BAR, "penalty 1: fine-tuned",
+                  "no penalty: fine-tuned", -0.3),
+        ),
+    ),
+    "removed-channels": Study(
+        "ResNet-20 without half of its inner channels", removed_channels,
+        (Claim("removed channels are really faster", BAR, "times as fast as whole", "whole"),),
+        unit="times", facts=("share of the weights",),
+    ),
+    "iss-p": Study(
+        "ISS-P, EDSR of 4 blocks, Set5 x2, 90 % zeros", iss_p,
+        (
+            Claim("ISS-P is 0.05 dB above one-shot magnitude", BAR, "iss-p", "one-shot", 0.05),
+            Claim("ISS-P is 0.05 dB above a random mask", BAR, "iss-p", "random", 0.05),
+            Claim("ISS-P is not below hard thresholding", "above", "iss-p", "iht"),
+            Claim("ISS-P is above bicubic enlargement", BAR, "iss-p", "bicubic enlargement"),
+        ), unit="dB",
+    ),
+}  # fmt: skip
