@@ -83,7 +83,7 @@ def plan(
 _REFERENCE_PRODUCTS = 1 << 24  # products that the reference holds at a time
 # A larger batch runs a bitmask weight by its columns, which are then kept (2 bytes per entry).
 _EXPAND_BATCH = 4
-# A large batch meets a part of x that outgrows the nearest caches unless the panels are narrow; from this batch
+# A large batch meets a part of x that outgrows the nearest caches unless panels are narrow; from this batch
 # on a second copy of the weight pays (benchmarks/sparse_linear.py: 1.1 to 1.6 times as fast at batch 64).
 NARROW, NARROW_BATCH = 256, 48
 _dense, _csr, _columns = Derived(), Derived(), Derived()
