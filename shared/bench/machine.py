@@ -62,6 +62,15 @@ def machine() -> dict[str, Any]:
     return result
 
 
+def others_busy() -> float:
+    """Core-seconds that everything but this process has used since the machine started; 0 where unknown."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    user, nice, system, _, _, interrupts, soft, *_ = map(int, path.read_text().split("\n")[0].split()[1:])
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
 def last_level_cache() -> int:
     """Bytes of the largest cache; 32 MiB where the system does not say."""
     return max(_caches().values(), default=32 << 20)

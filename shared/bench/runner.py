@@ -13,17 +13,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from shared.bench.machine import Bound, Limits, limits, machine
+from shared.bench.machine import Bound, Limits, limits, machine, others_busy
 from shared.bench.timing import Clock, Ratio, Timing, compare, ratio, threads
-from shared.io import write_json
+from shared.io import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Later:
+    """A cell that is built only if it is measured: its data may take longer to make than its time to take."""
+
+    labels: Mapping[str, object]
+    build: Callable[[], Cell]
+
+
+@dataclass(frozen=True)
 class Row:
     """A measured cell."""
 
@@ -90,8 +99,7 @@ class Row:
         """Plain values for JSON; times in seconds."""
         cell, goal = self.cell, self.cell.goal
         result: dict[str, Any] = {
-            "labels": {key: value if isinstance(value, int | float) else str(value)
-                       for key, value in cell.labels.items()},
+            "labels": _plain(cell.labels),
             "seconds": {name: {"median": t.median, "p10": t.p10, "p90": t.p90, "samples": len(t.samples)}
                         for name, t in self.timings.items()},
             "best_peer": self.best(),
@@ -107,22 +115,44 @@ class Row:
             over = self.best(goal.over)
             result["goal"] = {"ratio": goal.ratio, "over": over, "reached": self.against(goal.over).value,
                               "met": self.met}
+            if cell.bound is not None and not self.met:
+                most = self.timings[over].median / cell.bound.seconds(self.limits)
+                result["goal"] |= {"most": most, "bounded": most < goal.ratio}
         return result
+
+
+def _plain(labels: Mapping[str, object]) -> dict[str, int | float | str]:
+    return {key: value if isinstance(value, int | float) else str(value) for key, value in labels.items()}
+
+
+def _verdict(goal: Mapping[str, Any] | None) -> str:
+    if goal is None:
+        return ""
+    if goal["met"]:
+        return f">= {goal['ratio']:g}x met"
+    if goal.get("bounded"):
+        return f">= {goal['ratio']:g}x bounded: the bound allows {goal['most']:.2f}x"
+    return f">= {goal['ratio']:g}x MISSED"
 
 
 @dataclass
 class Table:
-    """All rows of a claim, with the goals of its groups."""
+    """All rows of a claim, with the goals of its groups; rows of an earlier run as `Row.to_dict` made them."""
 
     claim: str
     group_goals: Mapping[str, Goal] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row | dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as plain values."""
+        return [row.to_dict() if isinstance(row, Row) else row for row in self.rows]
 
     def group_results(self) -> dict[str, tuple[float, bool]]:
         """Group -> (geometric mean of the ratios over its cells, whether the goal is met)."""
         results = {}
         for name, goal in self.group_goals.items():
-            ratios = [row.against(goal.over).value for row in self.rows if row.cell.group == name]
+            ratios = [_reached(row, goal.over) for row in self.records if row["group"] == name]
             if ratios:  # a quick run may leave a group out
                 mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
                 results[name] = (mean, mean >= goal.ratio)
@@ -130,27 +160,30 @@ class Table:
 
     @property
     def missed(self) -> int:
-        """Number of goals that were not met."""
-        cells = sum(row.met is False for row in self.rows)
+        """Number of goals that were not met although the bound would allow it."""
+        goals = [row["goal"] for row in self.records if "goal" in row]
+        cells = sum(not goal["met"] and not goal.get("bounded", False) for goal in goals)
         return cells + sum(not met for _, met in self.group_results().values())
 
     def __str__(self) -> str:
-        peers = list(dict.fromkeys(name for row in self.rows for name in row.cell.peers))
-        labels = list(dict.fromkeys(key for row in self.rows for key in row.cell.labels))
+        records = self.records
+        names = dict.fromkeys(name for row in records for name in row["seconds"])
+        peers = [name for name in names if name != "ours"]
+        labels = list(dict.fromkeys(key for row in records for key in row["labels"]))
         lines = [[*labels, "ours ms", *(f"{name} ms" for name in peers), "bound ms", "of bound", "ratio",
                   "best peer", "goal"]]
-        for row in self.rows:
-            bound = None if row.cell.bound is None else row.cell.bound.seconds(row.limits)
-            goal = row.cell.goal
-            times = {name: f"{timing.median * 1e3:.3f}" for name, timing in row.timings.items()}
+        for row in records:
+            bound, goal = row.get("bound"), row.get("goal")
+            times = {name: f"{timing['median'] * 1e3:.3f}" for name, timing in row["seconds"].items()}
+            same = goal is None or goal["over"] == row["best_peer"]
             lines.append([
-                *(str(row.cell.labels.get(key, "")) for key in labels),
+                *(str(row["labels"].get(key, "")) for key in labels),
                 *(times.get(name, "") for name in ("ours", *peers)),
-                "" if bound is None else f"{bound * 1e3:.3f}",
-                "" if bound is None else f"{bound / row.timings['ours'].median:.0%}",
-                str(row.against(goal.over if goal else ())),
-                row.best(goal.over if goal else ()),
-                "" if goal is None else f">= {goal.ratio:g}x {'met' if row.met else 'MISSED'}",
+                "" if bound is None else f"{bound['seconds'] * 1e3:.3f}",
+                "" if bound is None else f"{bound['share']:.0%}",
+                str(Ratio(**row["ratio"])) if same else f"{goal['reached']:.2f}x",
+                row["best_peer"] if same else goal["over"],
+                _verdict(goal),
             ])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [self.claim]
@@ -162,6 +195,13 @@ class Table:
         return "\n".join(text)
 
 
+def _reached(row: Mapping[str, Any], over: Sequence[str]) -> float:
+    """How much faster ours was than the best of the named peers, of all peers if none is named."""
+    names = over or [name for name in row["seconds"] if name != "ours"]
+    best: float = min(row["seconds"][name]["median"] for name in names)
+    return best / row["seconds"]["ours"]["median"]
+
+
 def _arguments(claim: str, argv: Sequence[str] | None) -> argparse.Namespace:
     def count(text: str) -> int:
         if not text.isdigit() or int(text) < 1:
@@ -171,13 +211,21 @@ def _arguments(claim: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=claim)
     parser.add_argument("--quick", action="store_true", help="fewer cells and shorter blocks")
     parser.add_argument("--threads", type=count, default=1, help="threads of every program (default 1)")
-    parser.add_argument("--json", metavar="FILE", help="also write the results and the machine they are from")
-    return parser.parse_args(argv)
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE",
+                        help="also write the results and the machine they are from (or print them)")
+    parser.add_argument("--only", metavar="TEXT", action="append", default=[],
+                        help="only cells whose labels, as 'name value, name value', contain this; repeatable")
+    parser.add_argument("--resume", action="store_true", help="keep the cells that FILE of --json has")
+    parser.add_argument("--seconds", type=count, help="begin no cell after this time; go on with --resume")
+    options = parser.parse_args(argv)
+    if options.resume and options.json in (None, "-"):
+        parser.error("--resume needs the --json FILE to go on with")
+    return options
 
 
 def main(
     claim: str,
-    cells: Callable[[bool, int], Iterable[Cell]],
+    cells: Callable[[bool, int], Iterable[Cell | Later]],
     *,
     group_goals: Mapping[str, Goal] | None = None,
     argv: Sequence[str] | None = None,
@@ -185,45 +233,60 @@ def main(
 ) -> int:
     """Run a benchmark script: measure each cell, print the table, write JSON; 0 if every goal is met, else 1.
 
-    One thread is timed in CPU time of the process, which other programs on the machine disturb least; more
-    threads in wall time.
+    A goal that the measured bound rules out is marked "bounded" and does not count as missed. One thread is
+    timed in CPU time of the process, which other programs on the machine disturb least; more threads in wall
+    time.
 
     Args:
         claim: the sentence that the script is to show.
         cells: (quick, threads) -> cells, best as a generator, so that the data of one cell is freed before
-            the next.
+            the next; `Later` where data take long to make.
         group_goals: goals for geometric means over the cells of a group.
         argv: command line, by default the process's own.
         clock: another clock.
     """
     options = _arguments(claim, argv)
     tick = clock or (time.process_time if options.threads == 1 else time.perf_counter)
-    before = machine()
-    table = Table(claim, group_goals or {})
+    before, busy, start = machine(), others_busy(), time.perf_counter()
+    earlier = read_json(options.json) if options.resume and Path(options.json).exists() else {"rows": []}
+    table = Table(claim, group_goals or {}, list(earlier["rows"]))
+    done, left = [row["labels"] for row in earlier["rows"]], 0
     with threads(options.threads):
         ceiling = limits(options.threads, clock=tick, seconds=0.1 if options.quick else 0.5)
         for cell in cells(options.quick, options.threads):
-            timings = compare({"ours": cell.ours, **cell.peers}, rounds=3 if options.quick else 6,
-                              block_seconds=0.03 if options.quick else 0.25, clock=tick)
-            table.rows.append(Row(cell, timings, ceiling))
             shown = ", ".join(f"{key} {value}" for key, value in cell.labels.items())
-            print(f"{shown}: {table.rows[-1].against()}", file=sys.stderr, flush=True)
+            if _plain(cell.labels) in done or any(text not in shown for text in options.only):
+                continue
+            if options.seconds and time.perf_counter() - start > options.seconds:
+                left += 1
+                continue
+            if isinstance(cell, Later):
+                cell = cell.build()
+            timings = compare({"ours": cell.ours, **cell.peers}, rounds=3 if options.quick else 6,
+                              block_seconds=0.03 if options.quick else 0.1, clock=tick)
+            row = Row(cell, timings, ceiling)
+            table.rows.append(row)
+            print(f"{shown}: {row.against()}", file=sys.stderr, flush=True)
     print(table)
-    after = os.getloadavg()[0]
-    # Our own threads count towards the load; anything beyond them is somebody else's.
-    loaded = max(before["load_average"][0], after - options.threads) > 0.5
+    others = (others_busy() - busy) / (time.perf_counter() - start)
+    loaded = others > 0.1 or earlier.get("under_load", False)
     print(f"{before['cpu']}, {options.threads} thread(s); {ceiling.bytes_per_second / 1e9:.1f} GB/s, "
-          f"{ceiling.flops_per_second / 1e9:.0f} GFLOP/s measured; load {before['load_average'][0]} before"
-          + (", UNDER LOAD: other programs ran, repeat on an idle machine" if loaded else ""))
+          f"{ceiling.flops_per_second / 1e9:.0f} GFLOP/s measured; other programs used {others:.2f} cores"
+          + (", UNDER LOAD: repeat on an idle machine" if loaded else "")
+          + (f"; {left} cells left for --resume" if left else ""))
     if options.json:
-        write_json(options.json, {
+        report = {
             "claim": claim, "machine": before, "threads": options.threads, "quick": options.quick,
             "clock": getattr(tick, "__name__", "custom"), "limits": asdict(ceiling), "under_load": loaded,
-            "rows": [row.to_dict() for row in table.rows],
+            "rows": table.records,
             "groups": {name: {"ratio": mean, "goal": table.group_goals[name].ratio, "met": met}
                        for name, (mean, met) in table.group_results().items()},
-            "missed": table.missed,
-        })
+            "missed": table.missed, "left": left,
+        }
+        if options.json == "-":
+            print(json.dumps(report))
+        else:
+            write_json(options.json, report)
     if table.missed:
         print(f"{table.missed} goal(s) missed", file=sys.stderr)
-    return 1 if table.missed else 0
+    return 1 if table.missed or left else 0

@@ -12,6 +12,7 @@ from shared.bench import (
     Bound,
     Cell,
     Goal,
+    Later,
     Limits,
     Rotation,
     Timing,
@@ -268,6 +269,41 @@ def test_script_that_misses_exits_with_one(capsys, known_limits) -> None:
     output = capsys.readouterr()
     assert output.out.count("MISSED") == 1 and "1 goal(s) missed" in output.err and "threads 2" in output.err
     assert main("mean", script(clock, 1), group_goals={"none": Goal(5)}, argv=["--quick"], clock=clock) == 0
+
+
+def test_script_goes_on_where_it_stopped(tmp_path, capsys, known_limits) -> None:
+    clock, file = FakeClock(), str(tmp_path / "out.json")
+    argv = ["--json", file, "--resume"]
+    assert main("in slices", script(clock, 1.9), argv=[*argv, "--only", "size 2"], clock=clock) == 0
+    once = len(clock.calls)
+    assert main("in slices", script(clock, 1.9), argv=argv, clock=clock) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["labels"]["size"] for row in rows] == [2, 1]
+    assert len(clock.calls) == 2 * once and capsys.readouterr().out.count("2.00x") == 1 + 2
+    with pytest.raises(SystemExit):
+        main("in slices", script(clock, 1.9), argv=["--resume"], clock=clock)
+    assert "--resume needs the --json FILE" in capsys.readouterr().err
+
+
+def test_time_limit_leaves_cells_unbuilt(tmp_path, capsys, known_limits) -> None:
+    def cells(quick: bool, count: int):
+        for size in (1, 2):
+            yield Later({"size": size}, lambda: pytest.fail("built"))
+
+    file = str(tmp_path / "out.json")
+    ticks = iter(range(0, 10**9, 100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shared.bench.runner.time.perf_counter", lambda: float(next(ticks)))
+        assert main("later", cells, argv=["--seconds", "50", "--json", file]) == 1
+    assert json.loads((tmp_path / "out.json").read_text())["left"] == 2
+    assert "2 cells left for --resume" in capsys.readouterr().out
+
+
+def test_goal_beyond_the_bound_is_marked_and_not_missed() -> None:
+    table = Table("bound", {}, [row(0.02, {"torch": 0.03}, Goal(4))])  # the bound is 0.01 s: 3x at most
+    assert table.missed == 0 and ">= 4x bounded: the bound allows 3.00x" in str(table)
+    again = Table("bound", {}, table.records)
+    assert str(again) == str(table) and again.records == table.records
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two"])
