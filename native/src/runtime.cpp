@@ -143,10 +143,21 @@ void* scratch(int64_t bytes, int slot) {
   return buffer.memory.get();
 }
 
+void expect_large(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  const auto start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (start + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (last >= first + 2 * kHugePage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 }  // namespace zoo
 
 // Number of the interface between the libraries and shared/ops/_native.py; both must agree.
-ZOO_EXPORT int64_t zoo_abi_version() { return 1; }
+ZOO_EXPORT int64_t zoo_abi_version() { return 2; }
 
 // Best instruction set that this CPU runs and this build knows: 0 portable, 1 AVX2, 2 AVX-512.
 ZOO_EXPORT int64_t zoo_cpu_level() {

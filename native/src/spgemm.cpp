@@ -1,14 +1,16 @@
 // Sparse times sparse, row by row (Gustavson): C[i, :] = sum over entries k of row i of A of A[i, k] * B[k, :].
 //
 // Two passes: the first counts the entries of every row, so that the result is allocated once and exactly (pages of
-// memory cost more than arithmetic here), the second writes them. Rows are cut into chunks of about equal work
-// (multiplications), and each row is summed by one thread in a private accumulator: a dense row whose occupied
-// columns are marked in a bitmap, which also puts them in order, or, where a row has far fewer products than the
-// bitmap has words, a hash table.
+// memory cost more than arithmetic here), the second writes them. Small products are written in one pass, into room for
+// as many entries as there are multiplications, and then moved together. Rows are cut into chunks of about equal work
+// (multiplications), and each row is summed by one thread. It looks up where in the row a column stands: in an array
+// over all columns or, where a row has far fewer products than there are columns, in a hash table. Neither is ever
+// cleared: what an earlier row left there is smaller than anything that this row writes. Rows that are to be sorted
+// and have many entries are summed over all columns instead, with a flag per column that has a sum.
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <utility>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "zoo/export.hpp"
@@ -17,11 +19,14 @@
 namespace zoo {
 namespace {
 
-// The dense accumulator is used where a row has at least one product per this many columns (benchmarks/spgemm.py).
-constexpr int64_t kColumnsPerProduct = 256;
-// Its bitmap is scanned where there is a product per this many columns, eight per word; else its columns are listed.
-constexpr int64_t kColumnsScanned = 8;
-constexpr int64_t kDenseColumns = int64_t{1} << 26;
+// Wider matrices use the array over all columns only for rows with a product per kColumnsPerProduct columns; still
+// wider ones always hash.
+constexpr int64_t kNarrow = int64_t{1} << 22, kColumnsPerProduct = 256, kWidest = int64_t{1} << 26;
+// Entries are counted by flags where there is a product per this many columns.
+constexpr int64_t kColumnsFlagged = 8;
+// Sorting: rows of up to kRanked entries by comparing all with all, others by the flags of their columns if there is
+// an entry per kColumnsScanned of these, else digit by digit.
+constexpr int64_t kRanked = 128, kColumnsScanned = 160;
 constexpr int64_t kMinChunk = int64_t{1} << 16, kMaxChunk = int64_t{1} << 22;  // multiplications
 
 template <class T, class Index>
@@ -31,199 +36,242 @@ struct Csr {
   const T* value;
 };
 
-uint64_t word_of(int64_t col) { return static_cast<uint64_t>(col) >> 6; }
-uint64_t bit_of(int64_t col) { return uint64_t{1} << (static_cast<uint64_t>(col) & 63); }
-
-// A row of `cols` sums and a bit per column that has one. Both are clear between rows.
-template <class T, class Index>
-class DenseRow {
- public:
-  DenseRow(int64_t cols, bool with_sums) : sums_(with_sums ? cols : 0), words_((cols + 63) / 64) {}
-
-  void mark(Index col) { words_[word_of(col)] |= bit_of(col); }
-
-  void add(Index col, T product) {
-    sums_[col] += product;
-    mark(col);
-  }
-
-  // Clears the marks; returns how many there were.
-  int64_t count() {
-    int64_t marked = 0;
-    for (uint64_t& word : words_) {
-      marked += __builtin_popcountll(word);
-      word = 0;
-    }
-    return marked;
-  }
-
-  // Moves the sums out in order of their columns.
-  void take(bool, Index* col, T* value) {
-    int64_t count = 0;
-    for (size_t w = 0; w < words_.size(); ++w) {
-      uint64_t word = words_[w];
-      if (word == 0) continue;
-      words_[w] = 0;
-      const int64_t base = static_cast<int64_t>(w) << 6;
-      for (; word != 0; word &= word - 1) {
-        const int64_t c = base + __builtin_ctzll(word);
-        col[count] = static_cast<Index>(c);
-        value[count++] = sums_[c];
-        sums_[c] = 0;
-      }
-    }
-  }
-
- private:
-  template <class U, class I>
-  friend class ListedRow;
-  std::vector<T> sums_;
-  std::vector<uint64_t> words_;
+// A place per column, in an array. A place below the row's first one is left over from an earlier row.
+template <class Index>
+struct ArrayPlaces {
+  Index* places;
+  Index& operator()(Index col, Index) const { return places[col]; }
 };
 
-// The same for rows with few sums per word, where scanning words would be guesswork for the branch predictor: columns
-// are listed as they are met, and the number of marks before a column is its place in the result.
-template <class T, class Index>
-class ListedRow {
- public:
-  void bind(DenseRow<T, Index>* row, int64_t products) {
-    row_ = row;
-    if (static_cast<int64_t>(cols_.size()) <= products) cols_.resize(products + 1);
-  }
+// The same by open addressing with linear probing, in a table at least twice as large as the row can need.
+template <class Index>
+struct HashPlaces {
+  struct Slot {
+    Index col, place;
+  };
+  Slot* slots;
+  int shift;
+  uint64_t mask;
 
-  void mark(Index col) {
-    uint64_t& word = row_->words_[word_of(col)];
-    cols_[count_] = col;
-    count_ += (word & bit_of(col)) == 0;
-    word |= bit_of(col);
+  Index& operator()(Index col, Index first) const {
+    uint64_t at = static_cast<uint64_t>(col) * 0x9e3779b97f4a7c15u >> shift;
+    while (slots[at].place >= first && slots[at].col != col) at = (at + 1) & mask;
+    slots[at].col = col;
+    return slots[at].place;
   }
-
-  void add(Index col, T product) {
-    row_->sums_[col] += product;
-    mark(col);
-  }
-
-  int64_t count() {
-    for (int64_t i = 0; i < count_; ++i) row_->words_[word_of(cols_[i])] = 0;
-    return std::exchange(count_, 0);
-  }
-
-  void take(bool sorted, Index* col, T* value) {
-    if (sorted) {
-      before_.resize(row_->words_.size());
-      uint32_t marks = 0;
-      for (size_t w = 0; w < before_.size(); ++w) {
-        before_[w] = marks;
-        marks += static_cast<uint32_t>(__builtin_popcountll(row_->words_[w]));
-      }
-    }
-    for (int64_t i = 0; i < count_; ++i) {
-      const Index c = cols_[i];
-      const uint64_t w = word_of(c);
-      const int64_t place =
-          sorted ? before_[w] + __builtin_popcountll(row_->words_[w] & (bit_of(c) - 1)) : i;
-      col[place] = c;
-      value[place] = std::exchange(row_->sums_[c], T(0));
-    }
-    count();
-  }
-
- private:
-  DenseRow<T, Index>* row_ = nullptr;
-  std::vector<Index> cols_;
-  std::vector<uint32_t> before_;
-  int64_t count_ = 0;
 };
 
-// Open addressing with linear probing; the table is at least twice as large as a row can need, so probing ends.
+// What a thread keeps from row to row; everything is as large as the rows so far needed.
 template <class T, class Index>
-class HashRow {
- public:
-  void reserve(int64_t entries) {
+struct State {
+  std::vector<Index> places;
+  std::vector<typename HashPlaces<Index>::Slot> slots;
+  std::vector<T> sums;
+  std::vector<uint8_t> flags;
+  std::vector<Index> cols, swapped_cols;
+  std::vector<T> values, swapped_values;
+
+  // use(lookup) for a row of the given number of products, at most `entries` of them at different columns.
+  template <class Use>
+  void with_places(int64_t products, int64_t entries, int64_t width, Use&& use) {
+    if (width <= kNarrow || (width <= kWidest && products * kColumnsPerProduct >= width)) {
+      if (places.empty()) places.assign(width, Index(-1));
+      use(ArrayPlaces<Index>{places.data()});
+      return;
+    }
     int bits = 4;
     while ((int64_t{1} << bits) < 2 * entries) ++bits;
-    if (bits > bits_) {
-      slots_.assign(size_t{1} << bits, Slot{-1, 0});
-      bits_ = bits;
-    }
-    shift_ = 64 - bits;  // a small row stays in a small part of the table
-    mask_ = (uint64_t{1} << bits) - 1;
+    if (slots.size() < size_t{1} << bits) slots.assign(size_t{1} << bits, {Index(-1), Index(-1)});
+    use(HashPlaces<Index>{slots.data(), 64 - bits, (uint64_t{1} << bits) - 1});
   }
 
-  void mark(Index col) { add(col, T(0)); }
-
-  void add(Index col, T product) {
-    uint64_t at = static_cast<uint64_t>(col) * 0x9e3779b97f4a7c15u >> shift_;
-    while (true) {
-      Slot& slot = slots_[at];
-      if (slot.col == col) {
-        slot.sum += product;
-        return;
-      }
-      if (slot.col < 0) {
-        slot = {col, product};
-        used_.push_back(at);
-        return;
-      }
-      at = (at + 1) & mask_;
-    }
+  // Room for the entries of a row, and for eight more columns, as they are read and written eight at once.
+  void reserve(int64_t entries) {
+    if (static_cast<int64_t>(values.size()) >= entries) return;
+    cols.resize(entries + 8);
+    values.resize(entries);
   }
 
-  int64_t count() {
-    const int64_t marked = static_cast<int64_t>(used_.size());
-    for (const uint64_t at : used_) slots_[at].col = -1;
-    used_.clear();
-    return marked;
+  uint8_t* flags_of(int64_t width) {
+    if (flags.empty()) flags.assign((width + 7) / 8 * 8, 0);
+    return flags.data();
   }
-
-  void take(bool sorted, Index* col, T* value) {
-    if (sorted) std::sort(used_.begin(), used_.end(), [this](uint64_t a, uint64_t b) {
-      return slots_[a].col < slots_[b].col;
-    });
-    int64_t count = 0;
-    for (const uint64_t at : used_) {
-      col[count] = slots_[at].col;
-      value[count++] = slots_[at].sum;
-      slots_[at].col = -1;
-    }
-    used_.clear();
-  }
-
- private:
-  struct Slot {
-    Index col;
-    T sum;
-  };
-  std::vector<Slot> slots_;
-  std::vector<uint64_t> used_;
-  int bits_ = 0, shift_ = 0;
-  uint64_t mask_ = 0;
 };
 
-// work[i] = multiplications in the rows before i; 64-bit, since they overflow 32 bits long before the entries do.
+// use(entry of A, entry of B) for all products of a row.
+template <class T, class Index, class Use>
+inline __attribute__((always_inline)) void for_products(const Csr<T, Index>& a, const Csr<T, Index>& b, int64_t row,
+                                                        Use&& use) {
+  const Index* const __restrict inner = a.col;
+  const Index* const __restrict starts = b.crow;
+  for (int64_t e = a.crow[row], stop = a.crow[row + 1]; e < stop; ++e) {
+    const int64_t k = inner[e];
+    for (int64_t f = starts[k], last = starts[k + 1]; f < last; ++f) use(e, f);
+  }
+}
+
 template <class T, class Index>
-std::vector<int64_t> count_work(const Csr<T, Index>& a, const Csr<T, Index>& b, int64_t rows, int64_t threads) {
-  std::vector<int64_t> work(rows + 1, 0);
-  parallel_rows(a.crow, rows, 1, threads, [&](int64_t begin, int64_t end) {
+__attribute__((noinline)) int64_t count_flagged(State<T, Index>& state, const Csr<T, Index>& a, const Csr<T, Index>& b, int64_t row,
+                      int64_t width) {
+  uint8_t* const __restrict flags = state.flags_of(width);
+  for_products(a, b, row, [=, b_col = b.col](int64_t, int64_t f) { flags[b_col[f]] = 1; });
+  int64_t count = 0;
+  for (size_t at = 0; at < state.flags.size(); at += 8) {
+    uint64_t word;
+    std::memcpy(&word, flags + at, 8);
+    count += __builtin_popcountll(word);
+  }
+  std::fill(state.flags.begin(), state.flags.end(), uint8_t{0});
+  return count;
+}
+
+// The number of different columns in a row; the places serve as stamps that bear the number of the row.
+template <class T, class Index, class Places>
+__attribute__((noinline)) int64_t count_met(const Places lookup, const Csr<T, Index>& a, const Csr<T, Index>& b,
+                                            int64_t row) {
+  const Places places = lookup;
+  const Index stamp = static_cast<Index>(row);
+  int64_t count = 0;
+  for_products(a, b, row, [&, b_col = b.col](int64_t, int64_t f) {
+    Index& place = places(b_col[f], stamp);
+    count += place < stamp;
+    place = stamp;
+  });
+  return count;
+}
+
+// The entries of a row in the order in which their columns are met, and their number. No branch asks whether a column is new, since it
+// would be guessed wrong too often: seen from the row's first place, one left over is beyond all places so far.
+template <class T, class Index, class Places>
+__attribute__((noinline)) int64_t sum_row(const Places lookup, const Csr<T, Index>& a, const Csr<T, Index>& b,
+                                          int64_t row, Index first, int64_t bound, Index* __restrict cols,
+                                          T* __restrict values) {
+  using Unsigned = std::make_unsigned_t<Index>;
+  const Index* const __restrict b_col = b.col;
+  const T* const __restrict b_value = b.value;
+  const Places places = lookup;
+  std::fill_n(values, bound, T(0));
+  Unsigned count = 0;
+  for_products(a, b, row, [&, factors = a.value](int64_t e, int64_t f) {
+    const Index c = b_col[f];
+    Index& place = places(c, first);
+    const Unsigned known = static_cast<Unsigned>(place) - static_cast<Unsigned>(first);
+    const Unsigned at = known < count ? known : count;
+    count += at == count;
+    place = first + static_cast<Index>(at);
+    cols[at] = c;
+    values[at] += factors[e] * b_value[f];
+  });
+  return count;
+}
+
+// kSet[mask] lists the bits that are set in it.
+struct SetBits {
+  uint8_t at[256][8];
+  constexpr SetBits() : at() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int count = 0;
+      for (int bit = 0; bit < 8; ++bit)
+        if ((mask >> bit) & 1) at[mask][count++] = static_cast<uint8_t>(bit);
+    }
+  }
+};
+constexpr SetBits kSet{};
+
+// The entries of a row in the order of their columns, by a sum and a flag for every column; returns their number.
+template <class T, class Index>
+__attribute__((noinline)) int64_t sum_row_flagged(State<T, Index>& state, const Csr<T, Index>& a,
+                                                  const Csr<T, Index>& b, int64_t row, int64_t width, int64_t bound,
+                                                  Index* __restrict cols, T* __restrict values) {
+  uint8_t* const __restrict flags = state.flags_of(width);
+  if (state.sums.empty()) state.sums.assign(width, T(0));
+  T* const __restrict sums = state.sums.data();
+  for_products(a, b, row, [=, factors = a.value, b_col = b.col, b_value = b.value](int64_t e, int64_t f) {
+    const int64_t c = b_col[f];
+    sums[c] += factors[e] * b_value[f];
+    flags[c] = 1;
+  });
+  state.reserve(bound);
+  Index* const __restrict list = state.cols.data();
+  int64_t entries = 0;
+  for (int64_t base = 0; base < width; base += 8) {
+    uint64_t word;
+    std::memcpy(&word, flags + base, 8);
+    const uint64_t mask = word * 0x0102040810204080u >> 56;  // byte i becomes bit i (bytes are 0 or 1)
+    for (int i = 0; i < 8; ++i) list[entries + i] = static_cast<Index>(base) + kSet.at[mask][i];
+    entries += __builtin_popcountll(mask);
+  }
+  for (int64_t i = 0; i < entries; ++i) {
+    const Index c = list[i];
+    cols[i] = c;
+    values[i] = sums[c];
+    sums[c] = 0;
+    flags[c] = 0;
+  }
+  return entries;
+}
+
+// Sorts a short row: the place of an entry is the number of columns below its own. `from_cols` is readable up to a
+// multiple of eight.
+template <class T, class Index>
+void sort_by_rank(int64_t entries, const Index* from_cols, const T* from_values, Index* cols, T* values) {
+  constexpr int kLanes = 32 / sizeof(Index);
+  typedef Index Vec __attribute__((vector_size(32)));
+  for (int64_t i = 0; i < entries; i += kLanes) {
+    Vec own, rank{};
+    std::memcpy(&own, from_cols + i, sizeof own);
+    for (int64_t j = 0; j < entries; ++j) rank -= (Vec{} + from_cols[j]) < own;  // true is -1
+    for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, entries - i); ++lane) {
+      cols[rank[lane]] = from_cols[i + lane];
+      values[rank[lane]] = from_values[i + lane];
+    }
+  }
+}
+
+// Sorts state.cols and state.values into cols and values, eight bits of the columns at a time.
+template <class T, class Index>
+void sort_by_digits(State<T, Index>& state, int64_t entries, int64_t width, Index* cols, T* values) {
+  state.swapped_cols.resize(state.cols.size());
+  state.swapped_values.resize(state.values.size());
+  for (int shift = 0; shift == 0 || (width - 1) >> shift > 0; shift += 8) {
+    int64_t start[257] = {};
+    for (int64_t i = 0; i < entries; ++i) ++start[((state.cols[i] >> shift) & 255) + 1];
+    for (int d = 0; d < 256; ++d) start[d + 1] += start[d];
+    for (int64_t i = 0; i < entries; ++i) {
+      const int64_t to = start[(state.cols[i] >> shift) & 255]++;
+      state.swapped_cols[to] = state.cols[i];
+      state.swapped_values[to] = state.values[i];
+    }
+    state.cols.swap(state.swapped_cols);
+    state.values.swap(state.swapped_values);
+  }
+  std::copy_n(state.cols.data(), entries, cols);
+  std::copy_n(state.values.data(), entries, values);
+}
+
+// work[i] = multiplications in the rows before i; 64-bit, since they overflow 32 bits long before the entries do.
+template <class Index>
+void count_work(const Index* crow, const Index* col, const Index* b_crow, int64_t rows, int64_t threads,
+                int64_t* work) {
+  work[0] = 0;
+  parallel_rows(crow, rows, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       int64_t sum = 0;
-      for (int64_t e = a.crow[row]; e < a.crow[row + 1]; ++e) sum += b.crow[a.col[e] + 1] - b.crow[a.col[e]];
+      for (int64_t e = crow[row]; e < crow[row + 1]; ++e) sum += b_crow[col[e] + 1] - b_crow[col[e]];
       work[row + 1] = sum;
     }
   });
   for (int64_t row = 0; row < rows; ++row) work[row + 1] += work[row];
-  return work;
 }
 
 // row(first, last) for ranges of rows of about equal work; whoever is free takes the next one, since who computes a row
 // changes nothing about it. `make()` gives the private state of a thread.
 template <class Make, class Rows>
-void for_chunks(const std::vector<int64_t>& work, int64_t threads, Make&& make, Rows&& rows) {
-  const int64_t total = static_cast<int64_t>(work.size()) - 1;
+void for_chunks(const int64_t* work, int64_t total, int64_t threads, Make&& make, Rows&& rows) {
   const int64_t size = std::clamp(work[total] / (16 * std::max<int64_t>(threads, 1)), kMinChunk, kMaxChunk);
   std::vector<int64_t> first(1, 0);
   while (first.back() < total) {
-    const auto stop = std::upper_bound(work.begin(), work.end(), work[first.back()] + size) - work.begin() - 1;
+    const auto stop = std::upper_bound(work, work + total + 1, work[first.back()] + size) - work - 1;
     first.push_back(std::max<int64_t>(first.back() + 1, stop));
   }
   const int64_t chunks = static_cast<int64_t>(first.size()) - 1;
@@ -234,69 +282,56 @@ void for_chunks(const std::vector<int64_t>& work, int64_t threads, Make&& make, 
   });
 }
 
-template <class T, class Index>
-struct Accumulators {
-  std::unique_ptr<DenseRow<T, Index>> dense;
-  ListedRow<T, Index> listed;
-  HashRow<T, Index> hash;
-};
-
-// use(accumulator) with the accumulator that suits a row of `products` products.
-template <class T, class Index, class Use>
-inline void with_row(Accumulators<T, Index>& state, int64_t products, int64_t cols, bool sums, Use&& use) {
-  if (cols <= kDenseColumns && products * kColumnsPerProduct >= cols) {
-    if (!state.dense) state.dense = std::make_unique<DenseRow<T, Index>>(cols, sums);
-    if (products * kColumnsScanned >= cols) {
-      use(*state.dense);
-    } else {
-      state.listed.bind(state.dense.get(), products);
-      use(state.listed);
-    }
-  } else {
-    state.hash.reserve(std::min(products, cols));
-    use(state.hash);
-  }
-}
-
 // counts[i] = entries of row i of the product.
 template <class T, class Index>
-void count_entries(const Csr<T, Index>& a, const Csr<T, Index>& b, int64_t rows, int64_t cols, int64_t threads,
-                   int64_t* counts) {
-  const std::vector<int64_t> work = count_work(a, b, rows, threads);
-  const auto make = [] { return Accumulators<T, Index>(); };
-  for_chunks(work, threads, make, [&](Accumulators<T, Index>& state, int64_t begin, int64_t end) {
+void count_entries(const Csr<T, Index>& a, const Csr<T, Index>& b, const int64_t* work, int64_t rows, int64_t width,
+                   int64_t threads, int64_t* counts) {
+  const auto make = [] { return State<T, Index>(); };
+  for_chunks(work, rows, threads, make, [&](State<T, Index>& state, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t products = work[row + 1] - work[row];
-      counts[row] = 0;
-      if (products == 0) continue;
-      with_row(state, products, cols, false, [&](auto& marks) {
-        for (int64_t e = a.crow[row], stop = a.crow[row + 1]; e < stop; ++e) {
-          const int64_t k = a.col[e];
-          for (int64_t f = b.crow[k], last = b.crow[k + 1]; f < last; ++f) marks.mark(b.col[f]);
-        }
-        counts[row] = marks.count();
+      if (products * kColumnsFlagged >= width && width <= kWidest) {
+        counts[row] = products == 0 ? 0 : count_flagged(state, a, b, row, width);
+        continue;
+      }
+      state.with_places(products, std::min(products, width), width, [&](const auto& places) {
+        counts[row] = count_met(places, a, b, row);
       });
     }
   });
 }
 
+// A row of at most `bound` entries, in the order of their columns if `sorted`; returns how many it has.
 template <class T, class Index>
-void multiply(const Csr<T, Index>& a, const Csr<T, Index>& b, int64_t rows, int64_t cols, bool sorted, const Index* crow,
-              Index* col, T* value, int64_t threads) {
-  const std::vector<int64_t> work = count_work(a, b, rows, threads);
-  const auto make = [] { return Accumulators<T, Index>(); };
-  for_chunks(work, threads, make, [&](Accumulators<T, Index>& state, int64_t begin, int64_t end) {
+int64_t multiply_row(State<T, Index>& state, const Csr<T, Index>& a, const Csr<T, Index>& b, int64_t row, int64_t width,
+                     bool sorted, Index first, int64_t bound, int64_t products, Index* cols, T* values) {
+  if (sorted && bound > kRanked && bound * kColumnsScanned >= width && width <= kWidest)
+    return sum_row_flagged(state, a, b, row, width, bound, cols, values);
+  if (sorted) state.reserve(bound);
+  int64_t entries = 0;
+  state.with_places(products, bound, width, [&](const auto& places) {
+    entries = sum_row(places, a, b, row, first, bound, sorted ? state.cols.data() : cols,
+                      sorted ? state.values.data() : values);
+  });
+  if (!sorted) return entries;
+  if (entries <= kRanked) sort_by_rank(entries, state.cols.data(), state.values.data(), cols, values);
+  else sort_by_digits(state, entries, width, cols, values);
+  return entries;
+}
+
+// Row i is written from start[i] on, where there is room up to start[i + 1]; its entries go to counts[i], if asked for.
+template <class T, class Index, class Start>
+void multiply(const Csr<T, Index>& a, const Csr<T, Index>& b, const int64_t* work, int64_t rows, int64_t width,
+              bool sorted, const Start* start, Index* col, T* value, int64_t* counts, int64_t threads) {
+  const auto make = [] { return State<T, Index>(); };
+  for_chunks(work, rows, threads, make, [&](State<T, Index>& state, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t products = work[row + 1] - work[row];
-      if (products == 0) continue;
-      with_row(state, products, cols, true, [&](auto& sums) {
-        for (int64_t e = a.crow[row], stop = a.crow[row + 1]; e < stop; ++e) {
-          const T factor = a.value[e];
-          const int64_t k = a.col[e];
-          for (int64_t f = b.crow[k], last = b.crow[k + 1]; f < last; ++f) sums.add(b.col[f], factor * b.value[f]);
-        }
-        sums.take(sorted, col + crow[row], value + crow[row]);
-      });
+      const int64_t first = start[row], bound = std::min<int64_t>(start[row + 1] - first, width);
+      const int64_t entries =
+          bound == 0 ? 0
+                     : multiply_row(state, a, b, row, width, sorted, static_cast<Index>(first), bound,
+                                    work[row + 1] - work[row], col + first, value + first);
+      if (counts != nullptr) counts[row] = entries;
     }
   });
 }
@@ -305,7 +340,8 @@ void multiply(const Csr<T, Index>& a, const Csr<T, Index>& b, int64_t rows, int6
 template <class T, class Index>
 void sampled(const Csr<T, Index>& pattern, const Csr<T, Index>& g, const Csr<T, Index>& b, int64_t rows, int64_t cols,
              T* out, int64_t threads) {
-  const std::vector<int64_t> work = count_work(pattern, b, rows, threads);
+  std::vector<int64_t> work(rows + 1);
+  count_work(pattern.crow, pattern.col, b.crow, rows, threads, work.data());
   parallel_rows(work.data(), rows, 8, threads, [&](int64_t begin, int64_t end) {
     std::vector<T> dense(cols, T(0));
     for (int64_t row = begin; row < end; ++row) {
@@ -340,25 +376,66 @@ Csr<T, Index> csr(const void* crow, const void* col, const void* value) {
 
 using namespace zoo;
 
-ZOO_EXPORT void zoo_spgemm_count(const void* a_crow, const void* a_col, const void* b_crow, const void* b_col,
-                                 int64_t rows, int64_t cols, int64_t index_bytes, int64_t threads, int64_t* counts) {
+// work[0 .. rows]: multiplications in the rows before each row.
+ZOO_EXPORT void zoo_spgemm_work(const void* a_crow, const void* a_col, const void* b_crow, int64_t rows,
+                                int64_t index_bytes, int64_t threads, int64_t* work) {
   typed(4, index_bytes, [&](auto, auto index) {
     using Index = decltype(index);
-    count_entries(csr<float, Index>(a_crow, a_col, nullptr), csr<float, Index>(b_crow, b_col, nullptr), rows, cols,
-                  threads, counts);
+    count_work(static_cast<const Index*>(a_crow), static_cast<const Index*>(a_col), static_cast<const Index*>(b_crow),
+               rows, threads, work);
   });
 }
 
-// crow: the prefix sum of what zoo_spgemm_count gave.
+ZOO_EXPORT void zoo_spgemm_count(const void* a_crow, const void* a_col, const void* b_crow, const void* b_col,
+                                 const int64_t* work, int64_t rows, int64_t cols, int64_t index_bytes, int64_t threads,
+                                 int64_t* counts) {
+  typed(4, index_bytes, [&](auto, auto index) {
+    using Index = decltype(index);
+    count_entries(csr<float, Index>(a_crow, a_col, nullptr), csr<float, Index>(b_crow, b_col, nullptr), work, rows,
+                  cols, threads, counts);
+  });
+}
+
+// crow: where each row of the product starts, the prefix sum of what zoo_spgemm_count gave. Null: each row starts at
+// its work[row], in arrays for work[rows] entries, and counts tells how many it has.
 ZOO_EXPORT void zoo_spgemm(const void* a_crow, const void* a_col, const void* a_value, const void* b_crow,
-                           const void* b_col, const void* b_value, const void* crow, void* col, void* value,
-                           int64_t rows, int64_t cols, int64_t sorted, int64_t value_bytes, int64_t index_bytes,
-                           int64_t threads) {
+                           const void* b_col, const void* b_value, const int64_t* work, const void* crow, void* col,
+                           void* value, int64_t* counts, int64_t rows, int64_t cols, int64_t sorted,
+                           int64_t value_bytes, int64_t index_bytes, int64_t threads) {
   typed(value_bytes, index_bytes, [&](auto v, auto index) {
     using T = decltype(v);
     using Index = decltype(index);
-    multiply(csr<T, Index>(a_crow, a_col, a_value), csr<T, Index>(b_crow, b_col, b_value), rows, cols, sorted != 0,
-             static_cast<const Index*>(crow), static_cast<Index*>(col), static_cast<T*>(value), threads);
+    const Csr<T, Index> a = csr<T, Index>(a_crow, a_col, a_value), b = csr<T, Index>(b_crow, b_col, b_value);
+    const auto run = [&](const auto* start) {
+      multiply(a, b, work, rows, cols, sorted != 0, start, static_cast<Index*>(col), static_cast<T*>(value), counts,
+               threads);
+    };
+    if (crow == nullptr) {
+      run(work);
+      return;
+    }
+    const Index* const start = static_cast<const Index*>(crow);
+    expect_large(col, start[rows] * index_bytes);
+    expect_large(value, start[rows] * value_bytes);
+    run(start);
+  });
+}
+
+// Moves rows that start at work[row] to where crow says.
+ZOO_EXPORT void zoo_spgemm_pack(const int64_t* work, const void* crow, const void* from_col, const void* from_value,
+                                void* col, void* value, int64_t rows, int64_t value_bytes, int64_t index_bytes,
+                                int64_t threads) {
+  typed(value_bytes, index_bytes, [&](auto v, auto index) {
+    using T = decltype(v);
+    using Index = decltype(index);
+    const Index* const start = static_cast<const Index*>(crow);
+    parallel_rows(start, rows, 8, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t count = start[row + 1] - start[row];
+        std::copy_n(static_cast<const Index*>(from_col) + work[row], count, static_cast<Index*>(col) + start[row]);
+        std::copy_n(static_cast<const T*>(from_value) + work[row], count, static_cast<T*>(value) + start[row]);
+      }
+    });
   });
 }
 

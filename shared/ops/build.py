@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from shared.ops._native import LEVELS
+from shared.ops._native import FOLDER, LEVELS
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +26,7 @@ def build(sanitize: str | None = None, level: str | None = None) -> Path:
     if not source.exists():
         sys.exit(f"{source} is missing: this is an installed package, not a source checkout")
     folder = ROOT / "build" / (f"native-{sanitize}" if sanitize else "native")
-    output = folder / "lib" if sanitize else ROOT / "shared" / "ops"
+    output = folder / "lib"
     options = [f"-DZOO_OUTPUT_DIR={output}", f"-DZOO_SANITIZE={sanitize or ''}"]
     subprocess.run(
         ["cmake", "-S", str(ROOT), "-B", str(folder), *options], check=True, stdout=subprocess.DEVNULL
@@ -34,7 +35,15 @@ def build(sanitize: str | None = None, level: str | None = None) -> Path:
     available = [name for name in targets if platform.machine() in ("x86_64", "AMD64") or "portable" in name]
     command = ["cmake", "--build", str(folder), "--parallel", "2", "--target", *available]
     subprocess.run(command, check=True)
-    return output
+    if sanitize:
+        return output
+    # Put in place by renaming: a running process keeps the library that it has mapped.
+    for library in (path for name in available for path in output.glob(f"{name}.*")):
+        path = FOLDER / library.name
+        fresh = path.with_name(path.name + ".new")
+        shutil.copy2(library, fresh)
+        fresh.replace(path)
+    return FOLDER
 
 
 def main() -> None:

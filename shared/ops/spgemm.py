@@ -2,7 +2,7 @@
 
 The algorithm is SMASH's on a CPU: multiplications are counted, rows are handed out in chunks of equal work,
 and each row is summed in a private accumulator. One pass counts the entries, the next computes them, so the
-result is allocated once and nothing holds the partial products.
+result is allocated once and, but for small products, nothing holds the partial ones.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from torch import Tensor
 from shared.errors import OpError
 from shared.ops import _native, dispatch
 from shared.ops.csr import check_layout, check_values, entry_rows, transposed
+
+
+# Products of at most this many multiplications (8 to 16 MB of them) are written in one pass and then packed.
+_ONE_PASS = 1 << 20
 
 
 class CSR(NamedTuple):
@@ -45,7 +49,9 @@ def spgemm(a: CSR, b: CSR, *, sort: bool = True) -> CSR:
             more entries than the index dtype can count.
     """
     _check(a, b)
-    crow, col, values = _spgemm(*a[:3], *b[:3], b.cols, sort)
+    tensors = (*a[:3], *b[:3])
+    run = _compute if dispatch.direct(*tensors) else _spgemm
+    crow, col, values = run(*tensors, b.cols, sort)
     return CSR(crow, col, values, b.cols)
 
 
@@ -125,20 +131,39 @@ def _native_product(
 ) -> tuple[Tensor, Tensor, Tensor]:
     matrices = tuple(tensor.contiguous() for tensor in matrices)
     crow, col, values = matrices[:3]
-    rows = crow.numel() - 1
-    starts = torch.zeros(rows + 1, dtype=torch.int64)
-    a_crow, a_col, _, b_crow, b_col, _ = (tensor.data_ptr() for tensor in matrices)
-    _native.function("zoo_spgemm_count", "ppppiiiip")(
-        a_crow, a_col, b_crow, b_col, rows, cols, col.element_size(), _native.threads(), starts[1:].data_ptr()
+    rows, threads, index = crow.numel() - 1, _native.threads(), col.element_size()
+    a_crow, a_col, _, b_crow, b_col, _ = addresses = [tensor.data_ptr() for tensor in matrices]
+    starts, work = torch.zeros(rows + 1, dtype=torch.int64), torch.empty(rows + 1, dtype=torch.int64)
+    counts = starts.data_ptr() + starts.element_size()
+    _native.function("zoo_spgemm_work", "pppiiip")(
+        a_crow, a_col, b_crow, rows, index, threads, work.data_ptr()
     )
+    products = int(work[-1])
+
+    def multiply(start: int, out_col: Tensor, out_values: Tensor, counts: int) -> None:
+        _native.function("zoo_spgemm", "pppppppppppiiiiii")(
+            *addresses, work.data_ptr(), start, out_col.data_ptr(), out_values.data_ptr(), counts, rows, cols,
+            int(sort), values.element_size(), index, threads,
+        )
+
+    if products <= _ONE_PASS:
+        loose = col.new_empty(products), values.new_empty(products)
+        multiply(0, *loose, counts)
+    else:
+        _native.function("zoo_spgemm_count", "pppppiiiip")(
+            a_crow, a_col, b_crow, b_col, work.data_ptr(), rows, cols, index, threads, counts
+        )
     starts.cumsum_(0)
     entries = int(starts[-1])
     _refuse_overflow(entries, col.dtype)
     out = starts.to(col.dtype), col.new_empty(entries), values.new_empty(entries)
-    _native.function("zoo_spgemm", "pppppppppiiiiii")(
-        *(tensor.data_ptr() for tensor in (*matrices, *out)), rows, cols, int(sort), values.element_size(),
-        col.element_size(), _native.threads(),
-    )
+    if products <= _ONE_PASS:
+        _native.function("zoo_spgemm_pack", "ppppppiiii")(
+            work.data_ptr(), out[0].data_ptr(), *(t.data_ptr() for t in (*loose, *out[1:])), rows,
+            values.element_size(), index, threads,
+        )
+    else:
+        multiply(out[0].data_ptr(), out[1], out[2], 0)
     return out
 
 
@@ -158,15 +183,7 @@ def _vendor_product(matrices: tuple[Tensor, ...], cols: int) -> tuple[Tensor, Te
     return product.crow_indices().to(kind), product.col_indices().to(kind), product.values()
 
 
-@torch.library.custom_op(
-    "zoo::spgemm",
-    mutates_args=(),
-    schema=(
-        "(Tensor a_crow, Tensor a_col, Tensor a_values, Tensor b_crow, Tensor b_col, Tensor b_values, "
-        "int cols, bool sort) -> (Tensor, Tensor, Tensor)"
-    ),
-)
-def _spgemm(
+def _compute(
     a_crow: Tensor,
     a_col: Tensor,
     a_values: Tensor,
@@ -185,6 +202,17 @@ def _spgemm(
     if backend == "vendor":
         return _vendor_product(matrices, cols)
     return _reference(*matrices, cols)
+
+
+_spgemm = torch.library.custom_op(
+    "zoo::spgemm",
+    _compute,
+    mutates_args=(),
+    schema=(
+        "(Tensor a_crow, Tensor a_col, Tensor a_values, Tensor b_crow, Tensor b_col, Tensor b_values, "
+        "int cols, bool sort) -> (Tensor, Tensor, Tensor)"
+    ),
+)
 
 
 @_spgemm.register_fake

@@ -66,6 +66,10 @@ void parallel_rows(const Pointer* pointer, int64_t rows, int64_t row_cost, int64
 // with the same slot on the same thread invalidates it.
 void* scratch(int64_t bytes, int slot = 0);
 
+// Fresh memory that is about to be written whole: asks for large pages where there are enough of them in it. Faults of
+// small pages take longer than most of what these kernels compute.
+void expect_large(void* memory, int64_t bytes);
+
 template <class T>
 T* scratch_of(int64_t count, int slot = 0) {
   return static_cast<T*>(scratch(count * static_cast<int64_t>(sizeof(T)), slot));
