@@ -91,11 +91,24 @@ def _best(function: Any, clock: Clock, seconds: float | int) -> float:
 def bandwidth(
     count: int = 1, *, megabytes: int = 256, clock: Clock = time.perf_counter, seconds: float | int = 0.5
 ) -> float:
-    """Bytes per second that `count` threads read from memory, in a sum or a product with a vector."""
-    data = torch.ones(megabytes << 8, 1024)
-    vector = torch.ones(1024)
+    """Bytes per second that `count` threads read from memory, the best of a sum and products with a vector.
+
+    One of the products is this project's own, which reads four rows at a time: several streams bring more
+    than one does.
+    """
+    from shared import ops  # which itself measures with this package
+
+    data = torch.ones(megabytes << 6, 4096)
+    vector, rows = torch.ones(4096), ops.store_rows(data)
+    every = torch.ones(len(data), dtype=torch.bool)
     with threads(count), torch.inference_mode():
-        took = min(_best(data.sum, clock, seconds), _best(lambda: data @ vector, clock, seconds))
+        readers = [data.sum, lambda: data @ vector]
+        if ops.available():
+            with ops.backend("native"):
+                took = _best(lambda: ops.gather_linear_rows(vector, rows, every), clock, seconds)
+        else:
+            took = float("inf")
+        took = min(took, *(_best(reader, clock, seconds) for reader in readers))
     return data.numel() * 4 / took
 
 

@@ -137,7 +137,7 @@ def _verdict(goal: Mapping[str, Any] | None) -> str:
 
 @dataclass
 class Table:
-    """All rows of a claim, with the goals of its groups; rows of an earlier run as `Row.to_dict` made them."""
+    """All rows of a claim, with the goals of its groups; earlier rows as `Row.to_dict` made them."""
 
     claim: str
     group_goals: Mapping[str, Goal] = field(default_factory=dict)
@@ -214,7 +214,7 @@ def _arguments(claim: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE",
                         help="also write the results and the machine they are from (or print them)")
     parser.add_argument("--only", metavar="TEXT", action="append", default=[],
-                        help="only cells whose labels, as 'name value, name value', contain this; repeatable")
+                        help="only cells whose labels, as 'name value, name value', hold this; repeatable")
     parser.add_argument("--resume", action="store_true", help="keep the cells that FILE of --json has")
     parser.add_argument("--seconds", type=count, help="begin no cell after this time; go on with --resume")
     options = parser.parse_args(argv)
