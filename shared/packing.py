@@ -18,6 +18,9 @@ from shared.patterns import NM
 Converter = Callable[[nn.Module, Mapping[str, Mask]], "nn.Module | None"]
 _CONVERTERS: dict[type[nn.Module], Converter] = {}
 _WITHOUT_MASKS: set[type[nn.Module]] = set()
+# Takes a module whose parts were packed; None where it should stay.
+CompositeConverter = Callable[[nn.Module], "nn.Module | None"]
+_COMPOSITES: list[CompositeConverter] = []
 
 
 def register_packer(module_type: type[nn.Module], masked: bool = True) -> Callable[[Converter], Converter]:
@@ -33,6 +36,14 @@ def register_packer(module_type: type[nn.Module], masked: bool = True) -> Callab
         return convert
 
     return register
+
+
+def register_composite_packer(convert: CompositeConverter) -> CompositeConverter:
+    """Decorator: `convert(module) -> module or None` is offered every module that has parts, after these were
+    packed, the outermost first.
+    """
+    _COMPOSITES.append(convert)
+    return convert
 
 
 def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
@@ -76,12 +87,32 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
             setattr(model.get_submodule(parent), child, packed)
         else:
             model = packed
-    set_masks(model, MaskSet({name: mask for name, mask in masks.items() if name not in replaced}))
+    model, taken = _pack_composites(model)
+    left = {name: mask for name, mask in masks.items() if name not in replaced and not name.startswith(taken)}
+    set_masks(model, MaskSet(left))
     return model
 
 
+def _pack_composites(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Replace modules that are packed as a whole; also returns the prefixes of the parameters they took."""
+    taken: tuple[str, ...] = ()
+    for name, module in list(model.named_modules()):
+        if f"{name}.".startswith(taken) or not _COMPOSITES or not list(module.children()):
+            continue
+        packed = next((made for convert in _COMPOSITES if (made := convert(module)) is not None), None)
+        if packed is None:
+            continue
+        packed.train(module.training)
+        if not name:
+            return packed, ("",)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, packed)
+        taken += (f"{name}.",)
+    return model, taken
+
+
 # Below this, storing where the weights are costs more than the zeros save, whatever the product costs.
-_MIN_SPARSITY = 0.5
+MIN_SPARSITY = 0.5
 
 
 @register_packer(nn.Linear)
@@ -94,7 +125,7 @@ def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | No
         return None
     if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    if keep.sparsity < _MIN_SPARSITY:
+    if keep.sparsity < MIN_SPARSITY:
         return None
     from shared.ops import SparseLinear, pack_nm
     from shared.ops.nm_linear import PATTERNS
@@ -110,3 +141,17 @@ def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | No
         return SparseLinear(weight.packed, module.bias).requires_grad_(False)
     packed = SparseLinear.from_dense(module, keep.keep)
     return packed.requires_grad_(False)
+
+
+@register_packer(nn.Conv2d)
+def _pack_pointwise(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
+    """`shared.ops.SparseConv1x1` for 1x1 convolutions with stride 1; other convolutions stay."""
+    keep = masks.get("weight")
+    if keep is None or not isinstance(module, nn.Conv2d) or keep.sparsity < MIN_SPARSITY:
+        return None
+    from shared.ops import SparseConv1x1
+    from shared.ops.modules import is_pointwise
+
+    if not is_pointwise(module) or module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return SparseConv1x1.from_convolution(module, keep.keep).requires_grad_(False)

@@ -124,9 +124,11 @@ class MagnitudeHistogram:
     def __init__(self) -> None:
         self.count = 0
         self._bins = torch.zeros(_BINS, dtype=torch.int64)
+        self._ends: Tensor | None = None  # cumulated bins, since the last update
 
     def update(self, rows: Float[Tensor, "rows features"]) -> None:
         keys = rows.detach().float().abs().reshape(-1).view(torch.int32) >> _LOW_BITS
+        self._ends = None
         self._bins += torch.bincount(keys, minlength=_BINS).cpu()
         self.count += keys.numel()
 
@@ -136,9 +138,10 @@ class MagnitudeHistogram:
             raise BudgetError(
                 f"MagnitudeHistogram: k must lie in [1, {self.count}], the count; received {k}."
             )
-        ends = self._bins.cumsum(0)
-        found = int(torch.searchsorted(ends, k))
-        return found, int(ends[found]) - int(self._bins[found])
+        if self._ends is None:
+            self._ends = self._bins.cumsum(0)
+        found = int(torch.searchsorted(self._ends, k))
+        return found, int(self._ends[found]) - int(self._bins[found])
 
     def bounds(self, k: int) -> tuple[float, float]:
         """Two float32 numbers that enclose the k-th smallest magnitude (1-based).

@@ -131,6 +131,9 @@ def _tensors(rows: Rows) -> tuple[Tensor | None, ...]:
 
 
 def _check(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor | None) -> None:
+    for rows in (up, down):
+        if isinstance(rows, SparseWeight):
+            rows.check()
     hidden, inputs = _shape(up)
     if x.dim() == 0 or x.shape[-1] != inputs:
         raise OpError(f"x {tuple(x.shape)} does not end in the {inputs} inputs of the up projection")

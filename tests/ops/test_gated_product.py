@@ -101,7 +101,7 @@ def test_infinite_x_on_packed_weights_and_large_batches_take_the_dense_path():
     x, g, up, down = problem((2,), packed=True)
     x[0, 3] = float("inf")
     y = gated_product(x, g, up, down)
-    torch.testing.assert_close(y[1].double(), dense(x[1:], g[1:], up, down)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(y[1].double(), dense(x[1:], g[1:], up, down)[0], atol=1e-3, rtol=1e-4)
     x, g, up, down = problem((5, 9))
     assert plan(x, g, up, down).backend == "dense"
     torch.testing.assert_close(gated_product(x, g, up, down).double(), dense(x, g, up, down), atol=1e-4, rtol=1e-4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, FINETUNERS, METHODS, TASKS
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, TASKS
 
 ARCHITECTURES.register("llm/llama", "zoo.llm.models:llama")
 ARCHITECTURES.register("llm/transformers", "zoo.llm.models:from_config")
@@ -27,6 +27,11 @@ TASKS.register("llm/cloze-wikitext2", "zoo.llm.tasks:ClozeWikiText2")
 TASKS.register("llm/cloze-tinystories", "zoo.llm.tasks:ClozeTinyStories")
 TASKS.register("llm/cloze-embedded", "zoo.llm.tasks:ClozeEmbedded")
 TASKS.register("lm_eval", "zoo.llm.lm_eval:LmEvalTask")
+EXPERIMENTS.register("llm-pruning", "zoo.llm.experiments.ordering:Ordering")
+EXPERIMENTS.register("ecoflap", "zoo.llm.experiments.ecoflap:EcoflapExperiment")
+EXPERIMENTS.register("cfsp", "zoo.llm.experiments.cfsp:CfspExperiment")
+EXPERIMENTS.register("gqsa", "zoo.llm.experiments.gqsa:GqsaExperiment")
+EXPERIMENTS.register("flash-llm", "zoo.llm.experiments.flash_llm:FlashLLMExperiment")
 FINETUNERS.register("llm", "zoo.llm.finetune:Finetune")
 TASKS.register("llm/sparsity-embedded", "zoo.llm.sparsity_task:EmbeddedSparsity")
 TASKS.register("llm/sparsity-tinystories", "zoo.llm.sparsity_task:TinyStoriesSparsity")

@@ -28,7 +28,7 @@ class Block:
         layer: the whole layer; its input and output are the residual stream [batch, tokens, d].
         attention: the module with q, k, v and o.
         mlp: the module with gate, up and down.
-        q, k, v, o: projections of the attention; weights [out, in].
+        q, k, v, o: projections of the attention: nn.Linear with weights [out, in], or what took its place.
         gate, up, down: projections of the FFN; gate and up [f, d], down [d, f].
         attention_name, mlp_name: names of the two modules in the model.
     """
@@ -40,20 +40,20 @@ class Block:
     attention_name: str
     mlp_name: str
 
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-    o: nn.Linear
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
+    q: Any
+    k: Any
+    v: Any
+    o: Any
+    gate: Any
+    up: Any
+    down: Any
 
     @property
     def activation(self) -> Any:
         """The function between gate and product: SiLU in Llama, tanh-GELU in Gemma."""
         return self.mlp.act_fn
 
-    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
+    def linears(self) -> Iterator[tuple[str, Any]]:
         """The seven projections with their names in the model, in the order in which they run."""
         for letter, attribute in zip("qkvo", _ATTENTION, strict=True):
             yield f"{self.attention_name}.{attribute}", getattr(self, letter)
