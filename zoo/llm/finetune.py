@@ -7,8 +7,6 @@ from there after a kill, and its result equals that of an uninterrupted run bit 
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
 import shutil
 import sys
 import time
@@ -23,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shared.masks import MaskSet, masks_of, set_masks
+from shared.masks import masks_of
 from zoo.bundles import info, load_bundle, save
 from zoo.cards import Card
 from zoo.catalog import Bundle, find
@@ -32,6 +30,7 @@ from zoo.errors import ConfigError, DataError
 from zoo.harness.subjects import twin_of
 from zoo.harness.tables import Table
 from zoo.harness.tasks import Measure, get_task
+from zoo.harness.tuning import checkpoint_folder, command_of, options_of, require_zeros, zero_count
 from zoo.llm.data import corpus
 from zoo.llm.lora import attach_lora, detach_lora
 from zoo.llm.scoring import context_of
@@ -124,9 +123,10 @@ class Finetune:
         start = time.perf_counter()
         before = _measure(model, tasks) if accelerator.is_main_process else {}
         masks, stored = masks_of(model), {n: t.dtype for n, t in model.state_dict().items()}
+        zeros = zero_count(model)
         model.float()
         self._train(model, source, windows, config, accelerator)
-        _require_zeros(model, masks)
+        require_zeros(model, masks)
         state = model.state_dict(keep_vars=True)
         for name, dtype in stored.items():  # stored as the source stores them
             state[name].data = state[name].data.to(dtype)
@@ -136,8 +136,8 @@ class Finetune:
             fields = self._card(model, source.card, after, time.perf_counter() - start)
             self.out.parent.mkdir(parents=True, exist_ok=True)
             save(model, self.out, card=fields, extras=info(model).extras, overwrite=self.overwrite)
-            shutil.rmtree(self._checkpoints(), ignore_errors=True)
-            _show(source.card.name, before, after, _zeros(model))
+            shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)
+            _show(source.card.name, before, after, (zeros, zero_count(model)))
         accelerator.wait_for_everyone()
         return self.out
 
@@ -191,7 +191,7 @@ class Finetune:
             share=share,
             distil=distil,
         )
-        file = CheckpointFile(self._checkpoints(), self._identity(source, windows))
+        file = CheckpointFile(checkpoint_folder(self.out), self._identity(source, windows))
         fit.restore(file)
         accelerator.wait_for_everyone()
         main = accelerator.is_main_process
@@ -227,18 +227,10 @@ class Finetune:
 
         return divergence
 
-    def _checkpoints(self) -> Path:
-        return self.out.parent / f".{self.out.name}.checkpoint"
-
-    def _options(self) -> dict[str, Any]:
-        """What decides the outcome."""
-        left_out = ("model", "out", "overwrite", "name", "checkpoint_every")
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
-
     def _identity(self, source: Bundle, windows: Windows) -> dict[str, Any]:
         """What a checkpoint must agree with to be gone on from."""
         text = [len(windows.tokens), int(windows.tokens.sum())]
-        return {**self._options(), "weights": source.card.weights.sha256, "text": text}
+        return {**options_of(self), "weights": source.card.weights.sha256, "text": text}
 
     def _card(self, model: nn.Module, card: Card, after: Measured, seconds: float) -> dict[str, Any]:
         fields = card.to_dict()
@@ -253,7 +245,7 @@ class Finetune:
             }
         flops = get_task(card.metrics[0].task).flops(model)
         fields["method"]["seed"] = self.seed
-        fields["method"]["hyperparameters"] |= {"finetuned": {**self._options(), "from": card.reference}}
+        fields["method"]["hyperparameters"] |= {"finetuned": {**options_of(self), "from": card.reference}}
         if flops is not None:
             dense = max(flops.dense, card.cost.flops.dense)
             fields["cost"]["flops"] = {"dense": dense, "sparse": flops.sparse}
@@ -261,40 +253,13 @@ class Finetune:
             "name": self.name or f"llm/{self.out.name}",
             "version": "1.0.0",
             "summary": f"{card.name} fine-tuned{' by low-rank updates' if self.lora_rank else ''}.",
-            "training": {"command": self.command(), "seconds": round(seconds, 3)},
+            "training": {"command": command_of(self, "llm"), "seconds": round(seconds, 3)},
             "evidence": None,
         }
-
-    def command(self) -> str:
-        """The command line of these options."""
-        words = ["zoo", "finetune", "llm"]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.default is dataclasses.MISSING or value != field.default:
-                option = "--" + field.name.replace("_", "-")
-                words += [option] if value is True else [option, str(value)]
-        return shlex.join(words)
 
 
 def _measure(model: nn.Module, tasks: list[str]) -> Measured:
     return {name: get_task(name).evaluate(model).metrics for name in tasks}
-
-
-def _require_zeros(model: nn.Module, masks: MaskSet | None) -> None:
-    if masks is None:
-        return
-    set_masks(model, masks)
-    if lost := masks.zeros_intact(model):
-        raise ConfigError(
-            f"Fine-tuning lost zeros of {lost[0]!r}; this is a fault of the zoo, please report it."
-        )
-
-
-def _zeros(model: nn.Module) -> tuple[int, int]:
-    """Weights that the masks drop, and those of them that are zero."""
-    masks, weights = masks_of(model) or MaskSet({}), dict(model.named_parameters())
-    dropped = sum(mask.numel - mask.kept for mask in masks.values())
-    return dropped, sum(int((weights[n][~mask.keep] == 0).sum()) for n, mask in masks.items())
 
 
 def _show(name: str, before: Measured, after: Measured, zeros: tuple[int, int]) -> None:
