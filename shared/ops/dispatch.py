@@ -6,7 +6,8 @@ Every op offers some of these backends:
 - `native`: the C++ kernels (CPU);
 - `vendor`: the sparse kernels that torch brings along (MKL on a CPU, cuSPARSELt on a GPU);
 - `dense`: the same result by a dense product, offered so that a sparse layer is never slower than a dense
-one.
+one;
+- `triton`: Triton kernels of the ops of language models (a CUDA device), which `auto` leaves alone.
 
 `auto` looks the case up in a table of measured times: `calibration.json` beside this file (measured on the
 machine it names), or the one that `calibrate()` measured on this machine and left in the cache folder.
@@ -34,7 +35,7 @@ from shared.errors import OpError
 from shared.io import read_json, write_json
 from shared.ops import _native
 
-BACKENDS = ("auto", "reference", "native", "vendor", "dense")
+BACKENDS = ("auto", "reference", "native", "vendor", "dense", "triton")
 _requested: ContextVar[str] = ContextVar("zoo_ops_backend", default="auto")
 
 
@@ -67,8 +68,8 @@ class Entry:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside the `with` block on one backend: "reference", "native", "vendor", "dense" or
-    "auto".
+    """Run the ops inside the `with` block on one backend: "reference", "native", "vendor", "dense", "triton"
+    or "auto".
 
     Raises:
         OpError: unknown name. An op that does not offer the backend raises when it is called.

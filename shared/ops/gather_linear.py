@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from shared.errors import OpError
-from shared.ops import _native, dispatch
+from shared.ops import _native, dispatch, triton
 from shared.ops.dense_rows import KINDS, DenseRows, store_rows
 
 __all__ = ["DenseRows", "gather_linear", "gather_linear_rows", "plan", "plan_rows", "reference", "store_rows"]
@@ -160,6 +160,7 @@ def case(x: Tensor, weight: DenseRows, share: float) -> tuple[tuple[str, ...], s
     offered: tuple[str, ...] = ("dense", "reference")
     if x.dtype != torch.float64:
         offered = ("native", *offered) if batch <= MOST_BATCH else ("dense", "native", "reference")
+    offered = (*offered, *triton.offered(x))
     return offered, weight.kind, (float(max(1, weight.rows * weight.cols)), float(batch), share)
 
 
@@ -172,6 +173,10 @@ def _forward(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
         matrix = weight.dense()
         y = x.to(matrix.dtype) @ matrix if x.dtype != torch.float64 else x @ matrix.double()
         return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+    if backend == "triton":
+        from shared.ops.triton import gather
+
+        return gather.gather_linear(x, weight, bias)
     return reference(x, weight, bias)
 
 
@@ -219,6 +224,10 @@ def _forward_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | N
         matrix = weight.dense().to(x.dtype)
         y = torch.nn.functional.linear(x, matrix, None if bias is None else bias.to(x.dtype))
         return torch.where(active, y, 0)
+    if backend == "triton":
+        from shared.ops.triton import gather
+
+        return gather.gather_linear_rows(x, weight, active, bias)
     return reference_rows(x, weight, active, bias)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from shared.errors import OpError
-from shared.ops import _native, dispatch
+from shared.ops import _native, dispatch, triton
 from shared.ops.derived import Derived, version
 
 __all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference"]
@@ -223,7 +223,7 @@ def case(x: Tensor, weight: QuantGroups) -> tuple[tuple[str, ...], str, tuple[fl
     rows, cols = weight.shape
     offered = ("dense", "reference") if x.dtype == torch.float64 else ("native", "dense", "reference")
     sizes = (float(max(1, rows * cols)), float(max(1, x.numel() // max(1, cols))), max(weight.density, 1e-4))
-    return offered, f"int4 g{weight.group}", sizes
+    return (*offered, *triton.offered(x)), f"int4 g{weight.group}", sizes
 
 
 def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
@@ -233,6 +233,10 @@ def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
     if backend == "dense":
         dense = _dense.get(weight.codes, weight.to_dense).to(x.dtype)
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    if backend == "triton":
+        from shared.ops.triton import quant
+
+        return quant.quant_sparse_linear(x, weight, bias)
     return reference(x, weight, bias)
 
 

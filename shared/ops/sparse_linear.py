@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shared.errors import OpError
-from shared.ops import _native, dispatch
+from shared.ops import _native, dispatch, triton
 from shared.ops._cache import DerivedCache
 from shared.ops.derived import Derived
 from shared.ops.layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, columns_of_bits
@@ -120,6 +120,8 @@ def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[f
         offered = ("native", *offered)
     if weight.values.dtype != x.dtype or x.dtype not in (torch.float32, torch.float64):
         offered = offered[:-1]  # torch's CSR product takes one dtype for all, and fp32 or fp64 only
+    if weight.layout == "bitmask":
+        offered = (*offered, *triton.offered(x))
     kind = f"{weight.layout}{weight.width} {str(weight.values.dtype).removeprefix('torch.')}"
     batch = max(1, x.numel() // max(1, cols))
     return offered, kind, (float(max(1, rows * cols)), float(batch), max(weight.density, 1e-4))
@@ -141,6 +143,10 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
         matrix = _csr.get(weight.values, lambda: _torch_csr(weight))
         y = (matrix @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], weight.shape[0])
         return y.contiguous() if bias is None else y + bias
+    if backend == "triton":
+        from shared.ops.triton import bitmask
+
+        return bitmask.sparse_linear(x, weight, bias)
     return reference(x, weight, bias)
 
 
