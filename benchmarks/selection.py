@@ -47,7 +47,9 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
                 "torch.kthvalue": lambda n=total, k=kept: torch.kthvalue(joined(), n - k + 1),
                 "numpy partition": partition,
             },
-            Bound(4 * total), Goal(10, over=("torch.topk",)),
+            Bound(4 * total),
+            # Over fewer entries the sample that brackets the rank is a good part of the work.
+            Goal(10 if total >= 10_000_000 else 5, over=("torch.topk",)),
         )
 
         # Projected tensors would be full of ties at zero: the projection is timed on fresh copies.

@@ -82,7 +82,7 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
                 labels = {"graph": name, "features": width, "pass": way}
                 bound = least if way == "forward" else Bound(2 * least.bytes, 2 * least.flops)
                 yield Cell(
-                    labels, timed(ours, x),
+                    {**labels, "against": "torch"}, timed(ours, x),
                     {
                         "torch csr int32": timed(lambda x, a=csr32: a @ x, x),
                         "torch csr int64": timed(lambda x, a=csr64: a @ x, x),
@@ -92,11 +92,11 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
                 )
                 if col.numel() * width * 4 <= MESSAGES:
                     yield Cell(
-                        labels, timed(ours, x), {"gather-scatter": timed(gather_scatter, x)}, bound, Goal(3)
+                        {**labels, "against": "gather-scatter"}, timed(ours, x), {"gather-scatter": timed(gather_scatter, x)}, bound, Goal(3)
                     )
             if col.numel() * width * 4 <= MESSAGES // 4:
                 yield Cell(
-                    {"graph": name, "features": width, "pass": "edge weights too"},
+                    {**labels, "pass": "edge weights too", "against": "gather-scatter"},
                     weight_gradients(ours, x, weight),
                     {"gather-scatter": weight_gradients(gather_scatter, x, weight)},
                     Bound(3 * least.bytes, 3 * least.flops), Goal(3),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,13 +15,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from shared import ops
-from shared.bench import Bound, Cell, Goal, main
+from shared.bench import Bound, Cell, Goal, Later, main
 from shared.ops.rulebook import submanifold_rulebook
 from shared.ops.sparse_conv import subm_conv
 from shared.ops.sparse_tensor import SparseConvTensor
 
 CONV = {2: functional.conv2d, 3: functional.conv3d}
 SPCONV = importlib.util.find_spec("spconv") is not None
+# Its CPU build, with the pairs of sites cached and made in each call, is right on one thread only.
+VERSION = importlib.metadata.version("spconv") if SPCONV else ""
+PEERS = (f"spconv {VERSION}, 1 thread", f"spconv {VERSION} with pairs, 1 thread")
 
 
 def random_sites(shape: tuple[int, ...], share: float) -> Tensor:
@@ -55,7 +60,7 @@ FULL = [
 
 
 def spconv_peers(x: SparseConvTensor, weight: Tensor, expected: Tensor) -> dict[str, Callable[[], Any]]:
-    """spconv on one thread, all that its CPU build does correctly: pairs cached, and made in each call."""
+    """spconv with cached pairs, and making them in each call."""
     import spconv.pytorch as spconv
 
     dims, channels = len(x.spatial_shape), weight.shape[-1]
@@ -82,8 +87,8 @@ def spconv_peers(x: SparseConvTensor, weight: Tensor, expected: Tensor) -> dict[
 
     torch.testing.assert_close(run(cached, lambda: kept).features, expected, atol=1e-3, rtol=1e-3)
     return {
-        "spconv, 1 thread": lambda: run(cached, lambda: kept),
-        "spconv with pairs, 1 thread": lambda: run(fresh, tensor),
+        PEERS[0]: lambda: run(cached, lambda: kept),
+        PEERS[1]: lambda: run(fresh, tensor),
     }
 
 
@@ -97,69 +102,79 @@ def training(forward: Callable[..., Tensor], x: Tensor, weight: Tensor) -> Calla
     return run
 
 
-def cells(quick: bool, threads: int) -> Iterator[Cell]:
+class Problem:
+    """A convolution C -> C on a set of sites, and everybody who can compute it."""
+
+    def __init__(self, indices: Tensor, shape: tuple[int, ...], channels: int) -> None:
+        dims, sites = len(shape), len(indices)
+        self.x = SparseConvTensor(torch.randn(sites, channels), indices, shape, 1)
+        self.weight = torch.randn(channels, *(3,) * dims, channels) / (channels * 3**dims) ** 0.5
+        grid, kernel = self.x.dense(), self.weight.movedim(-1, 1).contiguous()
+        last = torch.channels_last if dims == 2 else torch.channels_last_3d
+        self.dense = {
+            "dense": (grid, kernel),
+            "dense channels last": (grid.to(memory_format=last), kernel.to(memory_format=last)),
+        }
+        pairs = submanifold_rulebook(indices, shape, 1, 3).forward.source.numel()
+        self.bound = Bound(4 * (2 * self.x.features.numel() + self.weight.numel()), 2 * pairs * channels**2)
+        expected = self.conv(grid, kernel).movedim(1, -1)[tuple(indices.long().unbind(1))]
+        torch.testing.assert_close(self.ours(), expected, atol=1e-3, rtol=1e-3)
+        self.spconv = spconv_peers(self.x, self.weight, expected) if SPCONV else {}
+
+    def conv(self, grid: Tensor, kernel: Tensor) -> Tensor:
+        return CONV[grid.dim() - 2](grid, kernel, padding=1)
+
+    def ours(self) -> Tensor:
+        with torch.no_grad():
+            return subm_conv(self.x, self.weight).features
+
+    def ours_with_pairs(self) -> Tensor:
+        fresh = SparseConvTensor(self.x.features, self.x.indices.clone(), self.x.spatial_shape, 1)
+        with torch.no_grad():
+            return subm_conv(fresh, self.weight).features
+
+    def scatter(self) -> Tensor:
+        with ops.backend("reference"):
+            return self.ours()
+
+    def trained(self, features: Tensor, weight: Tensor) -> Tensor:
+        return subm_conv(self.x.replace_feature(features), weight).features
+
+    def cell(self, labels: Mapping[str, object], goal: Goal | None) -> Cell:
+        """The cell that labels["what"] names. Dense programs are the same with and without pairs."""
+        dense = {name: functools.partial(self.conv, *both) for name, both in self.dense.items()}
+        if labels["what"] == "training":
+            forward = {name: training(self.conv, *both) for name, both in self.dense.items()}
+            bound = Bound(3 * self.bound.bytes, 3 * self.bound.flops)
+            return Cell(labels, training(self.trained, self.x.features, self.weight), forward, bound, goal)
+        if labels["what"] == "forward":
+            peers = {**dense, "gather-mm-scatter": self.scatter}
+            peers.update({name: run for name, run in self.spconv.items() if name == PEERS[0]})
+            return Cell(labels, self.ours, peers, self.bound, goal)
+        peers = self.spconv and {PEERS[1]: self.spconv[PEERS[1]]}
+        peers["dense channels last"] = dense["dense channels last"]
+        return Cell(labels, self.ours_with_pairs, peers, self.bound, goal)
+
+
+def cells(quick: bool, threads: int) -> Iterator[Later]:
     torch.manual_seed(0)
     for name, shape, make, shares, widths in QUICK if quick else FULL:
         for share in shares:
             indices = make(shape, share)
-            dims, sites = len(shape), len(indices)
-            book = submanifold_rulebook(indices, shape, 1, 3)
-            pairs = book.forward.source.numel()
+            occupied = f"{len(indices) / math.prod(shape):.0%}"
             for channels in widths:
-                x = SparseConvTensor(torch.randn(sites, channels), indices, shape, 1)
-                weight = torch.randn(channels, *(3,) * dims, channels) / (channels * 3**dims) ** 0.5
-                kernel, grid = weight.movedim(-1, 1).contiguous(), x.dense()
-                last = torch.channels_last if dims == 2 else torch.channels_last_3d
-                kernel_last, grid_last = kernel.to(memory_format=last), grid.to(memory_format=last)
-
-                def ours(x: SparseConvTensor = x, weight: Tensor = weight) -> Tensor:
-                    with torch.no_grad():
-                        return subm_conv(x, weight).features
-
-                def with_pairs(x: SparseConvTensor = x, weight: Tensor = weight) -> Tensor:
-                    fresh = SparseConvTensor(x.features, x.indices.clone(), x.spatial_shape, 1)
-                    with torch.no_grad():
-                        return subm_conv(fresh, weight).features
-
-                def scatter(x: SparseConvTensor = x, weight: Tensor = weight) -> Tensor:
-                    with torch.no_grad(), ops.backend("reference"):
-                        return subm_conv(x, weight).features
-
-                def conv(grid: Tensor, kernel: Tensor, dims: int = dims) -> Tensor:
-                    return CONV[dims](grid, kernel, padding=1)
-
-                def trained(features: Tensor, kernel: Tensor, x: SparseConvTensor = x) -> Tensor:
-                    return subm_conv(x.replace_feature(features), kernel).features
-
-                dense = {
-                    "dense": functools.partial(conv, grid, kernel),
-                    "dense channels last": functools.partial(conv, grid_last, kernel_last),
-                }
-                index = tuple(indices.long().unbind(1))
-                expected = dense["dense"]().movedim(1, -1)[index]
-                torch.testing.assert_close(ours(), expected, atol=1e-3, rtol=1e-3)
-                peers = spconv_peers(x, weight, expected) if SPCONV else {}
-                occupied = f"{sites / grid[0, 0].numel():.0%}"
+                problem = functools.cache(functools.partial(Problem, indices, shape, channels))
                 labels = {"sites": name, "occupied": occupied, "channels": channels}
-                bound = Bound(4 * (2 * x.features.numel() + weight.numel()), 2 * pairs * channels**2)
-                for what, function, over in (
-                    ("forward", ours, "spconv, 1 thread"),
-                    ("forward with pairs", with_pairs, "spconv with pairs, 1 thread"),
-                ):
-                    goal = Goal(1 if threads == 1 else 1.7, over=(over,)) if SPCONV else None
-                    own = {key: peer for key, peer in peers.items() if key == over}
-                    extra = {"gather-mm-scatter": scatter} if what == "forward" else {}
-                    yield Cell(labels | {"what": what}, function, {**dense, **extra, **own}, bound, goal)
+                faster = 1 if threads == 1 else 1.7  # than spconv, which has one thread
+                goals = {
+                    "forward": Goal(faster, over=PEERS[:1]) if SPCONV else None,
+                    "forward with pairs": Goal(faster, over=PEERS[1:]) if SPCONV else None,
+                }
                 if share in (0.2, 0.4) and channels == 64:
-                    yield Cell(
-                        labels | {"what": "training"},
-                        training(trained, x.features, weight),
-                        {
-                            "dense": training(conv, grid, kernel),
-                            "dense channels last": training(conv, grid_last, kernel_last),
-                        },
-                        Bound(3 * bound.bytes, 3 * bound.flops), Goal(4 if share == 0.2 else 2),
-                    )
+                    goals["training"] = Goal(4 if share == 0.2 else 2)
+                for what, goal in goals.items():
+                    full = {**labels, "what": what}
+                    yield Later(full, lambda p=problem, f=full, g=goal: p().cell(f, g))
 
 
 if __name__ == "__main__":
