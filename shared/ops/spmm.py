@@ -55,7 +55,8 @@ def spmm(
         return spmm(crow, col, x.float(), wide, reduce=reduce).to(x.dtype)
     if reduce == "max":
         return _spmm_max(crow, col, weight, x)[0]
-    return _spmm(crow, col, weight, x, reduce == "mean")
+    run = _product if dispatch.direct(crow, col, weight, x) else _spmm
+    return run(crow, col, weight, x, reduce == "mean")
 
 
 def sddmm(
@@ -203,12 +204,7 @@ def _vendor_spmm(crow: Tensor, col: Tensor, weight: Tensor | None, x: Tensor, me
     return out * _scale_of_mean(crow, x) if mean else out
 
 
-@torch.library.custom_op(
-    "zoo::spmm",
-    mutates_args=(),
-    schema="(Tensor crow, Tensor col, Tensor? weight, Tensor x, bool mean) -> Tensor",
-)
-def _spmm(crow: Tensor, col: Tensor, weight: Tensor | None, x: Tensor, mean: bool) -> Tensor:
+def _product(crow: Tensor, col: Tensor, weight: Tensor | None, x: Tensor, mean: bool) -> Tensor:
     check_values(crow, col, x.shape[0])
     backend = _plan("spmm", crow, col, x, vendor=True).backend
     if backend == "native":
@@ -216,6 +212,14 @@ def _spmm(crow: Tensor, col: Tensor, weight: Tensor | None, x: Tensor, mean: boo
     if backend == "vendor":
         return _vendor_spmm(crow, col, weight, x, mean)
     return _reference_sum(crow, col, weight, x, mean)
+
+
+_spmm = torch.library.custom_op(
+    "zoo::spmm",
+    _product,
+    mutates_args=(),
+    schema="(Tensor crow, Tensor col, Tensor? weight, Tensor x, bool mean) -> Tensor",
+)
 
 
 @_spmm.register_fake

@@ -133,8 +133,8 @@ def _input_side(x: Tensor, weight: DenseRows) -> Tensor:
     partial = x.new_empty(_SPLIT, batch, weight.cols, dtype=torch.float32)
     block = 128
     _input_kernel[(triton.cdiv(weight.cols, block), _SPLIT)](
-        xs, weight.data, scales, active, count, partial, weight.rows, weight.cols, weight.stride, weight.group,
-        kind=kind, B=batch, K=max(4, 32 // batch), N=block, SPLIT=_SPLIT,
+        xs, weight.data, scales, active, count, partial, weight.rows, weight.cols, weight.stride,
+        weight.group, kind=kind, B=batch, K=max(4, 32 // batch), N=block, SPLIT=_SPLIT,
     )
     return partial.sum(0)[: x.shape[0]]
 

@@ -52,8 +52,8 @@ def quant_sparse_linear(
     block = min(_MOST_BATCH, triton.next_power_of_2(batch))
     width = triton.next_power_of_2(weight.group)
     _kernel[(rows, triton.cdiv(batch, block))](
-        flat, weight.codes, weight.scales, weight.zeros, weight.columns, weight.pointer, out, batch, rows, cols,
-        GROUP=weight.group, WIDTH=width, B=block, G=max(1, 512 // (width * block)),
+        flat, weight.codes, weight.scales, weight.zeros, weight.columns, weight.pointer, out, batch, rows,
+        cols, GROUP=weight.group, WIDTH=width, B=block, G=max(1, 512 // (width * block)),
     )
     y = out if bias is None else out + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], rows)
