@@ -135,42 +135,55 @@ void with_batch(int64_t batch, Body&& body) {
 // is active where any row of x is not zero there; finding them is part of this call.
 ZOO_EXPORT void zoo_gather_linear_input(const float* x, const void* weight, const void* scales, float* y, int64_t batch,
                                         int64_t inputs, int64_t stride, int64_t kind, int64_t group, int64_t threads) {
-  auto* active = zoo::scratch_of<int32_t>(inputs, 0);
-  auto* factors = zoo::scratch_of<float>(inputs * batch, 1);
-  int64_t count = 0;
-  for (int64_t k = 0; k < inputs; ++k) {
-    bool any = false;
-    for (int64_t b = 0; b < batch; ++b) {
-      factors[count * batch + b] = x[b * inputs + k];
-      any |= !(x[b * inputs + k] == 0.0f);
-    }
-    active[count] = static_cast<int32_t>(k);
-    count += any;
-  }
+  auto* active = zoo::scratch_of<int32_t>(inputs + 1, 0);
+  auto* factors = zoo::scratch_of<float>((inputs + 1) * batch, 1);
   zoo::with_rows(kind, weight, scales, stride, group, [&](const auto& rows) {
     zoo::with_batch(batch, [&](auto b) {
+      constexpr int B = decltype(b)::value;
+      int64_t count = 0;
+      for (int64_t k = 0; k < inputs; ++k) {  // each is written, and kept by counting it: no branch to guess
+        bool any = false;
+        for (int i = 0; i < B; ++i) {
+          const float value = x[i * inputs + k];
+          factors[count * B + i] = value;
+          any |= !(value == 0.0f);
+        }
+        active[count] = static_cast<int32_t>(k);
+        count += any;
+      }
       zoo::parallel_for(stride / 16, threads, [&](int64_t begin, int64_t end) {
-        zoo::input_sparse<decltype(b)::value>(rows, active, factors, count, y, stride, 16 * begin, 16 * end);
+        zoo::input_sparse<B>(rows, active, factors, count, y, stride, 16 * begin, 16 * end);
       });
     });
   });
 }
 
-// x [batch, inputs] float; y [batch, outputs] float, holding the bias or zeros, is added to at the `count` outputs
-// listed in `active`, without repetition. batch is 1, 2, 4 or 8; stride >= inputs.
-ZOO_EXPORT void zoo_gather_linear_output(const float* x, const void* weight, const void* scales, const int32_t* active,
+// x [batch, inputs] float; y [batch, outputs] float, holding the bias or zeros, is added to at the outputs that any row
+// of `wanted` [batch, outputs] marks. batch is 1, 2, 4 or 8; stride >= inputs.
+ZOO_EXPORT void zoo_gather_linear_output(const float* x, const void* weight, const void* scales, const uint8_t* wanted,
                                          float* y, int64_t batch, int64_t inputs, int64_t outputs, int64_t stride,
-                                         int64_t count, int64_t kind, int64_t group, int64_t threads) {
+                                         int64_t kind, int64_t group, int64_t threads) {
   using zoo::kLanes;
   auto* xs = zoo::scratch_of<float>(stride * batch, 0);
-  for (int64_t k = 0; k < stride; k += kLanes)
-    for (int64_t b = 0; b < batch; ++b)
-      for (int64_t i = 0; i < kLanes; ++i)
-        xs[k * batch + b * kLanes + i] = k + i < inputs ? x[b * inputs + k + i] : 0;
+  auto* active = zoo::scratch_of<int32_t>(outputs + 1, 1);
   zoo::with_rows(kind, weight, scales, stride, group, [&](const auto& rows) {
     zoo::with_batch(batch, [&](auto b) {
+      constexpr int B = decltype(b)::value;
+      for (int64_t k = 0; k < stride; k += kLanes)
+        for (int i = 0; i < B; ++i) {
+          const float* from = x + i * inputs + k;
+          for (int64_t lane = 0; lane < kLanes; ++lane)
+            xs[k * B + i * kLanes + lane] = k + lane < inputs ? from[lane] : 0;
+        }
+      int64_t count = 0;
+      for (int64_t row = 0; row < outputs; ++row) {
+        uint8_t any = 0;
+        for (int i = 0; i < B; ++i) any |= wanted[i * outputs + row];
+        active[count] = static_cast<int32_t>(row);
+        count += any != 0;
+      }
       zoo::parallel_for(count, threads, [&](int64_t begin, int64_t end) {
-        zoo::output_sparse<decltype(b)::value>(rows, active, begin, end, xs, y, outputs);
+        zoo::output_sparse<B>(rows, active, begin, end, xs, y, outputs);
       });
     });
   });

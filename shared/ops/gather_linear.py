@@ -103,7 +103,7 @@ def plan(
 ) -> dispatch.Plan:
     """The backend that `gather_linear` would run these arguments on."""
     _check(x, weight, bias, weight.rows, weight.cols)
-    return _plan("gather_linear", x, weight, _share(x != 0))
+    return _plan("gather_linear", x, weight, _share(x))
 
 
 def plan_rows(
@@ -141,12 +141,13 @@ def _check_active(x: Tensor, weight: DenseRows, active: Tensor) -> None:
 
 
 def _share(marks: Tensor) -> float:
-    """Share of the last dimension that any row marks, in steps of 1/32 so that plans can be reused."""
+    """Share of the last dimension where any row is not zero, in steps of 1/32 so that plans can be reused."""
+    width = marks.shape[-1]
     if marks.numel() == 0:
         return 1 / 32
-    flat = marks.reshape(-1, marks.shape[-1])
-    count = int(torch.count_nonzero(flat if flat.shape[0] == 1 else flat.any(0)))
-    return max(1, round(32 * count / flat.shape[1])) / 32
+    if marks.numel() != width:
+        marks = (marks.reshape(-1, width) != 0).any(0)
+    return max(1, round(32 * int(torch.count_nonzero(marks)) / width)) / 32
 
 
 def _plan(op: str, x: Tensor, weight: DenseRows, share: float) -> dispatch.Plan:
@@ -166,7 +167,7 @@ def case(x: Tensor, weight: DenseRows, share: float) -> tuple[tuple[str, ...], s
 
 def _forward(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias, weight.rows, weight.cols)
-    backend = _plan("gather_linear", x, weight, _share(x != 0)).backend
+    backend = _plan("gather_linear", x, weight, _share(x)).backend
     if backend == "native" and x.numel() and weight.cols:
         return _native_input(x, weight, bias)
     if backend == "dense":
@@ -182,6 +183,9 @@ def _forward(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
 
 def _batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Parts of 1, 2, 4 or 8 rows (what the kernels are built for), the last one filled up with zeros."""
+    if len(tensors[0]) in (1, 2, 4, 8):
+        yield tensors
+        return
     for parts in zip(*(tensor.split(MOST_BATCH) for tensor in tensors), strict=True):
         rows = parts[0].shape[0]
         missing = (1 << (rows - 1).bit_length()) - rows
@@ -190,13 +194,12 @@ def _batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _native_input(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
     flat = _native.plain(x.reshape(-1, weight.rows))
-    start = torch.zeros(weight.stride)
-    if bias is not None:
-        start[: weight.cols] = bias
     outs = []
     run = _native.function("zoo_gather_linear_input", "ppppiiiiii")
     for (part,) in _batches(flat):
-        out = start.repeat(part.shape[0], 1)
+        out = torch.zeros(part.shape[0], weight.stride)
+        if bias is not None:
+            out[:, : weight.cols] = bias
         run(
             part.data_ptr(),
             weight.data.data_ptr(),
@@ -211,7 +214,9 @@ def _native_input(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
         )
         outs.append(out)
     y = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return y[: flat.shape[0], : weight.cols].to(x.dtype).reshape(*x.shape[:-1], weight.cols)
+    if y.shape != (flat.shape[0], weight.cols):
+        y = y[: flat.shape[0], : weight.cols]
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.cols)
 
 
 def _forward_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
@@ -232,24 +237,23 @@ def _forward_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | N
 
 
 def _native_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
-    flat, wanted = _native.plain(x.reshape(-1, weight.cols)), active.reshape(-1, weight.rows)
-    start = torch.zeros(weight.rows) if bias is None else bias.float()
+    flat, wanted = _native.plain(x.reshape(-1, weight.cols)), active.reshape(-1, weight.rows).contiguous()
     outs = []
-    run = _native.function("zoo_gather_linear_output", "pppppiiiiiiii")
+    run = _native.function("zoo_gather_linear_output", "pppppiiiiiii")
     for part, marks in _batches(flat, wanted):
-        out = start.repeat(part.shape[0], 1)
-        rows = (marks[0] if marks.shape[0] == 1 else marks.any(0)).nonzero().squeeze(1).int()
+        out = torch.zeros(part.shape[0], weight.rows)
+        if bias is not None:
+            out += bias
         run(
             part.data_ptr(),
             weight.data.data_ptr(),
             None if weight.scales is None else weight.scales.data_ptr(),
-            rows.data_ptr(),
+            marks.data_ptr(),
             out.data_ptr(),
             part.shape[0],
             weight.cols,
             weight.rows,
             weight.stride,
-            rows.numel(),
             KINDS.index(weight.kind),
             weight.group,
             _native.threads(),
