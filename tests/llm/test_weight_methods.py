@@ -178,7 +178,8 @@ def test_unequal_widths_need_an_architecture_that_has_them():
 
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=1024, hidden_size=32, intermediate_size=64,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=64)  # fmt: skip
     model = Qwen2ForCausalLM(config).eval()
     model.config.zoo_tokenizer = "shakespeare"
     with pytest.raises(ConfigError, match="coarse=uniform"):

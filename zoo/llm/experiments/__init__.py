@@ -1,0 +1,3 @@
+"""Experiments with weight-sparse language models: `zoo reproduce llm-pruning`, `ecoflap`, `cfsp`, `gqsa` and
+`flash-llm`.
+"""
