@@ -1,3 +1,3 @@
-"""Experiments with weight-sparse language models: `zoo reproduce llm-pruning`, `ecoflap`, `cfsp`, `gqsa` and
+"""Experiments with sparse language models: `zoo reproduce chess`, `llm-pruning`, `ecoflap`, `cfsp`, `gqsa` and
 `flash-llm`.
 """

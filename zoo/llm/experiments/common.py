@@ -144,7 +144,8 @@ class Bench:
         self.arm(subject, "dense", 0.0, 0, lambda model, batches, seed: None)
 
     def arm(self, subject: str, arm: str, level: float | str, seed: int, apply: Apply) -> dict[str, Any]:
-        """Perplexity after `apply`, and what it returns if that is a dictionary."""
+        """Perplexity after `apply`, and what it returns if that is a dictionary; it may return another model
+        with it."""
         shared = {k: v for k, v in vars(self.protocol).items() if k in ("windows", "length", "documents")}
         key = {"experiment": self.experiment, "version": CELL_VERSION, "subject": subject, "arm": arm,
                "level": level, "seed": seed, **shared}  # fmt: skip
@@ -153,6 +154,8 @@ class Bench:
             model = fresh(subject)
             torch.manual_seed(seed)
             found = apply(model, calibration(subject, self.protocol, seed), seed)
+            if isinstance(found, tuple):
+                model, found = found
             facts = found if isinstance(found, dict) else {}
             return {"perplexity": perplexity(model, subject, self.protocol), **facts}
 
@@ -176,7 +179,7 @@ def values(rows: Rows, subject: str, arm: str, level: float | str | None = None)
 def lower(
     rows: Rows,
     subject: str,
-    level: float | str,
+    level: float | str | None,
     better: str,
     worse: str,
     claim: str,

@@ -1,0 +1,238 @@
+"""`zoo reproduce flash-llm`: sizes of Tiled-CSL, exact round trips, and load-as-sparse products on this CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from shared.bench import compare, ratio, threads
+from shared.ops import pack, sparse_linear
+from zoo.errors import ConfigError
+from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
+from zoo.harness.tables import Outcome, Plot, Series, Table, Verdict
+from zoo.llm.flash_llm import TILE_COLUMNS, TILE_ROWS, pack_tiled_csl, tiled_bytes, tiled_linear
+
+CSR, OURS, TILED, DENSE = "CSR (SciPy)", "sparse_linear", "Tiled-CSL, expanded then dense", "dense (torch)"
+# Rows: sparsity; entries: over Sputnik, SparTA, cuBLAS on an A100, from the README of the released code.
+_PUBLISHED = {0.7: (3.6, 1.4, 1.4), 0.8: (3.0, 1.4, 1.7), 0.9: (2.0, 1.6, 2.1)}
+
+
+@dataclass(frozen=True)
+class FlashConfig:
+    """Options.
+
+    Args:
+        rows, columns: of the weight, multiples of 128 and 64 here, so that sizes are the format's own.
+        sparsities: shares of zeros; above 0.5.
+        batches: columns N of the other matrix.
+        processors: threads of all products.
+        rounds: alternations of the timing.
+    """
+
+    rows: int = 4096
+    columns: int = 2048
+    sparsities: tuple[float, ...] = (0.7, 0.8, 0.9)
+    batches: tuple[int, ...] = (1, 8, 32)
+    processors: int = 2
+    rounds: int = 3
+
+    def __post_init__(self) -> None:
+        if self.rows % TILE_ROWS or self.columns % TILE_COLUMNS or min(self.rows, self.columns) < 1:
+            raise ConfigError(f"rows are a multiple of {TILE_ROWS}, columns of {TILE_COLUMNS}")
+        if not self.sparsities or not all(0.5 < s < 1 for s in self.sparsities) or min(self.batches) < 1:
+            raise ConfigError("sparsities lie between 0.5 and 1, batches are at least 1")
+
+
+def measure(config: FlashConfig, sparsity: float) -> list[dict[str, Any]]:
+    """One row per batch size: bytes of each layout, and how many times faster than dense each product is."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(config.rows, config.columns, generator=generator).half().float()
+    weight *= torch.rand(weight.shape, generator=generator) >= sparsity
+    kept = int((weight != 0).sum())
+    tiled, packed = pack_tiled_csl(weight), pack(weight)
+    csr = csr_matrix(weight.numpy().astype(np.float32))
+    least, most = tiled_bytes(config.rows, config.columns, kept)
+    exact = torch.equal(tiled.to_dense().float(), weight)
+    rows = []
+    for batch in config.batches:
+        x = torch.randn(batch, config.columns, generator=generator)
+        columns = np.ascontiguousarray(x.numpy().T)
+        expected = x @ weight.T
+        functions: dict[str, Callable[[], Any]] = {
+            DENSE: lambda x=x: torch.nn.functional.linear(x, weight),  # type: ignore[misc]
+            OURS: lambda x=x: sparse_linear(x, packed),  # type: ignore[misc]
+            CSR: lambda columns=columns: csr @ columns,  # type: ignore[misc]
+            TILED: lambda x=x: tiled_linear(x, tiled),  # type: ignore[misc]
+        }
+        errors = {
+            OURS: _error(functions[OURS](), expected),
+            CSR: _error(torch.from_numpy(functions[CSR]().T), expected),
+            TILED: _error(functions[TILED](), expected),
+        }
+        with threads(config.processors), torch.inference_mode():
+            times = compare(functions, rounds=config.rounds, block_seconds=0.1)
+        rows.append(
+            {
+                "sparsity": sparsity,
+                "batch": batch,
+                "kept": kept,
+                "exact": exact,
+                "bytes": {
+                    "tiled": tiled.nbytes,
+                    "least": least,
+                    "most": most,
+                    "dense_fp16": 2 * weight.numel(),
+                    "csr_fp16_32": kept * 6 + 4 * (config.rows + 1),
+                    "sparse_linear_fp16": pack(weight.half()).nbytes,
+                },
+                "milliseconds": {name: 1000 * timing.median for name, timing in times.items()},
+                "over_dense": {name: ratio(times[DENSE], timing).value for name, timing in times.items()},
+                "errors": errors,
+            }
+        )
+    return rows
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+class FlashLLMExperiment(Experiment):
+    """Flash-LLM's format and idea on the CPU at hand; its GPU kernel is not run here."""
+
+    name: ClassVar[str] = "flash-llm"
+    title: ClassVar[str] = "Flash-LLM: load as sparse, compute as dense"
+    paper: ClassVar[str] = (
+        "Haojun Xia et al.: Flash-LLM: Enabling Cost-Effective and Highly-Efficient Large Generative Model "
+        "Inference with Unstructured Sparsity, VLDB 2024"
+    )
+    config_class: ClassVar[type] = FlashConfig
+
+    def run(
+        self, config: FlashConfig, cells: CellCache, progress: Callable[..., None] | None = None
+    ) -> ExperimentResult:
+        """Measure what is missing and sum up."""
+        rows: list[dict[str, Any]] = []
+        for done, sparsity in enumerate(config.sparsities, start=1):
+            key = {"experiment": self.name, "version": 1, "level": sparsity,
+                   "shape": [config.rows, config.columns], "batches": list(config.batches),
+                   "threads": config.processors, "rounds": config.rounds}  # fmt: skip
+            rows += cells.cell(key, lambda sparsity=sparsity: measure(config, sparsity))
+            if progress is not None:
+                progress(done, len(config.sparsities), f"sparsity {sparsity}")
+        notes = [
+            "Published factors are those of the released kernel on an A100 (fp16, tensor cores), over Sputnik, "
+            "SparTA and cuBLAS. No GPU was used here; times are fp32 on the CPU named below, medians of "
+            "alternating runs.",
+            "Tiled-CSL is expanded by the definition in PyTorch, tile by tile before each product: it shows "
+            "what the format holds, not what a kernel for it would do. sparse_linear is what packed models run.",
+        ]
+        return ExperimentResult(
+            [_sizes(rows, config), _times(rows, config)], _verdicts(rows), [_plot(rows, config)], rows, notes
+        )
+
+
+def _sizes(rows: list[dict[str, Any]], config: FlashConfig) -> Table:
+    body = []
+    for sparsity in config.sparsities:
+        sizes = next(row["bytes"] for row in rows if row["sparsity"] == sparsity)
+        dense = sizes["dense_fp16"]
+        shares = [sizes[name] / dense for name in ("tiled", "csr_fp16_32", "sparse_linear_fp16")]
+        body.append([f"{100 * sparsity:.0f} %", *(f"{share:.3f}" for share in shares)])
+    return Table(
+        f"Bytes of a {config.rows} x {config.columns} fp16 weight over dense",
+        ["zeros", "Tiled-CSL", "CSR, 32-bit columns", "sparse_linear"],
+        body,
+        "Tiled-CSL: 4 bytes per kept weight and padding; break-even at 50 % zeros.",
+    )
+
+
+def _times(rows: list[dict[str, Any]], config: FlashConfig) -> Table:
+    body = [
+        [
+            f"{100 * row['sparsity']:.0f} %",
+            row["batch"],
+            f"{row['milliseconds'][DENSE]:.2f}",
+            *(f"{row['over_dense'][name]:.2f}x" for name in (OURS, CSR, TILED)),
+        ]
+        for row in rows
+    ]
+    return Table(
+        f"Products with a {config.rows} x {config.columns} weight in fp32, {config.processors} threads",
+        ["zeros", "batch", "dense [ms]", OURS, CSR, TILED],
+        body,
+        "Times faster than dense; below 1 is slower.",
+    )
+
+
+def _verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
+    def outcome(holds: bool) -> Outcome:
+        return "holds" if holds else "does not hold"
+
+    sizes = [row["bytes"] for row in rows]
+    worst = max(max(row["errors"].values()) for row in rows)
+    found = [
+        Verdict(
+            "Tiled-CSL gives back every weight bit for bit",
+            "lossless",
+            f"{len({row['sparsity'] for row in rows})} weights",
+            outcome(all(row["exact"] for row in rows)),
+        ),
+        Verdict(
+            "packed bytes are those of the formula, padding at most three words per tile",
+            "4 bytes per non-zero",
+            f"{min(s['tiled'] - s['least'] for s in sizes):,} to "
+            f"{max(s['tiled'] - s['least'] for s in sizes):,} bytes of padding",
+            outcome(all(s["least"] <= s["tiled"] <= s["most"] for s in sizes)),
+        ),
+        Verdict(
+            "all products equal the dense one (relative error below 1e-4)",
+            "fp16 tolerance",
+            f"{worst:.1e}",
+            outcome(worst < 1e-4),
+        ),
+    ]
+    for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
+        own = [row for row in rows if row["sparsity"] == sparsity]
+        published = _PUBLISHED.get(sparsity)
+        over_csr = {row["batch"]: row["over_dense"][OURS] / row["over_dense"][CSR] for row in own}
+        over_dense = {row["batch"]: row["over_dense"][OURS] for row in own}
+        said = f"{published[0]}x over Sputnik, {published[1]}x over SparTA" if published else "not stated"
+        for claim, factors, text in (
+            ("faster than CSR", over_csr, said),
+            ("faster than dense", over_dense, f"{published[2]}x over cuBLAS" if published else "not stated"),
+        ):
+            found.append(
+                Verdict(
+                    f"{100 * sparsity:.0f} % zeros: load-as-sparse is {claim} at every batch",
+                    f"{text} (A100)",
+                    ", ".join(f"{factor:.2f}x at {batch}" for batch, factor in factors.items()),
+                    outcome(min(factors.values()) > 1),
+                )
+            )
+    return found
+
+
+def _plot(rows: list[dict[str, Any]], config: FlashConfig) -> Plot:
+    series = []
+    for batch in config.batches:
+        own = [row for row in rows if row["batch"] == batch]
+        for name in (OURS, CSR):
+            series.append(
+                Series(
+                    f"{name}, batch {batch}",
+                    [100 * row["sparsity"] for row in own],
+                    [row["over_dense"][name] for row in own],
+                )
+            )
+    series.append(Series("dense", [], [1.0], kind="reference"))
+    return Plot(
+        "speed", "Products with sparse weights on the CPU", "zeros in the weight [%]", "times faster than dense",
+        series, "Speed of sparse_linear and of SciPy's CSR over dense at three batch sizes; see the table.",
+    )  # fmt: skip

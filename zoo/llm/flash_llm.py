@@ -1,0 +1,156 @@
+"""Tiled-CSL, the weight format of Flash-LLM (Xia et al., VLDB 2024): load as sparse, compute as dense.
+
+W [M, K] is cut into tiles of 128 x 64, stored row of tiles by row of tiles. Each kept weight is one 32-bit
+word: the fp16 value in the low half, its place in the tile in the high half,
+
+    place = row * 64 + (column XOR ((row mod 8) * 8)),
+
+where the XOR spreads the rows of a column over the banks of shared memory. A tile's words are padded to a
+multiple of four, for 128-bit loads, with zeros that sit at places of the tile where no weight is kept;
+`offsets` counts in fours, and its last entry is repeated, an empty tile for prefetching.
+
+Here the format is packed, checked, unpacked and multiplied by definition. The product that runs in a model is
+`shared.ops.sparse_linear`, whose bitmask layout on CPUs also expands what it loads and multiplies densely.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from shared.errors import FormatError, OpError
+
+TILE_ROWS, TILE_COLUMNS = 128, 64
+_PLACES = TILE_ROWS * TILE_COLUMNS
+_VECTOR = 4  # words per load
+# 128 threads hold 32 words each: the released kernel drops what a denser tile holds beyond, unchecked.
+KERNEL_CAPACITY = 4096
+
+
+@dataclass(frozen=True)
+class TiledCSL:
+    """A packed weight.
+
+    Attributes:
+        words: int32 (as bits), all tiles' words one after the other.
+        offsets: int32 [tiles + 2], in fours of words.
+        shape: (M, K) of the weight before padding to whole tiles.
+    """
+
+    words: Int[Tensor, " words"]
+    offsets: Int[Tensor, " tiles_and_two"]
+    shape: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return -(-self.shape[0] // TILE_ROWS), -(-self.shape[1] // TILE_COLUMNS)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of words and offsets."""
+        return 4 * (self.words.numel() + self.offsets.numel())
+
+    @property
+    def fullest_tile(self) -> int:
+        """Most words of a tile; the released kernel takes at most `KERNEL_CAPACITY`."""
+        return int(self.offsets.diff().max()) * _VECTOR
+
+    def to_dense(self) -> Float[Tensor, "rows columns"]:
+        """The weight, fp16, with exact zeros.
+
+        Raises:
+            FormatError: offsets that fall or do not end at the last word, or a place beyond the tile.
+        """
+        counts = self.offsets[:-1].diff().long() * _VECTOR
+        tiles = self.grid[0] * self.grid[1]
+        total = int(self.offsets[-1]) * _VECTOR
+        if len(counts) != tiles or bool((counts < 0).any()) or total != self.words.numel() or self.offsets[0]:
+            raise FormatError(
+                f"Tiled-CSL offsets do not describe {tiles} tiles of {self.words.numel()} words: pack it anew"
+            )
+        place = (self.words >> 16) & 0xFFFF
+        if bool((place >= _PLACES).any()):
+            raise FormatError(f"a word's place {int(place.max())} lies outside its tile of {_PLACES}: pack anew")
+        row = place // TILE_COLUMNS
+        column = (place % TILE_COLUMNS) ^ ((row % 8) * 8)
+        tile = torch.repeat_interleave(torch.arange(tiles), counts)
+        values = (self.words & 0xFFFF).to(torch.int16).view(torch.float16)
+        dense = torch.zeros(tiles, TILE_ROWS, TILE_COLUMNS, dtype=torch.float16)
+        filled = values != 0  # padding words are zeros at free places; a kept zero is one, too
+        dense[tile[filled], row[filled].long(), column[filled].long()] = values[filled]
+        down, across = self.grid
+        whole = dense.view(down, across, TILE_ROWS, TILE_COLUMNS).transpose(1, 2)
+        return whole.reshape(down * TILE_ROWS, -1)[: self.shape[0], : self.shape[1]].contiguous()
+
+
+def pack_tiled_csl(
+    weight: Float[Tensor, "rows columns"], mask: Bool[Tensor, "rows columns"] | None = None
+) -> TiledCSL:
+    """Pack the kept entries of a weight, rounded to fp16.
+
+    Args:
+        weight: of any shape; it is padded to whole tiles with zeros.
+        mask: True where kept; by default `weight != 0` after rounding. -0 counts as zero.
+
+    Raises:
+        OpError: a weight that is NaN or beyond fp16, a mask of another shape, or a tile so full that its
+            padding has no free place (any tile with one, two or three places free of which too few are left).
+    """
+    if mask is not None and mask.shape != weight.shape:
+        raise OpError(f"the mask is {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
+    half = weight.detach().half()
+    if not bool(torch.isfinite(half).all()):
+        raise OpError("Tiled-CSL holds finite fp16 values; the weight has NaN, infinite or larger ones")
+    kept = half != 0 if mask is None else mask
+    rows, columns = weight.shape
+    tiled_values, tiled_kept = _tiles(torch.where(kept, half, 0)), _tiles(kept)
+    counts = tiled_kept.flatten(1).sum(1)
+    padding = -counts % _VECTOR
+    free = _PLACES - counts
+    if bool((padding > free).any()):
+        raise OpError("a tile has too few zeros to pad its words to a multiple of four")
+    # The first free places host the padding: a running count of the free places of each tile says which.
+    spare = ~tiled_kept.flatten(1)
+    chosen = tiled_kept.flatten(1) | (spare & (spare.cumsum(1) <= padding[:, None]))
+    place = torch.arange(_PLACES)
+    row = place // TILE_COLUMNS
+    swizzled = row * TILE_COLUMNS + ((place % TILE_COLUMNS) ^ ((row % 8) * 8))
+    tile, where = chosen.nonzero(as_tuple=True)
+    bits = tiled_values.flatten(1)[tile, where].view(torch.int16).int() & 0xFFFF
+    words = (swizzled[where].int() << 16) | bits
+    offsets = torch.zeros(len(counts) + 2, dtype=torch.int32)
+    offsets[1:-1] = ((counts + padding) // _VECTOR).cumsum(0)
+    offsets[-1] = offsets[-2]
+    return TiledCSL(words, offsets, (rows, columns))
+
+
+def _tiles(matrix: Tensor) -> Tensor:
+    """[rows, columns] as [tiles, 128, 64], padded with zeros."""
+    rows, columns = matrix.shape
+    padded = torch.nn.functional.pad(matrix, (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS))
+    grid = padded.unflatten(0, (-1, TILE_ROWS)).unflatten(2, (-1, TILE_COLUMNS))
+    return grid.transpose(1, 2).reshape(-1, TILE_ROWS, TILE_COLUMNS)
+
+
+def tiled_bytes(rows: int, columns: int, kept: int) -> tuple[int, int]:
+    """Least and greatest bytes of a packed weight: 4 per kept weight, up to 12 of padding per tile, and 4
+    for each of tiles + 2 offsets."""
+    tiles = math.ceil(rows / TILE_ROWS) * math.ceil(columns / TILE_COLUMNS)
+    least = 4 * kept + 4 * (tiles + 2)
+    return least, least + 12 * tiles
+
+
+def tiled_linear(x: Float[Tensor, "*batch columns"], weight: TiledCSL) -> Float[Tensor, "*batch rows"]:
+    """y = x W^T by definition: the tiles are expanded, then one dense product in the dtype of x.
+
+    Raises:
+        OpError: x does not end in the weight's columns.
+    """
+    if x.shape[-1] != weight.shape[1]:
+        raise OpError(f"x {tuple(x.shape)} does not end in the {weight.shape[1]} columns of the weight")
+    return torch.nn.functional.linear(x, weight.to_dense().to(x.dtype))
