@@ -75,7 +75,9 @@ class TiledCSL:
             )
         place = (self.words >> 16) & 0xFFFF
         if bool((place >= _PLACES).any()):
-            raise FormatError(f"a word's place {int(place.max())} lies outside its tile of {_PLACES}: pack anew")
+            raise FormatError(
+                f"a word's place {int(place.max())} lies outside its tile of {_PLACES}: pack it anew"
+            )
         row = place // TILE_COLUMNS
         column = (place % TILE_COLUMNS) ^ ((row % 8) * 8)
         tile = torch.repeat_interleave(torch.arange(tiles), counts)

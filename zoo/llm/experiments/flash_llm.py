@@ -1,4 +1,4 @@
-"""`zoo reproduce flash-llm`: sizes of Tiled-CSL, exact round trips, and load-as-sparse products on this CPU."""
+"""`zoo reproduce flash-llm`: sizes of Tiled-CSL, exact round trips, and load-as-sparse products on CPUs."""
 
 from __future__ import annotations
 
@@ -127,11 +127,11 @@ class FlashLLMExperiment(Experiment):
             if progress is not None:
                 progress(done, len(config.sparsities), f"sparsity {sparsity}")
         notes = [
-            "Published factors are those of the released kernel on an A100 (fp16, tensor cores), over Sputnik, "
-            "SparTA and cuBLAS. No GPU was used here; times are fp32 on the CPU named below, medians of "
+            "Published factors are those of the released kernel on an A100 (fp16, tensor cores), over "
+            "Sputnik, SparTA and cuBLAS. No GPU was used here; times are fp32 on the CPU named below, medians of "
             "alternating runs.",
             "Tiled-CSL is expanded by the definition in PyTorch, tile by tile before each product: it shows "
-            "what the format holds, not what a kernel for it would do. sparse_linear is what packed models run.",
+            "what the format holds, not what a kernel for it would do; packed models run sparse_linear.",
         ]
         return ExperimentResult(
             [_sizes(rows, config), _times(rows, config)], _verdicts(rows), [_plot(rows, config)], rows, notes
@@ -233,6 +233,6 @@ def _plot(rows: list[dict[str, Any]], config: FlashConfig) -> Plot:
             )
     series.append(Series("dense", [], [1.0], kind="reference"))
     return Plot(
-        "speed", "Products with sparse weights on the CPU", "zeros in the weight [%]", "times faster than dense",
-        series, "Speed of sparse_linear and of SciPy's CSR over dense at three batch sizes; see the table.",
+        "speed", "Products with sparse weights on the CPU", "zeros in the weight [%]",
+        "times faster than dense", series, "Speed of sparse_linear and of SciPy's CSR over dense at three batch sizes; see the table.",
     )  # fmt: skip
