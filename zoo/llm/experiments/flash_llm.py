@@ -128,8 +128,8 @@ class FlashLLMExperiment(Experiment):
                 progress(done, len(config.sparsities), f"sparsity {sparsity}")
         notes = [
             "Published factors are those of the released kernel on an A100 (fp16, tensor cores), over "
-            "Sputnik, SparTA and cuBLAS. No GPU was used here; times are fp32 on the CPU named below, medians of "
-            "alternating runs.",
+            "Sputnik, SparTA and cuBLAS. No GPU was used here; times are fp32 on the CPU named below, "
+            "medians of alternating runs.",
             "Tiled-CSL is expanded by the definition in PyTorch, tile by tile before each product: it shows "
             "what the format holds, not what a kernel for it would do; packed models run sparse_linear.",
         ]
@@ -234,5 +234,6 @@ def _plot(rows: list[dict[str, Any]], config: FlashConfig) -> Plot:
     series.append(Series("dense", [], [1.0], kind="reference"))
     return Plot(
         "speed", "Products with sparse weights on the CPU", "zeros in the weight [%]",
-        "times faster than dense", series, "Speed of sparse_linear and of SciPy's CSR over dense at three batch sizes; see the table.",
+        "times faster than dense", series,
+        "Speed of sparse_linear and of SciPy's CSR over dense by batch size; the table has the numbers.",
     )  # fmt: skip
