@@ -98,13 +98,17 @@ def _card(
     }
     if made.arguments is not None:
         fields["architecture"] = {**fields["architecture"], "args": made.arguments}
-    # A task that counts no operations cannot say what was saved: the dense figure then stands for both.
+    # A task that counts no operations cannot say what was saved: the dense figure then stands for both. A
+    # network that was cut states the dense figures of its twin, a wider one its own.
     known = twin.cost.flops.dense
+    parameters = sum(parameter.numel() for parameter in made.model.parameters())
+    was_cut = parameters < twin.cost.parameters.dense
     fields["cost"] = {
-        "parameters": {"dense": twin.cost.parameters.dense},
-        "flops": {"dense": flops.dense if flops else known, "sparse": flops.sparse if flops else known},
-        "bytes": {},
-    }
+        "parameters": {"dense": max(parameters, twin.cost.parameters.dense)},
+        "flops": {"dense": max(flops.dense, known) if flops else known,
+                  "sparse": flops.sparse if flops else known},
+        "bytes": {"dense": twin.cost.bytes.dense} if was_cut else {},
+    }  # fmt: skip
     return fields
 
 

@@ -142,11 +142,13 @@ def _cost(bundle: Bundle, model: nn.Module, twin: nn.Module | None) -> Iterator[
     yield _exact("bytes, dense", cost.bytes.dense, dense_bytes)
     yield _exact("bytes, packed", cost.bytes.sparse, packed)
     yield _exact("bytes on disk", cost.bytes.on_disk, bundle.weights.stat().st_size)
-    flops = get_task(bundle.card.metrics[0].task).flops(model)
+    task = get_task(bundle.card.metrics[0].task)
+    flops = task.flops(model)
     if flops is None:
         yield Check("FLOPs", cost.flops.sparse, "", None, "the task counts no operations")
         return
-    yield _exact("FLOPs, dense", cost.flops.dense, flops.dense)
+    of_twin = task.flops(twin) if twin is not None else None
+    yield _exact("FLOPs, dense", cost.flops.dense, max(flops.dense, of_twin.dense if of_twin else 0))
     yield _exact("FLOPs, sparse", cost.flops.sparse, flops.sparse)
 
 

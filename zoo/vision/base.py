@@ -79,8 +79,9 @@ class VisionMethod(ABC):
         made, extras = self.prune(clone(model), trainer)
         options = dataclasses.asdict(self) | {"dataset": dataset, "training_flops": trainer.cost.flops}
         return Sparsified(
-            made.eval(), masks_of(made) or MaskSet({}), extras, options, arguments=made.current_arguments()
-        )
+            made.eval(), masks_of(made) or MaskSet({}), extras, options, arguments=made.current_arguments(),
+            parts={"channels": {"pattern": "channel"}} if "channels/keep" in extras else {},
+        )  # fmt: skip
 
     @abstractmethod
     def prune(self, model: Classifier, trainer: Trainer) -> Pruned:

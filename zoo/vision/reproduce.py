@@ -41,7 +41,7 @@ class BenchmarkConfig:
     arms: tuple[str, ...] = ()
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
     seeds: int = 3
-    width: float = 0
+    width: float = 0.0
     widths: tuple[float, ...] = (0.5, 2.0)
     dense_epochs: int = 12
     epochs: int = 6

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,7 @@ class Recipe:
             raise ConfigError(f"optimizer is 'sgd' or 'adam'; received {self.optimizer!r}")
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Training data: so many batches an epoch, drawn anew for each from a generator."""
 
@@ -123,7 +124,7 @@ def step_macs(model: nn.Module, example: tuple[Tensor, ...], dense_gradients: bo
     `dense_gradients` says that the method needs all of them. Weights that gates compute count as dense.
     """
     total = count(model, example).total
-    return 2 * total.macs_kept + (total.macs if dense_gradients else total.macs_kept)
+    return float(2 * total.macs_kept + (total.macs if dense_gradients else total.macs_kept))
 
 
 class Fit:
