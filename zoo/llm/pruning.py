@@ -40,23 +40,25 @@ def prune_blocks(
     *,
     forward: Forward = default_forward,
     opened: Opened | None = None,
+    collect: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> MaskSet:
     """Prune the blocks of a model in order, in place, each on what the pruned blocks before it put out.
 
     See `walk_blocks` for the arguments. The model carries the masks afterwards, if its weights are all in
-    memory.
+    memory; `collect=False` forgets each block's masks, which take a byte per weight, and returns none.
     """
     masks: dict[str, Mask] = {}
 
     def visit(block: RunningBlock) -> None:
         chosen = MaskSet(dict(prune(block)))
         chosen.apply_(block.module)
-        masks.update({f"{block.name}.{name}": mask for name, mask in chosen.items()})
+        if collect:
+            masks.update({f"{block.name}.{name}": mask for name, mask in chosen.items()})
 
     walk_blocks(model, batches, visit, forward=forward, opened=opened, progress=progress)
     found = MaskSet(masks)
-    if opened is None:
+    if opened is None and collect:
         set_masks(model, found)
     return found
 
