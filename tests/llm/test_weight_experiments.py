@@ -16,7 +16,7 @@ from zoo.llm.experiments.gqsa import GqsaConfig
 from zoo.llm.experiments.ordering import OrderingConfig
 from zoo.llm.models import llama
 
-SMALL = {"subjects": ("tiny",), "seeds": 2, "windows": 8, "length": 16, "documents": 1}
+SMALL = {"subjects": ("tiny",), "seeds": 2, "windows": 4, "length": 16, "documents": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_ordering(tmp_path):
 
 def test_cfsp(tmp_path):
     result = run("cfsp", CfspConfig(**SMALL, ratios=(0.4,)), tmp_path)
-    assert len(result.rows) == 1 + 6 * 2 and len(result.verdicts) == 5
+    assert len(result.rows) == 1 + 5 * 2 + 1 and len(result.verdicts) == 5
     released = [row for row in result.rows if row["arm"] == "CFSP, released"]
     assert all(before > after for before, after in (row["parameters"] for row in released))
     assert sum(released[0]["widths"]) < 0.62 * 88
