@@ -22,7 +22,7 @@ from zoo.vision.bip import BiP
 from zoo.vision.data import Images, Split, load_images
 from zoo.vision.jackpots import LotteryJackpot
 from zoo.vision.magnitude import MagnitudePruning
-from zoo.vision.models import Classifier, ConvNet, ResNet, reinitialised
+from zoo.vision.models import Classifier, ConvNet, ResNet, pretrained_resnet, reinitialised
 from zoo.vision.random_pruning import DynamicSparse, RandomPruning
 from zoo.vision.soups import SparseSoup
 from zoo.vision.tickets import LotteryTicket
@@ -44,6 +44,7 @@ class Setting:
         finetune_lr: of what goes on from the dense network.
         batch: images per step.
         train_images, test_images: the first so many; 0 takes all.
+        pretrained: start from the published ResNet-20 instead of a dense training.
     """
 
     dataset: str = "digits"
@@ -55,6 +56,7 @@ class Setting:
     batch: int = 64
     train_images: int = 0
     test_images: int = 0
+    pretrained: bool = False
 
     def model(self, seed: int) -> Classifier:
         """The network with fresh weights."""
@@ -74,7 +76,10 @@ class Setting:
 
     def key(self, **rest: Any) -> dict[str, Any]:
         """A cell's key."""
-        return {"experiment": "pruning", "version": CELL_VERSION, **asdict(self), **rest}
+        own = asdict(self)
+        if not own.pop("pretrained"):  # cells of earlier versions, which had no such option, stay valid
+            return {"experiment": "pruning", "version": CELL_VERSION, **own, **rest}
+        return {"experiment": "pruning from pretrained", "version": CELL_VERSION, **own, **rest}
 
 
 Make = Callable[[float, Setting, int], VisionMethod]
@@ -143,9 +148,10 @@ def dense_cell(setting: Setting, seed: int, cells: CellCache) -> tuple[Classifie
     file = cells.path(key).with_suffix(".safetensors")
 
     def compute() -> dict[str, Any]:
-        model = setting.model(seed)
+        model = pretrained_resnet() if setting.pretrained else setting.model(seed)
         trainer = _trainer(setting, setting.data(), seed)
-        trainer.fit(model).run()
+        if not setting.pretrained:
+            trainer.fit(model).run()
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, save({k: v.contiguous() for k, v in model.state_dict().items()}))
         return report(model, trainer.data, trainer.cost)
