@@ -146,8 +146,8 @@ def _check(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor | None) -
         )
     if _kind(up) != _kind(down) or _kind(up).removeprefix("bitmask ") not in _FLOATS:
         raise OpError(
-            f"up is stored as {_kind(up)}, down as {_kind(down)}: both must be dense rows or both bitmask, of "
-            f"one of {', '.join(_FLOATS)}"
+            f"up is stored as {_kind(up)}, down as {_kind(down)}: both must be dense rows or both bitmask, "
+            f"of one of {', '.join(_FLOATS)}"
         )
     if not x.dtype.is_floating_point or g.dtype != x.dtype:
         raise OpError(f"x and g must have one floating-point dtype, received {x.dtype} and {g.dtype}")

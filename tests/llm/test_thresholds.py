@@ -28,7 +28,9 @@ def token_batches(count: int, size: int, length: int, seed: int = 1):
     return [torch.randint(96, (size, length), generator=generator) for _ in range(count)]
 
 
-ACT, Q, O = ("model.layers.{}." + part for part in ("mlp.act_fn", "self_attn.q_proj", "self_attn.o_proj"))
+ACT, Q, OUT = (
+    "model.layers.{}." + part for part in ("mlp.act_fn", "self_attn.q_proj", "self_attn.o_proj")
+)
 
 
 def some_thresholds(model, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -36,7 +38,7 @@ def some_thresholds(model, scale: float = 1.0) -> dict[str, torch.Tensor]:
     found = {}
     for i, block in enumerate(find_blocks(model)):
         found[ACT.format(i)] = scale * torch.rand(block.gate.out_features) * 0.5
-        found[Q.format(i)], found[O.format(i)] = torch.tensor(0.5 * scale), torch.tensor(0.2 * scale)
+        found[Q.format(i)], found[OUT.format(i)] = torch.tensor(0.5 * scale), torch.tensor(0.2 * scale)
     return found
 
 

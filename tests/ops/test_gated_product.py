@@ -53,7 +53,9 @@ def test_native_is_the_definition(packed, kind, batch):
 
 @native
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("inputs", "hidden", "out"), [(2048, 300, 2048), (2100, 33, 64), (24, 5000, 4200), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("inputs", "hidden", "out"), [(2048, 300, 2048), (2100, 33, 64), (24, 5000, 4200), (1, 1, 1)]
+)
 def test_panels_tails_and_unequal_widths(packed, inputs, hidden, out):
     x, g, up, down = problem((2,), inputs, hidden, out, packed=packed)
     with ops.backend("native"):
@@ -104,7 +106,8 @@ def test_infinite_x_on_packed_weights_and_large_batches_take_the_dense_path():
     torch.testing.assert_close(y[1].double(), dense(x[1:], g[1:], up, down)[0], atol=1e-3, rtol=1e-4)
     x, g, up, down = problem((5, 9))
     assert plan(x, g, up, down).backend == "dense"
-    torch.testing.assert_close(gated_product(x, g, up, down).double(), dense(x, g, up, down), atol=1e-4, rtol=1e-4)
+    y = gated_product(x, g, up, down)
+    torch.testing.assert_close(y.double(), dense(x, g, up, down), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -128,7 +131,9 @@ def test_gradients_take_the_dense_path():
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_as_one_op(packed):
     x, g, up, down = problem((1,), packed=packed)
-    compiled = torch.compile(lambda a, b: gated_product(a, b, up, down) + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda a, b: gated_product(a, b, up, down) + 1, fullgraph=True, backend="aot_eager"
+    )
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, g), gated_product(x, g, up, down) + 1)
 

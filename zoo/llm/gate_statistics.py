@@ -1,8 +1,8 @@
 """What CATS and CHESS need to know of a dense decoder, in two sweeps over text.
 
-The first sweep gives E[u_i^2] of every FFN channel and k-th smallest magnitudes of gates and attention inputs;
-the second, over other windows, k-th smallest importances g_i^2 E[u_i^2]. All k-th values are taken per chunk of
-windows and averaged. Several sparsities cost no more than one.
+The first sweep gives E[u_i^2] of every FFN channel and k-th smallest magnitudes of gates and attention
+inputs; the second, over other windows, k-th smallest importances g_i^2 E[u_i^2]. All k-th values are taken
+per chunk of windows and averaged. Several sparsities cost no more than one.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def gate_statistics(
         ActivationError: NaN or infinite activations, by module and batch.
     """
     if thresholds_of(model):
-        raise ConfigError("the model has thresholds already: calibrate the dense model (detach takes them off)")
+        raise ConfigError("the model has thresholds already: calibrate the dense one (detach takes them off)")
     blocks = find_blocks(model)
     moments = [Moments() for _ in blocks]
     gates, inputs, outputs, importance = ([ChunkedKth(sparsities, chunk) for _ in blocks] for _ in range(4))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ class TopInput(nn.Module):
 
 
 def attach_oracle(model: nn.Module, sparsity: float) -> nn.Module:
-    """Give the down projection of every block the oracle's inputs, in place; `detach_oracle` takes it back."""
+    """Give the down projection of every block the oracle's inputs, in place; see `detach_oracle`."""
     for block in find_blocks(model):
         block.mlp.down_proj = TopInput(block.down, sparsity)
     return model

@@ -1,4 +1,4 @@
-"""Makes the weight-sparse bundles of the zoo's own language models, with every seed's figure on the card.
+"""Makes the sparse bundles of the zoo's own language models, with every seed's figure on the card.
 
     python -m zoo.llm.sparse_bundles                                   # all of them
     python -m zoo.llm.sparse_bundles --models shakespeare --bundles wanda-50 gqsa-w4s50
@@ -33,12 +33,16 @@ EVIDENCE = "benchmarks/results/llm-bundles.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One bundle of each model: method, options, what the card says of it, and whom to cite."""
+    """One bundle of each model: method, options, what the card says of it, and whom to cite.
+
+    `thresholds` says that activations are sparse, too: the card then states what they spare.
+    """
 
     method: str
     options: dict[str, Any]
     summary: str
     citation: str
+    thresholds: bool = False
 
 
 _WANDA = (
@@ -57,7 +61,33 @@ _GQSA = (
     "Chao Zeng et al. GQSA: Group Quantization and Sparsity for Accelerating Large Language Model Inference. "
     "arXiv 2412.17560."
 )
+_CHESS = (
+    "Junhui He et al. CHESS: Optimizing LLM Inference via Channel-Wise Thresholding and Selective "
+    "Sparsification. EMNLP 2024."
+)
+_CATS = (
+    "Donghyun Lee et al. CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models. "
+    "COLM 2024."
+)
 RECIPES = {
+    **{
+        f"chess-{percent}": Recipe(
+            "chess",
+            {"sparsity": percent / 100},
+            f"{percent} % of the FFN gates closed by CHESS, and half that share of the inputs of q and o "
+            "dropped; weights dense",
+            _CHESS,
+            thresholds=True,
+        )
+        for percent in (30, 50, 70)
+    },
+    "cats-50": Recipe(
+        "cats",
+        {"sparsity": 0.5},
+        "half of the FFN gates closed by CATS; weights dense",
+        _CATS,
+        thresholds=True,
+    ),
     "wanda-50": Recipe(
         "wanda", {"sparsity": 0.5}, "half of the blocks' weights zero by Wanda, without training", _WANDA
     ),
@@ -113,6 +143,8 @@ def make(model: str, slug: str, config: SparseBundles) -> Path:
     command = f"python -m zoo.llm.sparse_bundles --models {model} --bundles {slug}"
     path = config.out / f"{slug}-{model}"
     make_bundle(source, method, Origin(name, recipe.method, command), path, overwrite=True)
+    if recipe.thresholds:
+        _add_spared(path, config)
     figures = {(m.task, m.metric): dict(m.per_seed) for m in open_bundle(path).card.metrics}
     for seed in range(1, config.seeds):
         made = dataclasses.replace(method, seed=seed).sparsify(load_bundle(source))
@@ -122,6 +154,34 @@ def make(model: str, slug: str, config: SparseBundles) -> Path:
                     per_seed[seed] = record.metrics[metric].value
     _rewrite(path, source.card.summary.rstrip("."), recipe, figures, config)
     return path
+
+
+def _add_spared(path: Path, config: SparseBundles) -> None:
+    """Put what the thresholds spare on held-out text on the card; they spare nothing in the dense twin."""
+    bundle = open_bundle(path)
+    fields = bundle.card.to_dict()
+    dense = fields["metrics"][0]["dense"]
+    task = "llm/sparsity-" + fields["metrics"][0]["task"].partition("/")[2]
+    nothing = dict.fromkeys(dense["per_seed"], 0.0)
+    record = evaluate(load_bundle(bundle), [task])[0]
+    for metric, measure in record.metrics.items():
+        twin = {"name": dense["name"], "value": 0.0, "per_seed": nothing, "mean": 0.0, "spread": 0.0}
+        fields["metrics"].append(
+            {
+                "task": task,
+                "metric": metric,
+                "split": "test",
+                "protocol": "first window of each test document; float32 arithmetic on stored weights",
+                "value": measure.value,
+                "stderr": measure.stderr or 0.0,
+                "per_seed": {0: measure.value},
+                "mean": measure.value,
+                "spread": 0.0,
+                "dense": twin,
+            }
+        )
+        record_evidence(config.evidence, dense["name"].partition("@")[0], task, metric, nothing)
+    save(load_bundle(bundle), path, card=fields, overwrite=True)
 
 
 def _rewrite(

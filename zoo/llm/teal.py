@@ -1,5 +1,5 @@
-"""TEAL: a threshold on the input of every projection, its sparsities shared out by a greedy search (Liu, Ponnusamy,
-Cai, Guo, Kim, Athiwaratkun: Training-Free Activation Sparsity in Large Language Models, 2024).
+"""TEAL: a threshold on the input of every projection, its sparsities shared out by a greedy search (Liu,
+Ponnusamy, Cai, Guo, Kim, Athiwaratkun: Training-Free Activation Sparsity in Large Language Models, 2024).
 
 All tokens and features of an input give one distribution of magnitudes. Starting from none, the search raises
 in each step the sparsity of the one projection that harms the block's output least, by a step inversely
@@ -40,7 +40,7 @@ def input_histograms(
         ActivationError: NaN or infinite activations.
     """
     if thresholds_of(model):
-        raise ConfigError("the model has thresholds already: calibrate the dense model (detach takes them off)")
+        raise ConfigError("the model has thresholds already: calibrate the dense one (detach takes them off)")
     found: dict[str, MagnitudeHistogram] = {}
     taps = []
     for block in find_blocks(model):
@@ -82,11 +82,13 @@ def greedy_thresholds(
     found: dict[float, dict[str, Tensor]] = {share: {} for share in sparsities}
 
     def visit(block: RunningBlock) -> None:
-        layers = {name: layer for name, layer in block.module.named_modules() if isinstance(layer, ThresholdedLinear)}
+        parts = dict(block.module.named_modules())
+        layers = {name: part for name, part in parts.items() if isinstance(part, ThresholdedLinear)}
         names = {name: f"{block.name}.{name}" for name in layers}
+        own = {name: histograms[full] for name, full in names.items()}
         for layer in layers.values():
             layer.threshold.threshold.zero_()
-        path = _greedy(block, layers, {name: histograms[full] for name, full in names.items()}, max(sparsities), step)
+        path = _greedy(block, layers, own, max(sparsities), step)
         for share in sparsities:
             # the first point of the path that reaches the target
             point = next((shares for reached, shares in path if reached >= share), path[-1][1])
@@ -177,7 +179,7 @@ class Teal(Calibrated):
 
         Raises:
             BudgetError: a sparsity outside (0, 1).
-            ConfigError, DataError: an unknown budget or a step that is not positive; see `Calibrated.batches`.
+            ConfigError, DataError: an unknown budget, a step that is not positive; see `Calibrated.batches`.
             ActivationError: NaN or infinite activations.
         """
         check_share(self.sparsity)
@@ -192,7 +194,8 @@ class Teal(Calibrated):
             if self.budget == "uniform":
                 found = uniform_thresholds(histograms, self.sparsity)
             else:
-                found = greedy_thresholds(model, windows[:1], histograms, (self.sparsity,), self.step)[self.sparsity]
+                target = self.sparsity
+                found = greedy_thresholds(model, windows[:1], histograms, (target,), self.step)[target]
         attach(model, found)
         extras = extras_of(model) | to_extras(found)
         return Sparsified(model, masks_of(model) or MaskSet({}), extras, dataclasses.asdict(self))

@@ -84,14 +84,14 @@ def attach(model: nn.Module, thresholds: Mapping[str, Tensor | float]) -> nn.Mod
     for name, value in thresholds.items():
         if name not in places:
             raise ConfigError(
-                f"thresholds for {name!r}, which this {type(model).__name__} lacks{near_misses(name, places)}: "
-                "they belong to another model"
+                f"thresholds for {name!r}, which this {type(model).__name__} lacks"
+                f"{near_misses(name, places)}: they belong to another model"
             )
         width = places[name]
         if isinstance(value, Tensor) and value.ndim and tuple(value.shape) != (width,):
             raise ConfigError(
-                f"thresholds for {name!r} have the shape {tuple(value.shape)}, the model has {width} channels "
-                "there: they belong to another model"
+                f"thresholds for {name!r} have the shape {tuple(value.shape)}, the model has {width} "
+                "channels there: they belong to another model"
             )
     for name, value in thresholds.items():
         module = model.get_submodule(name)

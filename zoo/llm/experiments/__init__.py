@@ -1,3 +1,3 @@
-"""Experiments with sparse language models: `zoo reproduce chess`, `llm-pruning`, `ecoflap`, `cfsp`, `gqsa` and
-`flash-llm`.
+"""Experiments with sparse language models: `zoo reproduce chess`, `llm-pruning`, `ecoflap`, `cfsp`, `gqsa`
+and `flash-llm`.
 """

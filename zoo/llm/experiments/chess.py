@@ -102,7 +102,11 @@ class _Calibrations:
     def _greedy(self, subject: str, seed: int) -> dict[float, dict[str, Tensor]]:
         search = torch.cat(self.windows(subject, seed)[:4])
         return greedy_thresholds(
-            dense_model(subject), [search], self.histograms(subject, seed), self.config.sparsities, self.config.step
+            dense_model(subject),
+            [search],
+            self.histograms(subject, seed),
+            self.config.sparsities,
+            self.config.step,
         )
 
     def thresholds(self, subject: str, arm: str, share: float, seed: int) -> dict[str, Tensor]:
@@ -125,7 +129,9 @@ class _Calibrations:
         return tokens[: _HELD_OUT * length].view(_HELD_OUT, length)
 
 
-def ffn_errors(model: nn.Module, ids: Tensor, change: Callable[[], object], undo: Callable[[], object]) -> list[float]:
+def ffn_errors(
+    model: nn.Module, ids: Tensor, change: Callable[[], object], undo: Callable[[], object]
+) -> list[float]:
     """||y_s - y||^2 / ||y||^2 of each FFN on the dense model's own inputs, y_s after `change`."""
     inputs: dict[str, list[Tensor]] = {block.mlp_name: [] for block in find_blocks(model)}
 
@@ -150,7 +156,9 @@ def ffn_errors(model: nn.Module, ids: Tensor, change: Callable[[], object], undo
     return [float((s - d).square().sum() / d.square().sum()) for s, d in zip(sparse, dense, strict=True)]
 
 
-def apply_arm(calibrations: _Calibrations, subject: str, arm: str, share: float) -> Callable[..., dict[str, Any]]:
+def apply_arm(
+    calibrations: _Calibrations, subject: str, arm: str, share: float
+) -> Callable[..., dict[str, Any]]:
     """Changes a model to an arm at a sparsity, and tells what that spares and how far the FFNs are off."""
 
     def apply(model: nn.Module, batches: list[Tensor], seed: int) -> dict[str, Any]:
@@ -271,7 +279,7 @@ def _share_table(rows: Rows, subject: str, levels: Sequence[float]) -> Table:
             cells.append(f"{text}{100 * statistics.fmean(r['skipped'] for r in own):.1f}")
         body.append([arm, *cells])
     columns = ["arm", *(f"{100 * share:.0f} %" for share in levels)]
-    note = "Closed gates, %, lowest to highest over blocks and seeds; share of the blocks' weights not read, %."
+    note = "In %: closed gates, lowest to highest over blocks and seeds; the blocks' weights not read."
     return Table(f"{subject}: realised on held-out text", columns, body, note)
 
 
@@ -323,7 +331,7 @@ def _verdicts(rows: Rows, subject: str, levels: Sequence[float]) -> list[Verdict
     for share in (share for share in levels if share >= 0.5):
         claim = f"{subject}, {share:.0%}: the oracle is below CHESS"
         found.append(lower(rows, subject, share, ORACLE, "CHESS", claim, NOT_STATED))
-        claim = f"{subject}, {share:.0%}: in this small model attention thresholds at half the share cost less"
+        claim = f"{subject}, {share:.0%}: attention thresholds at half the share cost this small model less"
         found.append(lower(rows, subject, share, *WITH_ATTENTION, claim, NOT_STATED))
     own = [r for r in rows if r["subject"] == subject and r["arm"] == "CHESS"]
     off = max(abs(float(block["ffn"]) - r["level"]) for r in own for block in r["report"])
@@ -350,8 +358,8 @@ def _speed_table(rows: Sequence[dict[str, Any]]) -> Table:
             [labels["shape"], labels["weights"], labels["batch"], labels["ours"], labels["skips"],
              f"{1 / dense:.2f}", f"{1 / ours:.2f}", f"{dense / ours:.2f}x", f"{1e3 * ours:.0f}", bound, goal]
         )  # fmt: skip
-    columns = ["shape", "weights", "batch", "model", "weights skipped", "dense calls/s", "calls/s", "ratio", "ms",
-               "bytes bound ms", "goal"]  # fmt: skip
+    columns = ["shape", "weights", "batch", "model", "weights skipped", "dense calls/s", "calls/s", "ratio",
+               "ms", "bytes bound ms", "goal"]  # fmt: skip
     return Table("Decoding, end to end, two threads", columns, body, "A call is one token (or one prompt).")
 
 

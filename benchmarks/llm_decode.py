@@ -1,0 +1,335 @@
+"""Decoding with sparse activations (CHESS), sparse weights and both, end to end, against dense.
+
+Random weights of the shapes of Llama-3.2-1B (fp32 and bf16) and of 8B blocks, batch 1 unless said otherwise;
+a call is one token through the whole model, cache included. Four distinct layers stand for all sixteen: each
+is many times the size of a cache, so that none is read faster for it. Thresholds are calibrated on the model
+itself; `skips` is the share of the blocks' weights that they spare the tokens that are timed. All weights,
+dense ones too, lie on huge pages. LLM_DECODE (1b-float32, 1b-bfloat16, 8b-float32) chooses one part of it.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator when it is loaded
+
+import copy  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from collections import defaultdict  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from shared.activations import ActivationThreshold  # noqa: E402
+from shared.bench import Bound, Cell, Goal, main  # noqa: E402
+from shared.io import read_json, write_json  # noqa: E402
+from shared.masks import MaskSet, set_masks  # noqa: E402
+from zoo.llm.blocks import find_blocks  # noqa: E402
+from zoo.llm.chess import chess_thresholds  # noqa: E402
+from zoo.llm.gate_statistics import gate_statistics  # noqa: E402
+from zoo.llm.serving import pack_model  # noqa: E402
+from zoo.llm.thresholds import attach, held_out_shares, skipped_share  # noqa: E402
+
+CONTEXT = 32  # tokens in the cache
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes; `distinct` layers are made and used in turn."""
+
+    name: str
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    layers: int
+    vocab: int
+    distinct: int
+
+
+LLAMA_1B = Shape("Llama-3.2-1B", 2048, 8192, 32, 8, 16, 128256, 4)
+BLOCKS_8B = Shape("8B blocks", 4096, 14336, 32, 8, 4, 256, 2)
+SMALL = Shape("small", 512, 2048, 8, 2, 4, 4096, 2)
+PROFILES: dict[str, dict[str, float]] = {}
+
+
+@dataclass
+class Variants:
+    """The models that are compared, made from one set of random weights."""
+
+    shape: Shape
+    dtype: torch.dtype
+    dense: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        shape = self.shape
+        config = LlamaConfig(
+            vocab_size=shape.vocab,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.ffn,
+            num_hidden_layers=shape.distinct,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            tie_word_embeddings=True,
+        )
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        rotary = type(model.model.rotary_emb)(config)
+        model = model.to_empty(device="cpu").to(self.dtype).eval().requires_grad_(False)
+        model.model.rotary_emb = rotary
+        model.tie_weights()
+        noise = torch.empty(1 << 22).uniform_(-0.035, 0.035).to(self.dtype)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+                continue
+            first = int(torch.randint(1 << 20, ()))  # repeated noise: a tenth of the time of fresh one
+            for part in parameter.view(-1).split(1 << 20):
+                first = (first + 77_777) % (noise.numel() - part.numel())
+                part.copy_(noise[first : first + part.numel()])
+        self.dense = model
+        self.tokens = torch.randint(shape.vocab, (64,))
+
+    def packed(self, thresholds: dict[str, Tensor], masks: MaskSet | None = None) -> nn.Module:
+        """A packed copy that shares what it does not store in another way."""
+        memo = {id(parameter): parameter for parameter in self.dense.parameters()}
+        if masks is not None:
+            masked = {id(self.dense.get_parameter(name)) for name in masks}
+            memo = {i: parameter for i, parameter in memo.items() if i not in masked}
+        model = copy.deepcopy(self.dense, memo)
+        if masks is not None:
+            masks.apply_(model)
+            set_masks(model, masks)
+        return pack_model(attach(model, thresholds) if thresholds else model)
+
+    def stacked(self, model: nn.Module) -> nn.Module:
+        """The model with all its layers, each with its own place in the cache."""
+        whole = copy.copy(model)
+        whole._modules = dict(model._modules)
+        inner = whole._modules["model"] = copy.copy(model.model)
+        inner._modules = dict(model.model._modules)
+        made, count = model.model.layers, self.shape.layers
+        layers = [self._layer(made[i % len(made)], i) for i in range(count)]
+        inner._modules["layers"] = nn.ModuleList(layers)
+        inner.config = copy.copy(model.model.config)
+        inner.config.num_hidden_layers = self.shape.layers
+        inner.config.layer_types = ["full_attention"] * self.shape.layers
+        return whole
+
+    @staticmethod
+    def _layer(layer: nn.Module, index: int) -> nn.Module:
+        again = copy.copy(layer)
+        again._modules = dict(layer._modules)
+        attention = again._modules["self_attn"] = copy.copy(layer.self_attn)
+        attention.layer_idx = index
+        return again
+
+    def decoding(self, model: nn.Module, batch: int = 1) -> Callable[[], Tensor]:
+        """One token after the context, again and again."""
+        model = self.stacked(model)
+        cache = DynamicCache()
+        model(input_ids=self.tokens[:CONTEXT].expand(batch, -1), past_key_values=cache, use_cache=True)
+        turn = [0]
+
+        def token() -> Tensor:
+            turn[0] = (turn[0] + batch) % (len(self.tokens) - batch)
+            ids = self.tokens[turn[0] : turn[0] + batch].unsqueeze(1)
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache.crop(-1)
+            return out.logits[:, -1].argmax(-1)
+
+        return token
+
+    def prefilling(self, model: nn.Module, length: int) -> Callable[[], Any]:
+        model = self.stacked(model)
+        ids = self.tokens[:length].unsqueeze(0)
+        return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    def thresholds(self) -> dict[float, dict[str, Tensor]]:
+        """CHESS at 50 and 70 %, calibrated on random tokens."""
+        windows = [torch.randint(self.shape.vocab, (1, 48)) for _ in range(4)]
+        statistics = gate_statistics(self.dense, windows[:2], windows[2:], (0.5, 0.7), chunk=2)
+        return {share: chess_thresholds(statistics, share) for share in (0.5, 0.7)}
+
+    def masks(self) -> MaskSet:
+        """Half of each weight of the blocks, at random: where the zeros are does not change the time."""
+        names = [name for block in find_blocks(self.dense) for name in block.weight_names()]
+        return MaskSet({name: torch.rand(self.dense.get_parameter(name).shape) < 0.5 for name in names})
+
+    def bound(self, skipped: float, kept: float = 1.0) -> Bound:
+        """Bytes of the weights that a token cannot do without: a mask bit and a value for each kept one."""
+        size = self.dense.lm_head.weight.element_size()
+        blocks = sum(p.numel() for p in self.dense.model.layers.parameters())
+        blocks *= self.shape.layers / self.shape.distinct
+        each = size if kept == 1.0 else kept * size + 1 / 8
+        weights = blocks * (1 - skipped)
+        return Bound(weights * each + self.dense.lm_head.weight.numel() * size, 0)
+
+
+def with_thresholds(packed: nn.Module, thresholds: dict[str, Tensor]) -> nn.Module:
+    """A copy of a packed model that shares its weights and has other thresholds."""
+    tensors = [*packed.parameters(), *packed.buffers()]
+    model = copy.deepcopy(packed, {id(t): t for t in tensors if t.numel() > 1 << 16})
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationThreshold):
+            module.threshold = thresholds[name.removesuffix(".threshold")]
+    return model
+
+
+def skips(variants: Variants, model: nn.Module) -> float:
+    """Share of the blocks' weights that the timed tokens do not read."""
+    return skipped_share(held_out_shares(model, [variants.tokens.unsqueeze(0)]))
+
+
+PARTS = (
+    ("lm_head", "head"),
+    ("gate_proj", "gate"),
+    ("mlp", "up and down, activation"),
+    ("up_proj", "up and down, activation"),
+    ("down_proj", "up and down, activation"),
+    ("q_proj", "q and o"),
+    ("o_proj", "q and o"),
+    ("k_proj", "k and v"),
+    ("v_proj", "k and v"),
+    ("norm", "norms"),
+    ("layernorm", "norms"),
+    ("self_attn", "attention itself"),
+)
+
+
+def profile(variants: Variants, model: nn.Module, calls: int = 4) -> dict[str, float]:
+    """Milliseconds of a token by part; what no part accounts for is Python, residuals and rotary tables."""
+    spent: dict[str, float] = defaultdict(float)
+    stack: list[list[float]] = []
+    handles = []
+    for name, module in model.named_modules():
+        part = next((title for suffix, title in PARTS if name.endswith(suffix)), None)
+        if part is None:
+            continue
+
+        def before(module: nn.Module, args: Any) -> None:
+            stack.append([time.perf_counter(), 0.0])
+
+        def after(module: nn.Module, args: Any, output: Any, part: str = part) -> None:
+            start, inner = stack.pop()
+            took = time.perf_counter() - start
+            spent[part] += took - inner
+            if stack:
+                stack[-1][1] += took
+
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    run = variants.decoding(model)
+    run()
+    spent.clear()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    total = time.perf_counter() - start
+    for handle in handles:
+        handle.remove()
+    spent["everything else"] = total - sum(spent.values())
+    return {"total": 1e3 * total / calls} | {part: 1e3 * each / calls for part, each in spent.items()}
+
+
+def cells_of(shape: Shape, dtype: torch.dtype, goals: dict[str, float], quick: bool) -> Iterator[Cell]:
+    """The cells of one shape and dtype."""
+    variants = Variants(shape, dtype)
+    kind = str(dtype).removeprefix("torch.")
+    found = variants.thresholds()
+    open_gates = {name: torch.zeros_like(value) for name, value in found[0.5].items()}
+    chess = {0.5: variants.packed(found[0.5])}
+    chess[0.7] = with_thresholds(chess[0.5], found[0.7])
+    dense = {"dense": variants.decoding(variants.dense)}
+    labels: dict[str, object] = {"shape": shape.name, "weights": kind, "batch": 1}
+    for share, model in chess.items():
+        goal = goals.get(f"chess {share}")
+        peers = dict(dense)
+        if share == 0.5:  # the same kernels and storage, nothing to skip
+            peers["nothing skipped"] = variants.decoding(with_thresholds(model, open_gates))
+        spared = skips(variants, model)
+        yield Cell(
+            {**labels, "ours": f"CHESS {share:.0%}", "skips": f"{spared:.1%}"},
+            variants.decoding(model),
+            peers,
+            variants.bound(spared),
+            Goal(goal, over=("dense",)) if goal else None,
+        )
+    if shape.layers > 4 or quick:
+        masks = variants.masks()
+        weights, both = variants.packed({}, masks), variants.packed(found[0.5], masks)
+        goal = goals.get("weights 0.5")
+        sparse = {"weights 50%": variants.decoding(weights)}
+        yield Cell(
+            {**labels, "ours": "weights 50%", "skips": "0.0%"},
+            sparse["weights 50%"],
+            dense,
+            variants.bound(0.0, 0.5),
+            Goal(goal) if goal else None,
+        )
+        spared = skips(variants, both)
+        yield Cell(
+            {**labels, "ours": "weights 50% + CHESS 50%", "skips": f"{spared:.1%}"},
+            variants.decoding(both),
+            {**dense, **sparse, "CHESS 50%": variants.decoding(chess[0.5])},
+            variants.bound(spared, 0.5),
+            Goal(1.0) if goals else None,
+        )
+        PROFILES[f"{shape.name} {kind} weights 50%"] = profile(variants, weights)
+        PROFILES[f"{shape.name} {kind} weights 50% + CHESS 50%"] = profile(variants, both)
+    for name, model in (("dense", variants.dense), ("CHESS 50%", chess[0.5])):
+        PROFILES[f"{shape.name} {kind} {name}"] = profile(variants, model)
+    if dtype == torch.float32 and shape.layers > 4:
+        for batch in (4,):
+            yield Cell(
+                {**labels, "batch": batch, "ours": "CHESS 50%", "skips": ""},
+                variants.decoding(chess[0.5], batch),
+                {"dense": variants.decoding(variants.dense, batch)},
+            )
+        yield Cell(
+            {**labels, "batch": "prompt of 48", "ours": "CHESS 50%", "skips": ""},
+            variants.prefilling(chess[0.5], 48),
+            {"dense": variants.prefilling(variants.dense, 48)},
+            None,
+            Goal(0.95),
+        )
+
+
+def cells(quick: bool, threads: int) -> Iterator[Cell]:
+    """All cells; a quick run has a small model, which is no claim."""
+    if quick:
+        yield from cells_of(SMALL, torch.float32, {}, quick)
+        return
+    chosen = os.environ.get("LLM_DECODE", "")
+    goals = {"chess 0.5": 1.25, "chess 0.7": 1.45, "weights 0.5": 1.3}
+    for name, shape, dtype, promised in (
+        ("1b-float32", LLAMA_1B, torch.float32, goals),
+        ("1b-bfloat16", LLAMA_1B, torch.bfloat16, goals),
+        ("8b-float32", BLOCKS_8B, torch.float32, {"chess 0.5": 1.38}),
+    ):
+        if chosen in ("", name):
+            yield from cells_of(shape, dtype, promised, quick)
+
+
+def write_profiles(path: str) -> None:
+    """Add the profiles to the results, and print them."""
+    parts = list(dict.fromkeys(part for profile in PROFILES.values() for part in profile))
+    width = max(map(len, PROFILES))
+    print("\nmilliseconds of a token, by part")
+    for name, found in PROFILES.items():
+        print(f"{name:<{width}}  " + ", ".join(f"{part} {found.get(part, 0):.1f}" for part in parts))
+    if path:
+        write_json(path, read_json(path) | {"profile_ms": PROFILES})
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    status = main("decoding skips what thresholds and masks spare", cells)
+    arguments = sys.argv[1:]
+    write_profiles(arguments[arguments.index("--json") + 1] if "--json" in arguments else "")
+    sys.exit(status)
