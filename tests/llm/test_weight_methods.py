@@ -85,7 +85,7 @@ def test_masked_and_packed_bundles_agree(tmp_path, name, options):
     masked, packed = load(path), load(path, execution="packed")
     assert masks_of(masked).equal(made.masks) and masks_of(masked).zeros_intact(masked) == []
     skipping = [module for module in packed.modules() if isinstance(module, SparseLinear)]
-    assert len(skipping) >= 12
+    assert len(skipping) >= 7  # ECoFLaP leaves blocks below one half, where packing does not pay
     if "pattern" in options:
         assert all(module.width == 4 for module in skipping)
     torch.testing.assert_close(logits(packed), logits(masked), rtol=TOLERANCE, atol=TOLERANCE)

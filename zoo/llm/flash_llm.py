@@ -91,7 +91,7 @@ class TiledCSL:
 
 
 def pack_tiled_csl(
-    weight: Float[Tensor, "rows columns"], mask: Bool[Tensor, "rows columns"] | None = None
+    weight: Float[Tensor, "rows columns"], mask: Bool[Tensor, "*shape"] | None = None
 ) -> TiledCSL:
     """Pack the kept entries of a weight, rounded to fp16.
 

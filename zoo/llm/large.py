@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from shared.io import write_json
 from shared.patterns import parse_pattern
 from zoo.errors import ConfigError
 from zoo.llm.blocks import find_blocks
@@ -200,6 +201,7 @@ class Large:
         length: tokens per window.
         seed: of the windows, and of random weights.
         threads: processor threads; 0 leaves torch's choice.
+        report: also write what it took to this JSON file.
     """
 
     out: Path
@@ -213,6 +215,7 @@ class Large:
     length: int = 256
     seed: int = 0
     threads: int = 0
+    report: Path | None = None
 
     def run(self) -> dict[str, Any]:
         """Prune, write, and tell seconds, zeros and peak memory.
@@ -240,7 +243,12 @@ class Large:
             kept, total = self._prune(source, prune)
             seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"zeros": 1 - kept / total, "weights": total, "seconds": round(seconds, 1), "peak_bytes": peak}
+        facts = {"zeros": 1 - kept / total, "weights": total, "seconds": round(seconds, 1), "peak_bytes": peak,
+                 "model": self.random or str(self.source), "method": self.method, "pattern": self.pattern,
+                 "tokens": self.windows * self.length, "threads": torch.get_num_threads()}  # fmt: skip
+        if self.report is not None:
+            write_json(self.report, facts)
+        return facts
 
     def _prune(self, source: Path, prune: Any) -> tuple[int, int]:
         shards, model = Shards(source), skeleton(source)
