@@ -139,24 +139,33 @@ def _openvino(batch: int, weight: Tensor):
     return openvino.Core().compile_model(openvino.Model([y], [x]), "CPU", options).create_infer_request()
 
 
-def csr_peers(weights: list[Tensor], x: Tensor) -> dict[str, Call]:
-    """Sparse products of fp32 weights: torch's CSR (MKL) with 32-bit indices and scipy's.
+class SparsePeers:
+    """Sparse products of some fp32 weights: torch's CSR (MKL) with 32-bit indices, and scipy's."""
 
-    Both are given x as [in, batch] without paying for the transposition.
-    """
-    matrices, arrays = [], []
-    scipy = optional("scipy.sparse")
-    for weight in weights:
-        csr = weight.to_sparse_csr()
-        rows, columns_of = csr.crow_indices().int(), csr.col_indices().int()
-        matrices.append(torch.sparse_csr_tensor(rows, columns_of, csr.values(), csr.shape))
-        if scipy is not None:
-            parts = (csr.values().numpy(), columns_of.numpy(), rows.numpy())
-            arrays.append(scipy.csr_matrix(parts, shape=tuple(csr.shape)))
-    columns = x.t().contiguous()
-    product = in_turn(lambda i: lambda: matrices[i] @ columns, len(matrices))
-    peers: dict[str, Call] = {"torch CSR int32": product}
-    if arrays:
-        array = columns.numpy()
-        peers["scipy CSR"] = in_turn(lambda i: lambda: arrays[i] @ array, len(arrays))
-    return peers
+    def __init__(self, weights: list[Tensor]) -> None:
+        parts = [weight.to_sparse_csr() for weight in weights]
+        forms = [(csr.crow_indices().int(), csr.col_indices().int(), csr.values()) for csr in parts]
+        self.matrices = [
+            torch.sparse_csr_tensor(*form, csr.shape, check_invariants=False)
+            for form, csr in zip(forms, parts, strict=True)
+        ]
+        self.arrays = []
+        if (scipy := optional("scipy.sparse")) is not None:
+            for (rows, columns, values), csr in zip(forms, parts, strict=True):
+                arrays = (values.numpy(), columns.numpy(), rows.numpy())
+                self.arrays.append(scipy.csr_matrix(arrays, shape=tuple(csr.shape)))
+
+    def of(self, x: Tensor) -> dict[str, Call]:
+        """Name -> product with x, which they are given as [in, batch] without paying for the transposition.
+
+        A call that would take more than about a second is left out, and so is scipy, which has one thread,
+        above batch 8: both are many times slower than a dense product there.
+        """
+        matrices, arrays, columns = self.matrices, self.arrays, x.t().contiguous()
+        array, work = columns.numpy(), matrices[0].values().numel() * len(x)
+        peers: dict[str, Call] = {}
+        if work < 1e9:
+            peers["torch CSR int32"] = in_turn(lambda i: lambda: matrices[i] @ columns, len(matrices))
+        if arrays and len(x) <= 8:
+            peers["scipy CSR"] = in_turn(lambda i: lambda: arrays[i] @ array, len(arrays))
+        return peers

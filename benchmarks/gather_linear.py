@@ -76,8 +76,8 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
             for sparse in ("input", "output"):
                 for batch in (1,) if quick or kind not in ("float32", "int4") else (1, 4, 8):
                     for zeros in GOALS:
-                        labels: dict[str, object] = {"shape": f"{rows}x{cols}", "weights": kind, "batch": batch}
-                        labels |= {"zeros": f"{zeros:.0%}", "sparse": sparse}
+                        labels: dict[str, object] = {"shape": f"{rows}x{cols}", "weights": kind}
+                        labels |= {"batch": batch, "zeros": f"{zeros:.0%}", "sparse": sparse}
                         form = (rows, cols, kind, batch, zeros, sparse)
                         yield Later(labels, functools.partial(build, labels, *form))
 

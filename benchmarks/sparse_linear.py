@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from _linear import DensePeers, beyond_cache, copy_of, csr_peers, in_turn, layers
+from _linear import DensePeers, SparsePeers, beyond_cache, copy_of, in_turn, layers
 
 from shared import ops
 from shared.bench import Bound, Cell, Goal, Later, main
@@ -51,9 +51,13 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
     def packed_at(zeros: float, dtype: torch.dtype) -> list[SparseWeight]:
         return [pack(weight.to(dtype)) for weight in masked_at(zeros)]
 
+    @functools.lru_cache(maxsize=1)
+    def sparse_peers_at(zeros: float) -> SparsePeers:
+        return SparsePeers(masked_at(zeros))
+
     def build(labels: dict[str, object], zeros: float, batch: int, dtype: torch.dtype) -> Cell:
         x, weights = torch.randn(batch, SIZE), packed_at(zeros, dtype)
-        expected = torch.nn.functional.linear(x.double(), weights[0].to_dense().double()).float()
+        expected = torch.nn.functional.linear(x, weights[0].to_dense().float())
         torch.testing.assert_close(sparse_linear(x, weights[0]), expected, atol=1e-3, rtol=1e-3)
         if batch <= 8:
             weights = beyond_cache(weights, weights[0].nbytes, copy_of)
@@ -62,7 +66,7 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
         return Cell(
             labels,
             ours(weights, x),
-            dense_of_run | (csr_peers(masked_at(zeros), x) if dtype == torch.float32 else {}),
+            dense_of_run | (sparse_peers_at(zeros).of(x) if dtype == torch.float32 else {}),
             Bound(weights[0].nbytes, 2 * weights[0].kept * batch),
             Goal(goals[zeros], over=tuple(dense_of_run)) if zeros in goals else None,
         )

@@ -125,7 +125,8 @@ def _plain(labels: Mapping[str, object]) -> dict[str, int | float | str]:
     return {key: value if isinstance(value, int | float) else str(value) for key, value in labels.items()}
 
 
-def _verdict(goal: Mapping[str, Any] | None) -> str:
+def verdict(goal: Mapping[str, Any] | None) -> str:
+    """What a goal of a record came to: met, missed, or bounded where the measured bound rules it out."""
     if goal is None:
         return ""
     if goal["met"]:
@@ -183,15 +184,15 @@ class Table:
                 "" if bound is None else f"{bound['share']:.0%}",
                 str(Ratio(**row["ratio"])) if same else f"{goal['reached']:.2f}x",
                 row["best_peer"] if same else goal["over"],
-                _verdict(goal),
+                verdict(goal),
             ])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [self.claim]
         text += ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
         for name, (mean, met) in self.group_results().items():
             goal = self.group_goals[name]
-            verdict = "met" if met else "MISSED"
-            text.append(f"geometric mean, {name}: {mean:.2f}x, goal >= {goal.ratio:g}x {verdict}")
+            said = "met" if met else "MISSED"
+            text.append(f"geometric mean, {name}: {mean:.2f}x, goal >= {goal.ratio:g}x {said}")
         return "\n".join(text)
 
 
@@ -230,6 +231,7 @@ def main(
     group_goals: Mapping[str, Goal] | None = None,
     argv: Sequence[str] | None = None,
     clock: Clock | None = None,
+    block_seconds: float = 0.1,
 ) -> int:
     """Run a benchmark script: measure each cell, print the table, write JSON; 0 if every goal is met, else 1.
 
@@ -244,6 +246,7 @@ def main(
         group_goals: goals for geometric means over the cells of a group.
         argv: command line, by default the process's own.
         clock: another clock.
+        block_seconds: about how long one program runs in one of the six rounds.
     """
     options = _arguments(claim, argv)
     tick = clock or (time.process_time if options.threads == 1 else time.perf_counter)
@@ -266,7 +269,7 @@ def main(
             if isinstance(cell, Later):
                 cell = cell.build()
             timings = compare({"ours": cell.ours, **cell.peers}, rounds=3 if options.quick else 6,
-                              block_seconds=0.03 if options.quick else 0.1, clock=tick)
+                              block_seconds=0.03 if options.quick else block_seconds, clock=tick)
             row = Row(cell, timings, ceiling)
             table.rows.append(row)
             print(f"{shown}: {row.against()}", file=sys.stderr, flush=True)

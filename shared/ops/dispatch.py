@@ -36,6 +36,8 @@ from shared.io import read_json, write_json
 from shared.ops import _native
 
 BACKENDS = ("auto", "reference", "native", "vendor", "dense", "triton")
+# A call is only near a measured case: what is faster there by less than this may be slower here.
+MARGIN = 0.85
 _requested: ContextVar[str] = ContextVar("zoo_ops_backend", default="auto")
 
 
@@ -86,6 +88,11 @@ def backend(name: str) -> Iterator[None]:
 def requested() -> str:
     """The backend that the enclosing `backend(...)` block asks for, "auto" outside of any."""
     return _requested.get()
+
+
+def state() -> tuple[str, int]:
+    """What choices depend on besides the call: the requested backend and the table."""
+    return _requested.get(), id(table())
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
@@ -164,6 +171,9 @@ def _auto(
     if not measured:
         return Plan(op, offered[0], "first choice, nothing measured for this case")
     best = min(measured, key=measured.__getitem__)
+    if "dense" in measured and measured[best] > MARGIN * measured["dense"]:
+        reason = f"no other of {len(measured)} is clearly faster where last measured"
+        return Plan(op, "dense", reason, measured)
     return Plan(op, best, f"fastest of {len(measured)} where last measured", measured)
 
 
@@ -264,7 +274,7 @@ def measure(
     timings = compare(
         functions,
         rounds=4,
-        block_seconds=0.005 if quick else 0.03,
+        block_seconds=0.004 if quick else 0.01,
         # CPU time of one thread is what other programs disturb least
         clock=time.process_time if threads == 1 else time.perf_counter,
     )
@@ -272,7 +282,8 @@ def measure(
 
 
 def calibrate(ops: Sequence[str] | None = None, *, quick: bool = False, path: Path | None = None) -> Path:
-    """Measure the cases that `auto` looks up, on this machine, and keep them for later processes.
+    """Measure the cases that `auto` looks up, on this machine and with the current number of threads, and
+    keep them for later processes, beside those of other numbers of threads.
 
     Args:
         ops: names of ops, all by default.
@@ -281,8 +292,11 @@ def calibrate(ops: Sequence[str] | None = None, *, quick: bool = False, path: Pa
     """
     path = path or calibration_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [e for group in _read(path).values() for e in group if ops is not None and e.op not in ops]
-    measured = [entry for name in (ops or sorted(_calibrators)) for entry in _calibrators[name](quick)]
+    names = ops or sorted(_calibrators)
+    threads = torch.get_num_threads()
+    held = [entry for group in _read(path).values() for entry in group]
+    kept = [entry for entry in held if entry.op not in names or entry.threads != threads]
+    measured = [entry for name in names for entry in _calibrators[name](quick)]
     rows = [
         {
             "op": e.op,

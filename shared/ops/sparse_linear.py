@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from shared.errors import OpError
 from shared.ops import _native, dispatch, triton
 from shared.ops._cache import DerivedCache
-from shared.ops.derived import Derived
+from shared.ops.derived import Derived, version
 from shared.ops.layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, columns_of_bits
 from shared.ops.weights import SparseWeight, pack
 
@@ -44,6 +45,9 @@ def sparse_linear(
         OpError: shapes, dtypes or devices that do not fit, or a backend that cannot run this.
     """
     if dispatch.direct(x, weight.values, bias):
+        dense = _settled_dense(x, weight)
+        if dense is not None and (bias is None or (bias.dtype is x.dtype and len(bias) == weight.shape[0])):
+            return torch.nn.functional.linear(x, dense, bias)
         weight.check()
         return _forward(x, weight, bias)
     return _sparse_linear(
@@ -123,6 +127,8 @@ def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[f
     if weight.layout == "bitmask":
         offered = (*offered, *triton.offered(x))
     kind = f"{weight.layout}{weight.width} {str(weight.values.dtype).removeprefix('torch.')}"
+    if x.dtype != weight.values.dtype:
+        kind += f" x {str(x.dtype).removeprefix('torch.')}"
     batch = max(1, x.numel() // max(1, cols))
     return offered, kind, (float(max(1, rows * cols)), float(batch), max(weight.density, 1e-4))
 
@@ -137,8 +143,11 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     if backend == "native":
         return _native_forward(x, weight, bias)
     if backend == "dense":
-        dense = _dense.get(weight.values, lambda: weight.to_dense().to(x.dtype))
-        return torch.nn.functional.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        dense = _dense.get(weight.values, lambda: weight.to_dense().to(x.dtype)).to(x.dtype)
+        if len(weight.settled) >= 64:  # a batch size per call: forget
+            weight.settled.clear()
+        weight.settled[x.shape] = (*_circumstances(x, weight), dense)
+        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
     if backend == "vendor":
         matrix = _csr.get(weight.values, lambda: _torch_csr(weight))
         y = (matrix @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], weight.shape[0])
@@ -150,8 +159,25 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     return reference(x, weight, bias)
 
 
+def _circumstances(x: Tensor, weight: SparseWeight) -> tuple[object, ...]:
+    """What a settled choice of the dense product depends on, besides the shape of x."""
+    values = weight.values
+    return x.dtype, x.device, version(values), values.data_ptr(), torch.get_num_threads(), dispatch.state()
+
+
+def _settled_dense(x: Tensor, weight: SparseWeight) -> Tensor | None:
+    """The dense weight, where such a call was found to be fastest dense and nothing has changed since: then
+    there is no index to check, and the call costs what a dense one does."""
+    held = weight.settled.get(x.shape)
+    if held is None or held[:-1] != _circumstances(x, weight):
+        return None
+    return held[-1]
+
+
 def _torch_csr(weight: SparseWeight) -> Tensor:
-    dense = weight.to_dense().to_sparse_csr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        dense = weight.to_dense().to_sparse_csr()
     # With 32-bit indices MKL is up to 2.6 times as fast as with torch's default of 64.
     return torch.sparse_csr_tensor(
         dense.crow_indices().int(),
@@ -393,21 +419,28 @@ _EXAMPLES = {
     "2:4": (0.5,),
     "1:4": (0.25,),
 }
+# Types of the values and of x that are measured, and batches.
+_TYPES = (
+    (torch.float32, torch.float32, (1, 8, 64)),
+    (torch.bfloat16, torch.bfloat16, (1, 16)),
+    (torch.float16, torch.float32, (1, 16)),
+)
 
 
 def calibrate(quick: bool) -> list[dispatch.Entry]:
     """Measure layouts x densities x dtypes x sizes x batches on this machine, for `dispatch.calibrate`."""
     entries = []
     for layout, densities in _EXAMPLES.items():
-        half = (torch.bfloat16, torch.float16) if layout in ("bitmask", "csr") and not quick else ()
-        for side in (1024,) if quick else (256, 1024, 4096):
+        unstructured = layout in ("bitmask", "csr")
+        for side in (1024,) if quick else (512, 1024, 4096) if unstructured else (512, 2048):
             for density in densities:
                 weight = _example(side, density, layout)
-                for dtype in (torch.float32, *half):
-                    typed = weight.to(dtype)
-                    for batch in (1, 64) if quick else (1, 8, 64, 512):
-                        x = torch.randn(batch, side).to(dtype)
+                for stored, given, batches in _TYPES[: 3 if unstructured and not quick else 1]:
+                    typed = weight.to(stored)
+                    for batch in batches:
+                        x = torch.randn(batch, side).to(given)
                         run = functools.partial(sparse_linear, x, typed)
+                        run(), run()  # forms of the weight are made once
                         entries.append(dispatch.measure("sparse_linear", run, *case(x, typed), quick=quick))
     return entries
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -56,6 +57,7 @@ class SparseWeight:
         width: columns per block of "columns"; for "bitmask", 2 or 4 says that each eight columns keep just so
             many (an N:M pattern); 1 otherwise.
         plans: the backends of calls seen before, for `dispatch.recall`.
+        settled: the dense form for shapes of x that run dense, see `sparse_linear`.
         seen: the state of the tensors that was last found in order.
     """
 
@@ -66,6 +68,7 @@ class SparseWeight:
     shape: tuple[int, int]
     width: int = 1
     plans: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False)
+    settled: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
     seen: dict[str, tuple[object, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from shared.bench import (
     machine,
     main,
     peak_flops,
+    report,
 )
 from shared.bench.machine import _caches, last_level_cache
 from shared.bench.runner import Row, Table
@@ -329,3 +330,14 @@ def test_a_real_run(capsys) -> None:
 
     assert main("fewer rows take less time", cells, argv=["--quick"]) == 0
     assert "GB/s" in capsys.readouterr().out
+
+
+def test_results_as_markdown(tmp_path, capsys, known_limits) -> None:
+    clock, file = FakeClock(), tmp_path / "out.json"
+    goals = {"all": Goal(9)}
+    assert main("twice as fast", script(clock, 3), group_goals=goals, argv=["--json", str(file)], clock=clock)
+    capsys.readouterr()
+    report.main([str(file)])
+    text = capsys.readouterr().out
+    assert "## Twice as fast" in text and "1.0 GB/s and 1 GFLOP/s" in text
+    assert "| 1 | 1 | 10.000 | torch | 20.000 | 2.00x | 1.000 | 10% | >= 3x MISSED |" in text

@@ -34,10 +34,16 @@ class Bench:
     json: bool = False
     """Let the benchmarks print JSON (or list the names as JSON)."""
 
+    calibrate: bool = False
+    """Measure on this machine what the sparse operations choose their back-ends by, and keep it; takes some
+    minutes, with one thread and with all of them unless --threads is given."""
+
 
 def bench_command(argv: Sequence[str]) -> int:
     """`zoo bench`."""
     options = parse(Bench, argv, "bench")
+    if options.calibrate:
+        return _calibrate(options)
     scripts = find_scripts()
     if not options.names:
         _list_scripts(scripts, options.json)
@@ -57,6 +63,22 @@ def bench_command(argv: Sequence[str]) -> int:
     if failed:
         note(f"missed or broken: {', '.join(failed)}")
     return CHECK_FAILED if failed else OK
+
+
+def _calibrate(options: Bench) -> int:
+    """Measure the table of `shared.ops` with each number of threads."""
+    if options.names:
+        raise ConfigError("--calibrate measures the operations and runs no benchmark: give no names with it")
+    import torch
+
+    from shared import ops
+    from shared.bench import threads
+
+    for count in sorted({1, torch.get_num_threads()} if options.threads is None else {options.threads}):
+        with threads(count):
+            path = ops.calibrate(quick=options.quick)
+        note(f"{count} thread(s): {path}")
+    return OK
 
 
 def find_scripts() -> dict[str, Path]:

@@ -11,12 +11,19 @@ is applied before the sum (the two commute, as the map is linear), GIN averages 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 import torch_geometric.nn as pyg
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from shared.masks import Mask
+from shared.ops import SparseLinear, pack
+from shared.ops.derived import Derived
+from shared.packing import MIN_SPARSITY, register_packer
 from zoo.errors import DataError
 from zoo.graph import sparse
 from zoo.graph.adjacency import Adjacency, attention, weighted_gcn_value
@@ -40,7 +47,7 @@ class GCNLayer(pyg.GCNConv):
         if isinstance(graph, Tensor):
             out: Tensor = super().forward(x, graph)
             return out
-        hidden = project(x, self.lin.weight)
+        hidden = project(x, self.lin)
         if graph.weight is None:
             return graph.normalised() @ hidden
         return graph.matrix.weighted(weighted_gcn_value(graph), hidden)
@@ -54,7 +61,8 @@ class GINLayer(pyg.GINConv):
     """
 
     def forward(self, x: Features, graph: Tensor | Adjacency) -> Tensor:
-        hidden = project(x, self.nn.weight) if isinstance(self.nn, nn.Linear) else self.nn(_as_dense(x))
+        single = isinstance(self.nn, (nn.Linear, SparseLinear))
+        hidden = project(x, self.nn) if single else self.nn(_as_dense(x))
         own = (1 + self.eps) * hidden
         if isinstance(graph, Tensor):
             out: Tensor = self.propagate(graph, x=(hidden, hidden), size=None) + own
@@ -71,7 +79,7 @@ class GATLayer(pyg.GATConv):
         if isinstance(graph, Tensor):
             out: Tensor = super().forward(x, graph)
             return out
-        hidden = project(x, self.lin.weight).view(-1, self.heads, self.out_channels)
+        hidden = project(x, self.lin).view(-1, self.heads, self.out_channels)
         source = (hidden * self.att_src).sum(-1)
         target = (hidden * self.att_dst).sum(-1)
         dropout = self.dropout if self.training else 0.0
@@ -149,9 +157,17 @@ class GraphModel(nn.Module):
         if isinstance(graph, Tensor):
             graph = self.surviving(graph, x.shape[0])
         dtype = x.value.dtype if isinstance(x, SparseMatrix) else x.dtype
-        if all(p.dtype == dtype for p in self.parameters()):
+        # A packed weight stays in its own precision, in which it is the smallest to read.
+        modules = self.named_modules()
+        packed = tuple(f"{name}." for name, module in modules if isinstance(module, SparseLinear))
+        stored = {
+            name: p
+            for name, p in self.named_parameters()
+            if p.dtype != dtype and not (packed and name.startswith(packed))
+        }
+        if not stored:
             return self.network(x, graph)
-        converted = {name: p.to(dtype) for name, p in self.named_parameters()}
+        converted = {name: p.to(dtype) for name, p in stored.items()}
         out: Tensor = functional_call(
             _Network(self), {f"model.{k}": v for k, v in converted.items()}, (x, graph)
         )
@@ -256,11 +272,29 @@ class GIN(GraphModel):
         return (self.readout(hidden) + self.conv2(hidden, graph).relu()) / 2
 
 
-def project(x: Features, weight: Float[Tensor, "out features"]) -> Float[Tensor, "nodes out"]:
-    """x W^T for dense or sparse x."""
-    if isinstance(x, SparseMatrix):
-        return x @ weight.t().contiguous()
-    return functional.linear(x, weight)
+def project(x: Features, linear: nn.Module) -> Float[Tensor, "nodes out"]:
+    """x W^T for dense or sparse x, where `linear` is a dense or packed linear map without bias."""
+    if not isinstance(x, SparseMatrix):
+        out: Tensor = linear(x)
+        return out
+    if isinstance(linear, SparseLinear):
+        # Both are sparse: the features are the sparser side, and decide which rows of W^T are read.
+        values = linear.values
+        dtype = x.value.dtype
+        return x @ _transposed.get(values, lambda: linear.weight.to_dense().t().to(dtype).contiguous())
+    return x @ cast(Tensor, linear.weight).t().contiguous()
+
+
+_transposed = Derived()
+
+
+@register_packer(pyg.Linear)
+def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
+    """`shared.ops.SparseLinear` for torch-geometric's own linear layer."""
+    keep = masks.get("weight")
+    if not isinstance(module, pyg.Linear) or keep is None or keep.sparsity < MIN_SPARSITY:
+        return None
+    return SparseLinear(pack(module.weight, keep.keep), module.bias).requires_grad_(False)
 
 
 def _as_dense(x: Features) -> Tensor:

@@ -1,0 +1,58 @@
+"""What `auto` picks is never slower than torch's dense product: layers of many shapes, densities and batches.
+
+Both sides run the same weights again and again (a hot loop), which favours the dense side: a small sparse
+weight gains more where no cache holds it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from shared import ops
+from shared.bench import Cell, Goal, Later, main
+from shared.ops.sparse_linear import sparse_linear
+from shared.ops.weights import SparseWeight, pack
+
+# (out, in). Below these a call takes as long as Python's own part of it: `auto` adds some microseconds.
+SHAPES = ((768, 768), (3072, 768), (1024, 1024), (2048, 2048), (4096, 4096), (1024, 4096), (4096, 1024))
+ZEROS = (0.5, 0.7, 0.8, 0.9, 0.95)
+BATCHES = {torch.float32: (1, 8, 64), torch.bfloat16: (1, 16)}
+NEVER_SLOWER = Goal(1 / 1.05)
+
+
+def cells(quick: bool, threads: int) -> Iterator[Later]:
+    @functools.lru_cache(maxsize=1)
+    def weights(shape: tuple[int, int], zeros: float, dtype: torch.dtype) -> tuple[Tensor, SparseWeight]:
+        dense = (torch.randn(shape) * (torch.rand(shape) >= zeros)).to(dtype)
+        return dense, pack(dense)
+
+    def build(
+        labels: dict[str, object], shape: tuple[int, int], zeros: float, dtype: torch.dtype, batch: int
+    ) -> Cell:
+        dense, packed = weights(shape, zeros, dtype)
+        x = torch.randn(batch, shape[1], dtype=dtype)
+        for _ in range(2):  # plans, and the form of the weight for a large batch, are made once
+            sparse_linear(x, packed)
+        labels["choice"] = ops.explain(sparse_linear, x, packed).backend
+        call: Callable[[], Tensor] = functools.partial(sparse_linear, x, packed)
+        peers = {"torch dense": functools.partial(torch.nn.functional.linear, x, dense)}
+        return Cell(labels, call, peers, goal=NEVER_SLOWER)
+
+    for shape in SHAPES[:2] if quick else SHAPES:
+        for dtype, batches in BATCHES.items():
+            for zeros in ZEROS[::2] if quick else ZEROS:
+                for batch in batches:
+                    labels: dict[str, object] = {"shape": f"{shape[0]}x{shape[1]}", "values": str(dtype)[6:]}
+                    labels |= {"zeros": f"{zeros:.0%}", "batch": batch}
+                    yield Later(labels, functools.partial(build, dict(labels), shape, zeros, dtype, batch))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    claim = "auto is never slower than 1.05 times the dense product"
+    sys.exit(main(claim, cells, block_seconds=0.04))

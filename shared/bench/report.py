@@ -1,0 +1,63 @@
+"""`python -m shared.bench.report FILES`: the JSON results of benchmark scripts as Markdown tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.bench.runner import verdict
+from shared.io import read_json
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """One benchmark run: its claim, the machine, a row per cell, the goals.
+
+    Args:
+        results: what a script wrote with --json.
+    """
+    limits, machine = results["limits"], results["machine"]
+    text = [f"## {results['claim'][0].upper()}{results['claim'][1:]}", ""]
+    text.append(
+        f"{machine['cpu']}, {results['threads']} thread(s), torch {machine['torch']}; measured "
+        f"{limits['bytes_per_second'] / 1e9:.1f} GB/s and {limits['flops_per_second'] / 1e9:.0f} GFLOP/s"
+        + ("; other programs ran meanwhile" if results["under_load"] else "")
+        + "."
+    )
+    labels = list(dict.fromkeys(key for row in results["rows"] for key in row["labels"]))
+    head = [*labels, "ours ms", "best peer", "its ms", "ratio", "bound ms", "of bound", "goal"]
+    text += ["", _line(head), _line(["---"] * len(head))]
+    for row in results["rows"]:
+        goal, bound = row.get("goal"), row.get("bound")
+        over = goal["over"] if goal else row["best_peer"]
+        reached = goal["reached"] if goal else row["ratio"]["value"]
+        text.append(_line([
+            *(str(row["labels"].get(key, "")) for key in labels),
+            f"{1e3 * row['seconds']['ours']['median']:.3f}",
+            over,
+            f"{1e3 * row['seconds'][over]['median']:.3f}",
+            f"{reached:.2f}x",
+            f"{1e3 * bound['seconds']:.3f}" if bound else "",
+            f"{bound['share']:.0%}" if bound else "",
+            verdict(goal),
+        ]))
+    if results["groups"]:
+        text += ["", _line(["geometric mean over", "ratio", "goal"]), _line(["---"] * 3)]
+        for name, group in results["groups"].items():
+            text.append(_line([name, f"{group['ratio']:.2f}x", verdict(group)]))
+    return "\n".join([*text, ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(files: Sequence[str]) -> None:
+    """Print the tables of all files."""
+    tables = [markdown(read_json(Path(name))) for name in files]
+    print("\n".join(["# Results of the benchmark scripts", "", *tables]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
