@@ -243,9 +243,17 @@ class Large:
             kept, total = self._prune(source, prune)
             seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        facts = {"zeros": 1 - kept / total, "weights": total, "seconds": round(seconds, 1), "peak_bytes": peak,
-                 "model": self.random or str(self.source), "method": self.method, "pattern": self.pattern,
-                 "tokens": self.windows * self.length, "threads": torch.get_num_threads()}  # fmt: skip
+        facts = {
+            "zeros": 1 - kept / total,
+            "weights": total,
+            "seconds": round(seconds, 1),
+            "peak_bytes": peak,
+            "model": self.random or str(self.source),
+            "method": self.method,
+            "pattern": self.pattern,
+            "tokens": self.windows * self.length,
+            "threads": torch.get_num_threads(),
+        }
         if self.report is not None:
             write_json(self.report, facts)
         return facts

@@ -186,8 +186,8 @@ def lower(
     published: str,
     at_least: float | None = None,
 ) -> Verdict:
-    """The verdict on "the perplexity of `better` is lower than that of `worse`", in percent of perplexity,
-    paired by calibration seed; an arm without randomness stands for every seed."""
+    """The verdict on "the perplexity of `better` is lower than that of `worse`": the difference of their
+    logarithms, paired by calibration seed; an arm without randomness stands for every seed."""
     one, other = values(rows, subject, better, level), values(rows, subject, worse, level)
     if not one or not other:
         return judge(claim, published, None)
@@ -198,9 +198,9 @@ def lower(
         other = dict.fromkeys(seeds, next(iter(other.values())))
     seeds = [seed for seed in seeds if seed in one and seed in other]
     difference = seed_difference(
-        [100 * math.log(other[seed]) for seed in seeds], [100 * math.log(one[seed]) for seed in seeds]
+        [math.log(other[seed]) for seed in seeds], [math.log(one[seed]) for seed in seeds]
     )
-    return judge(claim, published, difference, at_least=at_least, unit="% perplexity", digits=1)
+    return judge(claim, published, difference, at_least=at_least, unit="nats per word", digits=3)
 
 
 def perplexity_table(
