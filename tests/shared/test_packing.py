@@ -127,3 +127,36 @@ def test_other_types_can_be_registered(monkeypatch) -> None:
     packing.register_packer(Mine)(lambda module, masks: nn.Identity())
     model, masks = masked(nn.Sequential(Mine(5, 4), nn.Linear(4, 3)), 0.4)
     assert isinstance(pack(model, masks)[0], nn.Identity)
+
+
+def test_composites_are_packed_after_their_parts_and_take_their_masks() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    class PackedPair(nn.Module):
+        def __init__(self, pair: Pair) -> None:
+            super().__init__()
+            self.kinds = (type(pair.first), type(pair.second))
+
+    def convert(module: nn.Module) -> nn.Module | None:
+        return PackedPair(module) if isinstance(module, Pair) else None
+
+    model = nn.Sequential(Pair(), nn.Linear(8, 8))
+    masks = MaskSet({
+        "0.first.weight": torch.rand(8, 8) < 0.2,
+        "0.second.weight": torch.ones(8, 8, dtype=torch.bool),
+        "1.weight": torch.ones(8, 8, dtype=torch.bool),
+    })
+    masks.apply_(model)
+    packing.register_composite_packer(convert)
+    try:
+        packed = pack(model.eval(), masks)
+    finally:
+        packing._COMPOSITES.remove(convert)
+    assert packed[0].kinds == (SparseLinear, nn.Linear) and not packed[0].training
+    assert list(masks_of(packed)) == ["1.weight"]

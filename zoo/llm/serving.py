@@ -145,17 +145,17 @@ def _pack_mlp(module: nn.Module) -> nn.Module | None:
         return None
     gate, up, down = parts
     plain = (nn.Linear, SparseLinear)
-    if gate is None or type(up) not in plain or type(down) not in plain:
+    if gate is None or up is None or down is None or type(up) not in plain or type(down) not in plain:
         return None
     if _weight(up).dtype not in _STORED:
         return None
-    stores: list[DenseStore | SparseLinear]
+    stores: tuple[DenseStore | SparseLinear, DenseStore | SparseLinear]
     if isinstance(up, SparseLinear) and isinstance(down, SparseLinear):
-        stores = [_by_bits(up.weight), _by_bits(_transposed(down.weight))]
+        stores = (_by_bits(up.weight), _by_bits(_transposed(down.weight)))
     else:
-        stores = [DenseStore(_weight(up)), DenseStore(_weight(down).t())]
-    biases = [None if one.bias is None else one.bias.detach() for one in (up, down)]
-    packed = PackedGatedMLP(gate, act_fn, *stores, *biases).requires_grad_(False)
+        stores = (DenseStore(_weight(up)), DenseStore(_weight(down).t()))
+    up_bias, down_bias = (None if one.bias is None else one.bias.detach() for one in (up, down))
+    packed = PackedGatedMLP(gate, act_fn, *stores, up_bias, down_bias).requires_grad_(False)
     return packed if _same(module, packed, up.in_features) else None
 
 
