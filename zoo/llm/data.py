@@ -20,13 +20,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from shared.io import sha256_file
 from zoo.errors import DataError, UnknownNameError
 from zoo.names import suggestion
 
-Split = Literal["train", "validation", "test"]
 EMBEDDED = Path(__file__).parent / "texts" / "shakespeare.txt.xz"
 
 # First words of each play in tinyshakespeare, in the order of the file, which names no play.
@@ -67,7 +65,7 @@ class Corpus:
     validation: tuple[str, ...]
     test: tuple[str, ...]
 
-    def split(self, name: Split) -> tuple[str, ...]:
+    def split(self, name: str) -> tuple[str, ...]:
         """The documents of a split."""
         if name not in ("train", "validation", "test"):
             raise DataError(f"There are the splits train, validation and test. Received: {name!r}.")

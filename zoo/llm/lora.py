@@ -139,7 +139,7 @@ def attach_lora(
     model.requires_grad_(False)
     for name, linear in chosen:
         keep = masks[name].keep.to(linear.weight.device) if name in masks else None
-        low_rank = MaskedLowRank(linear.weight.detach(), rank, alpha or 2 * rank, keep, generator)
+        low_rank = MaskedLowRank(linear.weight.detach(), rank, float(alpha or 2 * rank), keep, generator)
         parametrize.register_parametrization(linear, "weight", low_rank)
     return [name for name, _ in chosen]
 
