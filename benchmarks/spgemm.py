@@ -1,7 +1,7 @@
 """The square of a graph: row-wise product against scipy, MKL (through torch) and sort-merge of products.
 
-scipy leaves the columns of a row in any order, MKL sorts them: each is met on its own terms, and scipy with its
-sort beside MKL.
+scipy leaves the columns of a row in any order, MKL sorts them: each is met on its own terms, and scipy with
+its sort beside MKL.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
             return product
 
         yield Cell(
-            {"graph": name, "columns": "any order", **size}, unsorted, {"scipy": lambda a=sparse: a @ a}, bound,
-            Goal(2),
+            {"graph": name, "columns": "any order", **size},
+            unsorted, {"scipy": lambda a=sparse: a @ a}, bound, Goal(2),
         )
         peers = {"scipy": by_scipy, "MKL int32": lambda a=csr32: a @ a, "MKL int64": lambda a=csr64: a @ a}
         if products <= PRODUCTS:

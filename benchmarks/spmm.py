@@ -92,7 +92,8 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
                 )
                 if col.numel() * width * 4 <= MESSAGES:
                     yield Cell(
-                        {**labels, "against": "gather-scatter"}, timed(ours, x), {"gather-scatter": timed(gather_scatter, x)}, bound, Goal(3)
+                        {**labels, "against": "gather-scatter"},
+                        timed(ours, x), {"gather-scatter": timed(gather_scatter, x)}, bound, Goal(3),
                     )
             if col.numel() * width * 4 <= MESSAGES // 4:
                 yield Cell(

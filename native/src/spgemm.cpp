@@ -27,6 +27,7 @@ constexpr int64_t kColumnsFlagged = 8;
 // Sorting: rows of up to kRanked entries by comparing all with all, others by the flags of their columns if there is
 // an entry per kColumnsScanned of these, else digit by digit.
 constexpr int64_t kRanked = 128, kColumnsScanned = 160;
+constexpr int64_t kAhead = 4;  // rows of B fetched before they are needed
 constexpr int64_t kMinChunk = int64_t{1} << 16, kMaxChunk = int64_t{1} << 22;  // multiplications
 
 template <class T, class Index>
@@ -71,12 +72,16 @@ struct State {
   std::vector<Index> cols, swapped_cols;
   std::vector<T> values, swapped_values;
 
+  ArrayPlaces<Index> array_of(int64_t width) {
+    if (places.empty()) places.assign(width, Index(-1));
+    return {places.data()};
+  }
+
   // use(lookup) for a row of the given number of products, at most `entries` of them at different columns.
   template <class Use>
   void with_places(int64_t products, int64_t entries, int64_t width, Use&& use) {
     if (width <= kNarrow || (width <= kWidest && products * kColumnsPerProduct >= width)) {
-      if (places.empty()) places.assign(width, Index(-1));
-      use(ArrayPlaces<Index>{places.data()});
+      use(array_of(width));
       return;
     }
     int bits = 4;
@@ -106,6 +111,12 @@ inline __attribute__((always_inline)) void for_products(const Csr<T, Index>& a, 
   const Index* const __restrict starts = b.crow;
   for (int64_t e = a.crow[row], stop = a.crow[row + 1]; e < stop; ++e) {
     const int64_t k = inner[e];
+    // Rows of B lie all over the place, and a wrong guess at the end of each keeps the processor from looking ahead.
+    if (e + kAhead < stop) {
+      const int64_t next = starts[inner[e + kAhead]];
+      __builtin_prefetch(b.col + next);
+      if (b.value != nullptr) __builtin_prefetch(b.value + next);
+    }
     for (int64_t f = starts[k], last = starts[k + 1]; f < last; ++f) use(e, f);
   }
 }
@@ -144,13 +155,11 @@ __attribute__((noinline)) int64_t count_met(const Places lookup, const Csr<T, In
 // would be guessed wrong too often: seen from the row's first place, one left over is beyond all places so far.
 template <class T, class Index, class Places>
 __attribute__((noinline)) int64_t sum_row(const Places lookup, const Csr<T, Index>& a, const Csr<T, Index>& b,
-                                          int64_t row, Index first, int64_t bound, Index* __restrict cols,
-                                          T* __restrict values) {
+                                          int64_t row, Index first, Index* __restrict cols, T* __restrict values) {
   using Unsigned = std::make_unsigned_t<Index>;
   const Index* const __restrict b_col = b.col;
   const T* const __restrict b_value = b.value;
   const Places places = lookup;
-  std::fill_n(values, bound, T(0));
   Unsigned count = 0;
   for_products(a, b, row, [&, factors = a.value](int64_t e, int64_t f) {
     const Index c = b_col[f];
@@ -309,9 +318,10 @@ int64_t multiply_row(State<T, Index>& state, const Csr<T, Index>& a, const Csr<T
     return sum_row_flagged(state, a, b, row, width, bound, cols, values);
   if (sorted) state.reserve(bound);
   int64_t entries = 0;
+  T* const sums = sorted ? state.values.data() : values;
+  std::fill_n(sums, bound, T(0));
   state.with_places(products, bound, width, [&](const auto& places) {
-    entries = sum_row(places, a, b, row, first, bound, sorted ? state.cols.data() : cols,
-                      sorted ? state.values.data() : values);
+    entries = sum_row(places, a, b, row, first, sorted ? state.cols.data() : cols, sums);
   });
   if (!sorted) return entries;
   if (entries <= kRanked) sort_by_rank(entries, state.cols.data(), state.values.data(), cols, values);
@@ -325,6 +335,16 @@ void multiply(const Csr<T, Index>& a, const Csr<T, Index>& b, const int64_t* wor
               bool sorted, const Start* start, Index* col, T* value, int64_t* counts, int64_t threads) {
   const auto make = [] { return State<T, Index>(); };
   for_chunks(work, rows, threads, make, [&](State<T, Index>& state, int64_t begin, int64_t end) {
+    if (!sorted && width <= kNarrow) {  // many short rows: as little as possible for each
+      const ArrayPlaces<Index> places = state.array_of(width);
+      std::fill(value + start[begin], value + start[end], T(0));
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = start[row];
+        const int64_t entries = sum_row(places, a, b, row, static_cast<Index>(first), col + first, value + first);
+        if (counts != nullptr) counts[row] = entries;
+      }
+      return;
+    }
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first = start[row], bound = std::min<int64_t>(start[row + 1] - first, width);
       const int64_t entries =
@@ -396,8 +416,9 @@ ZOO_EXPORT void zoo_spgemm_count(const void* a_crow, const void* a_col, const vo
   });
 }
 
-// crow: where each row of the product starts, the prefix sum of what zoo_spgemm_count gave. Null: each row starts at
-// its work[row], in arrays for work[rows] entries, and counts tells how many it has.
+// crow: where each row of the product starts, the prefix sum of what zoo_spgemm_count gave. Null: the product stays in
+// scratch memory, where each row starts at its work[row], until zoo_spgemm_pack fetches it from the same thread; counts
+// tells how many entries the rows have.
 ZOO_EXPORT void zoo_spgemm(const void* a_crow, const void* a_col, const void* a_value, const void* b_crow,
                            const void* b_col, const void* b_value, const int64_t* work, const void* crow, void* col,
                            void* value, int64_t* counts, int64_t rows, int64_t cols, int64_t sorted,
@@ -406,34 +427,34 @@ ZOO_EXPORT void zoo_spgemm(const void* a_crow, const void* a_col, const void* a_
     using T = decltype(v);
     using Index = decltype(index);
     const Csr<T, Index> a = csr<T, Index>(a_crow, a_col, a_value), b = csr<T, Index>(b_crow, b_col, b_value);
-    const auto run = [&](const auto* start) {
-      multiply(a, b, work, rows, cols, sorted != 0, start, static_cast<Index*>(col), static_cast<T*>(value), counts,
-               threads);
+    const auto run = [&](const auto* start, Index* to_col, T* to_value) {
+      multiply(a, b, work, rows, cols, sorted != 0, start, to_col, to_value, counts, threads);
     };
     if (crow == nullptr) {
-      run(work);
+      run(work, scratch_of<Index>(work[rows], 0), scratch_of<T>(work[rows], 1));
       return;
     }
     const Index* const start = static_cast<const Index*>(crow);
     expect_large(col, start[rows] * index_bytes);
     expect_large(value, start[rows] * value_bytes);
-    run(start);
+    run(start, static_cast<Index*>(col), static_cast<T*>(value));
   });
 }
 
-// Moves rows that start at work[row] to where crow says.
-ZOO_EXPORT void zoo_spgemm_pack(const int64_t* work, const void* crow, const void* from_col, const void* from_value,
-                                void* col, void* value, int64_t rows, int64_t value_bytes, int64_t index_bytes,
-                                int64_t threads) {
+// Moves the rows that zoo_spgemm left in scratch memory to where crow says.
+ZOO_EXPORT void zoo_spgemm_pack(const int64_t* work, const void* crow, void* col, void* value, int64_t rows,
+                                int64_t value_bytes, int64_t index_bytes, int64_t threads) {
   typed(value_bytes, index_bytes, [&](auto v, auto index) {
     using T = decltype(v);
     using Index = decltype(index);
     const Index* const start = static_cast<const Index*>(crow);
+    const Index* const from_col = scratch_of<Index>(work[rows], 0);
+    const T* const from_value = scratch_of<T>(work[rows], 1);
     parallel_rows(start, rows, 8, threads, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t count = start[row + 1] - start[row];
-        std::copy_n(static_cast<const Index*>(from_col) + work[row], count, static_cast<Index*>(col) + start[row]);
-        std::copy_n(static_cast<const T*>(from_value) + work[row], count, static_cast<T*>(value) + start[row]);
+        std::copy_n(from_col + work[row], count, static_cast<Index*>(col) + start[row]);
+        std::copy_n(from_value + work[row], count, static_cast<T*>(value) + start[row]);
       }
     });
   });

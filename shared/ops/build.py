@@ -1,13 +1,14 @@
 """`python -m shared.ops.build`: build the native kernels of a source checkout in place, with CMake.
 
 Installing the package does the same by itself; this is for working on the kernels. `--sanitize address` (or
-`thread`) builds a library with that sanitizer into build/native-<sanitizer>; it prints how to run the tests
-with it.
+`thread`) builds a library with that sanitizer into build/native-<sanitizer>; `--test` then runs the tests of
+the ops on it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import shutil
 import subprocess
@@ -52,17 +53,43 @@ def main() -> None:
     )
     parser.add_argument("--sanitize", choices=["address", "thread"])
     parser.add_argument("--level", choices=LEVELS, help="build this instruction set only")
+    parser.add_argument(
+        "--test", dest="tests", nargs="*", metavar="PATH", help="run tests (all of the ops) on it"
+    )
     options = parser.parse_args()
+    if options.tests is not None and not options.sanitize:
+        parser.error("--test runs the tests under a sanitizer: name one with --sanitize")
     folder = build(options.sanitize, options.level)
     print(f"built into {folder}")
-    if options.sanitize:
-        runtime = {"address": "libasan.so", "thread": "libtsan.so"}[options.sanitize]
-        # torch's own runtime leaks by design, and OpenMP's barriers are unknown to the thread sanitizer,
-        # which therefore needs the kernels' own threads (ZOO_OWN_THREADS).
-        print(
-            f"run the tests on it: LD_PRELOAD=$(gcc -print-file-name={runtime}) ASAN_OPTIONS=detect_leaks=0 "
-            f"ZOO_OWN_THREADS=1 ZOO_NATIVE_DIR={folder} python -m pytest tests/ops"
-        )
+    if not options.sanitize:
+        return
+    environment = under_sanitizer(options.sanitize, folder)
+    if options.level:
+        environment["ZOO_ISA"] = options.level
+    # Compiled models are left out: their code comes from a compiler that the sanitizer does not know.
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not traced", *(options.tests or ["tests/ops"])]
+    if options.tests is None:
+        settings = " ".join(f"{name}='{value}'" for name, value in environment.items())
+        print(f"run the tests on it: {settings} {' '.join(command)}")
+        return
+    sys.exit(subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}).returncode)
+
+
+def under_sanitizer(sanitize: str, folder: Path) -> dict[str, str]:
+    """The variables with which a Python process runs the library in `folder`, built with that sanitizer."""
+    runtime = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
+    found = subprocess.run(
+        ["gcc", f"-print-file-name={runtime}"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "LD_PRELOAD": found,
+        "ZOO_NATIVE_DIR": str(folder),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep much until they end
+        # The kernels get threads of their own: OpenMP's barriers are unknown to the thread sanitizer. What
+        # torch does inside is not compiled for it either, and looks like a race to it.
+        "ZOO_OWN_THREADS": "1",
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=0 exitcode=66",
+    }
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from shared.errors import OpError
 from shared.ops import _native, dispatch
 from shared.ops.csr import check_layout, check_values, entry_rows, transposed
 
-
 # Products of at most this many multiplications (8 to 16 MB of them) are written in one pass and then packed.
 _ONE_PASS = 1 << 20
 
@@ -140,15 +139,14 @@ def _native_product(
     )
     products = int(work[-1])
 
-    def multiply(start: int, out_col: Tensor, out_values: Tensor, counts: int) -> None:
+    def multiply(start: int | None, out_col: int | None, out_values: int | None, counts: int | None) -> None:
         _native.function("zoo_spgemm", "pppppppppppiiiiii")(
-            *addresses, work.data_ptr(), start, out_col.data_ptr(), out_values.data_ptr(), counts, rows, cols,
-            int(sort), values.element_size(), index, threads,
+            *addresses, work.data_ptr(), start, out_col, out_values, counts, rows, cols, int(sort),
+            values.element_size(), index, threads,
         )
 
     if products <= _ONE_PASS:
-        loose = col.new_empty(products), values.new_empty(products)
-        multiply(0, *loose, counts)
+        multiply(None, None, None, counts)
     else:
         _native.function("zoo_spgemm_count", "pppppiiiip")(
             a_crow, a_col, b_crow, b_col, work.data_ptr(), rows, cols, index, threads, counts
@@ -158,12 +156,11 @@ def _native_product(
     _refuse_overflow(entries, col.dtype)
     out = starts.to(col.dtype), col.new_empty(entries), values.new_empty(entries)
     if products <= _ONE_PASS:
-        _native.function("zoo_spgemm_pack", "ppppppiiii")(
-            work.data_ptr(), out[0].data_ptr(), *(t.data_ptr() for t in (*loose, *out[1:])), rows,
-            values.element_size(), index, threads,
+        _native.function("zoo_spgemm_pack", "ppppiiii")(
+            work.data_ptr(), *(tensor.data_ptr() for tensor in out), rows, values.element_size(), index, threads
         )
     else:
-        multiply(out[0].data_ptr(), out[1], out[2], 0)
+        multiply(*(tensor.data_ptr() for tensor in out), None)
     return out
 
 
