@@ -45,7 +45,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     if results["groups"]:
         text += ["", _line(["geometric mean over", "ratio", "goal"]), _line(["---"] * 3)]
         for name, group in results["groups"].items():
-            text.append(_line([name, f"{group['ratio']:.2f}x", verdict(group)]))
+            goal = {"ratio": group["goal"], "met": group["met"]}
+            text.append(_line([name, f"{group['ratio']:.2f}x", verdict(goal)]))
     return "\n".join([*text, ""])
 
 

@@ -254,6 +254,18 @@ def main(
     earlier = read_json(options.json) if options.resume and Path(options.json).exists() else {"rows": []}
     table = Table(claim, group_goals or {}, list(earlier["rows"]))
     done, left = [row["labels"] for row in earlier["rows"]], 0
+
+    def report(left: int) -> dict[str, Any]:
+        others = (others_busy() - busy) / (time.perf_counter() - start)
+        return {
+            "claim": claim, "machine": before, "threads": options.threads, "quick": options.quick,
+            "clock": getattr(tick, "__name__", "custom"), "limits": asdict(ceiling), "others_busy": others,
+            "under_load": others > 0.1 or earlier.get("under_load", False), "rows": table.records,
+            "groups": {name: {"ratio": mean, "goal": table.group_goals[name].ratio, "met": met}
+                       for name, (mean, met) in table.group_results().items()},
+            "missed": table.missed, "left": left,
+        }
+
     with threads(options.threads):
         ceiling = limits(options.threads, clock=tick, seconds=0.1 if options.quick else 0.5)
         for cell in cells(options.quick, options.threads):
@@ -273,26 +285,19 @@ def main(
             row = Row(cell, timings, ceiling)
             table.rows.append(row)
             print(f"{shown}: {row.against()}", file=sys.stderr, flush=True)
+            if options.resume:  # what a kill would cost is one cell
+                write_json(options.json, report(left=1))
     print(table)
-    others = (others_busy() - busy) / (time.perf_counter() - start)
-    loaded = others > 0.1 or earlier.get("under_load", False)
+    final = report(left)
     print(f"{before['cpu']}, {options.threads} thread(s); {ceiling.bytes_per_second / 1e9:.1f} GB/s, "
-          f"{ceiling.flops_per_second / 1e9:.0f} GFLOP/s measured; other programs used {others:.2f} cores"
-          + (", UNDER LOAD: repeat on an idle machine" if loaded else "")
+          f"{ceiling.flops_per_second / 1e9:.0f} GFLOP/s measured; other programs used "
+          f"{final['others_busy']:.2f} cores"
+          + (", UNDER LOAD: repeat on an idle machine" if final["under_load"] else "")
           + (f"; {left} cells left for --resume" if left else ""))
-    if options.json:
-        report = {
-            "claim": claim, "machine": before, "threads": options.threads, "quick": options.quick,
-            "clock": getattr(tick, "__name__", "custom"), "limits": asdict(ceiling), "under_load": loaded,
-            "rows": table.records,
-            "groups": {name: {"ratio": mean, "goal": table.group_goals[name].ratio, "met": met}
-                       for name, (mean, met) in table.group_results().items()},
-            "missed": table.missed, "left": left,
-        }
-        if options.json == "-":
-            print(json.dumps(report))
-        else:
-            write_json(options.json, report)
+    if options.json == "-":
+        print(json.dumps(final))
+    elif options.json:
+        write_json(options.json, final)
     if table.missed:
         print(f"{table.missed} goal(s) missed", file=sys.stderr)
     return 1 if table.missed or left else 0
