@@ -291,7 +291,7 @@ def start(out: Path, steps: int, model: Path) -> subprocess.Popen[str]:
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, pruned):
-    steps = 60
+    steps = 30
     process = start(tmp_path / "killed", steps, pruned)
     checkpoint = tmp_path / ".killed.checkpoint" / "state.safetensors"
     deadline = time.monotonic() + 300
