@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from shared.bench import compare, ratio, threads
 from shared.ops import pack, sparse_linear
+from shared.ops.sparse_linear import plan
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.tables import Outcome, Plot, Series, Table, Verdict
@@ -40,7 +42,7 @@ class FlashConfig:
     sparsities: tuple[float, ...] = (0.7, 0.8, 0.9)
     batches: tuple[int, ...] = (1, 8, 32)
     processors: int = 2
-    rounds: int = 3
+    rounds: int = 7
 
     def __post_init__(self) -> None:
         if self.rows % TILE_ROWS or self.columns % TILE_COLUMNS or min(self.rows, self.columns) < 1:
@@ -76,12 +78,14 @@ def measure(config: FlashConfig, sparsity: float) -> list[dict[str, Any]]:
             TILED: _error(functions[TILED](), expected),
         }
         with threads(config.processors), torch.inference_mode():
-            times = compare(functions, rounds=config.rounds, block_seconds=0.1)
+            times = compare(functions, rounds=config.rounds, block_seconds=0.15)
         rows.append(
             {
                 "sparsity": sparsity,
                 "batch": batch,
                 "kept": kept,
+                "backend": plan(x, packed).backend,
+                "layout": packed.layout,
                 "exact": exact,
                 "bytes": {
                     "tiled": tiled.nbytes,
@@ -123,7 +127,7 @@ class FlashLLMExperiment(Experiment):
             key = {"experiment": self.name, "version": 1, "level": sparsity,
                    "shape": [config.rows, config.columns], "batches": list(config.batches),
                    "threads": config.processors, "rounds": config.rounds}  # fmt: skip
-            rows += cells.cell(key, lambda sparsity=sparsity: measure(config, sparsity))
+            rows += cells.cell(key, functools.partial(measure, config, sparsity))
             if progress is not None:
                 progress(done, len(config.sparsities), f"sparsity {sparsity}")
         notes = [
@@ -159,13 +163,14 @@ def _times(rows: list[dict[str, Any]], config: FlashConfig) -> Table:
             f"{100 * row['sparsity']:.0f} %",
             row["batch"],
             f"{row['milliseconds'][DENSE]:.2f}",
+            f"{row['layout']}, {row['backend']}",
             *(f"{row['over_dense'][name]:.2f}x" for name in (OURS, CSR, TILED)),
         ]
         for row in rows
     ]
     return Table(
         f"Products with a {config.rows} x {config.columns} weight in fp32, {config.processors} threads",
-        ["zeros", "batch", "dense [ms]", OURS, CSR, TILED],
+        ["zeros", "batch", "dense [ms]", "layout, backend", OURS, CSR, TILED],
         body,
         "Times faster than dense; below 1 is slower.",
     )
