@@ -23,7 +23,6 @@ from shared.errors import BudgetError
 from shared.gates import harden
 from shared.masks import MaskSet, set_masks
 from shared.patterns import NM, parse_pattern
-from shared.schedules import Steps
 from zoo.errors import ConfigError
 from zoo.vision.base import Pruned, VisionMethod, inner_weights
 from zoo.vision.models import Classifier, reinitialised
@@ -42,12 +41,6 @@ def parsed_nm(pattern: str) -> NM:
     if not isinstance(found, NM):
         raise ConfigError(f"this method trains n:m patterns such as 2:8; received {pattern!r}")
     return found
-
-
-def frames(pattern: NM, flow: str, end: int) -> Steps:
-    """n:m over steps, as indices into `frame_patterns`, in equal frames until step `end`."""
-    count = len(frame_patterns(pattern, flow))
-    return Steps(tuple((index * end // count, float(index)) for index in range(count)))
 
 
 def frame_patterns(pattern: NM, flow: str) -> list[tuple[int, int]]:
@@ -163,7 +156,7 @@ class ProgressiveFlow(NMMethod):
             # Falls to 1 % over the share, and is cut to 0 there, so that the last steps train the final mask.
             DecayingSTE.set_beta(model, math.exp(math.log(0.01) * step / end) if step < end else 0.0)
         elif patterns := self._frames():
-            now = patterns[int(frames(parsed_nm(self.pattern), self.flow, end)(step))]
+            now = patterns[min(len(patterns) - 1, step * len(patterns) // end)]
             for gate in gates:
                 gate.pattern = NM(*now, 1)
 
