@@ -79,7 +79,7 @@ def test_the_experiment_sums_up(tmp_path):
     goal = {"ratio": 1.25, "over": "dense", "reached": 1.5, "met": True}
     write_json(tmp_path / "llm_decode-s.json", {"rows": [{"labels": labels, "seconds": seconds, "goal": goal}]})
     config = experiment.config_class(
-        subjects=(TWIN,), seeds=1, windows=4, length=64, documents=1, sparsities=(0.5,), step=1.0, speed=tmp_path
+        subjects=(TWIN,), seeds=1, windows=2, length=48, documents=1, sparsities=(0.5,), step=2.0, speed=tmp_path
     )
     result = experiment.run(config, CellCache(tmp_path / "cells"))
     arms = {row["arm"]: row for row in result.rows}

@@ -199,7 +199,8 @@ def test_extras_name_the_modules(llama):
 
 
 @pytest.mark.traced
-def test_compiles_masked_and_packed(llama):
+def test_compiles_masked_and_packed(make_llama):
+    llama = make_llama(layers=1)
     attach(llama, some_thresholds(llama))
     ids = token_batches(1, 1, 8)[0]
     wanted = logits(llama, ids)
