@@ -1,9 +1,11 @@
 // Pointwise convolution with a packed W [out channels, in channels] (csr or rows4, see packed.hpp) on channel-major
 // maps: y[image, o, :] = bias[o] + sum of w[o, c] * x[image, c, :].
 //
-// A tile of pixels stays in registers while the kept weights of an output channel (or of four) pass by. Tiles are of
-// 8, 4, 2 or 1 vectors (2 or 1 for four channels at a time); the last one is moved back so that it ends with the map, and overlaps the one before: 7 x 7 maps
-// need no scalar tail.
+// A map is taken in pieces. The piece of x is first copied together, channel after channel: in the map itself each
+// channel lies on a memory page of its own, and every kept weight would wait for another page to be looked up. Then a
+// tile of its pixels stays in registers while the kept weights of an output channel (or of four) pass by. Tiles are of
+// 8, 4, 2 or 1 vectors (2 or 1 for four channels at a time); the last one is moved back so that it ends with the piece,
+// and overlaps the one before: 7 x 7 maps need no scalar tail.
 #include "zoo/export.hpp"
 #include "zoo/packed.hpp"
 #include "zoo/parallel.hpp"
@@ -11,16 +13,16 @@
 namespace zoo {
 namespace {
 
-constexpr int64_t kPiece = 64;   // pixels of a piece of the map, a multiple of two vectors
+constexpr int64_t kPiece = 64;   // pixels of a piece of a map, a multiple of eight vectors
 constexpr int64_t kRowCost = 4;  // what an empty row costs, in entries, for an even split among threads
 
 template <class T>
 struct Job {
   Packed<T> w;
   const float* bias;
-  const float* x;  // one image
-  float* y;
-  int64_t pixels;
+  const float* x;  // a piece of one image, [channels, pixels]
+  float* y;        // the same piece of the result, in a map of `ldy` pixels
+  int64_t pixels, ldy;
 };
 
 template <int V, class T>
@@ -34,7 +36,7 @@ void rows_tile(const Job<T>& job, int64_t pixel, int64_t from, int64_t to) {
       accumulate_row<V>(w.values + first, static_cast<const uint16_t*>(w.index) + first, w.pointer[segment + 1] - first,
                         job.x + p * w.panel * job.pixels + pixel, job.pixels, acc);
     }
-    for (int v = 0; v < V; ++v) store(job.y + row * job.pixels + pixel + v * kLanes, acc[v]);
+    for (int v = 0; v < V; ++v) store(job.y + row * job.ldy + pixel + v * kLanes, acc[v]);
   }
 }
 
@@ -52,7 +54,7 @@ ZOO_INLINE void rows4_tile(const Job<T>& job, int64_t pixel, int64_t block) {
                         w.pointer[segment + 1] - first, job.x + p * w.panel * job.pixels + pixel, job.pixels, acc);
   }
   for (int64_t r = 0; r < valid; ++r)
-    for (int v = 0; v < V; ++v) store(job.y + (4 * block + r) * job.pixels + pixel + v * kLanes, acc[r][v]);
+    for (int v = 0; v < V; ++v) store(job.y + (4 * block + r) * job.ldy + pixel + v * kLanes, acc[r][v]);
 }
 
 // Where the next tile of at most `most` vectors begins, and its vectors: the last one is moved back.
@@ -66,9 +68,9 @@ ZOO_INLINE int64_t next_tile(int64_t pixels, int64_t most, int64_t* pixel) {
   return vectors;
 }
 
-// All pixels of one image for rows [from, to); pixels >= kLanes.
+// All pixels of a piece for rows [from, to); pixels >= kLanes.
 template <class T>
-void image_rows(const Job<T>& job, int64_t from, int64_t to) {
+void piece_rows(const Job<T>& job, int64_t from, int64_t to) {
   for (int64_t pixel = 0; pixel < job.pixels;) {
     const int64_t vectors = next_tile(job.pixels, 8, &pixel);
     if (vectors == 8) rows_tile<8>(job, pixel, from, to);
@@ -79,20 +81,31 @@ void image_rows(const Job<T>& job, int64_t from, int64_t to) {
   }
 }
 
-// The same for blocks of four rows. A block goes through a wide piece of the map in tiles of two vectors, so that its
-// weights are read from the first-level cache and whole lines of x are used while they are there.
+// The same for blocks of four rows; the weights of a block are read from the first-level cache after its first tile.
 template <class T>
-void image_blocks(const Job<T>& job, int64_t from, int64_t to) {
-  for (int64_t start = 0; start < job.pixels; start += kPiece) {
-    const int64_t end = std::min(start + kPiece, job.pixels);
-    for (int64_t block = from; block < to; ++block)
-      for (int64_t pixel = start; pixel < end;) {
-        const int64_t vectors = next_tile(job.pixels, 2, &pixel);
-        if (vectors == 2) rows4_tile<2>(job, pixel, block);
-        else rows4_tile<1>(job, pixel, block);
-        pixel += vectors * kLanes;
-      }
-  }
+void piece_blocks(const Job<T>& job, int64_t from, int64_t to) {
+  for (int64_t block = from; block < to; ++block)
+    for (int64_t pixel = 0; pixel < job.pixels;) {
+      const int64_t vectors = next_tile(job.pixels, 2, &pixel);
+      if (vectors == 2) rows4_tile<2>(job, pixel, block);
+      else rows4_tile<1>(job, pixel, block);
+      pixel += vectors * kLanes;
+    }
+}
+
+// Piece `number` of the map x [cols, pixels], for rows [from, to) of y [rows, pixels].
+template <class T>
+void run_piece(const Packed<T>& w, bool blocks, const float* bias, const float* x, float* y, int64_t pixels,
+               int64_t number, int64_t from, int64_t to) {
+  int64_t start = number * kPiece;
+  const int64_t width = std::min(std::max<int64_t>(kLanes, pixels - start), kPiece);
+  start = std::min(start, pixels - width);
+  float* piece = scratch_of<float>(w.cols * width, 0);
+  for (int64_t c = 0; c < w.cols; ++c)
+    std::memcpy(piece + c * width, x + c * pixels + start, static_cast<size_t>(width) * sizeof(float));
+  const Job<T> job{w, bias, piece, y + start, width, pixels};
+  if (blocks) piece_blocks(job, from, to);
+  else piece_rows(job, from, to);
 }
 
 }  // namespace
@@ -103,16 +116,26 @@ void image_blocks(const Job<T>& job, int64_t from, int64_t to) {
 ZOO_EXPORT void zoo_sparse_conv1x1(const float* x, const void* values, const void* index, const int32_t* pointer,
                                    const float* bias, float* y, int64_t images, int64_t pixels, int64_t rows,
                                    int64_t cols, int64_t panel, int64_t layout, int64_t type, int64_t threads) {
-  const int64_t segment_rows = layout == zoo::kRows4 ? (rows + 3) / 4 : rows;
+  const bool blocks = layout == zoo::kRows4;
+  const int64_t segment_rows = blocks ? (rows + 3) / 4 : rows;
+  const int64_t pieces = (pixels + zoo::kPiece - 1) / zoo::kPiece;
   zoo::with_type(type, [&](auto tag) {
     using T = decltype(tag);
     const zoo::Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, 1};
+    const auto run = [&](int64_t item, int64_t from, int64_t to) {
+      const int64_t image = item / pieces;
+      zoo::run_piece(w, blocks, bias, x + image * cols * pixels, y + image * rows * pixels, pixels, item % pieces, from,
+                     to);
+    };
+    // Few pieces are shared by rows; each thread then copies them for itself.
+    if (images * pieces >= 4 * threads) {
+      zoo::parallel_for(images * pieces, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) run(item, 0, segment_rows);
+      });
+      return;
+    }
     zoo::parallel_rows(pointer, segment_rows, zoo::kRowCost, threads, [&](int64_t from, int64_t to) {
-      for (int64_t image = 0; image < images; ++image) {
-        const zoo::Job<T> job{w, bias, x + image * cols * pixels, y + image * rows * pixels, pixels};
-        if (layout == zoo::kRows4) zoo::image_blocks(job, from, to);
-        else zoo::image_rows(job, from, to);
-      }
+      for (int64_t item = 0; item < images * pieces; ++item) run(item, from, to);
     });
   });
 }
