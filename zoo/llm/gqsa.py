@@ -28,6 +28,7 @@ from shared.calibration import LossFn
 from shared.ops.quant_sparse_linear import QuantGroups
 from shared.patterns import NM, topk_mask
 from zoo.errors import ConfigError
+from zoo.llm.blocks import find_blocks
 from zoo.llm.blockwise import Forward, RunningBlock, default_forward, walk_blocks
 from zoo.llm.ecoflap import language_loss
 from zoo.llm.pruning import input_hessians
@@ -361,8 +362,6 @@ def pad_ffn(model: nn.Module, multiple: int = 16) -> nn.Module:
 
     Groups of 16 inputs need it where an FFN has 172 channels, say.
     """
-    from zoo.llm.blocks import find_blocks
-
     model = copy.deepcopy(model)
     widths = []
     for block in find_blocks(model):

@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from shared.masks import Mask
 from shared.patterns import Unstructured
 from zoo.harness.experiments import CellCache
 from zoo.harness.judging import judge
@@ -119,8 +120,6 @@ def _prune(model: LlavaForConditionalGeneration, arm: str, sparsity: float, seed
     elif arm.startswith("Wanda"):
         prune_blocks(model, batches, wanda_pruner(Unstructured(), sparsity))
     else:
-        from shared.masks import Mask
-
         prune_blocks(
             model,
             batches,
