@@ -176,14 +176,17 @@ class Table:
         for row in records:
             bound, goal = row.get("bound"), row.get("goal")
             times = {name: f"{timing['median'] * 1e3:.3f}" for name, timing in row["seconds"].items()}
-            same = goal is None or goal["over"] == row["best_peer"]
+            over = row["best_peer"] if goal is None else goal["over"]
+            reached = str(Ratio(**row["ratio"]))
+            if goal is not None and over != row["best_peer"]:
+                reached = f"{goal['reached']:.2f}x"
             lines.append([
                 *(str(row["labels"].get(key, "")) for key in labels),
                 *(times.get(name, "") for name in ("ours", *peers)),
                 "" if bound is None else f"{bound['seconds'] * 1e3:.3f}",
                 "" if bound is None else f"{bound['share']:.0%}",
-                str(Ratio(**row["ratio"])) if same else f"{goal['reached']:.2f}x",
-                row["best_peer"] if same else goal["over"],
+                reached,
+                over,
                 verdict(goal),
             ])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
