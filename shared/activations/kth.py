@@ -25,11 +25,11 @@ def check_share(share: float, what: str = "sparsity") -> float:
 
 
 class ChunkedKth:
-    """For each share s the k-th smallest |x|, k = int(count * s), of every chunk of pieces; its mean over chunks.
+    """For each share s the k-th smallest |x|, k = int(count * s), of every chunk of pieces, averaged.
 
-    The mean of k-th values of chunks is what the released CHESS code calls a threshold; it needs the memory of
-    one chunk only. A chunk of at most `exact` values is held and gives exact order statistics; a larger one
-    goes into a histogram, whose k-th value is right within a relative error of 2^-14.
+    The mean of k-th values of chunks is what the released CHESS code calls a threshold; it needs the memory
+    of one chunk only. A chunk of at most `exact` values is held and gives exact order statistics; a larger
+    one goes into a histogram, whose k-th value is right within a relative error of 2^-14.
 
     Args:
         shares: each strictly between 0 and 1.

@@ -154,8 +154,8 @@ def _pack_mlp(module: nn.Module) -> nn.Module | None:
         stores = (_by_bits(up.weight), _by_bits(_transposed(down.weight)))
     else:
         stores = (DenseStore(_weight(up)), DenseStore(_weight(down).t()))
-    up_bias, down_bias = (None if one.bias is None else one.bias.detach() for one in (up, down))
-    packed = PackedGatedMLP(gate, act_fn, *stores, up_bias, down_bias).requires_grad_(False)
+    biases = [None if one.bias is None else one.bias.detach() for one in (up, down)]
+    packed = PackedGatedMLP(gate, act_fn, stores[0], stores[1], biases[0], biases[1]).requires_grad_(False)
     return packed if _same(module, packed, up.in_features) else None
 
 
