@@ -155,12 +155,13 @@ def _native_product(
     entries = int(starts[-1])
     _refuse_overflow(entries, col.dtype)
     out = starts.to(col.dtype), col.new_empty(entries), values.new_empty(entries)
+    start, out_col, out_values = (tensor.data_ptr() for tensor in out)
     if products <= _ONE_PASS:
         _native.function("zoo_spgemm_pack", "ppppiiii")(
-            work.data_ptr(), *(tensor.data_ptr() for tensor in out), rows, values.element_size(), index, threads
+            work.data_ptr(), start, out_col, out_values, rows, values.element_size(), index, threads
         )
     else:
-        multiply(*(tensor.data_ptr() for tensor in out), None)
+        multiply(start, out_col, out_values, None)
     return out
 
 

@@ -203,7 +203,7 @@ def _plots(rows: Rows, arms: Sequence[str], levels: Sequence[float], dataset: st
     dense = statistics.fmean(100 * r["accuracy"] for r in chosen(rows, "dense, trained on", 0.0))
     curves.append(Series("dense, trained on", [], [dense], kind="reference"))
     level = 0.95 if 0.95 in levels else levels[-1]
-    points = []
+    points: list[Series] = []
     for arm in arms:
         if runs := chosen(rows, arm, level):
             cost = statistics.fmean(r["flops"] for r in runs) / 1e9
