@@ -23,6 +23,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{machine['cpu']}, {results['threads']} thread(s), torch {machine['torch']}; measured "
         f"{limits['bytes_per_second'] / 1e9:.1f} GB/s and {limits['flops_per_second'] / 1e9:.0f} GFLOP/s"
         + ("; other programs ran meanwhile" if results["under_load"] else "")
+        + ("; not all cells were measured" if results["left"] else "")
         + "."
     )
     labels = list(dict.fromkeys(key for row in results["rows"] for key in row["labels"]))
