@@ -77,7 +77,8 @@ class VisionMethod(ABC):
         dataset = self.dataset or dataset_of(model)
         trainer = Trainer(load_images(dataset), self.recipe(), self.seed)
         made, extras = self.prune(clone(model), trainer)
-        options = dataclasses.asdict(self) | {"dataset": dataset, "training_flops": trainer.cost.flops}
+        stated = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        options = stated | {"dataset": dataset, "training_flops": trainer.cost.flops}
         return Sparsified(
             made.eval(), masks_of(made) or MaskSet({}), extras, options, arguments=made.current_arguments(),
             parts={"channels": {"pattern": "channel"}} if "channels/keep" in extras else {},

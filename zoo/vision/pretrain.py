@@ -53,6 +53,7 @@ EVIDENCE = "benchmarks/results/vision-bundles.json"
 DENSE = Recipe(20, 0.1)
 TWIN = "vision/dense-convnet-digits"
 TASK = "vision/digits"
+NO_PAPER = "No paper: a plain network, trained for this zoo."
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ class Pretrain:
                 "seconds": round(sum(one.seconds for one in made), 1),
             },
             "data": {"name": source.title, "source": source.origin, "licence": source.licence},
-            "license": "Apache-2.0", "citation": entry.citation if entry is not None else "",
+            "license": "Apache-2.0", "citation": entry.citation if entry is not None else NO_PAPER,
             "evidence": EVIDENCE,
         }  # fmt: skip
         save(first.model, self.out / name, card=card, extras=first.extras, overwrite=True)
