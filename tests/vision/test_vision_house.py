@@ -259,6 +259,7 @@ def dense_bundle(tmp_path):
     return save(model, tmp_path / "tiny", card=card)
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize("options", [
     ["--method", "magnitude", "--sparsity", "0.8", "--epochs", "1"],
     ["--method", "wgsef", "--sparsity", "0.5", "--epochs", "2", "--sparse-epochs", "1"],

@@ -241,6 +241,7 @@ def test_sparse_ift_is_wider_at_no_more_operations(trainer):
         assert list(masks_of(wide)) == inner_weights(wide) and masks_of(wide).sparsity() > 0.75
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize("shortcut", ["pad", "conv"])
 @pytest.mark.parametrize("kind", [MaskSparsity, WGSEF])
 def test_channels_are_really_removed_with_their_moments(kind, shortcut, trainer):
@@ -261,6 +262,7 @@ def test_channels_are_really_removed_with_their_moments(kind, shortcut, trainer)
     again.load_state_dict(trained.state_dict())
 
 
+@pytest.mark.traced
 def test_the_penalty_spares_the_scales_that_stay(net, images):
     from zoo.vision.train import Recipe, Trainer
 
@@ -273,6 +275,7 @@ def test_the_penalty_spares_the_scales_that_stay(net, images):
     assert means["marked"] > means["all"] + 0.05
 
 
+@pytest.mark.traced
 def test_too_large_an_envelope_penalty_is_refused(net, trainer):
     hot = replace(trainer, recipe=replace(trainer.recipe, lr=0.5))
     with pytest.raises(ConfigError, match="kills the network"):

@@ -48,7 +48,9 @@ def generate_command(argv: Sequence[str]) -> int:
     from zoo.catalog import find
 
     bundle = find(options.model)
-    if bundle.card.domain != "llm":
+    from zoo.registry import GENERATORS
+
+    if bundle.card.domain not in GENERATORS.names():
         raise ConfigError(
             f"{bundle.card.name} is of the {bundle.card.domain} domain; only language models write. See "
             "`zoo list --domain llm`."
@@ -56,7 +58,8 @@ def generate_command(argv: Sequence[str]) -> int:
     import torch
 
     from zoo.bundles import load_bundle
-    from zoo.llm.generate import generate
+
+    generate = GENERATORS.get(bundle.card.domain)
 
     if options.threads is not None:
         if options.threads < 1:

@@ -20,6 +20,7 @@ from zoo.vision.models import Classifier
 from zoo.vision.train import Fit, Trainer
 
 Units = dict[str, Tensor]
+VANISHED = 1e-6  # a layer whose largest channel shrank to this share is dead, norm or no norm behind it
 
 
 @dataclass
@@ -160,6 +161,7 @@ class WGSEF(ChannelMethod):
     def sparse_stage(self, model: Classifier, groups: GroupMap, kept: int, trainer: Trainer) -> Fit:
         fit = trainer.fit(model, momentum=0.0 if self.momentum_free else trainer.recipe.momentum)
         counts = [family.units for family in groups.values()]
+        largest = [float(norm.max()) for norm in groups.norms(model).values()]
 
         def shrink() -> None:
             if not self.penalty:
@@ -172,11 +174,11 @@ class WGSEF(ChannelMethod):
                 groups.scale_(model, dict(zip(groups, factors.split(counts), strict=True)))
 
         fit.run(shrink, until=self.sparse_epochs)
-        alive = sum(int((norm > 0).sum()) for norm in groups.norms(model).values())
-        if alive < len(groups):
+        norms = [norm.detach() for norm in groups.norms(model).values()]
+        if any(float(norm.max()) <= VANISHED * start for norm, start in zip(norms, largest, strict=True)):
             raise ConfigError(
-                f"the penalty {self.penalty} left {alive} channels of {sum(counts)}: it kills the network; "
-                "choose a tenth of it"
+                f"the penalty {self.penalty:g} left a layer without any weights: it kills the network; choose "
+                "a tenth of it"
             )
         return fit
 

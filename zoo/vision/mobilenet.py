@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -54,14 +54,15 @@ class MobileNetV1(Classifier):
         self.features = nn.Sequential(*layers)
         self.linear = nn.Linear(inputs, classes)
 
+    @no_type_check  # fx traces it with proxies
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         return self.linear(self.features(x).mean((2, 3)))
 
-    def wider(self, factor: float) -> MobileNetV1:
+    def wider(self, factor: float | int) -> MobileNetV1:
         return MobileNetV1(**{**self.arguments, "width": self.arguments["width"] * factor})
 
 
-def _channels(base: int, width: float) -> int:
+def _channels(base: int, width: float | int) -> int:
     return max(8, round(base * width / 8) * 8)
 
 

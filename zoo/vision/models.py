@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class Classifier(nn.Module):
 
     arguments: dict[str, Any]
 
-    def wider(self, factor: float) -> Classifier:
+    def wider(self, factor: float | int) -> Classifier:
         """A fresh model whose inner layers have `factor` times the units, rounded."""
         raise NotImplementedError(f"{type(self).__name__} has no wider relative")
 
@@ -59,6 +59,7 @@ class Block(nn.Module):
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
 
+    @no_type_check  # fx traces it with proxies
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         inner = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(x))
@@ -73,6 +74,7 @@ class PadShortcut(nn.Module):
         self.before = (outputs - inputs) // 2
         self.after = outputs - inputs - self.before
 
+    @no_type_check  # fx traces it with proxies
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
@@ -139,12 +141,13 @@ class ResNet(Classifier):
         self.linear = nn.Linear(inputs, classes)
         _initialise(self)
 
+    @no_type_check  # fx traces it with proxies
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
 
-    def wider(self, factor: float) -> ResNet:
+    def wider(self, factor: float | int) -> ResNet:
         return ResNet(**{**self.arguments, "width": max(1, round(self.arguments["width"] * factor))})
 
     def current_arguments(self) -> dict[str, Any]:
@@ -193,10 +196,11 @@ class ConvNet(Classifier):
         self.linear = nn.Linear(widths[-1], classes)
         _initialise(self)
 
+    @no_type_check  # fx traces it with proxies
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         return self.linear(self.features(x).mean((2, 3)))
 
-    def wider(self, factor: float) -> ConvNet:
+    def wider(self, factor: float | int) -> ConvNet:
         return ConvNet(**{**self.arguments, "widths": _scaled(self.arguments["widths"], factor)})
 
     def current_arguments(self) -> dict[str, Any]:
@@ -223,10 +227,11 @@ class MLP(Classifier):
         self.linear = nn.Linear((inputs, *widths)[-1], classes)
         _initialise(self)
 
+    @no_type_check  # fx traces it with proxies
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         return self.linear(self.layers(x))
 
-    def wider(self, factor: float) -> MLP:
+    def wider(self, factor: float | int) -> MLP:
         return MLP(**{**self.arguments, "widths": _scaled(self.arguments["widths"], factor)})
 
     def current_arguments(self) -> dict[str, Any]:
@@ -302,18 +307,19 @@ class ViT(Classifier):
         self.norm = nn.LayerNorm(dim)
         self.linear = nn.Linear(dim, classes)
 
+    @no_type_check  # fx traces it with proxies
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
         return self.linear(self.norm(self.blocks(tokens)).mean(1))
 
-    def wider(self, factor: float) -> ViT:
+    def wider(self, factor: float | int) -> ViT:
         heads = self.arguments["heads"]
         dim = max(1, round(self.arguments["dim"] * factor / heads)) * heads
         hidden = max(1, round(self.arguments["hidden"] * factor))
         return ViT(**{**self.arguments, "dim": dim, "hidden": hidden})
 
 
-def _scaled(widths: Sequence[int], factor: float) -> list[int]:
+def _scaled(widths: Sequence[int], factor: float | int) -> list[int]:
     return [max(1, round(width * factor)) for width in widths]
 
 

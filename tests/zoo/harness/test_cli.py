@@ -304,6 +304,7 @@ def test_ctrl_c_leaves_nothing_half_written(toy_environment, tmp_path):
     page = tmp_path / "page.html"
     command = [sys.executable, "-m", "zoo", "eval", "toy/half-mlp", "--task", "toy/slow"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
     running = subprocess.Popen([*command, "--report", str(page)], env=environment, **pipes)
     line = running.stderr.readline()  # the progress of the first cell: it is being measured
     assert "toy/slow" in line
