@@ -161,7 +161,7 @@ class WGSEF(ChannelMethod):
     def sparse_stage(self, model: Classifier, groups: GroupMap, kept: int, trainer: Trainer) -> Fit:
         fit = trainer.fit(model, momentum=0.0 if self.momentum_free else trainer.recipe.momentum)
         counts = [family.units for family in groups.values()]
-        largest = [float(norm.max()) for norm in groups.norms(model).values()]
+        largest = [float(norm.detach().max()) for norm in groups.norms(model).values()]
 
         def shrink() -> None:
             if not self.penalty:
@@ -177,8 +177,8 @@ class WGSEF(ChannelMethod):
         norms = [norm.detach() for norm in groups.norms(model).values()]
         if any(float(norm.max()) <= VANISHED * start for norm, start in zip(norms, largest, strict=True)):
             raise ConfigError(
-                f"the penalty {self.penalty:g} left a layer without any weights: it kills the network; choose "
-                "a tenth of it"
+                f"the penalty {self.penalty:g} left a layer without any weights: it kills the network; "
+                "choose a tenth of it"
             )
         return fit
 
