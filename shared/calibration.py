@@ -34,8 +34,10 @@ def _buffers_restored(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(saved[name])
 
 
-class _Loss(nn.Module):
-    """`loss_fn` as a module, so that it can be evaluated at stand-ins for the parameters."""
+class LossModule(nn.Module):
+    """`loss_fn` as a module, so that `functional_call` can evaluate it at stand-ins for the parameters, which
+    are then named `model.<name>`.
+    """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ def collect_gradients(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any])
     Raises:
         MaskError: no batch.
     """
-    loss, total, count = _Loss(model, loss_fn), dict[str, Tensor](), 0
+    loss, total, count = LossModule(model, loss_fn), dict[str, Tensor](), 0
     with _buffers_restored(model):
         for batch in batches:
             count += 1
@@ -102,7 +104,7 @@ def collect_hessian_gradients(model: nn.Module, loss_fn: LossFn, batches: Iterab
     """
     batches = list(batches)
     mean = collect_gradients(model, loss_fn, batches)
-    loss, total = _Loss(model, loss_fn), dict[str, Tensor]()
+    loss, total = LossModule(model, loss_fn), dict[str, Tensor]()
     with _buffers_restored(model):
         for batch in batches:
             aliases, gradients = loss.gradients(batch, create_graph=True)

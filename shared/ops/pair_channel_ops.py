@@ -60,19 +60,7 @@ def depthwise_op(
 
 @depthwise_op.register_fake
 def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    source: Tensor,
-    target: Tensor,
-    start: Tensor,
-    targets: int,
-    tile: int,
-    b_source: Tensor,
-    b_target: Tensor,
-    b_start: Tensor,
-    b_tile: int,
-    flipped: bool,
+    x: Tensor, weight: Tensor, bias: Any, source: Any, target: Any, start: Any, targets: int, *_: Any
 ) -> Tensor:
     return x.new_empty(targets, weight.shape[1])
 
@@ -98,14 +86,7 @@ def _grad_x(
 
 @_grad_x.register_fake
 def _(
-    grad: Tensor,
-    weight: Tensor,
-    source: Tensor,
-    target: Tensor,
-    start: Tensor,
-    targets: int,
-    tile: int,
-    flipped: bool,
+    grad: Tensor, weight: Tensor, source: Tensor, target: Tensor, start: Tensor, targets: int, *_: Any
 ) -> Tensor:
     return grad.new_empty(targets, weight.shape[1])
 
@@ -139,16 +120,7 @@ def _grad_weight(
 
 
 @_grad_weight.register_fake
-def _(
-    x: Tensor,
-    grad: Tensor,
-    offsets: int,
-    source: Tensor,
-    target: Tensor,
-    start: Tensor,
-    targets: int,
-    tile: int,
-) -> Tensor:
+def _(x: Tensor, grad: Tensor, offsets: int, *_: Any) -> Tensor:
     return x.new_empty(offsets, x.shape[1])
 
 
@@ -218,17 +190,7 @@ def max_pool_op(
 
 @max_pool_op.register_fake
 def _(
-    x: Tensor,
-    offsets: int,
-    source: Tensor,
-    target: Tensor,
-    start: Tensor,
-    targets: int,
-    tile: int,
-    b_source: Tensor,
-    b_target: Tensor,
-    b_start: Tensor,
-    b_tile: int,
+    x: Tensor, offsets: int, source: Tensor, target: Tensor, start: Tensor, targets: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(targets, x.shape[1])
     return y, torch.empty_like(y, dtype=torch.int32)
@@ -265,14 +227,7 @@ def _max_pool_grad(
 
 @_max_pool_grad.register_fake
 def _(
-    grad: Tensor,
-    arg: Tensor,
-    offsets: int,
-    source: Tensor,
-    target: Tensor,
-    start: Tensor,
-    targets: int,
-    tile: int,
+    grad: Tensor, arg: Tensor, offsets: int, source: Any, target: Any, start: Any, targets: int, *_: Any
 ) -> Tensor:
     return grad.new_empty(targets, grad.shape[1])
 

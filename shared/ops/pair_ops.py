@@ -119,19 +119,7 @@ def sparse_conv_op(
 
 @sparse_conv_op.register_fake
 def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    source: Tensor,
-    target: Tensor,
-    start: Tensor,
-    targets: int,
-    tile: int,
-    b_source: Tensor,
-    b_target: Tensor,
-    b_start: Tensor,
-    b_tile: int,
-    flipped: bool,
+    x: Tensor, weight: Tensor, bias: Any, source: Any, target: Any, start: Any, targets: int, *_: Any
 ) -> Tensor:
     return x.new_empty(targets, weight.shape[0])
 
@@ -158,14 +146,7 @@ def _grad_x(
 
 @_grad_x.register_fake
 def _(
-    grad: Tensor,
-    weight: Tensor,
-    source: Tensor,
-    target: Tensor,
-    start: Tensor,
-    targets: int,
-    tile: int,
-    flipped: bool,
+    grad: Tensor, weight: Tensor, source: Tensor, target: Tensor, start: Tensor, targets: int, *_: Any
 ) -> Tensor:
     return grad.new_empty(targets, weight.shape[2])
 
@@ -204,16 +185,7 @@ def _grad_weight(
 
 
 @_grad_weight.register_fake
-def _(
-    x: Tensor,
-    grad: Tensor,
-    offsets: int,
-    source: Tensor,
-    target: Tensor,
-    start: Tensor,
-    targets: int,
-    tile: int,
-) -> Tensor:
+def _(x: Tensor, grad: Tensor, offsets: int, *_: Any) -> Tensor:
     return x.new_empty(grad.shape[1], offsets, x.shape[1])
 
 

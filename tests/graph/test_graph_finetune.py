@@ -99,16 +99,16 @@ def interrupted(tmp_path: Path, monkeypatch) -> Path:
     class Stop(Exception):
         pass
 
-    write = Checkpoint.write
+    save = Checkpoint.save
 
-    def write_and_stop(self, fit):
-        write(self, fit)
+    def save_and_stop(self, fit):
+        save(self, fit)
         raise Stop
 
-    monkeypatch.setattr(Checkpoint, "write", write_and_stop)
+    monkeypatch.setattr(Checkpoint, "save", save_and_stop)
     with pytest.raises(Stop):
         Finetune(TICKET, tmp_path / "tuned", epochs=6, checkpoint_every=2).run()
-    monkeypatch.setattr(Checkpoint, "write", write)
+    monkeypatch.setattr(Checkpoint, "save", save)
     return tmp_path / ".tuned.checkpoint" / "state.safetensors"
 
 

@@ -214,7 +214,7 @@ ROWS = (
 
 @pytest.mark.filterwarnings("default")
 def test_lm_eval_tasks_give_lm_evals_own_numbers(tmp_path, monkeypatch):
-    lm_eval = pytest.importorskip("lm_eval")
+    lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 

@@ -146,7 +146,7 @@ class Cnn(nn.Sequential):
 
 
 def transformer(kind: str) -> tuple[nn.Module, tuple, dict]:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="an extra; counts a whole transformer")
     configs = {
         "llama": transformers.LlamaConfig(
             vocab_size=50,

@@ -30,6 +30,7 @@ from zoo.catalog import cache_folder
 from zoo.errors import DataError
 from zoo.graph.digits import digits_graph
 from zoo.graph.splits import split_per_class
+from zoo.sources import Source
 
 NAMES = ("cora", "citeseer", "pubmed", "cs", "digits")
 
@@ -52,15 +53,6 @@ _SHA256 = {
     "ind.cora.x": "23cfa55d91c6f624233f5eb7b6e3f141f1bd2b2ae39608a63cf5d084bb27baab",
     "ind.cora.y": "94465c14eb53e04ca262198dcbb2521ee8af60fb3f3d546cd6ca24a511b0e7d1",
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a card says of the data."""
-
-    title: str
-    origin: str
-    licence: str
 
 
 SOURCES = {

@@ -45,10 +45,9 @@ class Finetune:
     """Fine-tune a graph model; the zeros of a sparse one stay zero.
 
     On its own graph the model goes on from its weights. On another graph whose features and classes differ,
-    the layers
-    that meet them are new: their weights are drawn with the seed and masked at the model's weight sparsity by
-    magnitude, edges are dropped by degree at the model's edge sparsity, and only layers of the same shape
-    keep weights and masks.
+    the layers that meet them are new: their weights are drawn with the seed and masked at the model's weight
+    sparsity by magnitude, edges are dropped by degree at the model's edge sparsity, and only layers of the
+    same shape keep weights and masks.
     """
 
     model: str
@@ -168,7 +167,7 @@ class Finetune:
                 best = fit.result().val_accuracy
                 progress(fit.epoch, recipe.epochs, f"loss {fit.last_loss:.4f}, best validation {best:.4f}")
                 if fit.epoch % self.checkpoint_every == 0 and not fit.done:
-                    checkpoint.write(fit)
+                    checkpoint.save(fit)
 
             best = fit.run(on_epoch)
         if handle is not None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from shared.budgets import kept_count
-from shared.calibration import LossFn
+from shared.calibration import LossFn, LossModule
 from shared.ops.quant_sparse_linear import QuantGroups
 from shared.patterns import NM, topk_mask
 from zoo.errors import ConfigError
@@ -274,7 +274,7 @@ def tune_model(
     for quantiser in quantisers.values():
         parts += [quantiser.scale, quantiser.zero]
         rates += [tuning.model_lr * float(quantiser.scale.mean()), tuning.model_lr * 2**quantiser.bits]
-    wrapped = _Loss(model, loss_fn)
+    wrapped = LossModule(model, loss_fn)
 
     def batch_loss(i: int) -> Tensor:
         weights = {f"model.{name}": q.dequantised(codes[name]) for name, q in quantisers.items()}
@@ -288,17 +288,6 @@ def tune_model(
         for name, quantiser in quantisers.items():
             parameters[name].copy_(quantiser.dequantised(codes[name]))
     return codes
-
-
-class _Loss(nn.Module):
-    """A loss as a module, so that it can be evaluated at other weights."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.loss_fn(self.model, batch)
 
 
 def _flat(quantisers: dict[str, Quantiser]) -> list[Tensor]:

@@ -56,7 +56,7 @@ class Recipe:
         return {**fields, "version": 1}
 
 
-# Shapes that one core trains in half an hour; every width is a multiple of 16, for groups, and of 4, for N:M.
+# Small enough for one core; every width is a multiple of 16, for groups, and of 4, for N:M.
 RECIPES = {
     "shakespeare": Recipe(
         "LLaMA decoder of 0.9 million parameters on seven plays of Shakespeare",

@@ -21,6 +21,7 @@ from torch import Tensor
 from shared.io import atomic_write
 from zoo.catalog import cache_folder
 from zoo.errors import DataError
+from zoo.sources import Source
 
 VALIDATION = 0.1  # share of the training images that no training sees
 
@@ -76,15 +77,6 @@ class Images:
         if not 1 <= count <= len(self.train):
             raise DataError(f"{self.name} has {len(self.train)} training images; received {count}")
         return replace(self, train=self.train.take(torch.arange(count)))
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a set comes from, for cards."""
-
-    title: str
-    origin: str
-    licence: str
 
 
 SOURCES = {

@@ -29,8 +29,12 @@ class Classifier(nn.Module):
     arguments: dict[str, Any]
 
     def wider(self, factor: float | int) -> Classifier:
-        """A fresh model whose inner layers have `factor` times the units, rounded."""
-        raise NotImplementedError(f"{type(self).__name__} has no wider relative")
+        """A fresh model whose inner layers have `factor` times the units, rounded.
+
+        Raises:
+            ConfigError: this kind of model has none.
+        """
+        raise ConfigError(f"{type(self).__name__} has no wider relative; take a ResNet, ConvNet, MLP or ViT.")
 
     def current_arguments(self) -> dict[str, Any]:
         """The arguments that build a model of the present shapes, after surgery too."""

@@ -23,7 +23,6 @@ import tyro
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
-from tqdm import tqdm
 
 from shared.io import atomic_write
 from shared.masks import Mask, MaskSet, masks_of, set_masks
@@ -35,6 +34,7 @@ from zoo.errors import ConfigError, TaskError
 from zoo.harness.evidence import record_evidence
 from zoo.harness.tasks import get_task
 from zoo.names import suggestion
+from zoo.progress import progress_bar
 from zoo.vision.base import VisionMethod, clone
 from zoo.vision.bip import BiP
 from zoo.vision.channels import WGSEF, MaskSparsity
@@ -291,13 +291,14 @@ def main(config: Pretrain) -> None:
     torch.set_num_threads(1)
     folder = config.cells or cache_folder() / "cells" / "vision-pretrain"
     work = [(None, "")] + [(name, level) for name in config.methods for level in ENTRIES[name].levels]
-    with tqdm(total=len(work) * config.seeds, unit="training") as bar:
+    done, total = 0, len(work) * config.seeds
+    with progress_bar() as progress:
         for name, level in work:
             made = []
             for seed in range(config.seeds):
-                bar.set_description(f"{name or 'dense'} {level} seed {seed}")
                 made.append(dense(seed, folder) if name is None else sparse(name, level, seed, folder))
-                bar.update()
+                done += 1
+                progress(done, total, f"{name or 'dense'} {level} seed {seed}")
             entry = None if name is None else ENTRIES[name]
             config.write(TWIN.partition("/")[2] if name is None else slug(name, level), made, entry)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from shared.account import count
 from zoo.errors import ConfigError, DataError, TaskError
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
-from zoo.vision.data import Source
+from zoo.sources import Source
 from zoo.vision.upscalers import Upscaler
 
 SOURCE = Source("T91 (training), Set5 and Set14 (test)", "tegg89/SRCNN-Tensorflow, jbhuang0604/SelfExSR",

@@ -204,11 +204,12 @@ def test_runs_on_one_point_share_its_mark(records):
     assert sorted(points.marks) == ["1, 4", "2, 5", "3, 6"]
 
 
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("x", [(5.0, 5.000000000000001), (0.0, 0.0), (3.0,)])
+@pytest.mark.parametrize(
+    ("x", "log"),
+    [((5.0, 5.000000000000001), False), ((5.0, 5.000000000000001), True), ((0.0, 0.0), False),
+     ((3.0,), False), ((3.0,), True)],
+)
 def test_points_of_one_place_are_drawn(x, log):
-    if log and not all(x):
-        pytest.skip("no logarithm of zero")
     points = Series("dense", x, [1.0] * len(x), kind="points")
     line = Series("bound", [], [2.0], kind="reference")
     assert svg(Plot("p", "t", "x", "y", [points, line], alt="a against b", log_x=log)).startswith("<svg")

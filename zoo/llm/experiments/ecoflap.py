@@ -79,7 +79,7 @@ class EcoflapConfig(Protocol):
 
     Args:
         sparsities: shares of zeros.
-        vision: also prune a small vision-language model, trained here in half a minute per seed.
+        vision: also prune a small vision-language model, trained here for each seed.
     """
 
     sparsities: tuple[float, ...] = (0.5, 0.6)
