@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from zoo.errors import DataError
-from zoo.harness.records import Environment, MetricValue, PeakMemory, Record, Samples
+from zoo.harness.records import Environment, MetricValue, Record, Samples
 
 
 def record(**changes):
