@@ -213,7 +213,7 @@ ZOO_EXPORT void zoo_submanifold_neighbours(const int32_t* sites, int64_t number,
 }
 
 // keys: distinct keys, in order, of the output sites that any input reaches; there is room for
-// number * product of ceil(size / stride).
+// number * product of ceil(size / (stride / gcd(stride, dilation))).
 ZOO_EXPORT void zoo_conv_sites(const int32_t* sites, int64_t number, int64_t dims, int64_t batch,
                                const int64_t* out_shape, const int64_t* geometry, int64_t* keys, int64_t* count) {
   const Space out(dims, batch, out_shape);

@@ -53,6 +53,15 @@ class Geometry:
     def offsets(self) -> int:
         return math.prod(self.kernel)
 
+    @property
+    def most_reached(self) -> int:
+        """The most output sites that one input site can reach."""
+        # Offsets reach an output of the same remainder by the stride; those repeat every stride / gcd.
+        return math.prod(
+            -(-k // (s // math.gcd(s, d)))
+            for k, s, d in zip(self.kernel, self.stride, self.dilation, strict=True)
+        )
+
     def out_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Extents of the output grid, as those of a dense convolution."""
         return tuple(
@@ -157,6 +166,49 @@ def conv_rulebook(
     return _rulebooks.get((indices,), ("conv", shape, batch_size, shaped), build)
 
 
+def conv_rulebook_onto(
+    indices: Tensor,
+    spatial_shape: Sequence[int],
+    batch_size: int,
+    onto: Tensor,
+    kernel: Any,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+) -> Rulebook:
+    """The rulebook of a convolution whose output sites are given: what it would send elsewhere is not computed.
+
+    Args:
+        onto: the output sites, on the grid that the dense convolution's output has.
+
+    Raises:
+        OpError: bad sites (see `check_sites`) or geometry.
+    """
+    shape = tuple(map(int, spatial_shape))
+    shaped = geometry(len(shape), kernel, stride, padding, dilation)
+    out_shape = shaped.out_shape(shape)
+
+    def build() -> Rulebook:
+        check_sites(indices, shape, batch_size)
+        check_sites(onto, out_shape, batch_size)
+        keys, rows = site_keys(onto, out_shape).sort()
+        reached = (_reached(indices, offset, out_shape, shaped) for offset in _offsets(shaped, indices.device))
+        backward = torch.stack([_rows_of(out, valid, out_shape, keys, rows) for out, valid in reached], 1)
+        forward = _turned(backward, onto.shape[0])
+        there, back = _pairs(forward, indices.shape[0]), _pairs(backward, onto.shape[0])
+        return Rulebook(there, back, False, onto, out_shape, shaped)
+
+    return _rulebooks.get((indices, onto), ("onto", shape, batch_size, shaped), build)
+
+
+def _turned(neighbours: Tensor, targets: int) -> Tensor:
+    """The neighbour table of the opposite direction: [sources, offsets] to [targets, offsets]."""
+    turned = neighbours.new_full((targets, neighbours.shape[1]), -1)
+    row, offset = (neighbours >= 0).nonzero(as_tuple=True)
+    turned[neighbours[row, offset].long(), offset] = row.int()
+    return turned
+
+
 def _is_native(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and _native.available()
 
@@ -205,8 +257,8 @@ def _conv_neighbours(
     """Keys of the output sites, input at [output, offset] and output at [input, offset] (-1: none)."""
     sites, dims = indices.shape[0], len(out_shape)
     if _is_native(indices):
-        most = math.prod(-(-k // s) for k, s in zip(shaped.kernel, shaped.stride, strict=True))
-        keys, count = torch.empty(sites * most, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        keys = torch.empty(sites * shaped.most_reached, dtype=torch.int64)
+        count = torch.zeros(1, dtype=torch.int64)
         extents, numbers = torch.tensor(out_shape, dtype=torch.int64), shaped.numbers()
         place = indices.contiguous()
         _native.function("zoo_conv_sites", "piiipppp")(
@@ -226,10 +278,7 @@ def _conv_neighbours(
     keys = torch.cat(found).unique()
     order = torch.arange(keys.numel(), device=indices.device)
     backward = torch.stack([_rows_of(out, valid, out_shape, keys, order) for out, valid in reached], 1)
-    forward = indices.new_full((keys.numel(), shaped.offsets), -1)
-    row, offset = (backward >= 0).nonzero(as_tuple=True)
-    forward[backward[row, offset].long(), offset] = row.int()
-    return keys, forward, backward
+    return keys, _turned(backward, keys.numel()), backward
 
 
 def _reached(

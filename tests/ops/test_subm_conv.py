@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional
 from shared import ops
 from shared.errors import OpError
 from shared.ops import _native
-from shared.ops.rulebook import _rulebooks, conv_rulebook, submanifold_rulebook
+from shared.ops.rulebook import _rulebooks, conv_rulebook, geometry, submanifold_rulebook
 from shared.ops.sparse_conv import inverse_conv, sparse_avg_pool, sparse_conv, sparse_max_pool, subm_conv
 from shared.ops.sparse_tensor import SparseConvTensor
 
@@ -105,6 +106,16 @@ def test_convolution_and_pooling_are_the_dense_ones(
         low = torch.where(active(x) > 0, x.dense(), -1e9)
         pooled = functional.max_pool2d(low, kernel, stride, padding, dilation)
         torch.testing.assert_close(largest.dense(), torch.where(reached > 0.5, pooled, 0))
+
+
+def test_room_for_the_sites_that_an_input_reaches() -> None:
+    """Where stride and dilation have a common factor, all offsets of a kernel reach an output, or none."""
+    for kernel, stride, dilation in itertools.product(range(1, 6), range(1, 5), range(1, 5)):
+        most = max(
+            sum((position - at * dilation) % stride == 0 for at in range(kernel)) for position in range(stride)
+        )
+        assert geometry(1, kernel, stride, 0, dilation).most_reached == most
+    assert geometry(2, (3, 5), (2, 1), 0, (2, 3)).most_reached == 15
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
