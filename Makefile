@@ -7,12 +7,13 @@ ZOO_DATA ?= $(abspath $(wildcard ../shared/data))
 export ZOO_DATA
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo test bench sanitize lint clean
 
 help:
 	@echo "make demo   install into $(VENV) and run the main job on embedded data (no download)"
 	@echo "make test   install into $(VENV) and run the tests, the linter and the type checker"
 	@echo "make bench  install into $(VENV) and run every benchmark (quietest on an idle machine)"
+	@echo "make sanitize   the tests of the ops on kernels built with the address and the thread sanitizer"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make clean  remove $(VENV), caches and build folders"
 
@@ -40,6 +41,10 @@ test: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/zoo bench all
+
+sanitize: $(VENV)/.installed-test
+	$(BIN)/python -m shared.ops.build --sanitize address --test
+	$(BIN)/python -m shared.ops.build --sanitize thread --test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check zoo shared tests benchmarks

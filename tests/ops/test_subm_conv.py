@@ -111,10 +111,11 @@ def test_convolution_and_pooling_are_the_dense_ones(
 def test_room_for_the_sites_that_an_input_reaches() -> None:
     """Where stride and dilation have a common factor, all offsets of a kernel reach an output, or none."""
     for kernel, stride, dilation in itertools.product(range(1, 6), range(1, 5), range(1, 5)):
-        most = max(
-            sum((position - at * dilation) % stride == 0 for at in range(kernel)) for position in range(stride)
-        )
-        assert geometry(1, kernel, stride, 0, dilation).most_reached == most
+        reached = [
+            sum((position - at * dilation) % stride == 0 for at in range(kernel))
+            for position in range(stride)
+        ]
+        assert geometry(1, kernel, stride, 0, dilation).most_reached == max(reached)
     assert geometry(2, (3, 5), (2, 1), 0, (2, 3)).most_reached == 15
 
 
