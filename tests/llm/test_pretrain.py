@@ -1,4 +1,4 @@
-"""Training from scratch: dropout, teachers, the best weights on held-out text, going on after an interruption."""
+"""Training from scratch: dropout, teachers, the best weights on held-out text, going on after a stop."""
 
 from __future__ import annotations
 

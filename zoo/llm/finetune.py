@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from shared.masks import masks_of
 from zoo.bundles import info, load_bundle, save
@@ -36,7 +34,7 @@ from zoo.llm.lora import attach_lora, detach_lora
 from zoo.llm.scoring import context_of
 from zoo.llm.tasks import TextTask
 from zoo.llm.tokenization import END, tokenizer_of
-from zoo.llm.train import Fit, TrainConfig, Windows, adamw, token_stream
+from zoo.llm.train import Fit, TrainConfig, Windows, adamw, distillation, token_stream
 from zoo.progress import progress_bar
 
 Measured = dict[str, dict[str, Measure]]
@@ -217,15 +215,7 @@ class Finetune:
         if source.card.dense_twin is None:
             raise ConfigError("Distillation needs a dense twin, and a dense model has none.")
         teacher = load_bundle(twin_of(source)).float().to(accelerator.device)
-
-        def divergence(logits: Tensor, batch: Tensor) -> Tensor:
-            with torch.no_grad():
-                target = teacher(input_ids=batch[:, :-1], use_cache=False).logits.log_softmax(-1)
-            own = logits.float().log_softmax(-1)
-            loss = functional.kl_div(own, target, log_target=True, reduction="sum")
-            return self.distillation * loss / target[..., 0].numel()
-
-        return divergence
+        return distillation(teacher, self.distillation)
 
     def _identity(self, source: Bundle, windows: Windows) -> dict[str, Any]:
         """What a checkpoint must agree with to be gone on from."""

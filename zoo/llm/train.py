@@ -115,7 +115,7 @@ class Windows:
 
 
 class Fit:
-    """A training that can stop after any step.
+    """A training that can stop after any step, on the device where the model is.
 
     Args:
         model: a causal LM in single precision; its trainable parameters are trained.
@@ -124,7 +124,8 @@ class Fit:
         optimizer: by default AdamW over the trainable parameters, see `adamw`.
         backward: called with the loss; Accelerate's, in several processes.
         share: (rank, processes): which part of each step's windows is this process's.
-        distil: called with (logits, windows); a loss that is added, for a teacher.
+        distil: called with (logits, windows); a loss that is added, see `distillation`.
+        autocast: precision of the matrix products, weights staying in single precision; None for theirs.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Fit:
         backward: Callable[[Tensor], None] = torch.Tensor.backward,
         share: tuple[int, int] = (0, 1),
         distil: Callable[[Tensor, Tensor], Tensor] | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         rank, processes = share
         if config.batch % processes:
@@ -144,6 +146,7 @@ class Fit:
         self.model, self.windows, self.config = model, windows, config
         self.optimizer = optimizer if optimizer is not None else adamw(model, config)
         self.backward, self.rank, self.processes, self.distil = backward, rank, processes, distil
+        self.autocast = autocast
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.step = 0
         self.last_loss = math.nan
@@ -164,17 +167,18 @@ class Fit:
         batch = self.windows(self.step)[self.rank :: self.processes].to(device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
-        with torch.random.fork_rng(devices=[]):
+        mixed = torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+        with mixed, torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # dropout, where a model has it
             logits = self.model(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = next_token_loss(logits, batch[:, 1:])
-        self.last_loss = float(loss.detach())
-        if not math.isfinite(self.last_loss):
-            raise DataError(
-                f"The loss is {self.last_loss} at step {self.step}. Lower lr, or check the weights."
-            )
-        if self.distil is not None:
-            loss = loss + self.distil(logits, batch)
+            loss = next_token_loss(logits, batch[:, 1:])
+            self.last_loss = float(loss.detach())
+            if not math.isfinite(self.last_loss):
+                raise DataError(
+                    f"The loss is {self.last_loss} at step {self.step}. Lower lr, or check the weights."
+                )
+            if self.distil is not None:
+                loss = loss + self.distil(logits, batch)
         self.backward(loss)
         nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         self.optimizer.step()
@@ -188,9 +192,14 @@ class Fit:
             if on_step is not None:
                 on_step(self)
 
-    def write(self, file: CheckpointFile, facts: Mapping[str, str] | None = None) -> None:
-        """Store the trainable weights, the optimizer's moments, the step and further facts."""
-        tensors = {f"model/{name}": p for name, p in self._trainable().items()}
+    def write(
+        self,
+        file: CheckpointFile,
+        facts: Mapping[str, str] | None = None,
+        more: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Store the trainable weights, the optimizer's moments, the step, and further facts and tensors."""
+        tensors = {**(more or {}), **{f"model/{name}": p for name, p in self._trainable().items()}}
         tensors |= {f"optimizer/{name}": v for name, v in optimizer_tensors(self.optimizer).items()}
         file.write(tensors, {**(facts or {}), "step": str(self.step)})
 
@@ -224,6 +233,19 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def distillation(teacher: nn.Module, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """weight * KL(teacher || model) in nats per token, of (logits, windows), for `Fit`."""
+
+    def divergence(logits: Tensor, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = teacher(input_ids=batch[:, :-1], use_cache=False).logits.float().log_softmax(-1)
+        own = logits.float().log_softmax(-1)
+        loss = functional.kl_div(own, target, log_target=True, reduction="sum")
+        return weight * loss / target[..., 0].numel()
+
+    return divergence
 
 
 def next_token_loss(
