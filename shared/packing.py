@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from shared.folding import fold_norms, fuse_relus
 from shared.masks import Mask, MaskSet, set_masks
+from shared.ops.modules import DepthwiseConv, SparseConv1x1, is_depthwise, is_pointwise
 from shared.patterns import NM
 
 # Takes a module and the masks of its own parameters by their short names; None where the module should stay.
@@ -49,8 +51,9 @@ def register_composite_packer(convert: CompositeConverter) -> CompositeConverter
 def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
     """Replace, in place, the masked modules of a model by modules that skip the zeros.
 
-    A parameter shared with another module is left alone. The model carries the masks of the modules that
-    stayed. The result is for inference: packed modules have no trainable weight.
+    A parameter shared with another module is left alone. Batch norms are folded into the convolutions before
+    them where `fold_norms` can, and sparse 1x1 convolutions take the ReLU that follows. The model carries the
+    masks of the modules that stayed. The result is for inference: packed modules have no trainable weight.
 
     Args:
         model: a model whose masked entries are zero.
@@ -63,6 +66,8 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
         MaskError: the masks do not fit the model.
     """
     masks.check(model)
+    if not model.training:
+        fold_norms(model, kept=masks)
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
@@ -87,10 +92,21 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
             setattr(model.get_submodule(parent), child, packed)
         else:
             model = packed
+    if any(isinstance(module, SparseConv1x1) for module in model.modules()):
+        _pack_depthwise(model, masks)
+        fuse_relus(model)
     model, taken = _pack_composites(model)
     left = {name: mask for name, mask in masks.items() if name not in replaced and not name.startswith(taken)}
     set_masks(model, MaskSet(left))
     return model
+
+
+def _pack_depthwise(model: nn.Module, masks: MaskSet) -> None:
+    """The depthwise convolutions between sparse 1x1 convolutions, for the channel-major maps of those."""
+    for name, module in list(model.named_modules()):
+        if name and is_depthwise(module) and f"{name}.weight" not in masks:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, DepthwiseConv(module).train(module.training))
 
 
 def _pack_composites(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -149,9 +165,6 @@ def _pack_pointwise(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module |
     keep = masks.get("weight")
     if keep is None or not isinstance(module, nn.Conv2d) or keep.sparsity < MIN_SPARSITY:
         return None
-    from shared.ops import SparseConv1x1
-    from shared.ops.modules import is_pointwise
-
     if not is_pointwise(module) or module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     return SparseConv1x1.from_convolution(module, keep.keep).requires_grad_(False)

@@ -23,8 +23,9 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 # The same examples in every run, so that a red run is a change's fault and not chance's; ZOO_TEST_SEARCH=1
 # looks for new ones. How long an example takes to draw says something about the machine only.
-settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+slow = [HealthCheck.too_slow]
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=slow)
+settings.register_profile("search", deadline=None, suppress_health_check=slow)
 settings.load_profile("search" if "ZOO_TEST_SEARCH" in os.environ else "same")
 
 

@@ -157,7 +157,7 @@ void expect_large(void* memory, int64_t bytes) {
 }  // namespace zoo
 
 // Number of the interface between the libraries and shared/ops/_native.py; both must agree.
-ZOO_EXPORT int64_t zoo_abi_version() { return 2; }
+ZOO_EXPORT int64_t zoo_abi_version() { return 3; }
 
 // Best instruction set that this CPU runs and this build knows: 0 portable, 1 AVX2, 2 AVX-512.
 ZOO_EXPORT int64_t zoo_cpu_level() {

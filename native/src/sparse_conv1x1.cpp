@@ -23,6 +23,7 @@ struct Job {
   const float* x;  // a piece of one image, [channels, pixels]
   float* y;        // the same piece of the result, in a map of `ldy` pixels
   int64_t pixels, ldy;
+  bool relu;
 };
 
 template <int V, class T>
@@ -36,7 +37,7 @@ void rows_tile(const Job<T>& job, int64_t pixel, int64_t from, int64_t to) {
       accumulate_row<V>(w.values + first, static_cast<const uint16_t*>(w.index) + first, w.pointer[segment + 1] - first,
                         job.x + p * w.panel * job.pixels + pixel, job.pixels, acc);
     }
-    for (int v = 0; v < V; ++v) store(job.y + row * job.ldy + pixel + v * kLanes, acc[v]);
+    for (int v = 0; v < V; ++v) store(job.y + row * job.ldy + pixel + v * kLanes, job.relu ? relu(acc[v]) : acc[v]);
   }
 }
 
@@ -54,7 +55,8 @@ ZOO_INLINE void rows4_tile(const Job<T>& job, int64_t pixel, int64_t block) {
                         w.pointer[segment + 1] - first, job.x + p * w.panel * job.pixels + pixel, job.pixels, acc);
   }
   for (int64_t r = 0; r < valid; ++r)
-    for (int v = 0; v < V; ++v) store(job.y + (4 * block + r) * job.ldy + pixel + v * kLanes, acc[r][v]);
+    for (int v = 0; v < V; ++v)
+      store(job.y + (4 * block + r) * job.ldy + pixel + v * kLanes, job.relu ? relu(acc[r][v]) : acc[r][v]);
 }
 
 // Where the next tile of at most `most` vectors begins, and its vectors: the last one is moved back.
@@ -95,15 +97,15 @@ void piece_blocks(const Job<T>& job, int64_t from, int64_t to) {
 
 // Piece `number` of the map x [cols, pixels], for rows [from, to) of y [rows, pixels].
 template <class T>
-void run_piece(const Packed<T>& w, bool blocks, const float* bias, const float* x, float* y, int64_t pixels,
-               int64_t number, int64_t from, int64_t to) {
+void run_piece(const Packed<T>& w, bool blocks, bool relu, const float* bias, const float* x, float* y,
+               int64_t pixels, int64_t number, int64_t from, int64_t to) {
   int64_t start = number * kPiece;
   const int64_t width = std::min(std::max<int64_t>(kLanes, pixels - start), kPiece);
   start = std::min(start, pixels - width);
   float* piece = scratch_of<float>(w.cols * width, 0);
   for (int64_t c = 0; c < w.cols; ++c)
     std::memcpy(piece + c * width, x + c * pixels + start, static_cast<size_t>(width) * sizeof(float));
-  const Job<T> job{w, bias, piece, y + start, width, pixels};
+  const Job<T> job{w, bias, piece, y + start, width, pixels, relu};
   if (blocks) piece_blocks(job, from, to);
   else piece_rows(job, from, to);
 }
@@ -112,10 +114,11 @@ void run_piece(const Packed<T>& w, bool blocks, const float* bias, const float* 
 }  // namespace zoo
 
 // x [images, cols, pixels] and y [images, rows, pixels] float, contiguous; pixels >= 16; bias [rows] or null; W of
-// layout csr or rows4, values of `type`.
+// layout csr or rows4, values of `type`; relu: negative results become zero.
 ZOO_EXPORT void zoo_sparse_conv1x1(const float* x, const void* values, const void* index, const int32_t* pointer,
                                    const float* bias, float* y, int64_t images, int64_t pixels, int64_t rows,
-                                   int64_t cols, int64_t panel, int64_t layout, int64_t type, int64_t threads) {
+                                   int64_t cols, int64_t panel, int64_t layout, int64_t type, int64_t relu,
+                                   int64_t threads) {
   const bool blocks = layout == zoo::kRows4;
   const int64_t segment_rows = blocks ? (rows + 3) / 4 : rows;
   const int64_t pieces = (pixels + zoo::kPiece - 1) / zoo::kPiece;
@@ -124,8 +127,8 @@ ZOO_EXPORT void zoo_sparse_conv1x1(const float* x, const void* values, const voi
     const zoo::Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, 1};
     const auto run = [&](int64_t item, int64_t from, int64_t to) {
       const int64_t image = item / pieces;
-      zoo::run_piece(w, blocks, bias, x + image * cols * pixels, y + image * rows * pixels, pixels, item % pieces, from,
-                     to);
+      zoo::run_piece(w, blocks, relu != 0, bias, x + image * cols * pixels, y + image * rows * pixels, pixels,
+                     item % pieces, from, to);
     };
     // Few pieces are shared by rows; each thread then copies them for itself.
     if (images * pieces >= 4 * threads) {

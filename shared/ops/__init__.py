@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from shared.ops._native import available
 from shared.ops.dense_rows import DenseRows, store_rows
+from shared.ops.depthwise_conv import depthwise_conv
 from shared.ops.dispatch import backend, calibrate, explain
 from shared.ops.gather_linear import gather_linear, gather_linear_rows
-from shared.ops.modules import SparseConv1x1, SparseLinear
+from shared.ops.modules import DepthwiseConv, SparseConv1x1, SparseLinear
 from shared.ops.nm_linear import NMWeight, nm_linear, pack_nm
 from shared.ops.quant_sparse_linear import QuantGroups, quant_sparse_linear, quantise_groups
 from shared.ops.sparse_conv1x1 import sparse_conv1x1
@@ -27,6 +28,7 @@ from shared.ops.weights import SparseWeight, pack
 
 __all__ = [
     "DenseRows",
+    "DepthwiseConv",
     "NMWeight",
     "QuantGroups",
     "SparseConv1x1",
@@ -35,6 +37,7 @@ __all__ = [
     "available",
     "backend",
     "calibrate",
+    "depthwise_conv",
     "explain",
     "gather_linear",
     "gather_linear_rows",

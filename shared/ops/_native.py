@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 2  # zoo_abi_version() in native/src/runtime.cpp
+ABI_VERSION = 3  # zoo_abi_version() in native/src/runtime.cpp
 LEVELS = ("portable", "avx2", "avx512")  # in the order of zoo_cpu_level()
 FOLDER = Path(__file__).parent
 

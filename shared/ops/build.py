@@ -77,12 +77,17 @@ def main() -> None:
 
 def under_sanitizer(sanitize: str, folder: Path) -> dict[str, str]:
     """The variables with which a Python process runs the library in `folder`, built with that sanitizer."""
-    runtime = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
-    found = subprocess.run(
-        ["gcc", f"-print-file-name={runtime}"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    # With the C++ library beside it: the address sanitizer looks up __cxa_throw when the process starts, and
+    # Python itself does not load that library.
+    runtimes = {"address": ("libasan.so", "libstdc++.so"), "thread": ("libtsan.so",)}[sanitize]
+    found = [
+        subprocess.run(
+            ["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in runtimes
+    ]
     return {
-        "LD_PRELOAD": found,
+        "LD_PRELOAD": " ".join(found),
         "ZOO_NATIVE_DIR": str(folder),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep much until they end
         # The kernels get threads of their own: OpenMP's barriers are unknown to the thread sanitizer. What

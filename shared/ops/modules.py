@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from shared.errors import OpError
+from shared.ops.depthwise_conv import depthwise_conv
 from shared.ops.sparse_conv1x1 import sparse_conv1x1
 from shared.ops.sparse_linear import sparse_linear
 from shared.ops.weights import SparseWeight, pack
@@ -108,8 +109,51 @@ class SparseConv1x1(SparseLinear):
         module.values.requires_grad_(convolution.weight.requires_grad)
         return module.train(convolution.training)
 
+    relu = False
+    """Whether it returns the positive part."""
+
     def forward(self, x: Float[Tensor, "batch in *map"]) -> Float[Tensor, "batch out *map"]:
-        return sparse_conv1x1(x, self.weight, self.bias)
+        return sparse_conv1x1(x, self.weight, self.bias, relu=self.relu)
+
+
+class DepthwiseConv(nn.Module):
+    """A depthwise convolution for the channel-major maps of `SparseConv1x1`; the state dict is that of the
+    `nn.Conv2d` it was made from."""
+
+    relu = False
+    """Whether it returns the positive part."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        """Raises OpError: a convolution that `is_depthwise` refuses."""
+        super().__init__()
+        if not is_depthwise(convolution):
+            raise OpError(f"{convolution} is not a plain depthwise convolution with a square kernel")
+        self.weight, self.bias = convolution.weight, convolution.bias
+        self.stride, self.padding = int(convolution.stride[0]), int(convolution.padding[0])
+
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels out_height out_width"]:
+        return depthwise_conv(
+            x, self.weight, self.bias, stride=self.stride, padding=self.padding, relu=self.relu
+        )
+
+    def extra_repr(self) -> str:
+        channels, _, size, _ = self.weight.shape
+        return f"{channels}, kernel_size={size}, stride={self.stride}, padding={self.padding}"
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a module is a plain convolution of one group per channel, its kernel, stride and padding equal
+    in both directions."""
+    return (
+        type(module) is nn.Conv2d
+        and module.groups == module.in_channels == module.out_channels
+        and module.dilation == (1, 1)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and all(size[0] == size[1] for size in (module.kernel_size, module.stride, module.padding))
+    )
 
 
 def is_pointwise(module: nn.Module) -> bool:

@@ -33,10 +33,14 @@ _dense = Derived()
 
 
 def sparse_conv1x1(
-    x: Float[Tensor, "batch in *map"], weight: SparseWeight, bias: Float[Tensor, " out"] | None = None
+    x: Float[Tensor, "batch in *map"],
+    weight: SparseWeight,
+    bias: Float[Tensor, " out"] | None = None,
+    *,
+    relu: bool = False,
 ) -> Float[Tensor, "batch out *map"]:
     """y[b, o] = bias[o] + sum over kept c of W[o, c] * x[b, c], at each pixel; stride 1, no padding, one
-    group.
+    group. With `relu` its positive part, which the kernel takes before it stores.
 
     Sums are in fp32; the result has the dtype of x and does not depend on the number of threads. Gradients
     reach x, `weight.values` and the bias. A channels-last x gives a channels-last y.
@@ -47,12 +51,14 @@ def sparse_conv1x1(
     if x.dim() < 3:
         raise OpError(f"x must be [batch, channels, *map], received {tuple(x.shape)}")
     if _is_rows(x):
-        return sparse_linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
-    if dispatch.direct(x, weight.values, bias):
+        y = sparse_linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+    elif dispatch.direct(x, weight.values, bias):
         weight.check()
-        return _forward(x, weight, bias)
-    form = (weight.layout, *weight.shape, weight.width)
-    return _sparse_conv1x1(x, weight.values, weight.index, weight.pointer, bias, *form)
+        return _forward(x, weight, bias, relu)
+    else:
+        form = (weight.layout, *weight.shape, weight.width)
+        y = _sparse_conv1x1(x, weight.values, weight.index, weight.pointer, bias, *form)
+    return y.relu() if relu else y
 
 
 def reference(
@@ -100,26 +106,29 @@ def _is_rows(x: Tensor) -> bool:
     return pixels < MIN_PIXELS or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
 
 
-def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool = False) -> Tensor:
     _check(x, weight, bias)
     call = ("sparse_conv1x1", x.dtype, x.numel())
     backend = dispatch.recall(weight.plans, call, lambda: plan(x, weight, bias))
     if backend == "native" and x.numel() and weight.kept:
-        return _native_forward(x, weight, bias)
+        return _native_forward(x, weight, bias, relu)
     if backend == "dense":
         dense = _dense.get(weight.values, weight.to_dense).to(x.dtype)
         y = torch.matmul(dense, x.flatten(2)).reshape(x.shape[0], weight.shape[0], *x.shape[2:])
-        return y if bias is None else y + bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2))
-    return reference(x, weight, bias)
+        if bias is not None:
+            y += bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2))
+    else:
+        y = reference(x, weight, bias)
+    return y.relu_() if relu else y
 
 
-def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool) -> Tensor:
     rows, cols = weight.shape
     maps = _native.plain(x)
     layout, index = csr_index(weight)
     wide_bias = None if bias is None else _native.plain(bias)
     y = torch.empty(x.shape[0], rows, *x.shape[2:], dtype=torch.float32)
-    _native.function("zoo_sparse_conv1x1", "ppppppiiiiiiii")(
+    _native.function("zoo_sparse_conv1x1", "ppppppiiiiiiiii")(
         maps.data_ptr(),
         weight.values.data_ptr(),
         index.data_ptr(),
@@ -133,6 +142,7 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
         PANEL,
         LAYOUTS.index(layout),
         VALUE_TYPES.index(weight.values.dtype),
+        relu,
         _native.threads(),
     )
     return y if x.dtype is torch.float32 else y.to(x.dtype)

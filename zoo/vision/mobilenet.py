@@ -8,11 +8,11 @@ from typing import Any, no_type_check
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from shared.averaging import recalibrate_norms
+from shared.folding import fold_norms
 from zoo.errors import ConfigError
-from zoo.vision.models import Classifier
+from zoo.vision.models import Classifier, seeded
 
 # (channels at width 1, stride) of each depthwise-separable block
 BLOCKS = (
@@ -98,21 +98,12 @@ def pointwise_weights(model: nn.Module) -> list[str]:
 def norms_folded(model: nn.Module) -> Any:
     """A copy for inference whose batch norms are folded into the convolutions before them, which scales each
     row of a weight and so keeps its zeros."""
-    folded = copy.deepcopy(model).eval()
-    for sequence in [m for m in folded.modules() if isinstance(m, nn.Sequential)]:
-        names = list(sequence._modules)
-        for first, second in zip(names, names[1:], strict=False):
-            convolution, norm = sequence._modules[first], sequence._modules[second]
-            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                sequence._modules[first] = fuse_conv_bn_eval(convolution, norm)
-                sequence._modules[second] = nn.Identity()
-    return folded.requires_grad_(False)
+    return fold_norms(copy.deepcopy(model).eval()).requires_grad_(False)
 
 
 def random_example(side: int, seed: int = 0) -> tuple[MobileNetV1, Tensor]:
     """An untrained MobileNet-v1 in eval mode whose norms have seen one batch, and an image: for timings."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model, image = MobileNetV1(), torch.randn(1, 3, side, side)
         # Without statistics that fit, a fresh network's outputs all but vanish.
         recalibrate_norms(model, [torch.randn(2, 3, side, side)])

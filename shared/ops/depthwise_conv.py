@@ -1,0 +1,99 @@
+"""Depthwise convolution on channel-major maps, which is what stands between two sparse 1x1 convolutions.
+
+torch's own kernel is fast on channels-last maps only, and those are slow for `sparse_conv1x1`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shared.errors import OpError
+from shared.ops import _native, dispatch
+
+MIN_PIXELS = 16  # below, calls cost more than what they compute
+
+
+def depthwise_conv(
+    x: Float[Tensor, "batch channels height width"],
+    weight: Float[Tensor, "channels 1 size size"],
+    bias: Float[Tensor, " channels"] | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    relu: bool = False,
+) -> Float[Tensor, "batch channels out_height out_width"]:
+    """y[b, c] = bias[c] + x[b, c] * W[c], a correlation per channel; with `relu` its positive part.
+
+    The native kernel runs where nothing is differentiated or traced, on contiguous fp32 maps; sums are in
+    fp32 and do not depend on the number of threads. All else is torch's convolution.
+
+    Raises:
+        OpError: a weight that is not [channels, 1, size, size], or a map that is smaller than the kernel.
+    """
+    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
+        raise OpError(f"the weight must be [channels, 1, size, size], received {tuple(weight.shape)}")
+    if x.dim() != 4 or x.shape[1] != weight.shape[0]:
+        raise OpError(f"x {tuple(x.shape)} is not [batch, {weight.shape[0]}, height, width]")
+    if stride < 1 or padding < 0:
+        raise OpError(f"stride must be positive and padding not negative, received {stride} and {padding}")
+    size = weight.shape[2]
+    if min(x.shape[2:]) + 2 * padding < size:
+        raise OpError(f"a kernel of {size} does not fit into a map of {tuple(x.shape[2:])}")
+    if bias is not None and bias.shape != (len(weight),):
+        raise OpError(f"bias must be [{len(weight)}], received {tuple(bias.shape)}")
+    if x.numel() and dispatch.direct(x, weight, bias) and plan(x, weight).backend == "native":
+        return _native_forward(x, weight, bias, stride, padding, relu)
+    return reference(x, weight, bias, stride=stride, padding=padding, relu=relu)
+
+
+def reference(
+    x: Float[Tensor, "batch channels height width"],
+    weight: Float[Tensor, "channels 1 size size"],
+    bias: Float[Tensor, " channels"] | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    relu: bool = False,
+) -> Float[Tensor, "batch channels out_height out_width"]:
+    """The definition: torch's convolution with a group per channel."""
+    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, groups=x.shape[1])
+    return y.relu() if relu else y
+
+
+def plan(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> dispatch.Plan:
+    """The backend that `depthwise_conv` would run these arguments on."""
+    offered: tuple[str, ...] = ("reference",)
+    if x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and x.shape[2:].numel() >= MIN_PIXELS:
+        offered = ("native", "reference")
+    if dispatch.requested() == "dense":  # of a network that runs its other layers dense
+        return dispatch.Plan("depthwise_conv", "reference", "has no zeros to skip")
+    return dispatch.choose("depthwise_conv", x.device, offered, "float32", (1.0,))
+
+
+def _native_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, relu: bool
+) -> Tensor:
+    size = weight.shape[2]
+    height, width = ((n + 2 * padding - size) // stride + 1 for n in x.shape[2:])
+    y = x.new_empty(*x.shape[:2], height, width)
+    kernels, wide_bias = _native.plain(weight), None if bias is None else _native.plain(bias)
+    _native.function("zoo_depthwise_conv", "ppppiiiiiiiiiii")(
+        x.data_ptr(),
+        kernels.data_ptr(),
+        None if wide_bias is None else wide_bias.data_ptr(),
+        y.data_ptr(),
+        *x.shape,
+        height,
+        width,
+        size,
+        stride,
+        padding,
+        relu,
+        _native.threads(),
+    )
+    return y
+
+
+dispatch.register("depthwise_conv", plan=plan)
