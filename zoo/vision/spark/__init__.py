@@ -1,0 +1,1 @@
+"""SparK: masked-image pre-training of unmodified convnets (Tian et al., ICLR 2023)."""
