@@ -33,10 +33,8 @@ def convolve_reference(
 ) -> Tensor:
     """The definition: y[t] = bias + sum over pairs (s, t) at offset k of W[:, k, :] x[s]."""
     offsets = weight.shape[1]
-    of_pair = _offset_of_pair(pairs, offsets)
     y = x.new_zeros(pairs.targets, weight.shape[2 if transposed else 0])
-    for k in range(offsets):
-        at = of_pair == k
+    for k, at in enumerate(_pairs_by_offset(pairs, offsets)):
         matrix = weight[:, offsets - 1 - k if flipped else k]
         messages = x[pairs.source[at].long()] @ (matrix if transposed else matrix.T)
         y = y.index_add(0, pairs.target[at].long(), messages)
@@ -45,7 +43,14 @@ def convolve_reference(
 
 def _offset_of_pair(pairs: Pairs, offsets: int) -> Tensor:
     segments = torch.arange(pairs.start.numel() - 1, device=pairs.start.device)
-    return segments.repeat_interleave(pairs.start.diff()) % offsets
+    return segments.repeat_interleave(pairs.start.diff(), output_size=pairs.source.numel()) % offsets
+
+
+def _pairs_by_offset(pairs: Pairs, offsets: int) -> tuple[Tensor, ...]:
+    """The positions of each offset's pairs, in their order; a GPU is waited for once, not once per offset."""
+    of_pair = _offset_of_pair(pairs, offsets)
+    counts = torch.bincount(of_pair, minlength=offsets).tolist()
+    return of_pair.argsort(stable=True).split(counts)
 
 
 def _arguments(source: Tensor, target: Tensor, start: Tensor) -> tuple[int, int, int]:
@@ -172,9 +177,8 @@ def _grad_weight(
     out, channels = grad.shape[1], x.shape[1]
     result = x.new_zeros(out, offsets, channels)
     if plan(x, result, targets).backend == "reference":
-        of_pair = _offset_of_pair(Pairs(source, target, start, x.shape[0], targets, tile), offsets)
-        for k in range(offsets):
-            at = of_pair == k
+        pairs = Pairs(source, target, start, x.shape[0], targets, tile)
+        for k, at in enumerate(_pairs_by_offset(pairs, offsets)):
             result[:, k] = grad[target[at].long()].T @ x[source[at].long()]
         return result
     _native.function("zoo_sparse_conv_grad_weight", "ppppppiiiiiii")(
