@@ -60,8 +60,11 @@ def topk_mask(score: Num[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]
         flat = flat.float()
     threshold = kth_largest(flat, kept).to(flat.device)
     mask = flat > threshold
-    missing = kept - int(mask.count_nonzero())
     ties = flat == threshold
+    if flat.device.type != "cpu":  # no question that would wait for the device
+        mask |= ties & (ties.cumsum(0) <= kept - mask.count_nonzero())
+        return mask.view(score.shape)
+    missing = kept - int(mask.count_nonzero())
     end = _end_of_first(ties, missing)
     mask[:end] |= ties[:end]
     return mask.view(score.shape)

@@ -12,16 +12,26 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from shared.io import atomic_write, write_json
 from zoo.errors import ConfigError
 from zoo.harness.tables import Plot, Series, Table, Verdict
 from zoo.registry import EXPERIMENTS
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: there one process computes all cells
+    fcntl = None  # type: ignore[assignment]
+
+T = TypeVar("T")
+WAIT = 0.5  # seconds until work that other processes are doing is asked for again
+
 __all__ = [
+    "CellBusy",
     "CellCache",
     "Experiment",
     "ExperimentResult",
@@ -32,8 +42,13 @@ __all__ = [
     "Verdict",
     "get_experiment",
     "reproduce",
+    "share",
     "write_result",
 ]
+
+
+class CellBusy(Exception):
+    """Another process is computing the cell at this moment; see `share`."""
 
 
 class CellCache:
@@ -42,10 +57,15 @@ class CellCache:
     A key is a flat description of everything that decides the value (method, data set, level, seed, steps,
     and a version of the code's meaning). Files are written atomically; one that cannot be read counts as
     missing.
+
+    Attributes:
+        sharing: whether other processes may be working on the same folder, so that a cell is claimed before
+            it is computed.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.sharing = False
         self.hits = 0
         self.misses = 0
 
@@ -72,15 +92,72 @@ class CellCache:
         """The value of a key: from the disk, or computed, stored and returned.
 
         The value passes through JSON in both cases, so that a resumed run sees exactly what a fresh one does.
+
+        Raises:
+            CellBusy: while sharing, another process computes it.
         """
         if (value := self.get(key)) is not None:
             self.hits += 1
             return value
-        start = time.perf_counter()
-        value = json.loads(json.dumps(compute(), allow_nan=False))
-        self.put(key, value, time.perf_counter() - start)
-        self.misses += 1
-        return value
+        with self._claim(key):
+            if self.sharing and (value := self.get(key)) is not None:  # finished a moment ago
+                self.hits += 1
+                return value
+            start = time.perf_counter()
+            value = json.loads(json.dumps(compute(), allow_nan=False))
+            self.put(key, value, time.perf_counter() - start)
+            self.misses += 1
+            return value
+
+    @contextmanager
+    def _claim(self, key: Mapping[str, Any]) -> Iterator[None]:
+        """Keeps other processes off a cell; the system ends the claim of a process that dies."""
+        if not self.sharing or fcntl is None:
+            yield
+            return
+        folder = self.folder / "claims"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / self.path(key).stem).open("w") as claim:
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CellBusy(str(dict(key))) from None
+            yield
+
+
+def share(
+    work: Sequence[tuple[str, Callable[[], T]]],
+    cells: CellCache,
+    progress: Callable[..., None] | None = None,
+) -> list[T]:
+    """The results of pieces of work, in their order.
+
+    Several processes that run the same work on the same folder of cells divide it among themselves: what
+    another is computing is put off until it is there.
+
+    Args:
+        work: a note for the progress, and what makes the result through `cells`.
+        cells: the cells that the work asks.
+        progress: called as the pieces finish.
+    """
+    cells.sharing = True
+    found: dict[int, T] = {}
+    waiting = list(range(len(work)))
+    while waiting:
+        busy = []
+        for index in waiting:
+            note, make = work[index]
+            try:
+                found[index] = make()
+            except CellBusy:
+                busy.append(index)
+                continue
+            if progress is not None:
+                progress(len(found), len(work), note)
+        if len(busy) == len(waiting):
+            time.sleep(WAIT)
+        waiting = busy
+    return [found[index] for index in range(len(work))]
 
 
 @dataclasses.dataclass(frozen=True)

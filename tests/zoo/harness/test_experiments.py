@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import time
 import pytest
 
 from zoo.errors import ConfigError, UnknownNameError
-from zoo.harness.experiments import CellCache, get_experiment, reproduce
+from zoo.harness.experiments import CellBusy, CellCache, get_experiment, reproduce, share
 from zoo.harness.tables import Table
 from zoo.registry import EXPERIMENTS
 
@@ -46,6 +47,50 @@ def test_what_json_can_not_say_is_refused_before_it_is_stored(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         cells.cell({"a": 1}, lambda: float("nan"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_on_one_folder_divide_the_work(tmp_path):
+    here, there, order = CellCache(tmp_path), CellCache(tmp_path), []
+    there.sharing = True
+    claim = there._claim({"cell": 0})
+    claim.__enter__()  # another process is computing cell 0 ...
+
+    def make(index):
+        def compute():
+            order.append(index)
+            if index == 2:  # ... and finishes it while this one computes cell 2
+                there.put({"cell": 0}, "theirs")
+                claim.__exit__(None, None, None)
+            return "ours"
+
+        return here.cell({"cell": index}, compute)
+
+    work = [(f"cell {index}", functools.partial(make, index)) for index in range(3)]
+    steps = []
+    assert share(work, here, lambda *step: steps.append(step)) == ["theirs", "ours", "ours"]
+    assert order == [1, 2] and (here.hits, here.misses) == (1, 2)
+    assert [step[0] for step in steps] == [1, 2, 3] and steps[-1] == (3, 3, "cell 0")
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    code = (
+        "import sys, time; from zoo.harness.experiments import CellCache\n"
+        "cells = CellCache(sys.argv[1]); cells.sharing = True\n"
+        "with cells._claim({'cell': 0}):\n    print('claimed', flush=True)\n    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE,
+                              env=environment, text=True)  # fmt: skip
+    cells = CellCache(tmp_path)
+    cells.sharing = True
+    try:
+        assert holder.stdout.readline() == "claimed\n"
+        with pytest.raises(CellBusy):
+            cells.cell({"cell": 0}, lambda: "ours")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert cells.cell({"cell": 0}, lambda: "ours") == "ours"
 
 
 def test_a_ragged_table_is_refused():
