@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import subprocess
@@ -22,8 +23,8 @@ from zoo.harness.tasks import get_task
 from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, TASKS, Registry
 from zoo.vision import claims, studies
 from zoo.vision.arms import ARMS, Setting, arm_cell, dense_cell, unpacked
-from zoo.vision.base import clone
-from zoo.vision.data import load_images, shifted_and_mirrored
+from zoo.vision.base import checked_device, clone
+from zoo.vision.data import drawn_moves, load_images, shifted_and_mirrored
 from zoo.vision.magnitude import MagnitudePruning
 from zoo.vision.models import MLP, ConvNet, ResNet, ViT, pretrained_resnet, reinitialised
 from zoo.vision.reproduce import BenchmarkConfig, PruningBenchmark, jobs
@@ -67,7 +68,7 @@ def test_the_digits_are_split_once_and_for_all():
 def test_augmentation_moves_images_by_up_to_four_pixels():
     images = torch.zeros(64, 1, 32, 32, dtype=torch.uint8)
     images[:, 0, 16, 10] = 255
-    moved = shifted_and_mirrored(images, torch.Generator().manual_seed(0))
+    moved = shifted_and_mirrored(images, drawn_moves(64, torch.Generator().manual_seed(0)))
     places = moved.flatten(1).argmax(1)
     rows, columns = places // 32, places % 32
     assert set(rows.tolist()) <= set(range(12, 21)) and len(set(rows.tolist())) > 5
@@ -188,6 +189,15 @@ def test_the_benchmark_resumes_from_its_cells(tmp_path):
     model, dense = dense_cell(SMALL.setting(), 0, again)
     assert dense["sparsity"] == 0 and row["flops"] == dense["flops"] + row["own_flops"]
     assert masks_of(model) is None
+
+
+def test_cells_are_the_same_on_every_device():
+    there = dataclasses.replace(SMALL.setting(), device="cuda")
+    assert there.key(arm="BiP", seed=1) == SMALL.setting().key(arm="BiP", seed=1)
+    assert "device" not in MagnitudePruning(device="cuda").options()
+    for name in ("nonsense", "cuda:99", "xpu"):
+        with pytest.raises(ConfigError, match="device"):
+            checked_device(name)
 
 
 def test_unknown_arms_and_impossible_options_are_refused():

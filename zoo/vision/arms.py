@@ -6,7 +6,6 @@ the same dense one and get `epochs` more; those that train sparse from the start
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,7 +25,7 @@ from zoo.vision.models import Classifier, ConvNet, ResNet, pretrained_resnet, re
 from zoo.vision.random_pruning import DynamicSparse, RandomPruning
 from zoo.vision.soups import SparseSoup
 from zoo.vision.tickets import LotteryTicket
-from zoo.vision.train import Cost, Recipe, Trainer, correct
+from zoo.vision.train import Cost, Recipe, Trainer, clock, correct
 
 CELL_VERSION = 1  # raise it when a cell means something else
 
@@ -45,6 +44,7 @@ class Setting:
         batch: images per step.
         train_images, test_images: the first so many; 0 takes all.
         pretrained: start from the published ResNet-20 instead of a dense training.
+        device: where to train; it is no part of what a cell means.
     """
 
     dataset: str = "digits"
@@ -57,12 +57,12 @@ class Setting:
     train_images: int = 0
     test_images: int = 0
     pretrained: bool = False
+    device: str = "cpu"
 
     def model(self, seed: int) -> Classifier:
         """The network with fresh weights."""
-        if self.dataset == "digits":
-            return reinitialised(ConvNet().wider(self.width), seed)
-        return reinitialised(ResNet(20, round(self.width)), seed)
+        usual = ConvNet().wider(self.width) if self.dataset == "digits" else ResNet(20, round(self.width))
+        return reinitialised(usual.to(self.device), seed)
 
     def data(self) -> Images:
         """The images that train and test it."""
@@ -72,11 +72,12 @@ class Setting:
         if self.test_images:
             kept = Split(data.test.images[: self.test_images], data.test.labels[: self.test_images])
             data = replace(data, test=kept)
-        return data
+        return data.to(self.device)
 
     def key(self, **rest: Any) -> dict[str, Any]:
         """A cell's key."""
         own = asdict(self)
+        del own["device"]
         if not own.pop("pretrained"):  # cells of earlier versions, which had no such option, stay valid
             return {"experiment": "pruning", "version": CELL_VERSION, **own, **rest}
         return {"experiment": "pruning from pretrained", "version": CELL_VERSION, **own, **rest}
@@ -148,12 +149,12 @@ def dense_cell(setting: Setting, seed: int, cells: CellCache) -> tuple[Classifie
     file = cells.path(key).with_suffix(".safetensors")
 
     def compute() -> dict[str, Any]:
-        model = pretrained_resnet() if setting.pretrained else setting.model(seed)
+        model = pretrained_resnet().to(setting.device) if setting.pretrained else setting.model(seed)
         trainer = _trainer(setting, setting.data(), seed)
         if not setting.pretrained:
             trainer.fit(model).run()
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, save({k: v.contiguous() for k, v in model.state_dict().items()}))
+        atomic_write(file, save({k: v.cpu().contiguous() for k, v in model.state_dict().items()}))
         return report(model, trainer.data, trainer.cost)
 
     if not file.exists():
@@ -183,9 +184,9 @@ def arm_cell(setting: Setting, arm: str, sparsity: float, seed: int, cells: Cell
         method = ARMS[arm](sparsity, setting, seed)
         model, before = dense_cell(setting, seed, cells)
         trainer = Trainer(setting.data(), method.recipe(), seed)
-        start = time.process_time()
+        start = clock(trainer.data.device)
         made = method.prune(clone(model), trainer).model
-        trainer.cost.seconds = time.process_time() - start  # choosing masks takes time, too
+        trainer.cost.seconds = clock(trainer.data.device) - start  # choosing masks takes time, too
         found = report(made, trainer.data, trainer.cost)
         return found if arm in FROM_SCRATCH else _with_start(found, before)
 
@@ -194,7 +195,7 @@ def arm_cell(setting: Setting, arm: str, sparsity: float, seed: int, cells: Cell
 
 def report(model: Classifier, data: Images, cost: Cost) -> dict[str, Any]:
     """The figures of a finished network; which test images it gets right as bits in hexadecimal."""
-    right = correct(model, data, data.test)
+    right = correct(model, data, data.test).cpu()
     masks = masks_of(model) or MaskSet({})
     return {
         "accuracy": float(right.double().mean()),
@@ -204,6 +205,7 @@ def report(model: Classifier, data: Images, cost: Cost) -> dict[str, Any]:
         "empty_layers": sum(mask.kept == 0 for mask in masks.values()),
         "flops": cost.flops,
         "seconds": cost.seconds,
+        "device": data.device.type,
     }
 
 

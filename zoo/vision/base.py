@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from shared.masks import MaskSet, masks_of, set_masks
 from zoo.errors import ConfigError
 from zoo.methods import Sparsified
 from zoo.vision.data import load_images
-from zoo.vision.models import Classifier
+from zoo.vision.models import Classifier, device_of
 from zoo.vision.train import Recipe, Trainer
 
 
@@ -56,15 +56,20 @@ class VisionMethod(ABC):
     seed: int = 0
     """Of shuffling, augmentation, fresh weights and random masks."""
 
+    device: str = "cpu"
+    """Where to train: cpu, cuda or cuda:1, say. Seeds draw the same on all of them."""
+
     def sparsify(self, model: nn.Module) -> Sparsified:
         """Train a sparse relative of `model`, which stays as it is.
 
         Raises:
             BudgetError: a sparsity outside [0, 1), or one that the method cannot reach.
             PatternError: a weight whose shape its pattern does not allow.
-            ConfigError: a model of another kind or with weights that are not finite, or no data to train on.
+            ConfigError: a model of another kind or with weights that are not finite, no data to train on, or
+                a device that is not there.
         """
         check_sparsity(self.sparsity)
+        device = checked_device(self.device)
         if not isinstance(model, Classifier):
             raise ConfigError(
                 f"this method trains the image classifiers of zoo.vision; received {type(model).__name__}"
@@ -75,10 +80,10 @@ class VisionMethod(ABC):
                 f"{broken[0]!r} holds NaN or infinity ({len(broken)} such tensors); repair the model first"
             )
         dataset = self.dataset or dataset_of(model)
-        trainer = Trainer(load_images(dataset), self.recipe(), self.seed)
-        made, extras = self.prune(clone(model), trainer)
-        stated = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        options = stated | {"dataset": dataset, "training_flops": trainer.cost.flops}
+        trainer = Trainer(load_images(dataset).to(device), self.recipe(), self.seed)
+        made, extras = self.prune(clone(model).to(device), trainer)
+        made = back_on_cpu(made)
+        options = self.options() | {"dataset": dataset, "training_flops": trainer.cost.flops}
         return Sparsified(
             made.eval(), masks_of(made) or MaskSet({}), extras, options, arguments=made.current_arguments(),
             parts={"channels": {"pattern": "channel"}} if "channels/keep" in extras else {},
@@ -97,10 +102,44 @@ class VisionMethod(ABC):
         """The recipe that the options describe."""
         return Recipe(self.epochs, self.lr, self.batch, self.weight_decay)
 
+    def options(self) -> dict[str, Any]:
+        """The options that decide the result, as a card states them: all but the device."""
+        stated = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        del stated["device"]
+        return stated
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: no device has such a name, or this machine has none of its kind.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"{name!r} is no device; write cpu, cuda or cuda:1, say") from error
+    there = torch.cuda.device_count() if device.type == "cuda" else int(device.type == "cpu")
+    if (device.index or 0) >= there:
+        raise ConfigError(f"this machine has no device {name!r}; train on cpu, or where torch finds one")
+    return device
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def back_on_cpu(model: Model) -> Model:
+    """The model, in place, on the processor in the usual layout, with its masks."""
+    masks = masks_of(model)
+    model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    if masks is not None:
+        set_masks(model, masks.to("cpu"))
+    return model
+
 
 def clone(model: Classifier) -> Classifier:
-    """A copy in float32 on its own, without masks and without what the zoo knows of the original."""
-    copy = type(model)(**model.current_arguments())
+    """A copy in float32 on the same device, without masks and without what the zoo knows of the original."""
+    copy = type(model)(**model.current_arguments()).to(device_of(model))
     copy.load_state_dict({name: value.float() if value.is_floating_point() else value
                           for name, value in model.state_dict().items()})  # fmt: skip
     set_masks(copy, None)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from zoo.errors import ConfigError
-from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
+from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, share
 from zoo.harness.judging import judge, mean_cell
 from zoo.harness.stats import seed_difference
 from zoo.harness.tables import Table, Verdict
@@ -50,18 +50,18 @@ class PruningClaims(Experiment):
         self, config: ClaimsConfig, cells: CellCache, progress: Callable[..., None] | None = None
     ) -> ExperimentResult:
         """Run what is missing and sum up."""
-        found: dict[str, list[Figures]] = {}
-        total, done = len(config.studies) * config.seeds, 0
-        for name in config.studies:
-            study = STUDIES[name]
-            found[name] = []
-            for seed in range(config.seeds):
-                key = {"experiment": self.name, "version": VERSION, "study": name, "seed": seed}
-                found[name].append(dict(cells.cell(key, partial(study.run, seed))))
-                done += 1
-                if progress is not None:
-                    progress(done, total, f"{name} seed {seed}")
-        return summarise(found)
+
+        def run(name: str, seed: int) -> Figures:
+            key = {"experiment": self.name, "version": VERSION, "study": name, "seed": seed}
+            return dict(cells.cell(key, partial(STUDIES[name].run, seed)))
+
+        pairs = [(name, seed) for name in config.studies for seed in range(config.seeds)]
+        found = share([(f"{name} seed {seed}", partial(run, name, seed)) for name, seed in pairs], cells,
+                      progress)  # fmt: skip
+        return summarise({
+            name: [figures for (own, _), figures in zip(pairs, found, strict=True) if own == name]
+            for name in config.studies
+        })  # fmt: skip
 
 
 def summarise(found: dict[str, list[Figures]]) -> ExperimentResult:

@@ -40,6 +40,10 @@ class Split:
         """The images at these positions."""
         return Split(self.images[index], self.labels[index])
 
+    def to(self, device: torch.device | str) -> Split:
+        """The same images on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Images:
@@ -62,11 +66,25 @@ class Images:
     scale: float = 255.0
     augment: bool = True
 
+    @property
+    def device(self) -> torch.device:
+        """Where the images are, and with them whatever is trained on them."""
+        return self.train.images.device
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same set on another device."""
+        return replace(
+            self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device)
+        )  # fmt: skip
+
     def normalised(self, images: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
         """Bytes as the networks see them."""
-        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
-        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        mean, std = self._moments
         return (images.float() / self.scale - mean) / std
+
+    @functools.cached_property
+    def _moments(self) -> Float[Tensor, "2 1 C 1 1"]:
+        return torch.tensor([self.mean, self.std], device=self.device).view(2, 1, -1, 1, 1)
 
     def subset(self, count: int) -> Images:
         """The same set with the first `count` training images only (their order is a fixed draw).
@@ -77,6 +95,7 @@ class Images:
         if not 1 <= count <= len(self.train):
             raise DataError(f"{self.name} has {len(self.train)} training images; received {count}")
         return replace(self, train=self.train.take(torch.arange(count)))
+
 
 
 SOURCES = {
@@ -205,16 +224,24 @@ def _mosaics(folder: Path, part: str, count: int) -> UInt8[Tensor, "n 3 32 32"]:
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(tiles)))
 
 
+def drawn_moves(count: int, generator: torch.Generator) -> Int[Tensor, "3 n"]:
+    """For each image how far down and to the right it is cropped out of its padding (0 to 8), and whether it
+    is mirrored (0 or 1)."""
+    places = torch.randint(0, 9, (2, count), generator=generator)
+    return torch.cat([places, torch.randint(0, 2, (1, count), generator=generator)])
+
+
 def shifted_and_mirrored(
-    images: UInt8[Tensor, "n C H W"], generator: torch.Generator
+    images: UInt8[Tensor, "n C H W"], moves: Int[Tensor, "3 n"]
 ) -> UInt8[Tensor, "n C H W"]:
-    """Each image padded by 4 black pixels, cropped back at a random place, and mirrored half of the time."""
+    """Each image padded by 4 black pixels, cropped back at the place that was drawn, and mirrored or not; see
+    `drawn_moves`."""
     n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
-    down, right = torch.randint(0, 9, (2, n), generator=generator)
-    rows = down[:, None] + torch.arange(height)
-    columns = right[:, None] + torch.arange(width)
-    mirrored = torch.rand(n, generator=generator) < 0.5
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    picked = padded.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2).contiguous()
+    down, right, mirrored = moves[:, :, None]
+    rows = down + torch.arange(height, device=images.device)
+    columns = right + torch.arange(width, device=images.device)
+    columns = torch.where(mirrored.bool(), columns.flip(1), columns)
+    index = torch.arange(n, device=images.device)[:, None, None]
+    picked = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2)

@@ -7,7 +7,8 @@ Every model keeps its `arguments`, from which the same one, a wider one or a cut
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, no_type_check
 
@@ -337,11 +338,24 @@ def _initialise(model: nn.Module) -> None:
 
 
 def reinitialised(model: Classifier, seed: int) -> Classifier:
-    """A fresh model of the same shapes, its weights drawn with `seed`; the caller's random state is left
-    alone."""
+    """A fresh model of the same shapes on the same device, its weights drawn with `seed`; the caller's random
+    state is left alone."""
+    with seeded(seed):
+        fresh = type(model)(**model.current_arguments())
+    return fresh.to(device_of(model))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, random numbers of the processor follow `seed`; afterwards as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return type(model)(**model.current_arguments())
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are."""
+    return next(model.parameters()).device
 
 
 def pretrained_resnet(depth: int = 20) -> ResNet:

@@ -168,7 +168,7 @@ def sparse(name: str, level: str, seed: int, folder: Path) -> Made:
         trainer = Trainer(load_images("digits"), method.recipe(), seed)
         start = time.process_time()
         made, extras = method.prune(clone(dense(seed, folder).model), trainer)
-        options = dataclasses.asdict(method) | {"dataset": "digits", "training_flops": trainer.cost.flops}
+        options = method.options() | {"dataset": "digits", "training_flops": trainer.cost.flops}
         return Made(made.eval(), extras, options, time.process_time() - start)
 
     return _kept(folder / f"{slug(name, level)}-{seed}.safetensors", train)

@@ -18,7 +18,7 @@ from shared.patterns import topk_mask
 from shared.regrow import SET, RigL
 from shared.sparsifier import Sparsifier, sparsify
 from zoo.vision.base import Pruned, VisionMethod, clone
-from zoo.vision.models import Classifier, reinitialised
+from zoo.vision.models import Classifier, device_of, reinitialised
 from zoo.vision.train import Trainer, cross_entropy, step_macs
 
 Ratio = Literal["uniform", "uniform+", "er", "erk", "erk+", "snip", "grasp"]
@@ -51,10 +51,8 @@ def random_masks(model: Classifier, counts: dict[str, int], seed: int) -> MaskSe
     """Masks with exactly these counts at places drawn with `seed`."""
     generator = torch.Generator().manual_seed(seed)
     weights = select_parameters(model, None)
-    return MaskSet(
-        {name: Mask(topk_mask(torch.rand(weights[name].shape, generator=generator), kept))
-         for name, kept in counts.items()}
-    )  # fmt: skip
+    drawn = {name: torch.rand(weights[name].shape, generator=generator) for name in counts}
+    return MaskSet({name: Mask(topk_mask(drawn[name], counts[name])) for name in counts}).to(device_of(model))
 
 
 @dataclass

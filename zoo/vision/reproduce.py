@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from shared.budgets import check_sparsity
 from zoo.errors import ConfigError
-from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
+from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, share
 from zoo.names import suggestion
 from zoo.vision import verdicts
 from zoo.vision.arms import ARMS, Setting, arm_cell, continued_cell, dense_cell
+from zoo.vision.base import checked_device
 from zoo.vision.data import SOURCES
 
 WIDTH_SPARSITY = 0.9  # at which the gap of random pruning to dense is followed over widths
@@ -37,6 +39,8 @@ class BenchmarkConfig:
         test_images: use the first so many test images; 0 for all.
         pretrained: start from the published ResNet-20 in ZOO_DATA, which was trained on true pixels, so that
             `dense_epochs` count for arms from fresh weights only; its own training is not in the cost.
+        device: where to train: cpu, cuda or cuda:1, say. Start the command several times at once and the
+            processes divide the work; cells are the same on every device.
     """
 
     dataset: str = "digits"
@@ -52,6 +56,7 @@ class BenchmarkConfig:
     train_images: int = 0
     test_images: int = 0
     pretrained: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.dataset not in SOURCES:
@@ -76,7 +81,7 @@ class BenchmarkConfig:
         usual = 1.0 if self.dataset == "digits" else 16.0
         return Setting(
             self.dataset, (self.width or usual) * factor, self.dense_epochs, self.epochs, self.lr,
-            self.lr / 2, self.batch, self.train_images, self.test_images, self.pretrained,
+            self.lr / 2, self.batch, self.train_images, self.test_images, self.pretrained, self.device,
         )  # fmt: skip
 
 
@@ -135,12 +140,10 @@ class PruningBenchmark(Experiment):
         self, config: BenchmarkConfig, cells: CellCache, progress: Callable[..., None] | None = None
     ) -> ExperimentResult:
         """Run what is missing and sum up."""
-        work = list(jobs(config))
-        rows = []
-        for done, job in enumerate(work, start=1):
-            rows.append(job.run(cells))
-            if progress is not None:
-                progress(done, len(work), f"{job.arm} {job.sparsity:g} seed {job.seed}")
+        checked_device(config.device)
+        work = [(f"{job.arm} {job.sparsity:g} seed {job.seed}", partial(job.run, cells))
+                for job in jobs(config)]  # fmt: skip
+        rows = share(work, cells, progress)
         return verdicts.summarise(rows, config.dataset, config.sparsities, protocol(config))
 
 

@@ -16,7 +16,7 @@ from shared.masks import set_masks
 from shared.regrow import SET, RigL
 from shared.sparsifier import Sparsifier
 from zoo.vision.base import Pruned, VisionMethod, inner_weights
-from zoo.vision.models import Classifier
+from zoo.vision.models import Classifier, device_of, seeded
 from zoo.vision.random_pruning import random_masks
 from zoo.vision.train import Trainer, step_macs
 
@@ -71,9 +71,8 @@ class SparseIFT(VisionMethod):
 
     def widened(self, model: Classifier) -> Classifier:
         """The fresh wide network."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return model.wider((1 - self.sparsity) ** -0.5)
+        with seeded(self.seed):
+            return model.wider((1 - self.sparsity) ** -0.5).to(device_of(model))
 
     def matched(
         self, model: Classifier, wide: Classifier, names: list[str], example: tuple[torch.Tensor, ...]

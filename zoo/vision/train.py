@@ -27,10 +27,11 @@ from shared.modes import eval_mode
 from shared.schedules import Linear, Ramp
 from zoo.checkpoints import optimizer_tensors, part, restore_optimizer
 from zoo.errors import ConfigError
-from zoo.vision.data import Images, Split, shifted_and_mirrored
+from zoo.vision.data import Images, Split, drawn_moves, shifted_and_mirrored
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, Any], Tensor]
+LOOK = 50  # steps between looks at the loss on a GPU
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class ImageBatches:
-    """Shuffled batches of training images; the last, short one of an epoch is left out unless it is the only
-    one."""
+    """Shuffled batches of training images, made where the images are; the last, short one of an epoch is left
+    out unless it is the only one. What is drawn does not depend on the device."""
 
     data: Images
     batch: int
@@ -92,10 +93,13 @@ class ImageBatches:
         return max(1, len(self.data.train) // self.batch)
 
     def draw(self, generator: torch.Generator) -> Iterator[Batch]:
-        order = torch.randperm(len(self.data.train), generator=generator)
+        device, count = self.data.device, len(self.data.train)
+        order = torch.randperm(count, generator=generator).to(device)
+        moves = drawn_moves(count, generator).to(device) if self.data.augment else None
         for start in range(0, len(self) * self.batch, self.batch):
-            part = self.data.train.take(order[start : start + self.batch])
-            images = shifted_and_mirrored(part.images, generator) if self.data.augment else part.images
+            chosen = slice(start, start + self.batch)
+            part = self.data.train.take(order[chosen])
+            images = part.images if moves is None else shifted_and_mirrored(part.images, moves[:, chosen])
             yield self.data.normalised(images), part.labels
 
     def example(self) -> tuple[Tensor, ...]:
@@ -110,10 +114,18 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
 
 @dataclass
 class Cost:
-    """What trainings have cost: operations as counted, and processor seconds."""
+    """What trainings have cost: operations as counted, and seconds (see `clock`)."""
 
     flops: float = 0.0
     seconds: float = 0.0
+
+
+def clock(device: torch.device) -> float:
+    """Processor seconds of this process, or on a GPU the seconds of the wall with its work done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def step_macs(model: nn.Module, example: tuple[Tensor, ...], dense_gradients: bool = False) -> float:
@@ -128,7 +140,7 @@ def step_macs(model: nn.Module, example: tuple[Tensor, ...], dense_gradients: bo
 
 
 class Fit:
-    """One training.
+    """One training, on the device of the model, where the batches must be, too.
 
     Args:
         model: trained in place.
@@ -161,6 +173,10 @@ class Fit:
         self.macs = macs or (lambda: step_macs(model, batches.example()))
         self.epoch = self.step = 0
         self.last_loss = math.nan
+        self.device = next(model.parameters()).device
+        if self.device.type != "cpu":
+            # The layout of a GPU's fast convolutions.
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         trained = list(model.parameters() if parameters is None else parameters)
         self.optimizer: torch.optim.Optimizer
         if recipe.optimizer == "sgd":
@@ -203,9 +219,9 @@ class Fit:
         """
         last = self.recipe.epochs if until is None else min(until, self.recipe.epochs)
         while self.epoch < last:
-            start = time.process_time()
+            start = clock(self.device)
             self._run_epoch(after_step)
-            self.cost.seconds += time.process_time() - start
+            self.cost.seconds += clock(self.device) - start
             if on_epoch is not None:
                 on_epoch(self)
         return self
@@ -221,9 +237,9 @@ class Fit:
                 group["lr"] = self.learning_rate(self.step)
             self.optimizer.zero_grad()
             loss = self.loss(self.model, batch)
-            self.last_loss = float(loss.detach())
-            if not math.isfinite(self.last_loss):
-                raise ConfigError(f"the loss became {self.last_loss} at step {self.step}; lower the lr")
+            # Reading a loss waits for the GPU, which is then without work: there only now and then.
+            if self.device.type == "cpu" or self.step % LOOK == 0 or self.step == self.steps - 1:
+                self._read(loss)
             total = loss if self.penalty is None else loss + self.penalty()
             total.backward()
             self.optimizer.step()
@@ -233,6 +249,11 @@ class Fit:
                 after_step()
         self.epoch += 1
         self.cost.flops += 2 * macs * samples
+
+    def _read(self, loss: Tensor) -> None:
+        self.last_loss = float(loss.detach())
+        if not math.isfinite(self.last_loss):
+            raise ConfigError(f"the loss became {self.last_loss} at step {self.step}; lower the lr")
 
     def state(self) -> dict[str, Tensor]:
         """Everything that decides how the run goes on, as tensors; masks stay with the model."""
@@ -252,7 +273,7 @@ class Trainer:
     """What all trainings of one method have in common.
 
     Attributes:
-        data: the images.
+        data: the images; models are trained on their device.
         recipe: from which single trainings may differ.
         seed: of shuffling, augmentation and fresh weights.
         cost: of all trainings so far.
@@ -314,7 +335,7 @@ def correct(model: nn.Module, data: Images, split: Split, batch: int = 500) -> B
         for start in range(0, len(split), batch):
             logits = model(data.normalised(split.images[start : start + batch]))
             found.append(logits.argmax(1) == split.labels[start : start + batch])
-    return torch.cat(found)
+    return torch.cat(found).cpu()
 
 
 def accuracy(model: nn.Module, data: Images, split: Split) -> float:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
+from zoo.vision.models import device_of, seeded
 
 
 class Upscaler(nn.Module):
@@ -48,9 +48,9 @@ class Upscaler(nn.Module):
 
     def fresh(self, seed: int) -> Upscaler:
         """The same network with new weights; the caller's random state is left alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return type(self)(**self.arguments)
+        with seeded(seed):
+            fresh = type(self)(**self.arguments)
+        return fresh.to(device_of(self))
 
 
 class ResidualBlock(nn.Module):
