@@ -22,54 +22,69 @@ struct Shape {
   int64_t row() const { return stride * phase_width(); }
 };
 
-// padded[i, p, j] = x[i - padding, j * stride + p - padding], zero outside.
+// padded[i, p, j] = x[i - padding, j * stride + p - padding] inside of x; what is outside is left alone, and so stays
+// zero from map to map. S: the stride, 0 where it is not known here.
+template <int S>
 void deal(const Shape& s, const float* x, float* padded) {
-  std::fill_n(padded, s.padded_height() * s.row(), 0.0f);
-  const int64_t first_row = std::min(s.padding, s.padded_height());
+  const int64_t stride = S > 0 ? S : s.stride, phase_width = s.phase_width();
   const int64_t last_row = std::min(s.padded_height(), s.height + s.padding);
-  for (int64_t i = first_row; i < last_row; ++i) {
-    const float* from = x + (i - s.padding) * s.width;
-    for (int64_t p = 0; p < s.stride; ++p) {
-      float* to = padded + i * s.row() + p * s.phase_width();
+  for (int64_t i = s.padding; i < last_row; ++i) {
+    const float* const from = x + (i - s.padding) * s.width;
+    for (int64_t p = 0; p < stride; ++p) {
       // the first j with j * stride + p >= padding, and how many columns there are from there
-      const int64_t j = s.padding > p ? (s.padding - p + s.stride - 1) / s.stride : 0;
-      const int64_t column = j * s.stride + p - s.padding;
-      if (column >= s.width) continue;
-      const int64_t count = std::min((s.width - column + s.stride - 1) / s.stride, s.phase_width() - j);
-      if (s.stride == 1) std::copy_n(from + column, std::max<int64_t>(count, 0), to + j);
-      else
-        for (int64_t n = 0; n < count; ++n) to[j + n] = from[column + n * s.stride];
+      const int64_t first = (std::max<int64_t>(s.padding - p, 0) + stride - 1) / stride;
+      const int64_t column = first * stride + p - s.padding;
+      const int64_t there = column < s.width ? (s.width - column + stride - 1) / stride : 0;
+      const int64_t count = std::min(there, phase_width - first);
+      float* const to = padded + (i * stride + p) * phase_width + first;
+      for (int64_t n = 0; n < count; ++n) to[n] = from[column + n * stride];
     }
   }
 }
 
-template <int K>
-inline Vec taps(const Shape& s, const float* rows, const float* weight, Vec sum, int64_t column) {
-  const int64_t kernel = K > 0 ? K : s.kernel;
-  for (int64_t a = 0; a < kernel; ++a)
-    for (int64_t b = 0; b < kernel; ++b) {
-      const float* from = rows + a * s.row() + b % s.stride * s.phase_width() + b / s.stride;
-      sum += splat_vec(weight[a * kernel + b]) * load_vec(from + column);
-    }
-  return sum;
-}
-
-template <int K>
+// K: the kernel's size, S: the stride; 0 where they are not known here. With both known, a kernel of 3 stays in
+// registers for the whole map.
+template <int K, int S>
 void convolve_map(const Shape& s, const float* padded, const float* weight, float bias, bool relu, float* y) {
+  const int64_t kernel = K > 0 ? K : s.kernel, stride = S > 0 ? S : s.stride;
+  const int64_t phase_width = s.phase_width(), row_width = s.row(), out_width = s.out_width;
+  Vec held[K == 3 ? 9 : 1];
+  if constexpr (K == 3)
+    for (int64_t k = 0; k < 9; ++k) held[k] = splat_vec(weight[k]);
   for (int64_t i = 0; i < s.out_height; ++i) {
-    const float* rows = padded + i * s.stride * s.row();
-    float* to = y + i * s.out_width;
-    for (int64_t column = 0; column < s.out_width; column += kLanes) {
-      Vec sum = taps<K>(s, rows, weight, splat_vec(bias), column);
+    const float* const rows = padded + i * stride * row_width;
+    float* const to = y + i * out_width;
+    for (int64_t column = 0; column < out_width; column += kLanes) {
+      Vec sum = splat_vec(bias);
+      for (int64_t a = 0; a < kernel; ++a)
+        for (int64_t b = 0; b < kernel; ++b) {
+          const Vec x = load_vec(rows + a * row_width + b % stride * phase_width + b / stride + column);
+          if constexpr (K == 3) sum += held[a * 3 + b] * x;
+          else sum += splat_vec(weight[a * kernel + b]) * x;
+        }
       if (relu) sum = sum < Vec{} ? Vec{} : sum;  // a NaN stays
-      if (column + kLanes <= s.out_width) {
+      // What runs over the end of a row is written again with the next rows.
+      if (i * out_width + column + kLanes <= s.out_height * out_width) {
         store_vec(to + column, sum);
       } else {
         float last[kLanes];
         store_vec(last, sum);
-        std::copy_n(last, s.out_width - column, to + column);
+        std::copy_n(last, std::min(kLanes, out_width - column), to + column);
       }
     }
+  }
+}
+
+template <int K, int S>
+void maps(const Shape& s, const float* x, const float* weight, const float* bias, float* y, int64_t channels, bool relu,
+          int64_t begin, int64_t end) {
+  float* const padded = scratch_of<float>(s.padded_height() * s.row(), 0);
+  std::fill_n(padded, s.padded_height() * s.row(), 0.0f);
+  for (int64_t map = begin; map < end; ++map) {
+    const int64_t channel = map % channels;
+    deal<S>(s, x + map * s.height * s.width, padded);
+    convolve_map<K, S>(s, padded, weight + channel * s.kernel * s.kernel, bias != nullptr ? bias[channel] : 0.0f, relu,
+                       y + map * s.out_height * s.out_width);
   }
 }
 
@@ -85,16 +100,9 @@ ZOO_EXPORT void zoo_depthwise_conv(const float* x, const float* weight, const fl
   using namespace zoo;
   const Shape s{height, width, out_height, out_width, kernel, stride, padding};
   parallel_for(images * channels, threads, [&](int64_t begin, int64_t end) {
-    float* padded = scratch_of<float>(s.padded_height() * s.row(), 0);
-    for (int64_t map = begin; map < end; ++map) {
-      const int64_t channel = map % channels;
-      const float* own = weight + channel * kernel * kernel;
-      const float start = bias != nullptr ? bias[channel] : 0.0f;
-      float* to = y + map * out_height * out_width;
-      deal(s, x + map * height * width, padded);
-      if (kernel == 3) convolve_map<3>(s, padded, own, start, relu != 0, to);
-      else if (kernel == 5) convolve_map<5>(s, padded, own, start, relu != 0, to);
-      else convolve_map<0>(s, padded, own, start, relu != 0, to);
-    }
+    const bool positive = relu != 0;
+    if (kernel == 3 && stride == 1) maps<3, 1>(s, x, weight, bias, y, channels, positive, begin, end);
+    else if (kernel == 3 && stride == 2) maps<3, 2>(s, x, weight, bias, y, channels, positive, begin, end);
+    else maps<0, 0>(s, x, weight, bias, y, channels, positive, begin, end);
   });
 }
