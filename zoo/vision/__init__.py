@@ -39,6 +39,7 @@ TASKS.register("vision/set14-x2", "zoo.vision.superres:Set14")
 FINETUNERS.register("vision", "zoo.vision.finetune:Finetune")
 EXPERIMENTS.register("pruning-benchmark", "zoo.vision.reproduce:PruningBenchmark")
 EXPERIMENTS.register("pruning-claims", "zoo.vision.claims:PruningClaims")
+EXPERIMENTS.register("superres-pruning", "zoo.vision.upscaling_study:SuperresPruning")
 EXPERIMENTS.register("spark", "zoo.vision.spark.experiment:SparKStudy")
 
 _PUBLIC = {

@@ -23,7 +23,7 @@ class ClaimsConfig:
     """Options.
 
     Args:
-        studies: which; by default all. `iss-p` needs the images below ZOO_DATA.
+        studies: which; by default all.
         seeds: how many, from 0.
     """
 

@@ -15,7 +15,8 @@ from shared.masks import MaskSet, masks_of, set_masks
 from shared.sparsifier import sparsify
 from zoo.errors import ConfigError
 from zoo.methods import Sparsified
-from zoo.vision.base import inner_weights
+from zoo.vision.base import back_on_cpu, checked_device, inner_weights
+from zoo.vision.models import device_of
 from zoo.vision.superres import PatchBatches, l1_loss, load_t91
 from zoo.vision.train import Cost, Fit, Recipe
 from zoo.vision.upscalers import Upscaler
@@ -61,6 +62,9 @@ class ISSP:
     seed: int = 0
     """Of weights and patches."""
 
+    device: str = "cpu"
+    """Where to train: cpu, cuda or cuda:1, say."""
+
     def sparsify(self, model: nn.Module) -> Sparsified:
         """Train a sparse network of the given one's shape on T91.
 
@@ -71,19 +75,23 @@ class ISSP:
         """
         if not isinstance(model, Upscaler):
             raise ConfigError(f"ISS-P trains the upscalers of zoo.vision; received {type(model).__name__}")
-        made, cost = self.train(model)
+        made, cost = self.train(model.to(checked_device(self.device)))
+        model.cpu()
+        made = back_on_cpu(made)
         options = dataclasses.asdict(self) | {"training_flops": cost.flops}
+        del options["device"]
         return Sparsified(made.eval(), masks_of(made) or MaskSet({}), hyperparameters=options)
 
     def train(self, model: Upscaler) -> tuple[Upscaler, Cost]:
-        """The sparse network and what it cost."""
+        """The sparse network, on the device of the model, and what it cost."""
         first = round(self.shrink_share * self.epochs)
         if not 0 < first < self.epochs:
             raise ConfigError(f"shrink_share must leave epochs on both sides; received {self.shrink_share}")
         check_sparsity(self.sparsity)
         fresh = model.fresh(self.seed)
         names = inner_weights(fresh)
-        batches = PatchBatches(load_t91(fresh.scale), self.patch, self.batch, self.steps)
+        pairs = load_t91(fresh.scale)
+        batches = PatchBatches(pairs, self.patch, self.batch, self.steps, device_of(fresh))
         recipe = Recipe(self.epochs, self.lr, self.batch, weight_decay=0.0, optimizer="adam")
         fit = Fit(fresh, batches, recipe, loss=l1_loss, seed=self.seed)
         if self.choice == "random":

@@ -21,12 +21,10 @@ from shared.groups import trace_groups
 from shared.masks import MaskSet, masks_of
 from shared.sparsifier import sparsify
 from shared.surgery import cut
-from zoo.harness.tasks import get_task
 from zoo.vision.base import clone
 from zoo.vision.bip import BiP
 from zoo.vision.channels import WGSEF, MaskSparsity
 from zoo.vision.data import load_images
-from zoo.vision.iss_p import ISSP
 from zoo.vision.jackpots import LotteryJackpot, magnitude_masks
 from zoo.vision.magnitude import MagnitudePruning
 from zoo.vision.models import MLP, Classifier, ConvNet, ResNet, ViT, reinitialised
@@ -34,7 +32,6 @@ from zoo.vision.nm_training import BDWP, ProgressiveFlow
 from zoo.vision.soups import SparseSoup
 from zoo.vision.sparse_ift import SparseIFT
 from zoo.vision.train import Recipe, Trainer, accuracy
-from zoo.vision.upscalers import EDSR
 
 DENSE = Recipe(12, 0.1)
 TUNED = 6  # epochs after the dense ones
@@ -252,18 +249,6 @@ def removed_channels(seed: int) -> Figures:
     }
 
 
-def iss_p(seed: int) -> Figures:
-    """EDSR of 4 blocks with 90 % zeros, Set5 twice the size: PSNR on luma in dB."""
-    task, model, out = get_task("vision/set5-x2"), EDSR(4, 16), {}
-    for choice in ("iss-p", "iht", "one-shot", "random"):
-        made = ISSP(0.9, choice=choice, epochs=12, seed=seed).train(model)[0].eval()
-        out[choice] = task.evaluate(made).metrics["psnr"].value
-    dense = ISSP(0.0, choice="one-shot", epochs=12, seed=seed).train(model)[0].eval()
-    out["dense"] = task.evaluate(dense).metrics["psnr"].value
-    out["bicubic enlargement"] = task.evaluate(model.fresh(seed).eval()).metrics["psnr"].value
-    return out
-
-
 STUDIES: dict[str, Study] = {
     "jackpots": Study(
         "Lottery jackpots, 95 % zeros", jackpots,
@@ -355,14 +340,5 @@ STUDIES: dict[str, Study] = {
         "ResNet-20 without half of its inner channels", removed_channels,
         (Claim("removed channels are really faster", BAR, "times as fast as whole", "whole"),),
         unit="times", facts=("share of the weights",),
-    ),
-    "iss-p": Study(
-        "ISS-P, EDSR of 4 blocks, Set5 x2, 90 % zeros", iss_p,
-        (
-            Claim("ISS-P is 0.05 dB above one-shot magnitude", BAR, "iss-p", "one-shot", 0.05),
-            Claim("ISS-P is 0.05 dB above a random mask", BAR, "iss-p", "random", 0.05),
-            Claim("ISS-P is not below hard thresholding", "above", "iss-p", "iht"),
-            Claim("ISS-P is above bicubic enlargement", BAR, "iss-p", "bicubic enlargement"),
-        ), unit="dB",
     ),
 }  # fmt: skip

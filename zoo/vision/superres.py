@@ -100,12 +100,14 @@ class PatchBatches:
         patch: side in the small image.
         batch: patches per step.
         steps: per epoch.
+        device: where the batches go.
     """
 
     pairs: list[Pair]
     patch: int = 24
     batch: int = 16
     steps: int = 50
+    device: torch.device = torch.device("cpu")
 
     def __len__(self) -> int:
         return self.steps
@@ -113,11 +115,13 @@ class PatchBatches:
     def draw(self, generator: torch.Generator) -> Iterator[Pair]:
         for _ in range(self.steps):
             drawn = [self._patch(generator) for _ in range(self.batch)]
-            small, large = (torch.stack(side).float() / 255 for side in zip(*drawn, strict=True))
+            small, large = (
+                torch.stack(side).to(self.device).float() / 255 for side in zip(*drawn, strict=True)
+            )
             yield small, large
 
     def example(self) -> tuple[Tensor, ...]:
-        return (self.pairs[0][0][None, :, : self.patch, : self.patch].float() / 255,)
+        return (self.pairs[0][0][None, :, : self.patch, : self.patch].to(self.device).float() / 255,)
 
     def _patch(self, generator: torch.Generator) -> Pair:
         def below(limit: int) -> int:
