@@ -41,9 +41,9 @@ void rows_tile(const Job<T>& job, int64_t pixel, int64_t from, int64_t to) {
   }
 }
 
-// One block of four channels, V vectors of pixels.
+// One block of four channels, V vectors of pixels; x: those pixels alone, channel after channel.
 template <int V, class T>
-ZOO_INLINE void rows4_tile(const Job<T>& job, int64_t pixel, int64_t block) {
+ZOO_INLINE void rows4_tile(const Job<T>& job, const float* x, int64_t pixel, int64_t block) {
   const Packed<T>& w = job.w;
   const int64_t block_rows = (w.rows + 3) / 4, valid = std::min<int64_t>(4, w.rows - 4 * block);
   vf acc[4][V];
@@ -52,7 +52,7 @@ ZOO_INLINE void rows4_tile(const Job<T>& job, int64_t pixel, int64_t block) {
   for (int64_t p = 0; p < w.panels(); ++p) {
     const int64_t segment = p * block_rows + block, first = w.pointer[segment];
     accumulate_rows4<V>(w.values + 4 * first, static_cast<const uint16_t*>(w.index) + first,
-                        w.pointer[segment + 1] - first, job.x + p * w.panel * job.pixels + pixel, job.pixels, acc);
+                        w.pointer[segment + 1] - first, x + p * w.panel * V * kLanes, V * kLanes, acc);
   }
   for (int64_t r = 0; r < valid; ++r)
     for (int v = 0; v < V; ++v)
@@ -83,16 +83,41 @@ void piece_rows(const Job<T>& job, int64_t from, int64_t to) {
   }
 }
 
-// The same for blocks of four rows; the weights of a block are read from the first-level cache after its first tile.
+// Tiles of a piece for blocks of four channels: pixels [pixel, pixel + vectors * kLanes).
+struct Tile {
+  int64_t pixel, vectors;
+  float* x;
+};
+
+// The same for blocks of four rows. x is copied tile by tile: a tile of a piece that is kept channel after channel
+// would lie in a quarter of the first-level cache only. Where all tiles fit into that cache, a block meets them one
+// after the other; else a tile stays while as many weights pass by as the second-level cache holds.
 template <class T>
-void piece_blocks(const Job<T>& job, int64_t from, int64_t to) {
-  for (int64_t block = from; block < to; ++block)
-    for (int64_t pixel = 0; pixel < job.pixels;) {
-      const int64_t vectors = next_tile(job.pixels, 2, &pixel);
-      if (vectors == 2) rows4_tile<2>(job, pixel, block);
-      else rows4_tile<1>(job, pixel, block);
-      pixel += vectors * kLanes;
-    }
+void piece_blocks(const Job<T>& job, const float* map, int64_t map_pixels, float* memory, int64_t from, int64_t to) {
+  constexpr int64_t kFirstLevel = 32 << 10, kWeights = 96 << 10, kMostTiles = kPiece / kLanes + 1;
+  const Packed<T>& w = job.w;
+  Tile tiles[kMostTiles];
+  int64_t count = 0;
+  for (int64_t pixel = 0; pixel < job.pixels; ++count) {
+    const int64_t vectors = next_tile(job.pixels, 2, &pixel);
+    tiles[count] = {pixel, vectors, memory};
+    memory += w.cols * vectors * kLanes;
+    pixel += vectors * kLanes;
+  }
+  for (int64_t c = 0; c < w.cols; ++c)
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t v = 0; v < tiles[t].vectors; ++v)
+        store(tiles[t].x + (c * tiles[t].vectors + v) * kLanes,
+              load(map + c * map_pixels + tiles[t].pixel + v * kLanes));
+  const int64_t block_bytes = (w.pointer[w.panels() * ((w.rows + 3) / 4)] * 18) / ((w.rows + 3) / 4) + 1;
+  const bool fits = w.cols * job.pixels * static_cast<int64_t>(sizeof(float)) <= kFirstLevel;
+  const int64_t step = fits ? 1 : std::max<int64_t>(1, kWeights / block_bytes);
+  for (int64_t first = from; first < to; first += step)
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t block = first; block < std::min(to, first + step); ++block) {
+        if (tiles[t].vectors == 2) rows4_tile<2>(job, tiles[t].x, tiles[t].pixel, block);
+        else rows4_tile<1>(job, tiles[t].x, tiles[t].pixel, block);
+      }
 }
 
 // Piece `number` of the map x [cols, pixels], for rows [from, to) of y [rows, pixels].
@@ -102,12 +127,15 @@ void run_piece(const Packed<T>& w, bool blocks, bool relu, const float* bias, co
   int64_t start = number * kPiece;
   const int64_t width = std::min(std::max<int64_t>(kLanes, pixels - start), kPiece);
   start = std::min(start, pixels - width);
-  float* piece = scratch_of<float>(w.cols * width, 0);
+  float* piece = scratch_of<float>(w.cols * (width + 2 * kLanes), 0);  // the last tile may overlap the one before
+  const Job<T> job{w, bias, piece, y + start, width, pixels, relu};
+  if (blocks) {
+    piece_blocks(job, x + start, pixels, piece, from, to);
+    return;
+  }
   for (int64_t c = 0; c < w.cols; ++c)
     std::memcpy(piece + c * width, x + c * pixels + start, static_cast<size_t>(width) * sizeof(float));
-  const Job<T> job{w, bias, piece, y + start, width, pixels, relu};
-  if (blocks) piece_blocks(job, from, to);
-  else piece_rows(job, from, to);
+  piece_rows(job, from, to);
 }
 
 }  // namespace
