@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 NETWORKS: dict[str, Callable[[], Upscaler]] = {
     "edsr": lambda: EDSR(blocks=4, width=16),
-    "swinir": lambda: SwinIR(blocks=4, width=16, heads=2),
+    "swinir": lambda: SwinIR(blocks=2, width=16, heads=2),
 }
 Choice = Literal["iss-p", "iht", "one-shot", "random"]
 CHOICES: tuple[Choice, ...] = ("iss-p", "iht", "one-shot", "random")
@@ -41,19 +41,21 @@ class SuperresConfig:
     """Options.
 
     Args:
-        networks: edsr (4 blocks of 16 channels) and swinir (4 blocks of width 16).
+        networks: edsr (4 blocks of 16 channels) and swinir (2 blocks of width 16).
         sparsities: shares of zeros of every inner layer.
         seeds: how many, from 0.
-        epochs: of `steps` steps of 16 patches, the dense networks' as well.
+        epochs: of `steps` steps, the dense networks' as well.
         steps: per epoch.
+        batch: patches per step.
         device: where to train: cpu, cuda or cuda:1, say; cells are the same on every device.
     """
 
     networks: tuple[str, ...] = tuple(NETWORKS)
     sparsities: tuple[float, ...] = (0.9,)
     seeds: int = 3
-    epochs: int = 12
+    epochs: int = 10
     steps: int = 50
+    batch: int = 8
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -82,8 +84,10 @@ class Arm:
         made, flops = start.fresh(self.seed), 0.0
         if self.arm != BICUBIC:
             choice: Choice = next((c for c in CHOICES if c == self.arm), "one-shot")
-            method = ISSP(self.sparsity, choice, epochs=config.epochs, steps=config.steps, seed=self.seed,
-                          device=config.device)  # fmt: skip
+            method = ISSP(
+                self.sparsity, choice, epochs=config.epochs, steps=config.steps, batch=config.batch,
+                seed=self.seed, device=config.device,
+            )  # fmt: skip
             made, cost = method.train(start)
             flops = cost.flops
         made = made.cpu().eval()
@@ -97,8 +101,8 @@ class Arm:
         """The measurements, from the cells if they are there."""
         key = {
             "experiment": "superres-pruning", "version": VERSION, "epochs": config.epochs,
-            "steps": config.steps, "network": self.network, "arm": self.arm, "level": self.sparsity,
-            "seed": self.seed,
+            "steps": config.steps, "batch": config.batch, "network": self.network, "arm": self.arm,
+            "level": self.sparsity, "seed": self.seed,
         }  # fmt: skip
         found = cells.cell(key, partial(self.measure, config))
         return {"network": self.network, "arm": self.arm, "level": self.sparsity, "seed": self.seed, **found}
@@ -154,7 +158,7 @@ def summarise(rows: Sequence[Row], config: SuperresConfig) -> ExperimentResult:
     tables += [_images(rows, network, config) for network in config.networks]
     found = [v for network in config.networks for v in _verdicts(rows, network, config)]
     notes = [
-        f"Trained on patches of T91 for {config.epochs * config.steps:,} steps of 16, whatever the arm; the "
+        f"Trained on patches of T91 for {config.epochs * config.steps:,} steps of {config.batch}, whatever the arm; the "
         "last convolution starts at zero, so that every network begins as bicubic enlargement. PSNR in dB "
         "and SSIM on luma by torchmetrics, borders of 2 pixels cropped, small images as MATLAB made them. "
         "Mean ± sample standard deviation over seeds; verdicts on Set5, paired by seed with a 95 % interval.",
