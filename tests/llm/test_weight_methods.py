@@ -121,6 +121,21 @@ def test_a_quantised_bundle_holds_codes_and_comes_back(tmp_path):
     torch.testing.assert_close(logits(packed), logits(masked), rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_a_head_in_four_bits_leaves_the_embedding_alone_and_comes_back(tmp_path):
+    dense = tiny()
+    embedding = dense.get_input_embeddings().weight.detach().clone()
+    method = METHODS.get("gqsa")(block_epochs=0, model_epochs=0, head=True, **SMALL)
+    path = saved(method.sparsify(dense), tmp_path / "made")
+    masked, packed = load(path), load(path, execution="packed")
+    assert torch.equal(masked.get_input_embeddings().weight, embedding)
+    assert isinstance(packed.lm_head, PackedGroupLinear) and packed.lm_head.groups.density == 1.0
+    head = masked.lm_head.weight
+    span = (embedding.view(1024, 2, 16).amax(-1) - embedding.view(1024, 2, 16).amin(-1)).float()
+    off = (head - embedding.float()).detach().view(1024, 2, 16).abs().amax(-1)
+    assert bool((off <= 0.04 * span + 1e-3).all()) and not torch.equal(head, embedding.float())
+    torch.testing.assert_close(logits(packed), logits(masked), rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_the_command_line_makes_and_measures(tmp_path, monkeypatch):
     from zoo.llm.data import corpus
 

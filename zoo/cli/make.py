@@ -79,11 +79,14 @@ def sparsify_command(argv: Sequence[str]) -> int:
     source = find(options.model)
     name = options.name or f"{source.card.domain}/{options.out.name}"
     origin = Origin(name, method_name, command_line("sparsify", argv))
-    with progress_bar() as progress:
+    from zoo.harness.workers import workers
+
+    first = workers().index == 0
+    with progress_bar(quiet=not first) as progress:
         path = make_bundle(
             source, method, origin, options.out, overwrite=options.overwrite, progress=progress
         )  # fmt: skip
-    return _show_new(path, options.json, before=options.model)
+    return _show_new(path, options.json, before=options.model) if first else OK
 
 
 def finetune_command(argv: Sequence[str]) -> int:
@@ -102,7 +105,9 @@ def finetune_command(argv: Sequence[str]) -> int:
         Finetune, config_class, argv[1:], f"finetune {argv[0]}", inspect.getdoc(config_class)
     )
     path = config.run()
-    return _show_new(path, options.json, before=getattr(config, "model", None))
+    from zoo.harness.workers import workers
+
+    return _show_new(path, options.json, getattr(config, "model", None)) if workers().index == 0 else OK
 
 
 def reproduce_command(argv: Sequence[str]) -> int:

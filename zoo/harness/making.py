@@ -15,6 +15,7 @@ from zoo.harness.records import Record
 from zoo.harness.runner import evaluate
 from zoo.harness.subjects import twin_of
 from zoo.harness.tasks import Progress, get_task
+from zoo.harness.workers import workers
 from zoo.methods import Method, Sparsified
 
 
@@ -38,6 +39,8 @@ def make_bundle(
     progress: Progress | None = None,
 ) -> Path:
     """Sparsify the model of `source`, measure it on the source's tasks beside the dense twin, and save it.
+
+    In several processes all take part in the work, and the first one saves.
 
     Args:
         source: the bundle to start from; if it is sparse itself, its own dense twin stays the twin.
@@ -66,9 +69,12 @@ def make_bundle(
     steps.next(f"measuring the dense twin {twin.card.name}")
     dense = {record.task: record for record in evaluate(twin.folder, tasks)}
     fields = _card(source.card, twin.card, made, origin, own, dense, seconds)
-    path = save(made.model, folder, card=fields, masks=made.masks, extras=made.extras, overwrite=overwrite)
+    team = workers()
+    if team.index == 0:
+        save(made.model, folder, card=fields, masks=made.masks, extras=made.extras, overwrite=overwrite)
+    team.gather([None])  # the others wait for the bundle
     steps.next("done")
-    return path
+    return Path(folder)
 
 
 def _card(

@@ -30,6 +30,7 @@ from shared.surgery import cut
 from shared.topk import topk_mask
 from zoo.cards import share_dropped
 from zoo.errors import ConfigError, DataError
+from zoo.harness.workers import workers
 from zoo.llm.blocks import Block, find_blocks
 from zoo.llm.blockwise import Forward, RunningBlock, default_forward, walk_blocks
 from zoo.llm.calibration import Calibrated, extras_of
@@ -59,24 +60,26 @@ class FFNStatistics:
 def ffn_statistics(
     model: nn.Module, batches: Sequence[Any], *, forward: Forward = default_forward
 ) -> list[FFNStatistics]:
-    """Angle and channel norms of every block of a dense decoder, which is left as it is.
+    """Angle and channel norms of every block of a dense decoder, which is left as it is; several processes
+    share the batches.
 
     Raises:
         ConfigError: an FFN that is not gated.
         DataError: no batches, or activations that are not finite.
     """
-    blocks = {block.name: block for block in find_blocks(model)}
+    blocks, team = {block.name: block for block in find_blocks(model)}, workers()
     found = []
 
     def visit(running: RunningBlock) -> None:
         block = blocks[running.name]
-        windows = sum(hidden.shape[0] for hidden in running.inputs)
+        windows = float(team.sum(torch.tensor(float(sum(hidden.shape[0] for hidden in running.inputs)))))
         down = f"{block.mlp_name.removeprefix(f'{block.name}.')}.down_proj.weight"
         norms = input_norms(running)[down] / math.sqrt(windows)
-        angles = [_angles(hidden, running.run(i)) for i, hidden in enumerate(running.inputs)]
-        found.append(FFNStatistics(float(torch.cat(angles).mean()), norms))
+        angles = torch.cat([_angles(hidden, running.run(i)) for i, hidden in enumerate(running.inputs)])
+        total, tokens = team.sum(torch.stack([angles.sum(), angles.new_tensor(float(len(angles)))]))
+        found.append(FFNStatistics(float(total / tokens), norms))
 
-    walk_blocks(model, batches, visit, forward=forward)
+    walk_blocks(model, team.share(batches), visit, forward=forward)
     return found
 
 

@@ -28,6 +28,7 @@ from shared.calibration import LossFn, collect_gradients
 from shared.modes import eval_mode
 from shared.patterns import Unstructured
 from zoo.errors import ConfigError, DataError
+from zoo.harness.workers import workers
 from zoo.llm.blockwise import block_chains
 from zoo.llm.calibration import Calibrated, extras_of
 from zoo.llm.models import float32
@@ -57,7 +58,7 @@ def zeroth_order_scores(
     """The coarse score of every linear weight inside the blocks, by name.
 
     The weights come back bit for bit (the perturbed ones are other tensors), and the model is in eval mode
-    meanwhile, so that dropout does not drown the difference.
+    meanwhile, so that dropout does not drown the difference. Several processes share the tensors.
 
     Args:
         model: a transformer in float32.
@@ -79,10 +80,12 @@ def zeroth_order_scores(
         raise ConfigError("probing with a small eps needs weights in float32; load the model with that dtype")
     if not batches:
         raise DataError("No calibration batches; pass at least one.")
-    generator = torch.Generator().manual_seed(seed)
-    scores = {}
+    team, scores = workers(), {}
     with eval_mode(model), torch.no_grad():
-        for done, (name, weight) in enumerate(weights.items(), start=1):
+        for index, (name, weight) in enumerate(weights.items()):
+            if not team.owns(index):
+                continue
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
             original, total = weight.data, 0.0
             try:
                 for batch in batches:
@@ -100,8 +103,9 @@ def zeroth_order_scores(
                 )
             scores[name] = total / (len(batches) * probes)
             if progress is not None:
-                progress(done, len(weights), name)
-    return scores
+                progress(index + 1, len(weights), name)
+    gathered = dict(team.gather(list(scores.items())))
+    return {name: gathered[name] for name in weights}
 
 
 def first_order_scores(

@@ -13,6 +13,7 @@ from zoo.llm.calibration import Calibrated, extras_of
 from zoo.llm.gqsa import Tuning, choose_groups, pack_model, quantise_blocks, tune_model
 from zoo.llm.models import architecture_of, float32
 from zoo.llm.pruning import open_sparsity
+from zoo.llm.quantised import quantise_head
 from zoo.methods import Sparsified
 
 
@@ -32,6 +33,9 @@ class GQSA(Calibrated):
     model_epochs: int = Tuning.model_epochs
     """E2E-OQP: passes over the text; 0 leaves it out."""
 
+    head: bool = False
+    """Store the output layer in four bits, too, all of it; the embedding stays as it is."""
+
     def sparsify(self, model: nn.Module) -> Sparsified:
         """Compress `model` in place: its blocks' linear layers become `GroupQuantLinear`.
 
@@ -50,6 +54,8 @@ class GQSA(Calibrated):
             quantisers = quantise_blocks(model, batches, choose, group=self.group, tuning=tuning)
             codes = tune_model(model, quantisers, batches, tuning)
             pack_model(model, quantisers, codes)
+            if self.head:
+                quantise_head(model, self.group)
         set_masks(model, None)
         kept = sum(int(quantiser.keep.sum()) for quantiser in quantisers.values())
         total = sum(quantiser.keep.numel() for quantiser in quantisers.values())

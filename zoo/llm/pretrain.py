@@ -254,9 +254,7 @@ def train(
     return model.cpu().eval(), clock.total()
 
 
-def write_bundle(
-    name: str, model: LlamaForCausalLM, seconds: float, out: Path, device: str = "cpu"
-) -> Path:
+def write_bundle(name: str, model: LlamaForCausalLM, seconds: float, out: Path, device: str = "cpu") -> Path:
     """The bundle `dense-<name>` of a trained model, in half precision."""
     recipe = RECIPES[name]
     where = "" if device == "cpu" else f" --device {device}"

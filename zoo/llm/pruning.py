@@ -16,6 +16,7 @@ from shared.masks import Mask, MaskSet, set_masks
 from shared.patterns import NM, Pattern, Unstructured
 from shared.topk import topk_mask
 from zoo.errors import ConfigError, DataError
+from zoo.harness.workers import workers
 from zoo.llm.blockwise import Forward, Opened, RunningBlock, block_chains, default_forward, walk_blocks
 
 #: Chooses the masks of a block's linear weights, by their name in the block; may change the weights, too.
@@ -45,7 +46,8 @@ def prune_blocks(
 ) -> MaskSet:
     """Prune the blocks of a model in order, in place, each on what the pruned blocks before it put out.
 
-    See `walk_blocks` for the arguments. The model carries the masks afterwards, if its weights are all in
+    See `walk_blocks` for the arguments. Several processes share the batches, and sum up what they measure, so
+    that each prunes to the same masks. The model carries the masks afterwards, if its weights are all in
     memory; `collect=False` forgets each block's masks, which take a byte per weight, and returns none.
     """
     masks: dict[str, Mask] = {}
@@ -56,7 +58,8 @@ def prune_blocks(
         if collect:
             masks.update({f"{block.name}.{name}": mask for name, mask in chosen.items()})
 
-    walk_blocks(model, batches, visit, forward=forward, opened=opened, progress=progress)
+    own = workers().share(batches)
+    walk_blocks(model, own, visit, forward=forward, opened=opened, progress=progress)
     found = MaskSet(masks)
     if opened is None and collect:
         set_masks(model, found)
@@ -74,21 +77,27 @@ def block_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def input_norms(block: RunningBlock) -> dict[str, Float[Tensor, " features"]]:
-    """The L2 norm of each input feature of every linear layer of a block, by weight, over all batches.
+    """The L2 norm of each input feature of every linear layer of a block, by weight, over the batches of all
+    processes.
 
     Raises:
         DataError: a norm that is not finite.
     """
-    return _finite(block, collect_activations(block.module, range(len(block.inputs)), _run(block)))
+    team, norms = workers(), collect_activations(block.module, range(len(block.inputs)), _run(block))
+    return _finite(block, {name: team.sum(norm.square()).sqrt() for name, norm in norms.items()})
 
 
 def input_hessians(block: RunningBlock) -> dict[str, Float[Tensor, "features features"]]:
-    """2/n sum x x^T over the inputs of every linear layer of a block, by weight.
+    """2/n sum x x^T over the inputs of every linear layer of a block, by weight, over the batches of all
+    processes.
 
     Raises:
         DataError: an entry that is not finite.
     """
-    return _finite(block, collect_hessians(block.module, range(len(block.inputs)), _run(block)))
+    team, found = workers(), collect_hessians(block.module, range(len(block.inputs)), _run(block))
+    tokens = torch.tensor(float(sum(hidden[..., 0].numel() for hidden in block.inputs)))
+    share = float(tokens / team.sum(tokens))
+    return _finite(block, {name: team.sum(share * hessian) for name, hessian in found.items()})
 
 
 def _run(block: RunningBlock) -> Forward:

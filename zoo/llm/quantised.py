@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from shared.account import Counting, Macs, register_counter
 from shared.masks import Mask
-from shared.ops.quant_sparse_linear import QuantGroups, quant_sparse_linear
+from shared.ops.quant_sparse_linear import QuantGroups, quant_sparse_linear, quantise_groups
 from shared.packing import register_packer
 from zoo.errors import ConfigError
 from zoo.llm.blockwise import block_chains
@@ -162,7 +162,26 @@ def check_group(columns: int, group: int) -> None:
         )
 
 
-def with_empty_groups(model: nn.Module, group: int, kept: Mapping[str, int]) -> None:
+def quantise_head(model: nn.Module, group: int) -> None:
+    """Put the output layer of a causal LM in four-bit groups, all of them kept, in place. An embedding that
+    it shared its weight with stays as it is.
+
+    Raises:
+        ConfigError: groups that do not fit its inputs.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    rows, columns = head.weight.shape
+    check_group(columns, group)
+    every = torch.ones(rows, columns // group, dtype=torch.bool, device=head.weight.device)
+    _set_head(model, GroupQuantLinear(quantise_groups(head.weight, every, group), head.bias))
+
+
+def _set_head(model: nn.Module, layer: GroupQuantLinear) -> None:
+    model.set_output_embeddings(layer)  # type: ignore[operator]
+    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def with_empty_groups(model: nn.Module, group: int, kept: Mapping[str, int], head: bool = False) -> None:
     """Make the linear layers inside the blocks `GroupQuantLinear` that wait for their stored tensors, in
     place.
 
@@ -170,10 +189,14 @@ def with_empty_groups(model: nn.Module, group: int, kept: Mapping[str, int]) -> 
         model: a transformer.
         group: inputs per group.
         kept: groups kept in each row, by the number of inputs of the layer (as text, for cards).
+        head: whether the output layer is in groups, too; it keeps all of them.
 
     Raises:
         ConfigError: see `GroupQuantLinear.empty`; or a number of inputs that `kept` does not name.
     """
+    if head:
+        output: Any = model.get_output_embeddings()  # type: ignore[operator]
+        _set_head(model, GroupQuantLinear.empty(output, group, output.in_features // group))
     for chain in block_chains(model).values():
         for name, module in list(chain.named_modules()):
             if isinstance(module, nn.Linear):
@@ -189,7 +212,8 @@ def group_arguments(model: nn.Module) -> dict[str, Any] | None:
     Raises:
         ConfigError: layers that these arguments cannot tell apart.
     """
-    layers = [module for module in model.modules() if isinstance(module, GroupQuantLinear)]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    layers = [m for m in model.modules() if isinstance(m, GroupQuantLinear) and m is not head]
     if not layers:
         return None
     kept: dict[str, int] = {}
@@ -201,7 +225,8 @@ def group_arguments(model: nn.Module) -> dict[str, Any] | None:
                 f"layers of {layer.in_features} inputs keep unequal numbers of groups, which cannot be "
                 "stored: choose groups with spread='row'"
             )
-    return {"group": layers[0].group, "kept": kept}
+    quantised_head = {"head": True} if isinstance(head, GroupQuantLinear) else {}
+    return {"group": layers[0].group, "kept": kept, **quantised_head}
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

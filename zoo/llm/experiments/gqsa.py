@@ -31,9 +31,11 @@ from zoo.llm.gqsa import (
     tune_model,
 )
 from zoo.llm.pruning import input_hessians, prune_blocks
+from zoo.llm.quantised import quantise_head
 
 GROUP = 16
 STAGES = ("W4S50, one shot", "W4S50, BQPO", "W4S50, BQPO + E2E-OQP")
+HEAD = "W4S50, BQPO + E2E-OQP, W4 head"
 
 
 def choose_nm(weight: Tensor, hessian: Tensor) -> Tensor:
@@ -54,12 +56,14 @@ class Arm:
         bits: per weight; 0 leaves them in float32.
         tuning: None for one shot.
         stored: bits per weight of the dense layer, by the layout; None where the sparse op's is measured.
+        head: whether the output layer is stored in four bits, too.
     """
 
     choose: ChooseMask
     bits: int
     tuning: Tuning | None
     stored: float | None
+    head: bool = False
 
 
 def arms(block_epochs: int, model_epochs: int) -> dict[str, Arm]:
@@ -73,6 +77,7 @@ def arms(block_epochs: int, model_epochs: int) -> dict[str, Arm]:
         STAGES[0]: Arm(half, 4, None, None),
         STAGES[1]: Arm(half, 4, blockwise, None),
         STAGES[2]: Arm(half, 4, both, None),
+        HEAD: Arm(half, 4, both, None, head=True),
         "2:4 + W4, one shot": Arm(choose_nm, 4, None, w24),
         "2:4 + W4, BQPO + E2E-OQP": Arm(choose_nm, 4, both, w24),
         "W2, one shot": Arm(whole, 2, None, w2),
@@ -102,6 +107,8 @@ def apply_arm(arm: Arm) -> Apply:
             pack_model(wider, quantisers, codes)
             sizes = list(stored_bits(wider))
             bits = sum(size for _, size, _ in sizes) / sum(count for *_, count in sizes)
+        if arm.head:
+            quantise_head(wider, GROUP)
         return wider, {"bits": bits}
 
     return apply
@@ -166,6 +173,8 @@ class GqsaExperiment(Experiment):
         notes = [
             "No released code could be found. Stages, saliency and recipe follow the paper's description; "
             "learning rates and epochs are this zoo's.",
+            "With a W4 head the output layer has four-bit groups, too, none of them dropped; the column of "
+            "bits leaves it out.",
             "Tuning minimises its own loss on the calibration text; the tables show held-out text. Bits "
             "count codes, scales, zero points and places in the blocks; W4S50 as the sparse op stores "
             "it (16-bit group numbers, a row pointer), W2 and 2:4 + W4 by arithmetic.",
