@@ -236,6 +236,7 @@ ZOO_EXPORT void zoo_conv_sites(const int32_t* sites, int64_t number, int64_t dim
 }
 
 // Neighbour tables of a convolution in both directions: forward[output, k] = input, backward[input, k] = output.
+// The outputs may be fewer than the inputs reach.
 ZOO_EXPORT void zoo_conv_neighbours(const int32_t* sites, int64_t number, const int64_t* out_keys, int64_t outputs,
                                     int64_t dims, int64_t batch, const int64_t* out_shape, const int64_t* geometry,
                                     int64_t threads, int32_t* forward, int32_t* backward) {
@@ -250,6 +251,7 @@ ZOO_EXPORT void zoo_conv_neighbours(const int32_t* sites, int64_t number, const 
     for (int64_t row = begin; row < end; ++row) {
       kernel.reached(sites + row * (dims + 1), out, [&](int64_t k, int64_t key) {
         const int32_t o = table.find(key);
+        if (o < 0) return;  // not among the outputs that were asked for
         backward[row * offsets + k] = o;
         forward[o * offsets + k] = static_cast<int32_t>(row);  // one input per output and offset: no two write here
       });

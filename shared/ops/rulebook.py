@@ -176,7 +176,7 @@ def conv_rulebook_onto(
     padding: Any = 0,
     dilation: Any = 1,
 ) -> Rulebook:
-    """The rulebook of a convolution whose output sites are given: what it would send elsewhere is not computed.
+    """The rulebook of a convolution whose output sites are given; what goes elsewhere is not computed.
 
     Args:
         onto: the output sites, on the grid that the dense convolution's output has.
@@ -191,22 +191,15 @@ def conv_rulebook_onto(
     def build() -> Rulebook:
         check_sites(indices, shape, batch_size)
         check_sites(onto, out_shape, batch_size)
-        keys, rows = site_keys(onto, out_shape).sort()
-        reached = (_reached(indices, offset, out_shape, shaped) for offset in _offsets(shaped, indices.device))
-        backward = torch.stack([_rows_of(out, valid, out_shape, keys, rows) for out, valid in reached], 1)
-        forward = _turned(backward, onto.shape[0])
+        keys = site_keys(onto, out_shape)
+        if _is_native(indices):
+            forward, backward = _native_neighbours(indices, keys, batch_size, out_shape, shaped)
+        else:
+            forward, backward = _neighbours_onto(indices, keys, out_shape, shaped)
         there, back = _pairs(forward, indices.shape[0]), _pairs(backward, onto.shape[0])
         return Rulebook(there, back, False, onto, out_shape, shaped)
 
     return _rulebooks.get((indices, onto), ("onto", shape, batch_size, shaped), build)
-
-
-def _turned(neighbours: Tensor, targets: int) -> Tensor:
-    """The neighbour table of the opposite direction: [sources, offsets] to [targets, offsets]."""
-    turned = neighbours.new_full((targets, neighbours.shape[1]), -1)
-    row, offset = (neighbours >= 0).nonzero(as_tuple=True)
-    turned[neighbours[row, offset].long(), offset] = row.int()
-    return turned
 
 
 def _is_native(tensor: Tensor) -> bool:
@@ -266,19 +259,39 @@ def _conv_neighbours(
             count.data_ptr(),
         )
         keys = keys[: int(count)].clone()
-        forward = indices.new_empty(keys.numel(), shaped.offsets)
-        backward = indices.new_empty(sites, shaped.offsets)
-        _native.function("zoo_conv_neighbours", "pipiiippipp")(
-            place.data_ptr(), sites, keys.data_ptr(), keys.numel(), dims, batch, extents.data_ptr(),
-            numbers.data_ptr(), _native.threads(), forward.data_ptr(), backward.data_ptr(),
-        )
-        return keys, forward, backward
+        return keys, *_native_neighbours(indices, keys, batch, out_shape, shaped)
     reached = [_reached(indices, offset, out_shape, shaped) for offset in _offsets(shaped, indices.device)]
-    found = [site_keys(out, out_shape)[valid] for out, valid in reached]
-    keys = torch.cat(found).unique()
-    order = torch.arange(keys.numel(), device=indices.device)
-    backward = torch.stack([_rows_of(out, valid, out_shape, keys, order) for out, valid in reached], 1)
-    return keys, _turned(backward, keys.numel()), backward
+    keys = torch.cat([site_keys(out, out_shape)[valid] for out, valid in reached]).unique()
+    return keys, *_neighbours_onto(indices, keys, out_shape, shaped)
+
+
+def _native_neighbours(
+    indices: Tensor, keys: Tensor, batch: int, out_shape: tuple[int, ...], shaped: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Input at [output, offset] and output at [input, offset] (-1: none) for outputs of these keys."""
+    sites, outputs = indices.shape[0], keys.numel()
+    forward = indices.new_empty(outputs, shaped.offsets)
+    backward = indices.new_empty(sites, shaped.offsets)
+    extents, numbers = torch.tensor(out_shape, dtype=torch.int64), shaped.numbers()
+    place = indices.contiguous()
+    _native.function("zoo_conv_neighbours", "pipiiippipp")(
+        place.data_ptr(), sites, keys.data_ptr(), outputs, len(out_shape), batch, extents.data_ptr(),
+        numbers.data_ptr(), _native.threads(), forward.data_ptr(), backward.data_ptr(),
+    )
+    return forward, backward
+
+
+def _neighbours_onto(
+    indices: Tensor, keys: Tensor, out_shape: tuple[int, ...], shaped: Geometry
+) -> tuple[Tensor, Tensor]:
+    """The same in plain torch."""
+    ordered, rows = keys.sort()
+    reached = (_reached(indices, offset, out_shape, shaped) for offset in _offsets(shaped, indices.device))
+    backward = torch.stack([_rows_of(out, valid, out_shape, ordered, rows) for out, valid in reached], 1)
+    forward = indices.new_full((keys.numel(), shaped.offsets), -1)
+    row, offset = (backward >= 0).nonzero(as_tuple=True)
+    forward[backward[row, offset].long(), offset] = row.int()
+    return forward, backward
 
 
 def _reached(

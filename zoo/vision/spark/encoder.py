@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 from shared.modes import eval_mode
 from zoo.errors import ConfigError
 from zoo.vision.models import ResNet
-from zoo.vision.spark.masking import MaskContext, Mode, Visible, draw_cells
+from zoo.vision.spark.masking import Choice, MaskContext, Mode, Visible, draw_cells
 from zoo.vision.spark.modules import convert
+from zoo.vision.spark.timing import fastest_choice
 
-Execution = Literal["auto", "masked", "pairs", "grid", "plain"]
+Execution = Literal["auto", "masked", "pairs", "grid", "plain"] | Choice
 NormKind = Literal["batch", "layer"]
 
 
@@ -108,7 +108,7 @@ class SparKEncoder(nn.Module):
             )
         _convert_trunk(self.model, self.trunk, self.context)
         _probe(self)
-        self._fastest: dict[tuple[object, ...], Mode] = {}
+        self._fastest: dict[tuple[object, ...], Choice] = {}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -142,8 +142,9 @@ class SparKEncoder(nn.Module):
             ConfigError: see `forward`.
         """
         self._check(images, cells)
-        mode = self.fastest(images, cells) if execution == "auto" else execution
-        return Visible(cells, mode)
+        if isinstance(execution, str):
+            execution = self.fastest(images, cells) if execution == "auto" else Choice(execution)
+        return Visible(cells, *execution)
 
     def stage_rows(self, images: Tensor, visible: Visible) -> list[Tensor]:
         """Outputs of the stages as the layers compute them: maps, or rows of visible sites."""
@@ -152,32 +153,17 @@ class SparKEncoder(nn.Module):
             return self._stages(visible.gather(shown) if visible.rows else shown)
 
     def _stages(self, x: Tensor) -> list[Tensor]:
-        with _outputs_of(self.model, self.trunk.stages) as found:
+        with outputs_of(self.model, self.trunk.stages) as found:
             self.trunk.features(self.model, x)
         return [found[name] for name in self.trunk.stages]
 
-    def fastest(self, images: Tensor, cells: Tensor) -> Mode:
-        """The execution whose forward and backward pass took the least time when first tried on this shape
-        and device; a choice for a training run is made once and kept."""
-        key = (images.device, tuple(images.shape[1:]), cells.shape[1:], self.training, torch.get_num_threads())
+    def fastest(self, images: Tensor, cells: Tensor) -> Choice:
+        """The way whose forward and backward pass took the least time when first tried on this shape and
+        device; a choice for a training run is made once and kept."""
+        key = (images.device, tuple(images.shape), cells.shape[1:], self.training, torch.get_num_threads())
         if key not in self._fastest:
-            self._fastest[key] = self._tried(images, cells)
+            self._fastest[key] = fastest_choice(copy.deepcopy(self), images, cells)
         return self._fastest[key]
-
-    def _tried(self, images: Tensor, cells: Tensor) -> Mode:
-        trial = copy.deepcopy(self)
-        modes: tuple[Mode, ...] = ("masked", "grid") if images.is_cuda else ("masked", "grid", "pairs")
-        times = {}
-        for mode in modes:
-            seconds = []
-            for _ in range(3):
-                start = _now(images)
-                with torch.enable_grad():
-                    maps = trial.stage_rows(images, Visible(cells, mode))
-                    torch.autograd.backward([m.float().mean() for m in maps])
-                seconds.append(_now(images) - start)
-            times[mode] = min(seconds[1:])
-        return min(modes, key=lambda mode: times[mode])
 
     def export(self) -> dict[str, Tensor]:
         """The weights under the network's own names, for a strict load into the untouched network; the head
@@ -208,8 +194,8 @@ class SparKEncoder(nn.Module):
         if not exact or any(b != 2 * a for a, b in zip(strides, strides[1:], strict=False)):
             sides = ", ".join(f"{m.shape[2]}x{m.shape[3]}" for m in maps)
             raise ConfigError(
-                f"images of {self.size[0]}x{self.size[1]} give maps of {sides}: every stage must halve the one "
-                "before; take images whose sides are multiples of the network's stride"
+                f"images of {self.size[0]}x{self.size[1]} give maps of {sides}: every stage must halve the "
+                "one before; take images whose sides are multiples of the network's stride"
             )
         return strides, tuple(m.shape[1] for m in maps)
 
@@ -248,15 +234,15 @@ def _probe(encoder: SparKEncoder) -> None:
         images = torch.randn(2, encoder.channels, *encoder.size, generator=generator, dtype=torch.float64)
         if encoder.grid == (1, 1):
             raise ConfigError(
-                f"images of {encoder.size[0]}x{encoder.size[1]} are one cell of {encoder.cell}: nothing could "
-                "be hidden; take larger images or a network with a smaller stride"
+                f"images of {encoder.size[0]}x{encoder.size[1]} are one cell of {encoder.cell}: nothing "
+                "could be hidden; take larger images or a network with a smaller stride"
             )
         cells = draw_cells(2, encoder.grid, 0.5, generator)
         outputs = []
         for mode in ("masked", "grid"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                outputs.append(trial(images, cells, cast(Mode, mode)))
+                outputs.append(trial(images, cells, Choice(cast(Mode, mode))))
     for stage, first, second in zip(encoder.trunk.stages, *outputs, strict=True):
         if not torch.allclose(first, second, rtol=1e-6, atol=1e-6 * float(first.abs().max())):
             raise ConfigError(
@@ -266,32 +252,41 @@ def _probe(encoder: SparKEncoder) -> None:
             )
 
 
-def _now(images: Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def occupancy(
     encoder: SparKEncoder, images: Tensor, cells: Tensor, names: Sequence[str], mode: Mode
 ) -> list[float]:
     """Share of the sites of these layers' outputs at which any channel is not zero."""
-    with torch.no_grad(), _outputs_of(encoder.model, names) as found:
+    with torch.no_grad(), outputs_of(encoder.model, names) as found:
         encoder.stage_rows(images, Visible(cells, mode))
     return [float((found[name] != 0).any(1).double().mean()) for name in names]
 
 
 @contextmanager
-def _outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Collects what these modules give to the present thread inside the block."""
+    with _collected(model, names, lambda inputs, output: output) as found:
+        yield found
+
+
+@contextmanager
+def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collects what these modules are given by the present thread inside the block."""
+    with _collected(model, names, lambda inputs, output: inputs[0]) as found:
+        yield found
+
+
+@contextmanager
+def _collected(
+    model: nn.Module, names: Iterable[str], pick: Callable[[tuple[Tensor, ...], Tensor], Tensor]
+) -> Iterator[dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
     thread = threading.get_ident()
     hooks = []
     for name in names:
 
-        def keep(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
             if threading.get_ident() == thread:
-                found[name] = output
+                found[name] = pick(inputs, output)
 
         hooks.append(model.get_submodule(name).register_forward_hook(keep))
     try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from shared.modes import eval_mode
 from zoo.errors import ConfigError
-from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
+from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, share
 from zoo.names import suggestion
 from zoo.vision.data import SOURCES
 from zoo.vision.spark import summary
@@ -50,7 +51,7 @@ class SparKConfig:
             accuracy over seeds.
         cell: side of a hidden square.
         ratio: share of hidden cells.
-        width: of the network's first stage.
+        depth, width: of the network.
         train_images, test_images: the first so many; 0 takes all.
     """
 
@@ -65,6 +66,7 @@ class SparKConfig:
     lrs: tuple[float, ...] = (0.03, 0.1)
     cell: int = 0
     ratio: float = 0.0
+    depth: int = 0
     width: int = 0
     train_images: int = 0
     test_images: int = 0
@@ -117,30 +119,41 @@ class SparKStudy(Experiment):
     ) -> ExperimentResult:
         """Run what is missing and sum up."""
         setting = config.setting()
-        kept_cells(1 if setting.cell == 0 else self._cells(setting), setting.ratio)
-        work = [(arm, seed) for seed in config.seeds for arm in config.arms]
-        rows: list[dict[str, Any]] = []
-        for done, (arm, seed) in enumerate(work):
-            if progress is not None:
-                progress(done, len(work), f"{arm}, seed {seed}")
-            if arm != SCRATCH:
-                _, found = pretrained(setting, arm, seed, cells, config.device)
-                rows.append({"what": "pre-training", "arm": arm, "seed": seed, **found})
-            for tuning in config.tunings(arm):
-                _, found = tuned(setting, arm, tuning, seed, cells, config.device)
-                rows.append({
-                    "what": "fine-tuning", "arm": arm, "seed": seed, "labels": tuning.labels,
-                    "epochs": tuning.epochs, "lr": tuning.lr, **found,
-                })  # fmt: skip
-        if progress is not None:
-            progress(len(work), len(work), "measuring occupancy")
-        rows += occupancies(setting)
+        rows = share(list(_work(config, setting, cells)), cells, progress) + occupancies(setting)
         return summary.summarise(rows, config.value("few"), protocol(config))
 
-    @staticmethod
-    def _cells(setting: Setting) -> int:
-        height, width = setting.data().train.images.shape[2:]
-        return (height // setting.cell) * (width // setting.cell)
+
+def _work(
+    config: SparKConfig, setting: Setting, cells: CellCache
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Every pre-training and fine-tuning, all arms of a seed before the next seed."""
+    for seed in config.seeds:
+        for arm in config.arms:
+            if arm != SCRATCH:
+                yield f"pre-training {arm}, seed {seed}", partial(
+                    _pretraining_row, setting, arm, seed, cells, config.device
+                )
+            for tuning in config.tunings(arm):
+                yield f"{arm}, {tuning.labels or 'all'} labels, seed {seed}", partial(
+                    _tuning_row, setting, arm, tuning, seed, cells, config.device
+                )
+
+
+def _pretraining_row(
+    setting: Setting, arm: str, seed: int, cells: CellCache, device: str
+) -> dict[str, Any]:
+    found = pretrained(setting, arm, seed, cells, device)[1]
+    return {"what": "pre-training", "arm": arm, "seed": seed, **found}
+
+
+def _tuning_row(
+    setting: Setting, arm: str, tuning: Tuning, seed: int, cells: CellCache, device: str
+) -> dict[str, Any]:
+    found = tuned(setting, arm, tuning, seed, cells, device)[1]
+    return {
+        "what": "fine-tuning", "arm": arm, "seed": seed, "labels": tuning.labels, "epochs": tuning.epochs,
+        "lr": tuning.lr, **found,
+    }  # fmt: skip
 
 
 def occupancies(setting: Setting, images: int = 64) -> list[dict[str, Any]]:
@@ -181,6 +194,6 @@ def protocol(config: SparKConfig) -> str:
         f"{setting.pretrain_batch}, peak rate {setting.pretrain_lr:g}; fine-tuning and training from scratch "
         f"alike: SGD, batch {setting.batch}, {config.value('few'):,} labels for "
         f"{config.value('few_epochs')} epochs or all for {config.value('all_epochs')}, peak rate the better "
-        f"of {', '.join(f'{lr:g}' for lr in config.lrs)} on the validation images; {len(config.seeds)} seeds, "
-        "each with a pre-training of its own."
+        f"of {', '.join(f'{lr:g}' for lr in config.lrs)} on the validation images; {len(config.seeds)} "
+        "seeds, each with a pre-training of its own."
     )

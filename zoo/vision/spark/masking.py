@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
@@ -23,8 +23,25 @@ from zoo.errors import ConfigError
 
 #: How an encoder computes: `masked`, the definition, runs dense layers and zeroes what is hidden after each;
 #: `pairs` keeps the rows of visible sites only, with convolutions over pairs of sites; `grid` keeps the same
-#: rows, with dense convolutions in between; `plain` does not mask at all, for the ablation.
-Mode = Literal["masked", "pairs", "grid", "plain"]
+#: rows, with dense convolutions in between; `mixed` decides for each convolution; `plain` does not mask at
+#: all, for the ablation.
+Mode = Literal["masked", "pairs", "grid", "mixed", "plain"]
+
+
+class Choice(NamedTuple):
+    """A way of computing: the mode, and in mode `mixed` the names of the convolutions over pairs."""
+
+    mode: Mode
+    pairs: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return " ".join((self.mode, *sorted(self.pairs)))
+
+    @classmethod
+    def parse(cls, text: str) -> Choice:
+        """The inverse of `str`."""
+        mode, *pairs = text.split()
+        return cls(cast(Mode, mode), frozenset(pairs))
 
 
 def kept_cells(cells: int, ratio: float) -> int:
@@ -75,29 +92,37 @@ class Sites(NamedTuple):
 
 
 class Visible:
-    """The visible cells of a batch, and what follows from them at each resolution; made once per forward pass.
+    """The visible cells of a batch, and what follows from them at each resolution; one for a forward pass.
 
     Args:
         cells: True where the encoder may see.
         mode: how the encoder computes.
-
-    Raises:
-        ConfigError: no cell is visible.
+        pairs: in mode `mixed`, the convolutions over pairs.
     """
 
-    def __init__(self, cells: Bool[Tensor, "B f g"], mode: Mode = "masked") -> None:
-        self.cells, self.mode = cells, mode
+    def __init__(
+        self, cells: Bool[Tensor, "B f g"], mode: Mode = "masked", pairs: frozenset[str] = frozenset()
+    ) -> None:
+        self.cells, self.mode, self._pairs = cells, mode, pairs
         self._planes: dict[tuple[int, int], Tensor] = {}
         self._sites: dict[tuple[int, int], Sites] = {}
 
     @property
     def rows(self) -> bool:
         """Whether features are rows of visible sites, [sites, C, 1, 1], instead of maps [B, C, h, w]."""
-        return self.mode in ("pairs", "grid")
+        return self.mode in ("pairs", "grid", "mixed")
+
+    def over_pairs(self, layer: str) -> bool:
+        """Whether the convolution of that name computes over pairs of sites."""
+        return self.mode == "pairs" or (self.mode == "mixed" and layer in self._pairs)
 
     @cached_property
     def count(self) -> int:
-        """Visible cells of the whole batch."""
+        """Visible cells of the whole batch.
+
+        Raises:
+            ConfigError: there is none.
+        """
         count = int(self.cells.sum())
         if count == 0:
             raise ConfigError("no cell of the batch is visible; lower the mask ratio")
@@ -153,8 +178,7 @@ class Visible:
     def gather(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "sites C 1 1"]:
         """The visible sites of a map as rows."""
         sites = self.sites(x.shape[2], x.shape[3])
-        rows = _Gather.apply(x.permute(0, 2, 3, 1).flatten(0, 2), sites.flat)
-        return rows[:, :, None, None]
+        return as_rows(_Gather.apply(x.permute(0, 2, 3, 1).flatten(0, 2), sites.flat))
 
     def scatter(self, x: Float[Tensor, "sites C 1 1"]) -> Float[Tensor, "B C h w"]:
         """Rows back in their map, zero where hidden."""
@@ -174,7 +198,7 @@ class Visible:
         image, y, x_ = coarse.indices.long().unbind(1)
         wanted = (image * fine.shape[0] + y * stride) * fine.shape[1] + x_ * stride
         rows = torch.searchsorted(fine.flat, wanted)
-        return _Gather.apply(x.flatten(1), rows)[:, :, None, None]
+        return as_rows(_Gather.apply(x.flatten(1), rows))
 
     def tensor(self, x: Float[Tensor, "sites C 1 1"]) -> SparseConvTensor:
         """Rows as the sparse operations take them."""
@@ -195,6 +219,16 @@ class Visible:
         return conv_rulebook_onto(
             sites.indices, sites.shape, batch, onto, kernel, stride, padding, dilation
         )  # fmt: skip
+
+
+def as_rows(matrix: Float[Tensor, "sites C"]) -> Float[Tensor, "sites C 1 1"]:
+    """Every site as a picture of 1x1."""
+    return matrix[:, :, None, None]
+
+
+def as_line(rows: Float[Tensor, "sites C 1 1"]) -> Float[Tensor, "1 C sites 1"]:
+    """All sites as one long picture: the same to a batch norm, which is much faster on it."""
+    return rows.flatten(1).T[None, :, :, None]
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

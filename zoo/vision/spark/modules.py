@@ -1,9 +1,9 @@
 """Layers that compute on visible sites: subclasses of the plain ones with the same parameters and names.
 
 `convert` swaps the layers of a network for these by exact type. A layer reads the visible cells from its
-`MaskContext` and obeys their mode (`masking.Mode`). With rows, every visible site is a picture of 1x1: batch
-norms, layer norms, activations and pointwise layers then need no change at all, and their statistics are those
-of visible sites.
+`MaskContext` and obeys their mode (`masking.Mode`). With rows, every visible site is a picture of 1x1: layer
+norms, activations and pointwise layers then need no change at all, and what a norm averages over are the
+visible sites.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.ops.sparse_conv import sparse_avg_pool, sparse_max_pool, subm_conv
-from shared.ops.sparse_tensor import like
 from zoo.errors import ConfigError
 from zoo.vision.models import PadShortcut
-from zoo.vision.spark.masking import MaskContext, Visible
+from zoo.vision.spark.masking import MaskContext, Visible, as_line, as_rows
 
 
 class _Aware(Protocol):
@@ -39,6 +38,7 @@ class VisibleConv2d(nn.Conv2d):
     (strided ones compute at the visible sites of the coarser map)."""
 
     context: MaskContext
+    site_name: str
 
     def forward(self, x: Tensor) -> Tensor:
         visible = _shown(self)
@@ -46,18 +46,24 @@ class VisibleConv2d(nn.Conv2d):
             return super().forward(x)
         if visible.mode == "masked":
             return _masked(super().forward(x), visible)
-        if self.kernel_size == self.stride == (1, 1) and self.groups == 1 and self.padding == (0, 0):
-            return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
-        if visible.mode == "pairs" and self._pairs_pay():
+        if self.is_pointwise:
+            return as_rows(F.linear(x.flatten(1), self.weight.flatten(1), self.bias))
+        if self.has_pairs and visible.over_pairs(self.site_name):
             sites = visible.tensor(x)
             rulebook = visible.rulebook(visible.sites_of(x), self)
             weight = self.weight.permute(0, 2, 3, 1)
             out = subm_conv(sites, weight, self.bias, groups=self.groups, rulebook=rulebook)
-            return out.features[:, :, None, None]
+            return as_rows(out.features)
         return visible.gather(super().forward(visible.scatter(x)))
 
-    def _pairs_pay(self) -> bool:
-        """Kernels over pairs exist for one group or as many as channels, and zero padding."""
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each site is for itself."""
+        return self.kernel_size == self.stride == (1, 1) and self.groups == 1 and self.padding == (0, 0)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether there are kernels over pairs: for one group or as many as channels, and zero padding."""
         return (
             self.groups in (1, self.in_channels)
             and (self.groups == 1 or self.in_channels == self.out_channels)
@@ -73,9 +79,11 @@ class VisibleBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         visible = _shown(self)
-        if visible.rows or visible.mode == "plain":
+        if visible.mode == "plain":
             return super().forward(x)
-        return visible.scatter(super().forward(visible.gather(x)))
+        rows = x if visible.rows else visible.gather(x)
+        normed = as_rows(super().forward(as_line(rows))[0, :, :, 0].T)
+        return normed if visible.rows else visible.scatter(normed)
 
 
 class VisibleLayerNorm(nn.LayerNorm):
@@ -103,7 +111,7 @@ class VisibleMaxPool2d(nn.MaxPool2d):
         if visible.mode == "pairs":
             rulebook = visible.rulebook(visible.sites_of(x), self)
             kernel = _square(self.kernel_size)
-            return sparse_max_pool(visible.tensor(x), kernel, rulebook=rulebook).features[:, :, None, None]
+            return as_rows(sparse_max_pool(visible.tensor(x), kernel, rulebook=rulebook).features)
         return visible.gather(self._of_map(visible.scatter(x), visible))
 
     def _of_map(self, x: Tensor, visible: Visible) -> Tensor:
@@ -126,7 +134,7 @@ class VisibleAvgPool2d(nn.AvgPool2d):
             dilated = _Geometry(self.kernel_size, self.stride, self.padding)
             rulebook = visible.rulebook(visible.sites_of(x), dilated)
             kernel = _square(self.kernel_size)
-            return sparse_avg_pool(visible.tensor(x), kernel, rulebook=rulebook).features[:, :, None, None]
+            return as_rows(sparse_avg_pool(visible.tensor(x), kernel, rulebook=rulebook).features)
         return visible.gather(self._of_map(visible.scatter(x), visible))
 
     def _of_map(self, x: Tensor, visible: Visible) -> Tensor:
@@ -173,8 +181,10 @@ _MIXING = (
     nn.GroupNorm, nn.InstanceNorm2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ConvTranspose2d,
     nn.MultiheadAttention, nn.Upsample, nn.LocalResponseNorm,
 )  # fmt: skip
-_SQUEEZES = ("SEModule", "SqueezeExcite", "SqueezeExciteCl", "EffectiveSEModule", "EcaModule", "CecaModule",
-             "CbamModule", "GlobalContext", "GatherExcite", "GlobalResponseNorm", "GlobalResponseNormMlp")  # fmt: skip
+_SQUEEZES = (
+    "SEModule", "SqueezeExcite", "SqueezeExciteCl", "EffectiveSEModule", "EcaModule", "CecaModule",
+    "CbamModule", "GlobalContext", "GatherExcite", "GlobalResponseNorm", "GlobalResponseNormMlp",
+)  # fmt: skip
 
 
 def convert(
@@ -194,13 +204,10 @@ def convert(
     for name, layer in list(module.named_modules()):
         _refuse(name, layer, table)
         if type(layer) in table:
-            become_visible(layer, table[type(layer)], context)
-
-
-def become_visible(layer: nn.Module, kind: type[nn.Module], context: MaskContext) -> None:
-    """Make a layer one of a subclass of its own, where it is: parameters, buffers and hooks stay."""
-    layer.__class__ = kind
-    layer.context = context  # type: ignore[assignment]
+            # One of a subclass, where it is: parameters, buffers and hooks stay.
+            layer.__class__ = table[type(layer)]
+            layer.context = context  # type: ignore[assignment]
+            layer.site_name = name  # type: ignore[assignment]
 
 
 def _refuse(name: str, layer: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -> None:
@@ -210,8 +217,8 @@ def _refuse(name: str, layer: nn.Module, table: Mapping[type[nn.Module], type[nn
     where = f"layer {name!r} is a {kind.__name__}"
     if isinstance(layer, _MIXING) or kind.__name__ in _SQUEEZES:
         raise ConfigError(
-            f"{where}, which averages over hidden sites too, so SparK cannot train it; take a network without "
-            "squeeze-and-excitation, group norm or global pooling inside (a ResNet or ConvNeXt)"
+            f"{where}, which averages over hidden sites too, so SparK cannot train it; take a network "
+            "without squeeze-and-excitation, group norm or global pooling inside (a ResNet or ConvNeXt)"
         )
     if isinstance(layer, _HANDLED):
         raise ConfigError(

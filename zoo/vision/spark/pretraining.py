@@ -1,4 +1,4 @@
-"""Pre-training by SparK through the domain's one loop: images without labels, cells hidden anew each epoch."""
+"""SparK through the domain's one training loop: images without labels, other cells hidden each epoch."""
 
 from __future__ import annotations
 

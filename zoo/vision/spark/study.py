@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from zoo.harness.experiments import CellCache
 from zoo.vision.data import Images, load_images
 from zoo.vision.models import ResNet, reinitialised
 from zoo.vision.spark.encoder import Execution, SparKEncoder
-from zoo.vision.spark.masking import draw_cells
+from zoo.vision.spark.masking import Choice
 from zoo.vision.spark.objective import SparK
 from zoo.vision.spark.pretraining import held_out_loss, mixed_precision, pretraining
 from zoo.vision.train import Batch, Fit, ImageBatches, Recipe, correct
@@ -125,7 +125,7 @@ def pretrained(
         losses = {"0": held_out_loss(spark, data, data.val, setting.ratio)}
         if (stored := checkpoint.read()) is not None:
             fit.load_state(stored[0])
-            spark.execution = cast(Execution, stored[1]["execution"])
+            spark.execution = Choice.parse(stored[1]["execution"])
             losses = {k.partition("/")[2]: float(v) for k, v in stored[0].items() if k.startswith("loss/")}
             fit.cost.seconds = float(stored[0]["seconds"])
         every = max(1, setting.pretrain_epochs // 10)
@@ -135,14 +135,16 @@ def pretrained(
                 losses[str(fit.epoch)] = held_out_loss(spark, data, data.val, setting.ratio)
                 kept = {f"loss/{k}": torch.tensor(v, dtype=torch.float64) for k, v in losses.items()}
                 seconds = torch.tensor(fit.cost.seconds, dtype=torch.float64)
-                checkpoint.write({**fit.state(), **kept, "seconds": seconds}, {"execution": spark.execution})
+                facts = {"execution": str(spark.execution)}
+                checkpoint.write({**fit.state(), **kept, "seconds": seconds}, facts)
 
         fit.run(on_epoch=on_epoch)
         weights = {k: v.detach().cpu().contiguous() for k, v in spark.state_dict().items()}
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, save(weights))
         return {
-            "losses": losses, "execution": spark.execution, "seconds": fit.cost.seconds, "device": device,
+            "losses": losses, "execution": str(spark.execution), "seconds": fit.cost.seconds,
+            "device": device,
         }  # fmt: skip
 
     if not file.exists():

@@ -87,7 +87,7 @@ def _losses(rows: Rows) -> Table:
         if runs := _pretrainings(rows, arm):
             first, last = [r["losses"]["0"] for r in runs], [_final(r) for r in runs]
             seconds = statistics.fmean(r["seconds"] for r in runs)
-            how = ", ".join(sorted({f"{r['execution']} on {r['device']}" for r in runs}))
+            how = ", ".join(sorted({f"{r['execution'].split()[0]} on {r['device']}" for r in runs}))
             body.append([arm, mean_cell(first, 3), mean_cell(last, 3), f"{seconds:,.0f}", how])
     columns = ["arm", "before", "after", "seconds", "execution"]
     return Table("Loss on hidden cells of held-out images", columns, body)

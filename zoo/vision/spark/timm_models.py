@@ -1,4 +1,4 @@
-"""timm's convnets as SparK encoders; timm is an optional package (`pip install 'sparse-model-zoo[vision]'`)."""
+"""timm's convnets as SparK encoders; timm is optional (`pip install 'sparse-model-zoo[vision]'`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.vision.spark.encoder import Trunk
-from zoo.vision.spark.masking import MaskContext
+from zoo.vision.spark.masking import MaskContext, as_line, as_rows
 
 STAGES = 4  # the paper takes the maps at strides 4 to 32
 
@@ -99,9 +99,11 @@ def replacements() -> Mapping[type[nn.Module], type[nn.Module]]:
 
         def forward(self, x: Tensor) -> Tensor:
             visible = self.context.visible
-            if visible.rows or visible.mode == "plain":
+            if visible.mode == "plain":
                 return super().forward(x)
-            return visible.scatter(super().forward(visible.gather(x)))
+            rows = x if visible.rows else visible.gather(x)
+            normed = as_rows(super().forward(as_line(rows))[0, :, :, 0].T)
+            return normed if visible.rows else visible.scatter(normed)
 
     class VisibleLayerNorm2d(LayerNorm2d):
         """Norm over the channels of visible sites."""
