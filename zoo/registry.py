@@ -220,6 +220,8 @@ METHODS: Registry[Any] = Registry("method", "zoo.methods", needs=("sparsify",))
 TASKS: Registry[Any] = Registry("task", "zoo.tasks", needs=("evaluate",), factories=True)
 EXPERIMENTS: Registry[Any] = Registry("experiment", "zoo.experiments", needs=("run",))
 FINETUNERS: Registry[Any] = Registry("fine-tuner", "zoo.finetuners", needs=("run",))
+#: domain -> dataclass with `run() -> Path`, behind `zoo pretrain`
+PRETRAINERS: Registry[Any] = Registry("pre-trainer", "zoo.pretrainers", needs=("run",))
 #: domain -> function that lets a model of the domain write, behind `zoo generate`
 GENERATORS: Registry[Any] = Registry("generator", "zoo.generators")
 

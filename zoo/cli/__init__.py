@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": ("measure", "evaluate models on tasks; table, JSON, Markdown or HTML page"),
     "compare": ("measure", "compare models sample by sample, with an interval and a test"),
     "verify": ("measure", "measure every figure on a card again"),
+    "pretrain": ("make", "train a model without labels, to be fine-tuned"),
     "sparsify": ("make", "make a sparse model from a dense one, by any method"),
     "finetune": ("make", "fine-tune a sparse model; its zeros stay"),
     "generate": ("write", "let a language model write, with tokens per second"),

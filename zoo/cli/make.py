@@ -1,4 +1,4 @@
-"""`zoo sparsify`, `zoo finetune`, `zoo reproduce`: options come from the dataclass of what is run."""
+"""`zoo pretrain`, `sparsify`, `finetune`, `reproduce`: options come from the dataclass of what is run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from zoo.cli.parsing import Positional, command_line, is_help, metavar, parse_wi
 from zoo.errors import ConfigError
 from zoo.harness.tables import Table
 from zoo.progress import progress_bar
+from zoo.registry import Registry
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Sparsify:
 
 
 @dataclass
-class Finetune:
-    """Options of `zoo finetune` itself; the domain's own are added."""
+class Train:
+    """Options of `zoo pretrain` and `zoo finetune` themselves; the domain's own are added."""
 
     json: bool = False
     """Print the new card as JSON."""
@@ -93,21 +94,30 @@ def finetune_command(argv: Sequence[str]) -> int:
     """`zoo finetune DOMAIN ...`."""
     from zoo.registry import FINETUNERS
 
-    domains = FINETUNERS.names()
+    return _train(argv, "finetune", FINETUNERS)
+
+
+def pretrain_command(argv: Sequence[str]) -> int:
+    """`zoo pretrain DOMAIN ...`."""
+    from zoo.registry import PRETRAINERS
+
+    return _train(argv, "pretrain", PRETRAINERS)
+
+
+def _train(argv: Sequence[str], verb: str, registry: Registry[Any]) -> int:
+    domains = registry.names()
     if not argv or argv[0].startswith("-"):
-        usage = f"usage: zoo finetune DOMAIN ...   with DOMAIN one of: {', '.join(domains) or 'none'}"
+        usage = f"usage: zoo {verb} DOMAIN ...   with DOMAIN one of: {', '.join(domains) or 'none'}"
         if is_help(argv):
-            print(f"{usage}\n\nzoo finetune DOMAIN --help shows the options of a domain.")
+            print(f"{usage}\n\nzoo {verb} DOMAIN --help shows the options of a domain.")
             return OK
         raise ConfigError(usage)
-    config_class: Any = FINETUNERS.get(argv[0])
+    config_class: Any = registry.get(argv[0])
     options, config = parse_with(
-        Finetune, config_class, argv[1:], f"finetune {argv[0]}", inspect.getdoc(config_class)
+        Train, config_class, argv[1:], f"{verb} {argv[0]}", inspect.getdoc(config_class)
     )
     path = config.run()
-    from zoo.harness.workers import workers
-
-    return _show_new(path, options.json, getattr(config, "model", None)) if workers().index == 0 else OK
+    return _show_new(path, options.json, before=getattr(config, "model", None))
 
 
 def reproduce_command(argv: Sequence[str]) -> int:

@@ -15,8 +15,8 @@ from zoo.errors import ConfigError
 from zoo.harness.tables import Table
 from zoo.harness.tasks import Task
 
-# Options that say where the result goes, not what it is.
-_PLACES = ("model", "out", "overwrite", "name")
+# Options that say where the work is done and where the result goes, not what it is.
+_PLACES = ("model", "out", "overwrite", "name", "device")
 
 
 def options_of(config: Any) -> dict[str, Any]:
@@ -24,9 +24,9 @@ def options_of(config: Any) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in _PLACES}
 
 
-def command_of(config: Any, domain: str) -> str:
-    """The command line of a fine-tuner's options."""
-    words = [f"zoo finetune {domain}"]
+def command_of(config: Any, domain: str, verb: str = "finetune") -> str:
+    """The command line of a fine-tuner's options, or of another verb's."""
+    words = [f"zoo {verb} {domain}"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.default is dataclasses.MISSING or value != field.default:

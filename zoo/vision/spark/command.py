@@ -1,0 +1,204 @@
+"""`zoo pretrain vision`: a ResNet pre-trained by SparK, as a bundle that `zoo finetune vision` takes.
+
+Every few epochs the whole state goes into one file beside the output; the same command goes on from there
+after a kill, and its result equals that of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from zoo.bundles import save
+from zoo.cards import mean_and_spread
+from zoo.catalog import find
+from zoo.checkpoints import CheckpointFile
+from zoo.errors import ConfigError
+from zoo.harness.tasks import get_task
+from zoo.harness.tuning import checkpoint_folder, command_of, options_of
+from zoo.progress import progress_bar
+from zoo.vision.base import checked_device
+from zoo.vision.data import SOURCES, Images, load_images
+from zoo.vision.models import ResNet, reinitialised
+from zoo.vision.spark.encoder import SparKEncoder
+from zoo.vision.spark.masking import Choice, kept_cells
+from zoo.vision.spark.objective import SparK
+from zoo.vision.spark.pictures import write_sheet
+from zoo.vision.spark.pretraining import held_out_loss, pretraining
+from zoo.vision.spark.probe import fit_head
+from zoo.vision.train import Fit, Recipe
+
+CITATION = (
+    "Tian et al. Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling. ICLR "
+    "2023."
+)
+
+
+@dataclass
+class Pretrain:
+    """Pre-train a CIFAR ResNet by SparK: hidden cells of images are predicted from the visible ones.
+
+    No label is used, but for the head of the bundle: a linear probe on the finished, frozen features.
+    """
+
+    out: Path
+    """Folder for the new bundle."""
+
+    dataset: str = "digits"
+    """Images: digits, cifar10-jpeg or cifar10-true."""
+
+    depth: int = 8
+    """Of the ResNet: 6 n + 2."""
+
+    width: int = 16
+    """Channels of its first stage."""
+
+    cell: int = 4
+    """Side of a cell: a multiple of the network's stride, 4, that divides the images' sides."""
+
+    ratio: float = 0.6
+    """Share of the cells that are hidden; rounded to whole cells."""
+
+    decoder: int = 32
+    """Channels of the decoder at the coarsest map."""
+
+    epochs: int = 30
+    """Passes over the training images."""
+
+    lr: float = 3e-3
+    """Peak of the learning rate of Adam: linear warm-up, then linear to 0."""
+
+    batch: int = 64
+    """Images per step."""
+
+    seed: int = 0
+    """Of weights, order, augmentation and masks."""
+
+    execution: Literal["auto", "masked", "pairs", "grid"] = "auto"
+    """How the encoder computes; auto measures which is the fastest."""
+
+    device: str = "cpu"
+    """Where to train: cpu, cuda or cuda:1, say."""
+
+    checkpoint_every: int = 1
+    """Epochs between checkpoints."""
+
+    pictures: Path | None = None
+    """Also write a PNG of reconstructions."""
+
+    twin: str | None = None
+    """The same network trained without pre-training, to stand beside it on the card."""
+
+    name: str | None = None
+    """Name on the card; by default vision/ and the folder's name."""
+
+    overwrite: bool = False
+    """Replace the bundle that is there."""
+
+    def run(self) -> Path:
+        """Pre-train, or go on with an interrupted run, and write the bundle.
+
+        Returns:
+            The folder of the new bundle.
+
+        Raises:
+            ConfigError: options out of range, images that do not divide into cells, a mask ratio that hides
+                nothing or everything, or a checkpoint of another run.
+            SparseError: whatever data or saving refuse.
+        """
+        if self.checkpoint_every < 1:
+            raise ConfigError(f"checkpoint_every must be at least 1. Received: {self.checkpoint_every}.")
+        if self.out.exists() and not self.overwrite:
+            raise ConfigError(f"{self.out} is there already. Add --overwrite, or choose another --out.")
+        device = checked_device(self.device)
+        recipe = Recipe(self.epochs, self.lr, self.batch, 0.0, optimizer="adam")
+        data = load_images(self.dataset)
+        spark = self.spark(data)
+        kept_cells(spark.encoder.grid[0] * spark.encoder.grid[1], self.ratio)
+        start = time.perf_counter()
+        fit = pretraining(spark.to(device), data.to(device), recipe, self.ratio, self.seed)
+        self._train(fit, spark)
+        seconds = time.perf_counter() - start
+        loss = held_out_loss(spark, data.to(device), data.to(device).val, self.ratio)
+        model = ResNet(self.depth, self.width, channels=data.train.images.shape[1])
+        model.load_state_dict(spark.encoder.export())
+        fit_head(model, data)
+        if self.pictures is not None:
+            write_sheet(spark, data.to(device), self.ratio, self.pictures)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        path = save(model.eval(), self.out, card=self._card(model, seconds, loss), overwrite=self.overwrite)
+        shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)
+        return path
+
+    def spark(self, data: Images) -> SparK:
+        """Encoder and decoder with fresh weights."""
+        _, channels, height, width = data.train.images.shape
+        net = reinitialised(ResNet(self.depth, self.width, channels=channels), self.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            encoder = SparKEncoder(net, (height, width), self.cell, channels)
+            return SparK(encoder, self.decoder, execution=self.execution)
+
+    def _train(self, fit: Fit, spark: SparK) -> None:
+        options = {k: v for k, v in options_of(self).items() if k not in ("pictures", "twin")}
+        file = CheckpointFile(checkpoint_folder(self.out), options)
+        if (stored := file.read()) is not None:
+            fit.load_state(stored[0])
+            spark.execution = Choice.parse(stored[1]["execution"])
+        facts = {"execution": str(spark.execution)}
+        with progress_bar() as progress:
+
+            def on_epoch(fit: Fit) -> None:
+                progress(fit.epoch, fit.recipe.epochs, f"loss on hidden cells {fit.last_loss:.4f}")
+                if fit.epoch % self.checkpoint_every == 0 and fit.epoch < fit.recipe.epochs:
+                    file.write(fit.state(), facts)
+
+            fit.run(on_epoch=on_epoch)
+
+    def _card(self, model: ResNet, seconds: float, loss: float) -> dict[str, Any]:
+        task = get_task(f"vision/{self.dataset}")
+        value, flops = task.evaluate(model).metrics[task.primary], task.flops(model)
+        if flops is None:
+            raise ConfigError(f"{task.name} counts no operations of {type(model).__name__}.")
+        per_seed = {self.seed: value.value}
+        mean, spread = mean_and_spread(per_seed)
+        metric: dict[str, Any] = {
+            "task": task.name, "metric": task.primary, "split": "test",
+            "protocol": "linear probe: ridge regression of all training labels on the frozen features",
+            "value": value.value, "stderr": value.stderr or 0.0, "per_seed": per_seed, "mean": mean,
+            "spread": spread,
+        }  # fmt: skip
+        if self.twin is not None:
+            twin = find(self.twin).card
+            own = next((m for m in twin.metrics if m.task == task.name), None)
+            if own is None:
+                raise ConfigError(f"{twin.name} was not measured on {task.name}; take another --twin")
+            figure = {key: getattr(own, key) for key in ("value", "per_seed", "mean", "spread")}
+            metric["dense"] = {"name": twin.name, **figure}
+        places = ("out", "overwrite", "name", "twin", "pictures", "device", "checkpoint_every")
+        options = {k: v for k, v in asdict(self).items() if k not in places}
+        source = SOURCES[self.dataset]
+        return {
+            "name": self.name or f"vision/{self.out.name}", "version": "1.0.0", "domain": "vision",
+            "summary": f"ResNet-{self.depth} pre-trained by SparK on {source.title} without labels, with a "
+            "linear probe as its head.",
+            "architecture": {"name": "vision/resnet", "args": model.arguments},
+            "method": {
+                "name": "dense" if self.twin is None else "spark", "seed": self.seed,
+                "hyperparameters": {**options, "pretraining": "SparK", "hidden_loss": loss},
+            },
+            "sparsity": {}, "cost": {
+                "parameters": {}, "flops": {"dense": flops.dense, "sparse": flops.sparse}, "bytes": {},
+            },
+            "metrics": [metric], "dense_twin": metric["dense"]["name"] if self.twin is not None else None,
+            "training": {
+                "command": command_of(self, "vision", verb="pretrain"), "seconds": round(seconds, 3),
+            },
+            "data": {"name": source.title, "source": source.origin, "licence": source.licence},
+            "license": "Apache-2.0", "citation": CITATION,
+        }  # fmt: skip
