@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, TASKS
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, PRETRAINERS, TASKS
 
 ARCHITECTURES.register("vision/resnet", "zoo.vision.models:ResNet")
 ARCHITECTURES.register("vision/convnet", "zoo.vision.models:ConvNet")
@@ -17,6 +17,7 @@ ARCHITECTURES.register("vision/vit", "zoo.vision.models:ViT")
 ARCHITECTURES.register("vision/mobilenet", "zoo.vision.mobilenet:MobileNetV1")
 ARCHITECTURES.register("vision/edsr", "zoo.vision.upscalers:EDSR")
 ARCHITECTURES.register("vision/swinir", "zoo.vision.upscalers:SwinIR")
+ARCHITECTURES.register("vision/lidar-detector", "zoo.vision.lidar.detector:Detector")
 METHODS.register("magnitude", "zoo.vision.magnitude:MagnitudePruning")
 METHODS.register("random-pruning", "zoo.vision.random_pruning:RandomPruning")
 METHODS.register("dynamic-sparse", "zoo.vision.random_pruning:DynamicSparse")
@@ -36,7 +37,10 @@ TASKS.register("vision/cifar10-jpeg", "zoo.vision.tasks:CifarJpeg")
 TASKS.register("vision/cifar10-true", "zoo.vision.tasks:CifarTrue")
 TASKS.register("vision/set5-x2", "zoo.vision.superres:Set5")
 TASKS.register("vision/set14-x2", "zoo.vision.superres:Set14")
+TASKS.register("vision/lidar-scenes", "zoo.vision.lidar.tasks:Scenes")
 FINETUNERS.register("vision", "zoo.vision.finetune:Finetune")
+PRETRAINERS.register("vision", "zoo.vision.spark.command:Pretrain")
+EXPERIMENTS.register("dsvt", "zoo.vision.lidar.experiment:DSVTExperiment")
 EXPERIMENTS.register("pruning-benchmark", "zoo.vision.reproduce:PruningBenchmark")
 EXPERIMENTS.register("pruning-claims", "zoo.vision.claims:PruningClaims")
 EXPERIMENTS.register("superres-pruning", "zoo.vision.upscaling_study:SuperresPruning")
