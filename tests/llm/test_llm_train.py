@@ -348,6 +348,31 @@ def test_impossible_prompts_are_refused(dense):
             generate(dense, "x", **options)
 
 
+def test_texts_stand_side_by_side(tmp_path, dense):
+    from zoo.llm.samples import Samples
+
+    models, prompts = (DENSE, "llm/chess-30-shakespeare"), ("KATE:\nI", "A | B")
+    found = Samples(models, prompts, 6, tmp_path / "texts.json").run()
+    stored = json.loads((tmp_path / "texts.json").read_text())
+    assert stored == found and len(found["texts"]) == 2
+    own = found["texts"][find(DENSE).card.reference]
+    assert own[prompts[0]] == generate(dense, prompts[0], max_new_tokens=6).text
+    table = (tmp_path / "texts.md").read_text().splitlines()
+    assert len(table) == 4 and table[2].startswith("| **KATE:<br>I**") and table[3].count("A \\| B") == 2
+    with pytest.raises(ConfigError, match="at least one model"):
+        Samples((), prompts)
+
+
+@pytest.mark.parametrize("name", [DENSE, "llm/chess-30-shakespeare"])
+def test_packed_models_write_the_same_text(name, capsys):
+    texts = []
+    for execution in ("masked", "packed"):
+        arguments = ["--prompt", "KATE:\n", "--max-new-tokens", "12", "--execution", execution, "--json"]
+        assert main(["generate", name, *arguments]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] != ""
+
+
 def test_the_command_line_writes(capsys):
     assert main(["generate", DENSE, "--prompt", "KATE:\n", "--max-new-tokens", "8"]) == 0
     shown = capsys.readouterr()
