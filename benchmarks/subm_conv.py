@@ -33,7 +33,9 @@ def random_sites(shape: tuple[int, ...], share: float) -> Tensor:
 
 def block_sites(shape: tuple[int, ...], share: float) -> Tensor:
     """Patches of 8 cells a side, as masked-image pre-training leaves them."""
-    coarse = (torch.rand(1, *(n // 8 for n in shape)) < share).float()[:, None]
+    patches = torch.rand(1, *(n // 8 for n in shape))
+    most = patches.flatten().kthvalue(max(1, round(share * patches.numel()))).values
+    coarse = (patches <= most).float()[:, None]
     return functional.interpolate(coarse, scale_factor=8)[:, 0].nonzero().int().contiguous()
 
 
