@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,7 +62,7 @@ class ChessConfig(Protocol):
 
     sparsities: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9)
     step: float = 0.1
-    speed: Path = field(default=Path(__file__).parents[3] / "benchmarks" / "results")
+    speed: Path = Path("benchmarks/results")
 
     def __post_init__(self) -> None:
         super().__post_init__()
