@@ -290,6 +290,29 @@ def test_a_sparsified_model_is_saved_verified_and_tuned(options, dense_bundle, t
             FINETUNERS.get("vision")(model=str(out), out=tuned).run()
 
 
+OPTIONS = {
+    "random-pruning": (), "dynamic-sparse": (), "magnitude": (), "lottery-jackpot": (), "bip": (),
+    "lottery-ticket": ("--rounds", "1", "--rewind", "0"), "sparse-soup": ("--members", "2", "--epochs", "2"),
+    "pgf": ("--sparsity", "0.75"), "bdwp": ("--sparsity", "0.75"), "sparse-ift": ("--sparsity", "0.5"),
+    "mask-sparsity": ("--sparse-epochs", "1", "--epochs", "2"),
+    "wgsef": ("--sparse-epochs", "1", "--epochs", "2"),
+}  # fmt: skip
+
+
+@pytest.mark.traced
+def test_zoo_sparsify_takes_every_classifier_method(tmp_path, capsys):
+    for method, options in OPTIONS.items():
+        own = [] if "--sparsity" in options else ["--sparsity", "0.6"]
+        epochs = [] if "--epochs" in options else ["--epochs", "1"]
+        command = ["sparsify", "vision/dense-convnet-digits", "--method", method, "--out",
+                   str(tmp_path / method), *own, *epochs, *options]  # fmt: skip
+        assert main(command) == 0, capsys.readouterr().err
+        card = load(str(tmp_path / method)).zoo_info.card
+        assert card.method.name == method and card.dense_twin == "vision/dense-convnet-digits"
+        wanted = float((own or options)[1])
+        assert card.sparsity.overall >= wanted - 0.01
+
+
 def test_unknown_options_are_refused(dense_bundle, tmp_path):
     assert main(["sparsify", str(dense_bundle), "--method", "bip", "--sparsit", "0.5", "--out", "x"]) != 0
     with pytest.raises(TypeError):

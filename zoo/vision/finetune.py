@@ -1,4 +1,4 @@
-"""`zoo finetune vision`: train a classifier on, with every zero kept.
+"""`zoo finetune vision`: train a classifier or an upscaler on, with every zero kept.
 
 Every few epochs the whole state goes into one file beside the output; the same command goes on from there
 after a kill, and its result equals that of an uninterrupted run bit for bit.
@@ -10,6 +10,8 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from shared.masks import masks_of, set_masks
 from zoo.bundles import info, load_bundle, save
@@ -27,15 +29,19 @@ from zoo.harness.tuning import (
     zero_count,
 )
 from zoo.progress import progress_bar
-from zoo.vision.base import clone, dataset_of
+from zoo.sources import Source
+from zoo.vision.base import back_on_cpu, checked_device, clone, dataset_of
 from zoo.vision.data import SOURCES, load_images
 from zoo.vision.models import Classifier
+from zoo.vision.superres import SOURCE, PatchBatches, l1_loss, load_t91
 from zoo.vision.train import Fit, Recipe, Trainer
+from zoo.vision.upscalers import Upscaler
 
 
 @dataclass
 class Finetune:
-    """Fine-tune an image classifier on the images of its card; the zeros of a sparse one stay zero."""
+    """Fine-tune an image classifier on the images of its card, or an upscaler on T91; the zeros of a sparse
+    one stay zero."""
 
     model: str
     """The model to start from: a name, folder or hf://owner/name."""
@@ -44,22 +50,26 @@ class Finetune:
     """Folder for the new bundle."""
 
     epochs: int = 5
-    """Passes over the training images."""
+    """Passes over the training images; for an upscaler each is 50 steps."""
 
-    lr: float = 0.02
-    """Peak of the learning rate of SGD: linear warm-up, then linear to 0."""
+    lr: float | None = None
+    """Peak of the learning rate: linear warm-up, then linear to 0. By default 0.02 of SGD for classifiers and
+    0.0005 of Adam for upscalers."""
 
-    batch: int = 64
-    """Images per step."""
+    batch: int | None = None
+    """Images per step, by default 64; for an upscaler patches, by default 8."""
 
     weight_decay: float = 5e-4
-    """L2 penalty on all weights."""
+    """L2 penalty on all weights of a classifier; upscalers are trained without."""
 
     train_images: int = 0
     """Use the first so many training images; 0 for all."""
 
     seed: int = 0
     """Of shuffling and augmentation."""
+
+    device: str = "cpu"
+    """Where to train: cpu, cuda or cuda:1, say."""
 
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
@@ -82,21 +92,22 @@ class Finetune:
         """
         if self.checkpoint_every < 1:
             raise ConfigError(f"checkpoint_every must be at least 1. Received: {self.checkpoint_every}.")
-        recipe = Recipe(self.epochs, self.lr, self.batch, self.weight_decay)
+        device = checked_device(self.device)
         if self.out.exists() and not self.overwrite:
             raise ConfigError(f"{self.out} is there already. Add --overwrite, or choose another --out.")
         source = find(self.model)
         loaded = load_bundle(source)
-        if not isinstance(loaded, Classifier):
-            raise ConfigError(f"{source.card.name} is no image classifier that this command can train.")
-        dataset = dataset_of(loaded)
-        data = load_images(dataset)
-        if self.train_images:
-            data = data.subset(self.train_images)
+        if not isinstance(loaded, Classifier | Upscaler):
+            raise ConfigError(
+                f"{source.card.name} is no image classifier and no upscaler that this command can train."
+            )
         masks = masks_of(loaded)
-        model = clone(loaded)
+        if isinstance(loaded, Upscaler):
+            fit, origin = self._upscaling(loaded, device)
+        else:
+            fit, origin = self._classifying(loaded, device)
+        model = fit.model
         set_masks(model, masks)
-        fit = Trainer(data, recipe, self.seed).fit(model)
         file = CheckpointFile(
             checkpoint_folder(self.out), {**options_of(self), "weights": source.card.weights.sha256}
         )
@@ -105,9 +116,8 @@ class Finetune:
         start = time.perf_counter()
         self._train(fit, file)
         seconds = time.perf_counter() - start
-        require_zeros(model.eval(), masks)
-        task = get_task(f"vision/{dataset}")
-        origin = SOURCES[dataset]
+        require_zeros(back_on_cpu(model).eval(), masks)
+        task = get_task(source.card.metrics[0].task)
         fields = finetuned_card(
             self, source.card, twin_of(source) if source.card.dense_twin else None, model, task,
             protocol=f"fine-tuned from {source.card.name}, last epoch", seconds=seconds,
@@ -119,10 +129,31 @@ class Finetune:
         path = save(model, self.out, card=fields, extras=extras, overwrite=self.overwrite)
         shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)
         values = source.card.metrics[0].value, fields["metrics"][0]["value"]
-        show_change(
-            f"{source.card.name} on {task.name}", "accuracy", values, (zero_count(loaded), zero_count(model))
-        )
+        zeros = zero_count(loaded), zero_count(model)
+        show_change(f"{source.card.name} on {task.name}", task.primary, values, zeros)
         return path
+
+    def _classifying(self, loaded: Classifier, device: torch.device) -> tuple[Fit, Source]:
+        """The training of a copy of a classifier, ready to run, and where its images are from."""
+        dataset = dataset_of(loaded)
+        data = load_images(dataset)
+        if self.train_images:
+            data = data.subset(self.train_images)
+        lr = 0.02 if self.lr is None else self.lr
+        recipe = Recipe(self.epochs, lr, self.batch or 64, self.weight_decay)
+        trainer = Trainer(data.to(device), recipe, self.seed)
+        return trainer.fit(clone(loaded).to(device)), SOURCES[dataset]
+
+    def _upscaling(self, loaded: Upscaler, device: torch.device) -> tuple[Fit, Source]:
+        """The training of a copy of an upscaler, ready to run, and where its images are from."""
+        model = loaded.fresh(self.seed)
+        model.load_state_dict(loaded.state_dict())
+        model.to(device)
+        pairs = load_t91(model.scale)
+        batches = PatchBatches(pairs[: self.train_images or len(pairs)], batch=self.batch or 8, device=device)
+        lr = 5e-4 if self.lr is None else self.lr
+        recipe = Recipe(self.epochs, lr, weight_decay=0.0, optimizer="adam")
+        return Fit(model, batches, recipe, loss=l1_loss, seed=self.seed), SOURCE
 
     def _train(self, fit: Fit, file: CheckpointFile) -> None:
         masks = masks_of(fit.model)

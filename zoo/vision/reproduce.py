@@ -17,6 +17,7 @@ from zoo.vision.base import checked_device
 from zoo.vision.data import SOURCES
 
 WIDTH_SPARSITY = 0.9  # at which the gap of random pruning to dense is followed over widths
+MAIN_ARMS = ("global magnitude", "global magnitude, floor", "uniform magnitude", "random mask")
 WIDTH_ARMS = ("random, ERK", "global magnitude")
 
 
@@ -28,6 +29,8 @@ class BenchmarkConfig:
         dataset: digits (a small convolutional net), cifar10-jpeg or cifar10-true (ResNet-20).
         arms: which; by default all.
         sparsities: shares of zeros.
+        outer: further shares of zeros, at which only global magnitude, its minimum threshold, uniform
+            magnitude and the random mask are run.
         seeds: how many, from 0.
         width: of the network; 0 for the usual one (ResNet-20's 16; 1 for the small net).
         widths: factors of it at which random pruning is compared with dense.
@@ -46,6 +49,7 @@ class BenchmarkConfig:
     dataset: str = "digits"
     arms: tuple[str, ...] = ()
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
+    outer: tuple[float, ...] = ()
     seeds: int = 3
     width: float = 0.0
     widths: tuple[float, ...] = (0.5, 2.0)
@@ -66,7 +70,7 @@ class BenchmarkConfig:
                 raise ConfigError(f"Unknown arm {arm!r}. {suggestion(arm, ARMS)}")
         if not self.sparsities or self.seeds < 1:
             raise ConfigError("give at least one sparsity and one seed")
-        for sparsity in self.sparsities:
+        for sparsity in self.levels:
             check_sparsity(sparsity)
         if self.pretrained and (self.dataset != "cifar10-true" or self.width not in (0, 16) or self.widths):
             raise ConfigError(
@@ -75,6 +79,11 @@ class BenchmarkConfig:
             )
         if self.width < 0 or min(self.widths, default=1) <= 0:
             raise ConfigError(f"widths are positive; received {self.width} and {self.widths}")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """All shares of zeros, rising."""
+        return tuple(sorted({*self.sparsities, *self.outer}))
 
     def setting(self, factor: float = 1.0) -> Setting:
         """What the arms share, at a multiple of the width."""
@@ -112,8 +121,10 @@ def jobs(config: BenchmarkConfig) -> Iterator[Job]:
     for seed in range(config.seeds):
         yield Job(main, 1.0, "dense", 0.0, seed)
         yield Job(main, 1.0, "dense, trained on", 0.0, seed)
-    for sparsity in config.sparsities:
-        for arm in config.arms or tuple(ARMS):
+    arms = config.arms or tuple(ARMS)
+    main_arms = tuple(arm for arm in arms if arm in MAIN_ARMS)
+    for sparsity in config.levels:
+        for arm in arms if sparsity in config.sparsities else main_arms:
             for seed in range(config.seeds):
                 yield Job(main, 1.0, arm, sparsity, seed)
     for factor in config.widths:
@@ -144,7 +155,7 @@ class PruningBenchmark(Experiment):
         work = [(f"{job.arm} {job.sparsity:g} seed {job.seed}", partial(job.run, cells))
                 for job in jobs(config)]  # fmt: skip
         rows = share(work, cells, progress)
-        return verdicts.summarise(rows, config.dataset, config.sparsities, protocol(config))
+        return verdicts.summarise(rows, config.dataset, config.levels, protocol(config))
 
 
 def protocol(config: BenchmarkConfig) -> str:

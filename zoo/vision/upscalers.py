@@ -46,6 +46,10 @@ class Upscaler(nn.Module):
         large = F.interpolate(x, scale_factor=self.scale, mode="bicubic", align_corners=False)
         return large + F.pixel_shuffle(self.conv_last(features), self.scale)
 
+    def current_arguments(self) -> dict[str, Any]:
+        """The arguments that build a model of the present shapes."""
+        return dict(self.arguments)
+
     def fresh(self, seed: int) -> Upscaler:
         """The same network with new weights; the caller's random state is left alone."""
         with seeded(seed):

@@ -158,9 +158,10 @@ def summarise(rows: Sequence[Row], config: SuperresConfig) -> ExperimentResult:
     tables += [_images(rows, network, config) for network in config.networks]
     found = [v for network in config.networks for v in _verdicts(rows, network, config)]
     notes = [
-        f"Trained on patches of T91 for {config.epochs * config.steps:,} steps of {config.batch}, whatever the arm; the "
-        "last convolution starts at zero, so that every network begins as bicubic enlargement. PSNR in dB "
-        "and SSIM on luma by torchmetrics, borders of 2 pixels cropped, small images as MATLAB made them. "
+        f"Trained on patches of T91 for {config.epochs * config.steps:,} steps of {config.batch}, whatever "
+        "the arm; the last convolution starts at zero, so that every network begins as bicubic enlargement. "
+        "PSNR in dB and SSIM on luma by torchmetrics, borders of 2 pixels cropped, small images made by "
+        "MATLAB. "
         "Mean ± sample standard deviation over seeds; verdicts on Set5, paired by seed with a 95 % interval.",
         "These are small networks and short trainings: the published ones are a hundred times as large.",
     ]

@@ -25,6 +25,11 @@ CURVES = (  # as many as a plot has distinct colours
     "global magnitude", "uniform magnitude", "LAMP", "random mask", "BiP", "random, ERK", "RigL",
 )  # fmt: skip
 BAR = "this zoo's bar"
+SECONDS = {
+    "cpu": "one processor thread",
+    "cuda": "the wall on a GPU that the runs may have shared",
+    "mixed": "one processor thread or of the wall on a GPU",
+}
 
 
 def chosen(rows: Rows, arm: str, level: float, width: float = 1.0) -> list[dict[str, Any]]:
@@ -73,7 +78,7 @@ def summarise(rows: Rows, dataset: str, levels: Sequence[float], protocol: str) 
         "Accuracy is that of the test images in percent, mean ± sample standard deviation over seeds. Cost "
         "counts multiply-adds of forward and backward products (two operations each) with the kept weights "
         "only, dense weight gradients where a method needs them, and the dense start where there is one; "
-        "seconds are those of one processor thread, where zeros save no time.",
+        f"seconds are those of {SECONDS[_devices(rows)]}, where zeros save no time.",
         "A lottery ticket's rounds are each as long as the dense training and a soup trains three networks: "
         "more than the equal epochs of the others, which the cost shows.",
     ]
@@ -109,7 +114,12 @@ def _cost_table(rows: Rows, arms: Sequence[str], levels: Sequence[float]) -> Tab
         flops = statistics.fmean(r["flops"] for r in found) / 1e9
         seconds = statistics.fmean(r["seconds"] for r in found)
         body.append([arm, f"{level:.0%}", f"{flops:,.1f}", f"{seconds:,.0f}"])
-    return Table("Training cost in all", ["arm", "zeros", "GFLOPs", "processor seconds"], body)
+    return Table("Training cost in all", ["arm", "zeros", "GFLOPs", "seconds"], body)
+
+
+def _devices(rows: Rows) -> str:
+    kinds = {r.get("device", "cpu") for r in rows}  # rows of earlier versions do not say
+    return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
 def _paired_table(rows: Rows, arms: Sequence[str], levels: Sequence[float], against: str) -> Table:
@@ -195,11 +205,11 @@ def _verdicts(rows: Rows, levels: Sequence[float]) -> list[Verdict]:
 def _plots(rows: Rows, arms: Sequence[str], levels: Sequence[float], dataset: str) -> list[Plot]:
     curves = []
     for arm in arms:
-        found = [chosen(rows, arm, level) for level in levels]
-        if arm in CURVES and all(found):
-            values = [[100 * r["accuracy"] for r in one] for one in found]
+        found = {level: one for level in levels if (one := chosen(rows, arm, level))}
+        if arm in CURVES:
+            values = [[100 * r["accuracy"] for r in one] for one in found.values()]
             means, spreads = [statistics.fmean(v) for v in values], [deviation(v) for v in values]
-            curves.append(Series(arm, [100 * level for level in levels], means, spreads))
+            curves.append(Series(arm, [100 * level for level in found], means, spreads))
     dense = statistics.fmean(100 * r["accuracy"] for r in chosen(rows, "dense, trained on", 0.0))
     curves.append(Series("dense, trained on", [], [dense], kind="reference"))
     level = 0.95 if 0.95 in levels else levels[-1]
