@@ -1,10 +1,12 @@
-"""Decoding with sparse activations (CHESS), sparse weights and both, end to end, against dense.
+"""Decoding with sparse activations (CHESS), sparse weights, both, and four-bit groups (GQSA), end to end,
+against dense.
 
 Random weights of the shapes of Llama-3.2-1B (fp32 and bf16) and of 8B blocks, batch 1 unless said otherwise;
 a call is one token through the whole model, cache included. Four distinct layers stand for all sixteen: each
 is many times the size of a cache, so that none is read faster for it. Thresholds are calibrated on the model
 itself; `skips` is the share of the blocks' weights that they spare the tokens that are timed. All weights,
-dense ones too, lie on huge pages. LLM_DECODE (1b-float32, 1b-bfloat16, 8b-float32) chooses one part of it.
+dense ones too, lie on huge pages. LLM_DECODE (1b-float32, 1b-bfloat16, 1b-gqsa, 8b-float32) chooses one part
+of it.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ from shared.activations import ActivationThreshold  # noqa: E402
 from shared.bench import Bound, Cell, Goal, main  # noqa: E402
 from shared.io import read_json, write_json  # noqa: E402
 from shared.masks import MaskSet, set_masks  # noqa: E402
+from shared.ops import quantise_groups  # noqa: E402
 from zoo.llm.blocks import find_blocks  # noqa: E402
 from zoo.llm.chess import chess_thresholds  # noqa: E402
 from zoo.llm.gate_statistics import gate_statistics  # noqa: E402
+from zoo.llm.quantised import PackedGroupLinear, replace_module  # noqa: E402
 from zoo.llm.serving import pack_model  # noqa: E402
 from zoo.llm.thresholds import attach, held_out_shares, skipped_share  # noqa: E402
 
@@ -107,6 +111,25 @@ class Variants:
             masks.apply_(model)
             set_masks(model, masks)
         return pack_model(attach(model, thresholds) if thresholds else model)
+
+    def grouped(self, head: bool) -> tuple[nn.Module, Bound]:
+        """GQSA's W4S50 with half of the groups at random, and the bytes of a token; with `head`, all of the
+        output layer in four-bit groups, too."""
+        model = copy.deepcopy(self.dense, {id(p): p for p in self.dense.parameters()})
+        size = 0.0
+        for block in find_blocks(model):
+            for name, linear in block.linears():
+                rows, cols = linear.weight.shape
+                keep = torch.rand(rows, cols // 16).argsort(1) < cols // 32
+                groups = quantise_groups(linear.weight, keep)
+                size += groups.nbytes * self.shape.layers / self.shape.distinct
+                replace_module(model, name, PackedGroupLinear(groups))
+        if not head:
+            return model, Bound(size + 4 * self.dense.lm_head.weight.numel(), 0)
+        rows, cols = self.dense.lm_head.weight.shape
+        groups = quantise_groups(self.dense.lm_head.weight, torch.ones(rows, cols // 16, dtype=torch.bool))
+        model.set_output_embeddings(PackedGroupLinear(groups))
+        return model, Bound(size + groups.nbytes, 0)
 
     def stacked(self, model: nn.Module) -> nn.Module:
         """The model with all its layers, each with its own place in the cache."""
@@ -300,10 +323,35 @@ def cells_of(shape: Shape, dtype: torch.dtype, goals: dict[str, float], quick: b
         )
 
 
+def grouped_cells(shape: Shape, goal: float | None) -> Iterator[Cell]:
+    """GQSA with the head in fp32 and in four bits, and a prompt."""
+    variants = Variants(shape, torch.float32)
+    dense = {"dense": variants.decoding(variants.dense)}
+    labels: dict[str, object] = {"shape": shape.name, "weights": "float32", "batch": 1, "skips": "50.0%"}
+    with_head, bound = variants.grouped(head=True)
+    plain, plain_bound = variants.grouped(head=False)
+    own = {"W4S50": variants.decoding(plain)}
+    required = Goal(goal, over=("dense",)) if goal else None
+    yield Cell({**labels, "ours": "GQSA W4S50"}, own["W4S50"], dense, plain_bound, required)
+    yield Cell(
+        {**labels, "ours": "GQSA W4S50, W4 head"}, variants.decoding(with_head), {**dense, **own}, bound
+    )
+    yield Cell(
+        {**labels, "batch": "prompt of 48", "ours": "GQSA W4S50"},
+        variants.prefilling(plain, 48),
+        {"dense": variants.prefilling(variants.dense, 48)},
+        None,
+        Goal(0.95) if goal else None,
+    )
+    for name, model in (("GQSA W4S50", plain), ("GQSA W4S50, W4 head", with_head)):
+        PROFILES[f"{shape.name} float32 {name}"] = profile(variants, model)
+
+
 def cells(quick: bool, threads: int) -> Iterator[Cell]:
     """All cells; a quick run has a small model, which is no claim."""
     if quick:
         yield from cells_of(SMALL, torch.float32, {}, quick)
+        yield from grouped_cells(SMALL, None)
         return
     chosen = os.environ.get("LLM_DECODE", "")
     goals = {"chess 0.5": 1.25, "chess 0.7": 1.45, "weights 0.5": 1.3}
@@ -314,6 +362,8 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
     ):
         if chosen in ("", name):
             yield from cells_of(shape, dtype, promised, quick)
+    if chosen in ("", "1b-gqsa"):
+        yield from grouped_cells(LLAMA_1B, 3.0)
 
 
 def write_profiles(path: str) -> None:
