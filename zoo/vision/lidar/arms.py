@@ -15,38 +15,39 @@ from zoo.names import suggestion
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.scenes import CLASSES
 
-RANGE = [-25.6, -25.6, -3.0, 25.6, 25.6, 1.0]
+RANGE = [-12.8, -12.8, -3.0, 12.8, 12.8, 1.0]
 PILLAR, VOXEL = [0.8, 0.8, 4.0], [0.8, 0.8, 0.5]
-WIDTH = 48
+WIDTH = 32
 # The classes' thresholds of NMS and weights of the IoU branch.
-HEAD = {"classes": list(CLASSES), "channels": 24, "rectify": [0.5, 0.5, 0.5], "nms": [0.2, 0.2, 0.2],
+HEAD = {"classes": list(CLASSES), "channels": 16, "rectify": [0.5, 0.5, 0.5], "nms": [0.2, 0.2, 0.2],
         "most": 200, "kept": 100}  # fmt: skip
 _SETS: dict[str, Any] = {
     "window_shape": [[12, 12, 1]], "set_info": [[36, 2]], "d_model": [WIDTH], "nhead": [4],
     "dim_feedforward": [2 * WIDTH], "hybrid_factor": [2, 2, 1], "shifts_list": [[[0, 0, 0], [6, 6, 0]]],
 }  # fmt: skip
 _STILL = {**_SETS, "hybrid_factor": [1, 1, 1], "shifts_list": [[[0, 0, 0], [0, 0, 0]]], "rotate": False}
-_CONV: dict[str, Any] = {"widths": [16, 20, 28, 40], "layers": 1}
+_CONV: dict[str, Any] = {"widths": [12, 16, 20, 24], "layers": 1}
 
 
 def _bev(*widths: int) -> dict[str, Any]:
     return {"layer_nums": [1, 1, 1], "layer_strides": [1, 2, 2], "num_filters": list(widths),
-            "upsample_strides": [1, 2, 4], "num_upsample_filters": [24, 24, 24]}  # fmt: skip
+            "upsample_strides": [1, 2, 4], "num_upsample_filters": [16, 16, 16]}  # fmt: skip
 
 
 def _arm(
     encoder: str, voxel: list[float], vfe: int, backbone: dict[str, Any], bev: dict[str, Any]
 ) -> dict[str, Any]:
-    return {"point_cloud_range": RANGE, "voxel_size": voxel, "encoder": encoder, "vfe": [32, vfe],
+    return {"point_cloud_range": RANGE, "voxel_size": voxel, "encoder": encoder, "vfe": [16, vfe],
             "backbone": backbone, "bev": bev, "head": HEAD}  # fmt: skip
 
 
 ARMS: dict[str, dict[str, Any]] = {
-    "dsvt": _arm("dsvt", PILLAR, WIDTH, _SETS, _bev(24, 32, 48)),
-    "no rotation, no shift": _arm("dsvt", PILLAR, WIDTH, _STILL, _bev(24, 32, 48)),
-    "dense pillars": _arm("pillars", PILLAR, WIDTH, {}, _bev(32, 40, 60)),
-    "sparse convolution": _arm("sparse-conv", VOXEL, 16, _CONV, _bev(24, 32, 48)),
+    "dsvt": _arm("dsvt", PILLAR, WIDTH, _SETS, _bev(16, 24, 32)),
+    "no rotation, no shift": _arm("dsvt", PILLAR, WIDTH, _STILL, _bev(16, 24, 32)),
+    "dense pillars": _arm("pillars", PILLAR, WIDTH, {}, _bev(24, 28, 40)),
+    "sparse convolution": _arm("sparse-conv", VOXEL, 12, _CONV, _bev(16, 24, 32)),
 }
+
 
 def make_arm(name: str, seed: int) -> Detector:
     """The detector of an arm with the fresh weights of a seed, whatever was drawn before.

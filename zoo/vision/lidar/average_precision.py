@@ -58,9 +58,7 @@ def match(found: Detections, truth: Truth, label: int, threshold: float) -> tupl
     scores, order = found.scores[mine].sort(descending=True, stable=True)
     boxes, ignored = truth.boxes[theirs], truth.ignored[theirs].numpy()
     both = box_iou(found.boxes[mine][order].double(), boxes.double())
-    bev, whole = (
-        _greedy(scores.double().numpy(), overlap.numpy(), ignored, threshold) for overlap in both
-    )
+    bev, whole = (_greedy(scores.double().numpy(), overlap.numpy(), ignored, threshold) for overlap in both)
     return bev, whole
 
 
@@ -97,7 +95,9 @@ def average_precision(matches: Sequence[Matches]) -> float:
     needed = np.ceil(np.arange(1, RECALLS + 1) * truths / RECALLS - 1e-9)
     place = np.searchsorted(hits, needed)
     reached = place < len(hits)
-    return float(100 * np.where(reached, best[np.minimum(place, len(hits) - 1)], 0).mean()) if len(hits) else 0.0
+    return (
+        float(100 * np.where(reached, best[np.minimum(place, len(hits) - 1)], 0).mean()) if len(hits) else 0.0
+    )
 
 
 def with_error(by_class: Sequence[Sequence[Matches]]) -> tuple[float, float]:
@@ -109,9 +109,7 @@ def with_error(by_class: Sequence[Sequence[Matches]]) -> tuple[float, float]:
     """
 
     def mean(leave: int | None) -> float:
-        values = [
-            average_precision([m for frame, m in enumerate(one) if frame != leave]) for one in by_class
-        ]
+        values = [average_precision([m for frame, m in enumerate(one) if frame != leave]) for one in by_class]
         known = [value for value in values if not math.isnan(value)]
         return sum(known) / len(known) if known else 0.0
 
@@ -121,5 +119,3 @@ def with_error(by_class: Sequence[Sequence[Matches]]) -> tuple[float, float]:
     left_out = np.array([mean(frame) for frame in range(frames)])
     error = math.sqrt((frames - 1) / frames * float(((left_out - left_out.mean()) ** 2).sum()))
     return mean(None), error
-
-

@@ -1,13 +1,13 @@
 """Boxes: one convention inside, the conventions of the data sets converted at the door.
 
-Inside, a box is (x, y, z, dx, dy, dz, yaw) as in OpenPCDet: z is that of the geometric centre, dx is the length along the
-heading, dy the width, dz the height, yaw counter-clockwise from +x, in radians, in the frame of the points.
+Inside, a box is (x, y, z, dx, dy, dz, yaw) as in OpenPCDet: z is that of the geometric centre, dx is the
+length along the heading, dy the width, dz the height, yaw counter-clockwise from +x, in radians, in the
+frame of the points.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -96,10 +96,10 @@ def from_quaternion(
     centre: Float[Tensor, "boxes 3"],
     size: Float[Tensor, "boxes 3"],
     rotation: Float[Tensor, "boxes 4"],
-    order: Literal["wlh", "lwh"],
+    order: str,
 ) -> Float[Tensor, "boxes 7"]:
-    """Boxes with quaternions (w, x, y, z): nuScenes has sizes as (width, length, height), Argoverse 2 as (length,
-    width, height). Both have geometric centres; the yaw is the heading of the rotated x axis.
+    """Boxes with quaternions (w, x, y, z): nuScenes has sizes as (width, length, height), Argoverse 2 as
+    (length, width, height). Both have geometric centres; the yaw is the heading of the rotated x axis.
 
     Raises:
         ConfigError: another order of sizes.
@@ -113,7 +113,8 @@ def from_quaternion(
 
 
 def from_sustech(labels: Float[Tensor, "boxes 9"]) -> Float[Tensor, "boxes 7"]:
-    """SUSTechPOINTS: (position xyz, scale xyz, rotation xyz); scale x is along the heading, rotation z the yaw.
+    """SUSTechPOINTS: (position xyz, scale xyz, rotation xyz); scale x is along the heading, rotation z the
+    yaw.
     Roll and pitch, a few degrees on slopes, are left out."""
     return torch.cat([labels[:, :6], wrapped(labels[:, 8:9])], 1)
 

@@ -1,4 +1,5 @@
-"""CenterHead (Yin et al., CVPR 2021): a heat map of centres per class, and what a box needs at each centre."""
+"""CenterHead (Yin et al., CVPR 2021): a heat map of centres per class, and what a box needs at each
+centre."""
 
 from __future__ import annotations
 
@@ -123,9 +124,7 @@ class CenterHead(nn.Module):
         """Sides of a cell of the map, in metres."""
         return self.grid.voxel[0] * self.stride, self.grid.voxel[1] * self.stride
 
-    def targets(
-        self, gt_boxes: Float[Tensor, "batch most 8"], shape: tuple[int, int]
-    ) -> Targets:
+    def targets(self, gt_boxes: Float[Tensor, "batch most 8"], shape: tuple[int, int]) -> Targets:
         """Targets of a batch.
 
         Args:
@@ -185,8 +184,8 @@ class CenterHead(nn.Module):
     def losses(
         self, maps: Mapping[str, Tensor], gt_boxes: Float[Tensor, "batch most 8"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Penalty-reduced focal loss (exponents 2 and 4); 2 times L1 of the branches and 2 times 1 - DIoU at the
-        centres; L1 of the IoU branch to 2 IoU - 1. Each divided by the number of boxes."""
+        """Penalty-reduced focal loss (exponents 2 and 4); 2 times L1 of the branches and 2 times 1 - DIoU at
+        the centres; L1 of the IoU branch to 2 IoU - 1. Each divided by the number of boxes."""
         shape = maps["hm"].shape[2], maps["hm"].shape[3]
         target = self.targets(gt_boxes, shape)
         count = max(len(target.frame), 1)
@@ -218,7 +217,8 @@ class CenterHead(nn.Module):
 
     @torch.no_grad()
     def decode(self, maps: Mapping[str, Tensor]) -> list[Detections]:
-        """The boxes of each frame: best cells, scores rectified by the IoU branch, NMS per class. Labels from 1."""
+        """The boxes of each frame: best cells, scores rectified by the IoU branch, NMS per class. Labels
+        from 1."""
         heat = maps["hm"].sigmoid()
         batch, classes, ny, nx = heat.shape
         rectify, nms = heat.new_tensor(self.config.rectify), self.config.nms
@@ -249,9 +249,7 @@ def _at(values: Tensor, frame: Tensor, cell: Tensor) -> Tensor:
     return values.flatten(2)[frame, :, cell]
 
 
-def focal_loss(
-    logits: Float[Tensor, "*shape"], heat: Float[Tensor, "*shape"]
-) -> Float[Tensor, ""]:
+def focal_loss(logits: Float[Tensor, "*shape"], heat: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """-sum of (1 - p)^2 log p at centres and (1 - heat)^4 p^2 log(1 - p) elsewhere."""
     p = logits.sigmoid().clamp(LOGIT_CLIP, 1 - LOGIT_CLIP)
     centre: Bool[Tensor, "*shape"] = heat == 1
@@ -260,11 +258,9 @@ def focal_loss(
     return -(positive.sum() + negative.sum())
 
 
-def diou(
-    a: Float[Tensor, "pairs 7"], b: Float[Tensor, "pairs 7"]
-) -> Float[Tensor, " pairs"]:
-    """Distance IoU (Zheng et al. 2020) of boxes taken as axis-aligned, as the reference does: the yaw has a loss of
-    its own. IoU - |distance of centres|^2 / |diagonal of the hull|^2."""
+def diou(a: Float[Tensor, "pairs 7"], b: Float[Tensor, "pairs 7"]) -> Float[Tensor, " pairs"]:
+    """Distance IoU (Zheng et al. 2020) of boxes taken as axis-aligned, as the reference does: the yaw has a
+    loss of its own. IoU - |distance of centres|^2 / |diagonal of the hull|^2."""
     low = torch.maximum(a[:, :3] - a[:, 3:6] / 2, b[:, :3] - b[:, 3:6] / 2)
     high = torch.minimum(a[:, :3] + a[:, 3:6] / 2, b[:, :3] + b[:, 3:6] / 2)
     shared = (high - low).clamp(min=0).prod(1)

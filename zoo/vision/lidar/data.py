@@ -1,4 +1,5 @@
-"""Frames: generated scenes, the real frames below $ZOO_DATA, batches of both, and what training does to them."""
+"""Frames: generated scenes, the real frames below $ZOO_DATA, batches of both, and what training does to
+them."""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ class FrameBatches:
         frames: to train on; they are moved to the device once.
         batch: frames per step; the last, short batch of an epoch is left out.
         device: where the batches are made.
-        augment: whether frames are changed: mirrored along x and y, turned by up to 45 degrees, scaled by 0.95 to 1.05.
+        augment: whether frames are changed: mirrored along x and y, turned by up to 45 degrees, scaled by
+        0.95 to 1.05.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Detectors: voxel features, an encoder on sparse voxels, a bird's-eye-view backbone, a head.
 
-The four parts have OpenPCDet's names (vfe, backbone_3d, backbone_2d, dense_head), so that its state dicts fit.
+The four parts have OpenPCDet's names (vfe, backbone_3d, backbone_2d, dense_head), so that its state dicts
+fit.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class Detector(nn.Module):
         """OpenPCDet's call; the dictionary is left as it is.
 
         Args:
-            batch_dict: `points` [n, 1 + features] with rows (frame, x, y, z, ...), `batch_size`, and in training
+            batch_dict: `points` [n, 1 + features] with rows (frame, x, y, z, ...), `batch_size`, and in
+            training
                 `gt_boxes` [batch, most, 8] (x, y, z, dx, dy, dz, yaw, label), padded with zeros.
 
         Returns:

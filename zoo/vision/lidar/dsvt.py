@@ -2,8 +2,8 @@
 
 Differs from the released code: the position embedding of a layer sees the coordinates of the partition that
 the layer works on (there: of the partition with the layer's number), and pooling leaves empty places out
-(there: they are zeros, and the mask is one of integers). `compat=True` computes what the released code does, for
-its checkpoints only.
+(there: they are zeros, and the mask is one of integers). `compat=True` computes what the released code does,
+for its checkpoints only.
 """
 
 from __future__ import annotations
@@ -65,12 +65,11 @@ class DSVTConfig:
             object.__setattr__(self, name, _tuples(getattr(self, name)))
         stages = len(self.window_shape)
         if not self.shifts_list:
-            halves = tuple(
-                ((0, 0, 0), (wx // 2, wy // 2, 0)) for wx, wy, _ in self.window_shape
-            )
+            halves = tuple(((0, 0, 0), (wx // 2, wy // 2, 0)) for wx, wy, _ in self.window_shape)
             object.__setattr__(self, "shifts_list", halves)
         lengths = {name: len(getattr(self, name))
-                   for name in ("set_info", "d_model", "nhead", "dim_feedforward", "shifts_list")}  # fmt: skip
+                   for name in ("set_info", "d_model", "nhead", "dim_feedforward", "shifts_list")}  # fmt:
+                   skip
         if stages < 1 or set(lengths.values()) != {stages} or len(self.downsample_stride) != stages - 1:
             raise ConfigError(
                 f"window_shape has {stages} stages; the others need as many (downsample_stride one fewer). "
@@ -81,6 +80,8 @@ class DSVTConfig:
                 raise ConfigError(f"d_model {width} is not a multiple of nhead {heads}; change one of them")
         if len(set(self.d_model)) > 1:
             raise ConfigError(f"attention pooling keeps the width: d_model must be equal; got {self.d_model}")
+        if self.downsample_stride and self.d_model[0] % 8:
+            raise ConfigError(f"attention pooling has 8 heads: d_model {self.d_model[0]} is no multiple of 8")
         shape = self.sparse_shape
         for stride in self.downsample_stride:
             if any(n % s for n, s in zip(shape, stride, strict=True)):

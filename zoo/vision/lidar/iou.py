@@ -24,8 +24,7 @@ def intersection_bev(a: Float[Tensor, "pairs 7"], b: Float[Tensor, "pairs 7"]) -
     Computed in float64.
     """
     parts = [
-        _intersection(x.double(), y.double())
-        for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)
+        _intersection(x.double(), y.double()) for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)
     ]
     return torch.cat(parts).to(a.dtype) if parts else a.new_zeros(0)
 
@@ -118,8 +117,8 @@ def rotated_nms(
 ) -> Int64[Tensor, " kept"]:
     """Non-maximum suppression by the IoU of footprints: rows that are kept, best first.
 
-    A box is dropped if it overlaps a kept one of a higher score by more than the threshold; of equal scores the
-    earlier row counts as higher.
+    A box is dropped if it overlaps a kept one of a higher score by more than the threshold; of equal scores
+    the earlier row counts as higher.
 
     Args:
         boxes: of one class.

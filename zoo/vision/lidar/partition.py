@@ -2,8 +2,9 @@
 
 A window with n voxels is cut into S = ceil(n / tau) sets; slot t of set j takes the voxel of rank
 floor((j tau + t) n / (S tau)) in the window's order. Since n > (S - 1) tau, the distinct voxels of set j are
-the ranks floor(j n / S) up to floor((j + 1) n / S) - 1, and the remaining slots repeat a voxel. A set is thus a
-run of the sorted voxels: nothing needs to be padded until a kernel asks for it, and then only the repeats.
+the ranks floor(j n / S) up to floor((j + 1) n / S) - 1, and the remaining slots repeat a voxel. A set is
+thus a run of the sorted voxels: nothing needs to be padded until a kernel asks for it, and then only the
+repeats.
 """
 
 from __future__ import annotations
@@ -166,6 +167,6 @@ def _check_inside(coords: Tensor, size: Sequence[int], batch_size: int) -> None:
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise DataError(
-            f"voxel {coords[row].tolist()} (batch, z, y, x) lies outside of {batch_size} grids of {nx} x {ny} "
-            f"x {nz} voxels (x, y, z): {int(outside.sum())} such; the grid and sparse_shape must agree"
+            f"voxel {coords[row].tolist()} (batch, z, y, x) lies outside of {batch_size} grids of {nx} x "
+            f"{ny} x {nz} voxels (x, y, z): {int(outside.sum())} such; the grid and sparse_shape must agree"
         )

@@ -1,9 +1,10 @@
-"""Seeded LiDAR scenes: a spinning scanner over sloping ground, objects of three classes, and things that look like
-them.
+"""Seeded LiDAR scenes: a spinning scanner over sloping ground, objects of three classes, and things that
+look like them.
 
 Each ray stops at the nearest surface, so that objects hide each other and the ground behind them. Cars are a
-body and a cabin, cyclists a frame and a rider, pedestrians a box; walls, poles, bushes and crates are there to
-be confused with them. Reflectance is drawn alike for objects and for distractors: only shape tells them apart.
+body and a cabin, cyclists a frame and a rider, pedestrians a box; walls, poles, bushes and crates are there
+to be confused with them. Reflectance is drawn alike for objects and for distractors: only shape tells them
+apart.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ class SceneConfig:
         slope: steepest slope of the ground.
     """
 
-    extent: float = 25.6
-    beams: int = 32
-    lowest: float = -24.0
+    extent: float = 12.8
+    beams: int = 24
+    lowest: float = -28.0
     highest: float = 2.0
-    steps: int = 512
+    steps: int = 256
     height: float = 1.8
     noise: float = 0.03
     lost: float = 0.05
-    objects: tuple[tuple[int, int], ...] = ((3, 8), (2, 6), (2, 5))
-    distractors: tuple[int, int] = (6, 14)
+    objects: tuple[tuple[int, int], ...] = ((2, 4), (1, 4), (1, 3))
+    distractors: tuple[int, int] = (3, 7)
     slope: float = 0.03
 
 
@@ -66,7 +67,8 @@ class Scene(NamedTuple):
 
 
 class _Things(NamedTuple):
-    """Solid boxes: (x, y, z of the bottom, length, width, height, yaw), and the object each belongs to (-1: none)."""
+    """Solid boxes: (x, y, z of the bottom, length, width, height, yaw), and the object each belongs to (-1:
+    none)."""
 
     solids: list[tuple[float, ...]]
     owner: list[int]
@@ -130,7 +132,9 @@ def _nearest(directions: np.ndarray, solids: np.ndarray) -> tuple[np.ndarray, np
         near = np.flatnonzero(np.abs(turn) <= half)
         cos, sin = math.cos(yaw), math.sin(yaw)
         part = directions[near]
-        local = np.stack([part[:, 0] * cos + part[:, 1] * sin, part[:, 1] * cos - part[:, 0] * sin, part[:, 2]], 1)
+        local = np.stack(
+            [part[:, 0] * cos + part[:, 1] * sin, part[:, 1] * cos - part[:, 0] * sin, part[:, 2]], 1
+        )
         start = np.array([-x * cos - y * sin, x * sin - y * cos, -z - height / 2])
         sides = np.array([length, width, height]) / 2
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -152,7 +156,9 @@ def _place(
     things = _Things([], [])
     for label, (name, (fewest, most)) in enumerate(zip(CLASSES, config.objects, strict=True), start=1):
         for _ in range(rng.integers(fewest, most + 1)):
-            length, width, height = np.array(SIZES[name]) * (1 + SPREAD * rng.standard_normal(3)).clip(0.7, 1.3)
+            length, width, height = np.array(SIZES[name]) * (1 + SPREAD * rng.standard_normal(3)).clip(
+                0.7, 1.3
+            )
             if (spot := _free_spot(rng, config, taken, math.hypot(length, width) / 2)) is None:
                 continue
             x, y = spot

@@ -39,14 +39,14 @@ def set_attention(
     both = F.linear(x + position, weight[: 2 * width], bias[: 2 * width])
     values = F.linear(x, weight[2 * width :], bias[2 * width :])
     slots = torch.cat([both, values], 1)[layout.rows].unflatten(1, (3, heads, width // heads))
-    attended, first = [], 0
-    for sets, length, used in layout.buckets:
-        part = slots[first : first + sets * length].unflatten(0, (sets, length))
-        query, key, value = part.permute(2, 0, 3, 1, 4)  # each [sets, heads, length, head width]
+    attended = []
+    parts = slots.split([sets * length for sets, length, _ in layout.buckets])
+    for part, (sets, length, used) in zip(parts, layout.buckets, strict=True):
+        # Each [sets, heads, length, head width].
+        query, key, value = part.unflatten(0, (sets, length)).permute(2, 0, 3, 1, 4)
         mask = None if used is None else used[:, None, None]
         out = F.scaled_dot_product_attention(query, key, value, mask)
         attended.append(out.transpose(1, 2).reshape(sets * length, width))
-        first += sets * length
     return attention.out_proj(torch.cat(attended)[layout.place])
 
 
@@ -181,5 +181,3 @@ class AttentionPooling(nn.Module):
             query, values + self.pos_embedding, values, key_padding_mask=empty, need_weights=False
         )
         return self.norm(query + attended)[:, 0]
-
-

@@ -76,8 +76,8 @@ class SparseEncoder(nn.Module):
         super().__init__()
         if size[2] % 2 ** (len(widths) - 1) or layers < 1 or not widths:
             raise ConfigError(
-                f"{len(widths)} stages halve z {len(widths) - 1} times: {size[2]} voxels do not divide; choose "
-                "another voxel height or fewer stages"
+                f"{len(widths)} stages halve z {len(widths) - 1} times: {size[2]} voxels do not divide; "
+                f"choose another voxel height or fewer stages"
             )
         self.size = (size[0], size[1], size[2] // 2 ** (len(widths) - 1))
         self.shape = tuple(size[::-1])

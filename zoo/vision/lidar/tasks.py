@@ -14,7 +14,14 @@ from shared.account import count
 from shared.modes import eval_mode
 from zoo.errors import TaskError
 from zoo.harness.tasks import Flops, Measure, Progress, Task, TaskResult, register_task
-from zoo.vision.lidar.average_precision import Detections, Matches, Truth, average_precision, match, with_error
+from zoo.vision.lidar.average_precision import (
+    Detections,
+    Matches,
+    Truth,
+    average_precision,
+    match,
+    with_error,
+)
 from zoo.vision.lidar.data import LEAST_POINTS, Frame, FrameBatches, scene_frames
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.scenes import CLASSES
@@ -52,8 +59,8 @@ def detections(
 def scores(
     found: Sequence[Detections], truths: Sequence[Truth], classes: Sequence[str] = CLASSES
 ) -> dict[str, Measure]:
-    """AP in percent with its jackknife error over frames: `bev_ap` and `ap_3d` are means over the classes at KITTI's
-    thresholds, `..._loose` those at the loose ones, and each class stands by itself, too."""
+    """AP in percent with its jackknife error over frames: `bev_ap` and `ap_3d` are means over the classes at
+    KITTI's thresholds, `..._loose` those at the loose ones, and each class stands by itself, too."""
     measures: dict[str, Measure] = {}
     for suffix, thresholds in (("", STRICT), ("_loose", LOOSE)):
         pairs = [
@@ -99,8 +106,8 @@ class Scenes(Task):
         return TaskResult(measures, {}, len(frames), digest)
 
     def flops(self, model: nn.Module) -> Flops:
-        """Operations for the first test scene. The dense count is that of the same detector: nothing is masked, voxels
-        that are not there are not computed in either."""
+        """Operations for the first test scene. The dense count is that of the same detector: nothing is
+        masked, voxels that are not there are not computed in either."""
         detector = cast(Detector, model)
         batch = FrameBatches(scene_frames("test", 1), 1).take([0])
         total = count(detector, ({"points": batch.points, "batch_size": 1},)).total

@@ -67,7 +67,9 @@ class DetectorFit(Fit):
         seed: of shuffling and augmentation.
     """
 
-    def __init__(self, model: Detector, frames: Sequence[Frame], recipe: DetectorRecipe, seed: int = 0) -> None:
+    def __init__(
+        self, model: Detector, frames: Sequence[Frame], recipe: DetectorRecipe, seed: int = 0
+    ) -> None:
         batches = FrameBatches(frames, recipe.batch, recipe.device)
         super().__init__(
             model.to(recipe.device), batches, recipe.plain(), loss=detection_loss, seed=seed, macs=lambda: 0.0
@@ -80,7 +82,10 @@ class DetectorFit(Fit):
 
 
 def run_with_checkpoints(
-    fit: Fit, file: CheckpointFile, note: Callable[[Fit], object] | None = None, every: float = CHECKPOINT_SECONDS
+    fit: Fit,
+    file: CheckpointFile,
+    note: Callable[[Fit], object] | None = None,
+    every: float = CHECKPOINT_SECONDS,
 ) -> Fit:
     """Run a training to its end, going on where an interrupted one stopped.
 

@@ -141,7 +141,8 @@ def _fingerprint(values: Tensor) -> Tensor:
 class _SegmentMax(torch.autograd.Function):
     """Row maxima of segments; the gradient is shared evenly by equal maxima.
 
-    torch's own scatter_reduce gathers element by element in the backward pass, which takes five times as long.
+    torch's own scatter_reduce gathers element by element in the backward pass, which takes five times as
+    long.
     """
 
     @staticmethod
