@@ -67,9 +67,8 @@ class DSVTConfig:
         if not self.shifts_list:
             halves = tuple(((0, 0, 0), (wx // 2, wy // 2, 0)) for wx, wy, _ in self.window_shape)
             object.__setattr__(self, "shifts_list", halves)
-        lengths = {name: len(getattr(self, name))
-                   for name in ("set_info", "d_model", "nhead", "dim_feedforward", "shifts_list")}  # fmt:
-                   skip
+        per_stage = ("set_info", "d_model", "nhead", "dim_feedforward", "shifts_list")
+        lengths = {name: len(getattr(self, name)) for name in per_stage}
         if stages < 1 or set(lengths.values()) != {stages} or len(self.downsample_stride) != stages - 1:
             raise ConfigError(
                 f"window_shape has {stages} stages; the others need as many (downsample_stride one fewer). "
