@@ -191,6 +191,17 @@ def test_the_benchmark_resumes_from_its_cells(tmp_path):
     assert masks_of(model) is None
 
 
+def test_outer_sparsities_are_for_the_main_arms(tmp_path):
+    config = dataclasses.replace(SMALL, arms=("global magnitude", "LAMP"), outer=(0.98,), seeds=1)
+    assert config.levels == (0.9, 0.98)
+    assert [job.arm for job in jobs(config) if job.sparsity == 0.98] == ["global magnitude"]
+    result = PruningBenchmark().run(config, CellCache(tmp_path))
+    lamp = next(row for row in result.tables[0].rows if row[0] == "LAMP")
+    assert lamp[1] and lamp[2] == ""
+    curves = {series.label: list(series.x) for series in result.plots[0].series}
+    assert curves["LAMP"] == [90.0] and curves["global magnitude"] == [90.0, 98.0]
+
+
 def test_cells_are_the_same_on_every_device():
     there = dataclasses.replace(SMALL.setting(), device="cuda")
     assert there.key(arm="BiP", seed=1) == SMALL.setting().key(arm="BiP", seed=1)
