@@ -403,5 +403,6 @@ def _speed_verdicts(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
             f"{goal['ratio']:g} times {goal['over']} or more"
         )
         outcome = "holds" if goal["met"] else "does not hold"
-        found.append(Verdict(claim, published, f"{goal['reached']:.2f}x", outcome))  # type: ignore[arg-type]
+        source = published if labels["ours"].startswith("CHESS") and labels["batch"] == 1 else NOT_STATED
+        found.append(Verdict(claim, source, f"{goal['reached']:.2f}x", outcome))  # type: ignore[arg-type]
     return found
