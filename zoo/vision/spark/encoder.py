@@ -17,7 +17,7 @@ from shared.modes import eval_mode
 from zoo.errors import ConfigError
 from zoo.vision.models import ResNet
 from zoo.vision.spark.masking import Choice, MaskContext, Mode, Visible, draw_cells
-from zoo.vision.spark.modules import convert
+from zoo.vision.spark.modules import check_layers, convert
 from zoo.vision.spark.timing import fastest_choice
 
 Execution = Literal["auto", "masked", "pairs", "grid", "plain"] | Choice
@@ -94,6 +94,9 @@ class SparKEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk = trunk_of(model)
+        more = _replacements(model)
+        for part in _parts(model, self.trunk):
+            check_layers(part, more)
         self.context = MaskContext()
         self.channels = channels
         self.model = copy.deepcopy(model)
@@ -106,7 +109,8 @@ class SparKEncoder(nn.Module):
                 f"images of {self.size[0]}x{self.size[1]} cannot be cut into cells of {self.cell}: the cell "
                 f"must be a multiple of the network's stride, {self.stride}, and divide the images' sides"
             )
-        _convert_trunk(self.model, self.trunk, self.context)
+        for part in _parts(self.model, self.trunk):
+            convert(part, self.context, more)
         _probe(self)
         self._fastest: dict[tuple[object, ...], Choice] = {}
 
@@ -208,18 +212,22 @@ class SparKEncoder(nn.Module):
             )
 
 
-def _convert_trunk(model: nn.Module, trunk: Trunk, context: MaskContext) -> None:
-    more: Mapping[type[nn.Module], type[nn.Module]] = {}
-    if _is_timm(model):
-        from zoo.vision.spark.timm_models import replacements
+def _replacements(model: nn.Module) -> Mapping[type[nn.Module], type[nn.Module]]:
+    if not _is_timm(model):
+        return {}
+    from zoo.vision.spark.timm_models import replacements
 
-        more = replacements()
+    return replacements()
+
+
+def _parts(model: nn.Module, trunk: Trunk) -> Iterator[nn.Module]:
+    """The children of a network that make its maps, each below a module that gives its layers their names."""
     heads = {prefix.rstrip(".") for prefix in trunk.head}
     for name, child in model.named_children():
         if name not in heads:
             holder = nn.Module()
             holder.add_module(name, child)
-            convert(holder, context, more)
+            yield holder
 
 
 def _probe(encoder: SparKEncoder) -> None:

@@ -226,11 +226,6 @@ def as_rows(matrix: Float[Tensor, "sites C"]) -> Float[Tensor, "sites C 1 1"]:
     return matrix[:, :, None, None]
 
 
-def as_line(rows: Float[Tensor, "sites C 1 1"]) -> Float[Tensor, "1 C sites 1"]:
-    """All sites as one long picture: the same to a batch norm, which is much faster on it."""
-    return rows.flatten(1).T[None, :, :, None]
-
-
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.vision.spark.encoder import Trunk
-from zoo.vision.spark.masking import MaskContext, as_line, as_rows
+from zoo.vision.spark.masking import MaskContext
 
 STAGES = 4  # the paper takes the maps at strides 4 to 32
 
@@ -101,9 +101,9 @@ def replacements() -> Mapping[type[nn.Module], type[nn.Module]]:
             visible = self.context.visible
             if visible.mode == "plain":
                 return super().forward(x)
-            rows = x if visible.rows else visible.gather(x)
-            normed = as_rows(super().forward(as_line(rows))[0, :, :, 0].T)
-            return normed if visible.rows else visible.scatter(normed)
+            if visible.rows:
+                return super().forward(x)
+            return visible.scatter(super().forward(visible.gather(x)))
 
     class VisibleLayerNorm2d(LayerNorm2d):
         """Norm over the channels of visible sites."""
