@@ -247,7 +247,7 @@ def test_rotation_uses_the_other_axis():
 def test_embeddings_once_per_place_equal_those_per_voxel():
     embed = PositionEmbedding(2, 8).eval()
     where = places(torch.randint(6, (100, 3)) * torch.tensor([1, 1, 0]), (6, 6, 1), True)
-    expected = embed.position_embedding_head(where.table[where.index])
+    expected = embed.position_embedding_head(where.table[where.cell])
     torch.testing.assert_close(embed(where, torch.float32), expected)
     assert float(where.table.abs().max()) == pytest.approx(math.pi)
     with pytest.raises(ConfigError, match="single voxel"):

@@ -76,8 +76,8 @@ def scene_frames(split: str, count: int, config: SceneConfig | None = None) -> t
     first = TRAIN_SEED if split == "train" else TEST_SEED
     frames = []
     for seed in range(first, first + count):
-        made = make_scene(seed, config)
-        frames.append(Frame(*(torch.from_numpy(part) for part in made)))
+        points, boxes, labels, hits = map(torch.from_numpy, make_scene(seed, config))
+        frames.append(Frame(points, boxes, labels, hits))
     return tuple(frames)
 
 

@@ -48,7 +48,7 @@ def _sparse(grid: Grid, width: int, options: Mapping[str, Any]) -> SparseEncoder
     return SparseEncoder(grid.size, width, **options)
 
 
-ENCODERS: dict[str, Callable[[Grid, int, Mapping[str, Any]], nn.Module]] = {
+ENCODERS: dict[str, Callable[[Grid, int, Mapping[str, Any]], Any]] = {
     "dsvt": _dsvt, "pillars": _pillars, "sparse-conv": _sparse,
 }  # fmt: skip
 

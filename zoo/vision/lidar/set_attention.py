@@ -92,10 +92,10 @@ class Block(nn.Module):
 
 
 class Places(NamedTuple):
-    """Where voxels lie in their windows: `table[index]` per voxel, in voxels from the window's middle."""
+    """Where voxels lie in their windows: `table[cell]` per voxel, in voxels from the window's middle."""
 
     table: Float[Tensor, "cells dims"]
-    index: Int64[Tensor, " voxels"]
+    cell: Int64[Tensor, " voxels"]
 
 
 def places(local: Int64[Tensor, "voxels 3"], window: Sequence[int], normalise: bool) -> Places:
@@ -131,12 +131,12 @@ class PositionEmbedding(nn.Module):
         """
         table = where.table.to(dtype)
         if self.training:  # the batch norm's statistics are those of the voxels
-            if len(where.index) < 2:
+            if len(where.cell) < 2:
                 raise ConfigError("a batch with a single voxel cannot be trained on: batch norm needs two")
-            return self.position_embedding_head(table[where.index])
-        if len(table) < len(where.index):  # in evaluation each place of a window is embedded once
-            return self.position_embedding_head(table)[where.index]
-        return self.position_embedding_head(table[where.index])
+            return self.position_embedding_head(table[where.cell])
+        if len(table) < len(where.cell):  # in evaluation each place of a window is embedded once
+            return self.position_embedding_head(table)[where.cell]
+        return self.position_embedding_head(table[where.cell])
 
 
 class AttentionPooling(nn.Module):

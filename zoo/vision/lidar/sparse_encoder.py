@@ -18,7 +18,7 @@ from zoo.errors import ConfigError
 from zoo.vision.lidar.voxelise import NORM
 
 # Strided convolutions halve z and leave x and y as they are.
-_DOWN: dict[str, tuple[int, int, int]] = {"stride": (2, 1, 1), "padding": (0, 0, 0)}
+_DOWN: dict[str, Any] = {"stride": (2, 1, 1), "padding": (0, 0, 0)}
 
 
 class SparseConvolution(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shared.sites import pack_keys, quantize, unpack_keys
 from zoo.errors import ConfigError, DataError
 
-NORM = {"eps": 1e-3, "momentum": 0.01}  # of every batch norm of the reference
+NORM: dict[str, Any] = {"eps": 1e-3, "momentum": 0.01}  # of every batch norm of the reference
 _MIX = (-7046029254386353131, -4417276706812531889)  # odd 64-bit constants of a multiplicative hash
 
 
