@@ -291,12 +291,13 @@ def test_a_sparsified_model_is_saved_verified_and_tuned(options, dense_bundle, t
     out = tmp_path / "made"
     assert main(["sparsify", str(dense_bundle), "--out", str(out), *options]) == 0
     assert main(["verify", str(out)]) == 0, capsys.readouterr().out
+    tuned = tmp_path / "tuned"
+    assert main(["finetune", "vision", "--model", str(out), "--out", str(tuned), "--epochs", "1"]) == 0
+    assert main(["verify", str(tuned)]) == 0, capsys.readouterr().out
     if "magnitude" in options:
-        tuned = tmp_path / "tuned"
-        assert main(["finetune", "vision", "--model", str(out), "--out", str(tuned), "--epochs", "1"]) == 0
         model = load(str(tuned))
         assert masks_of(model).equal(masks_of(load(str(out)))) and not masks_of(model).zeros_intact(model)
-        assert info(model).card.dense_twin == "vision/tiny" and main(["verify", str(tuned)]) == 0
+        assert info(model).card.dense_twin == "vision/tiny"
         with pytest.raises(ConfigError, match="there already"):
             FINETUNERS.get("vision")(model=str(out), out=tuned).run()
 

@@ -80,7 +80,13 @@ def finetuned_card(
         "mean": mean,
         "spread": spread,
     }
-    dense = {"parameters": {}, "flops": {"dense": flops.dense, "sparse": flops.sparse}, "bytes": {}}
+    cost: dict[str, Any] = {"parameters": {}, "bytes": {}}
+    cost["flops"] = {"dense": flops.dense, "sparse": flops.sparse}
+    if sum(parameter.numel() for parameter in model.parameters()) < source.cost.parameters.dense:
+        # The source was cut: what it cost before cannot be counted on it any more.
+        for kind, known in (("parameters", source.cost.parameters), ("bytes", source.cost.bytes),
+                            ("flops", source.cost.flops)):  # fmt: skip
+            cost[kind]["dense"] = known.dense
     if twin is not None:
         own = next(m for m in twin.card.metrics if m.task == task.name)
         figure = {key: getattr(own, key) for key in ("value", "per_seed", "mean", "spread")}
@@ -94,7 +100,7 @@ def finetuned_card(
         "architecture": {"name": source.architecture.name, "args": arguments},
         "method": method,
         "sparsity": {},
-        "cost": dense,
+        "cost": cost,
         "metrics": [metric],
         "dense_twin": twin.card.name if twin is not None else None,
         "training": {"command": command_of(config, source.domain), "seconds": round(seconds, 3)},
