@@ -199,7 +199,7 @@ def test_outer_sparsities_are_for_the_main_arms(tmp_path):
     lamp = next(row for row in result.tables[0].rows if row[0] == "LAMP")
     assert lamp[1] and lamp[2] == ""
     curves = {series.label: list(series.x) for series in result.plots[0].series}
-    assert curves["LAMP"] == [90.0] and curves["global magnitude"] == [90.0, 98.0]
+    assert curves["LAMP"] == [10.0] and curves["global magnitude"] == [10.0, 2.0]
 
 
 def test_cells_are_the_same_on_every_device():

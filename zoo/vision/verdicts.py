@@ -24,6 +24,10 @@ CONTROL, LEADER = "random mask", "global magnitude"
 CURVES = (  # as many as a plot has distinct colours
     "global magnitude", "uniform magnitude", "LAMP", "random mask", "BiP", "random, ERK", "RigL",
 )  # fmt: skip
+POINTS = (  # what differs in cost; the allocations among themselves hardly do
+    "global magnitude", "uniform magnitude", "random mask", "jackpot", "BiP", "soup of 3", "random, uniform",
+    "random, ERK", "SET", "RigL", "lottery ticket",
+)  # fmt: skip
 BAR = "this zoo's bar"
 SECONDS = {
     "cpu": "one processor thread",
@@ -202,6 +206,10 @@ def _verdicts(rows: Rows, levels: Sequence[float]) -> list[Verdict]:
     return [verdict for verdict in out if verdict.verdict != "not measured"]
 
 
+def _kept(level: float) -> float:
+    return round(100 * (1 - level), 6)
+
+
 def _plots(rows: Rows, arms: Sequence[str], levels: Sequence[float], dataset: str) -> list[Plot]:
     curves = []
     for arm in arms:
@@ -209,13 +217,13 @@ def _plots(rows: Rows, arms: Sequence[str], levels: Sequence[float], dataset: st
         if arm in CURVES:
             values = [[100 * r["accuracy"] for r in one] for one in found.values()]
             means, spreads = [statistics.fmean(v) for v in values], [deviation(v) for v in values]
-            curves.append(Series(arm, [100 * level for level in found], means, spreads))
+            curves.append(Series(arm, [_kept(level) for level in found], means, spreads))
     dense = statistics.fmean(100 * r["accuracy"] for r in chosen(rows, "dense, trained on", 0.0))
     curves.append(Series("dense, trained on", [], [dense], kind="reference"))
     level = 0.95 if 0.95 in levels else levels[-1]
     points: list[Series] = []
     for arm in arms:
-        if runs := chosen(rows, arm, level):
+        if arm in POINTS and (runs := chosen(rows, arm, level)):
             cost = statistics.fmean(r["flops"] for r in runs) / 1e9
             reached = [100 * r["accuracy"] for r in runs]
             mean, spread = statistics.fmean(reached), deviation(reached)
@@ -223,7 +231,8 @@ def _plots(rows: Rows, arms: Sequence[str], levels: Sequence[float], dataset: st
             label = f"{number}: {arm}"
             points.append(Series(label, [cost], [mean], [spread], kind="points", marks=[number]))
     return [
-        Plot("accuracy", f"Accuracy against sparsity, {dataset}", "zeros (%)", "test accuracy (%)", curves,
+        Plot("accuracy", f"Accuracy against weights left, {dataset}", "weights kept (%)",
+             "test accuracy (%)", curves, log_x=True,
              alt="One curve per method, with bands of one standard deviation over seeds."),
         Plot("cost", f"Accuracy at {level:.0%} zeros against total training cost, {dataset}",
              "training cost (GFLOPs)", "test accuracy (%)", points, log_x=True,
