@@ -24,6 +24,10 @@ LEAST_POINTS = 5  # objects with fewer echoes are neither trained on nor counted
 TRAIN_SEED, TEST_SEED = 0, 1_000_000  # of the first scene
 
 SOURCE = Source("Generated LiDAR scenes of the zoo", "zoo.vision.lidar.scenes, seeded", "Apache-2.0")
+KITTI = Source(
+    "KITTI, 13 training frames", "PointRCNN, PointPillars and Open3D-ML demo data", "CC BY-NC-SA 3.0"
+)
+KITTI_FRAMES = (*(f"{number:06d}" for number in range(11)), "000134", "004139")
 # Names of classes in the data sets, as the classes of the scenes.
 ALIASES = {
     "Car": ("car", "van", "regular_vehicle", "vehicle"),
