@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shared.errors import OpError
-from shared.ops import _native, dispatch
+from shared.ops import _native, dispatch, triton
 from shared.ops.dense_rows import ALIGN, DenseRows, store_rows
 from shared.ops.derived import Derived
 from shared.ops.gather_linear import MOST_BATCH
@@ -100,6 +100,8 @@ def _case(x: Tensor, up: Rows) -> tuple[tuple[str, ...], str, tuple[float, ...]]
     batch = max(1, x.numel() // max(1, cols))
     small = x.dtype != torch.float64 and batch <= MOST_BATCH
     offered = ("native", "dense", "reference") if small else ("dense", "reference")
+    if small and isinstance(up, DenseRows):
+        offered = (*offered, *triton.offered(x))
     return offered, _kind(up), (float(max(1, rows * cols)), float(batch))
 
 
@@ -165,6 +167,10 @@ def _forward(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor | None)
         return _native_product(x, g, up, down, up_bias)
     if backend == "reference":
         return reference(x, g, up, down, up_bias)
+    if backend == "triton" and isinstance(up, DenseRows) and isinstance(down, DenseRows):
+        from shared.ops.triton import gather
+
+        return gather.gated_product(x, g, up, down, up_bias)
     return _dense_product(x, g, up, down, up_bias)
 
 

@@ -87,6 +87,8 @@ def plan(
 _REFERENCE_PRODUCTS = 1 << 24  # products that the reference holds at a time
 # A larger batch runs a bitmask weight by its columns, which are then kept (2 bytes per entry).
 _EXPAND_BATCH = 4
+# A Triton product of a sparser bitmask weight goes by its columns, too.
+_EXPAND_DENSITY = 0.25
 # A large batch meets a part of x that outgrows the nearest caches unless panels are narrow; from this batch
 # on a second copy of the weight pays (benchmarks/sparse_linear.py: 1.1 to 1.6 times as fast at batch 64).
 NARROW, NARROW_BATCH = 256, 48
@@ -124,7 +126,7 @@ def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[f
         offered = ("native", *offered)
     if weight.values.dtype != x.dtype or x.dtype not in (torch.float32, torch.float64):
         offered = offered[:-1]  # torch's CSR product takes one dtype for all, and fp32 or fp64 only
-    if weight.layout == "bitmask":
+    if weight.layout in ("bitmask", "csr"):
         offered = (*offered, *triton.offered(x))
     kind = f"{weight.layout}{weight.width} {str(weight.values.dtype).removeprefix('torch.')}"
     if x.dtype != weight.values.dtype:
@@ -153,9 +155,7 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
         y = (matrix @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], weight.shape[0])
         return y.contiguous() if bias is None else y + bias
     if backend == "triton":
-        from shared.ops.triton import bitmask
-
-        return bitmask.sparse_linear(x, weight, bias)
+        return _triton_forward(x, weight, bias)
     return reference(x, weight, bias)
 
 
@@ -225,6 +225,22 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
         _native.threads(),
     )
     return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+
+def _triton_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+    from shared.ops.triton import bitmask, csr
+
+    rows, flat = weight.shape[0], x.reshape(-1, x.shape[-1]).contiguous()
+    batch, multiply, index = flat.shape[0], csr.multiply, weight.index
+    if weight.layout == "bitmask":
+        if weight.density >= _EXPAND_DENSITY and batch <= bitmask.MOST_PLAIN_BATCH:
+            multiply = bitmask.multiply
+        elif batch > bitmask.MOST_PLAIN_BATCH and bool(torch.isfinite(flat).all()):
+            multiply = bitmask.multiply_wide
+        else:
+            index = csr_index(weight)[1]
+    y = multiply(flat, weight.values, index, weight.pointer, rows, bias)
+    return y.reshape(*x.shape[:-1], rows)
 
 
 def _narrow_form(

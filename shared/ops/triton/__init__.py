@@ -3,9 +3,10 @@
     with ops.backend("triton"):
         y = sparse_linear(x, weight)
 
-`auto` does not choose them: no table of GPU times is shipped. With TRITON_INTERPRET=1 in the environment
-before Triton is first imported they run on CPU tensors in Triton's interpreter, which is how they are tested
-without a GPU. The modules in this package import Triton and are themselves imported when first used.
+`auto` does not choose them: they have never been timed, and no table of GPU times is shipped. Without a GPU
+they are tested in two ways: with TRITON_INTERPRET=1 in the environment before Triton is first imported they
+run on CPU tensors in Triton's interpreter, and they are compiled for a GPU without being run. The modules in
+this package import Triton and are themselves imported when first used.
 """
 
 from __future__ import annotations

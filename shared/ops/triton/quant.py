@@ -1,4 +1,10 @@
-"""`quant_sparse_linear` in Triton: a program per row goes through the kept four-bit groups of the row."""
+"""`quant_sparse_linear` in Triton: a program per row goes through the kept four-bit groups of the row.
+
+Sixteen codes are one 64-bit word, and their inputs lie side by side, so that both are read in few loads.
+"""
+
+# A tuple that grows in a kernel is unrolled by Triton.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -17,28 +23,37 @@ _MOST_BATCH = 8
 
 @triton.jit
 def _kernel(
-    x, codes, scales, zeros, columns, pointer, out, batch, rows, cols,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr, G: tl.constexpr,
+    x, codes, scales, zeros, columns, pointer, bias, out, rows, cols,
+    WORDS: tl.constexpr, B: tl.constexpr, G: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """out[b, r] = sum over kept groups g and their inputs j of scale[g] * (q[g, j] - zero[g]) * x[b, j]."""
+    """out[b, r] = bias[r] + sum over kept groups g, inputs j of scale[g] (q[g, j] - zero[g]) x[b, j]."""
     r = tl.program_id(0)
-    b = tl.program_id(1) * B + tl.arange(0, B)
-    j = tl.arange(0, WIDTH)  # a group and, where it is no power of two, some lanes beyond it
-    last = tl.load(pointer + r + 1)
-    acc = tl.zeros((B,), dtype=tl.float32)
-    for start in range(tl.load(pointer + r), last, G):
-        g = start + tl.arange(0, G)
-        inside = (g < last)[:, None] & (j < GROUP)[None, :]
-        byte = tl.load(codes + g[:, None] * (GROUP // 2) + (j // 2)[None, :], mask=inside, other=0)
-        q = ((byte.to(tl.int32) >> ((j % 2) * 4)[None, :]) & 15).to(tl.float32)
-        zero = tl.load(zeros + g, mask=g < last, other=0).to(tl.float32)
-        scale = tl.load(scales + g, mask=g < last, other=0).to(tl.float32)
+    j = tl.arange(0, 16)
+    last = tl.load(pointer + r + 1) * WORDS
+    acc = ()
+    for _ in tl.static_range(B):
+        acc = acc + (tl.zeros((G, 16), dtype=tl.float32),)
+    for start in range(tl.load(pointer + r) * WORDS, last, G):
+        word = start + tl.arange(0, G)
+        inside = word < last
+        g = word // WORDS
+        code = tl.load(codes + word, mask=inside, other=0)
+        zero = tl.load(zeros + g, mask=inside, other=0).to(tl.float32)
+        scale = tl.load(scales + g, mask=inside, other=0).to(tl.float32)
+        column = (tl.load(columns + g, mask=inside, other=0).to(tl.int32) * WORDS + word % WORDS) * 16
+        q = ((code[:, None] >> (4 * j)[None, :].to(tl.int64)) & 15).to(tl.int32).to(tl.float32)
         w = (q - zero[:, None]) * scale[:, None]
-        column = tl.load(columns + g, mask=g < last, other=0).to(tl.int32)[:, None] * GROUP + j[None, :]
-        known = (b < batch)[:, None, None] & inside[None, :, :]
-        xs = tl.load(x + b[:, None, None] * cols + column[None, :, :], mask=known, other=0).to(tl.float32)
-        acc += tl.sum(tl.sum(tl.where(inside[None, :, :], xs * w[None, :, :], 0.0), axis=2), axis=1)
-    tl.store(out + b * rows + r, acc, mask=b < batch)
+        added = ()
+        for b in tl.static_range(B):
+            at = x + b * cols + column[:, None] + j[None, :]
+            xs = tl.load(at, mask=inside[:, None], other=0).to(tl.float32)
+            added = added + (acc[b] + xs * w,)
+        acc = added
+    for b in tl.static_range(B):
+        y = tl.sum(tl.sum(acc[b], axis=1), axis=0)
+        if BIASED:
+            y += tl.load(bias + r).to(tl.float32)
+        tl.store(out + b * rows + r, y)
 
 
 def quant_sparse_linear(
@@ -47,13 +62,12 @@ def quant_sparse_linear(
     """See `shared.ops.quant_sparse_linear.quant_sparse_linear`, which has checked the arguments."""
     rows, cols = weight.shape
     flat = x.reshape(-1, cols).contiguous()
-    batch = flat.shape[0]
-    out = x.new_empty(batch, rows, dtype=torch.float32)
-    block = min(_MOST_BATCH, triton.next_power_of_2(batch))
-    width = triton.next_power_of_2(weight.group)
-    _kernel[(rows, triton.cdiv(batch, block))](
-        flat, weight.codes, weight.scales, weight.zeros, weight.columns, weight.pointer, out, batch, rows,
-        cols, GROUP=weight.group, WIDTH=width, B=block, G=max(1, 512 // (width * block)),
-    )
-    y = out if bias is None else out + bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], rows)
+    out = x.new_empty(flat.shape[0], rows)
+    words = weight.codes.view(torch.int64)
+    for xs, to in zip(flat.split(_MOST_BATCH), out.split(_MOST_BATCH), strict=True):
+        _kernel[(rows,)](
+            xs, words, weight.scales, weight.zeros, weight.columns, weight.pointer,
+            xs if bias is None else bias, to, rows, cols,
+            WORDS=weight.group // 16, B=xs.shape[0], G=32, BIASED=bias is not None, num_warps=1,
+        )
+    return out.reshape(*x.shape[:-1], rows)
