@@ -97,9 +97,11 @@ def block_chains(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """A batch is a tensor of token ids, or the keyword arguments of the model."""
+    """A batch is a tensor of token ids, or the keyword arguments of the model; moved to its device."""
     inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch}
-    return model(**inputs, use_cache=False)
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    moved = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in inputs.items()}
+    return model(**moved, use_cache=False)
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ def channel_scores(
     if score == "magnitude":
         return down.norm(dim=0)
     if score == "random":
-        return torch.rand(down.shape[1], generator=generator)
+        return torch.rand(down.shape[1], generator=generator).to(down.device)
     raise ConfigError(f"unknown score {score!r}: repaired, released, wanda, magnitude or random")
 
 

@@ -80,9 +80,9 @@ class TiledCSL:
             )
         row = place // TILE_COLUMNS
         column = (place % TILE_COLUMNS) ^ ((row % 8) * 8)
-        tile = torch.repeat_interleave(torch.arange(tiles), counts)
+        tile = torch.repeat_interleave(torch.arange(tiles, device=counts.device), counts)
         values = (self.words & 0xFFFF).to(torch.int16).view(torch.float16)
-        dense = torch.zeros(tiles, TILE_ROWS, TILE_COLUMNS, dtype=torch.float16)
+        dense = values.new_zeros(tiles, TILE_ROWS, TILE_COLUMNS)
         filled = values != 0  # padding words are zeros at free places; a kept zero is one, too
         dense[tile[filled], row[filled].long(), column[filled].long()] = values[filled]
         down, across = self.grid
@@ -119,13 +119,13 @@ def pack_tiled_csl(
     # The first free places host the padding: a running count of the free places of each tile says which.
     spare = ~tiled_kept.flatten(1)
     chosen = tiled_kept.flatten(1) | (spare & (spare.cumsum(1) <= padding[:, None]))
-    place = torch.arange(_PLACES)
+    place = torch.arange(_PLACES, device=weight.device)
     row = place // TILE_COLUMNS
     swizzled = row * TILE_COLUMNS + ((place % TILE_COLUMNS) ^ ((row % 8) * 8))
     tile, where = chosen.nonzero(as_tuple=True)
     bits = tiled_values.flatten(1)[tile, where].view(torch.int16).int() & 0xFFFF
     words = (swizzled[where].int() << 16) | bits
-    offsets = torch.zeros(len(counts) + 2, dtype=torch.int32)
+    offsets = torch.zeros(len(counts) + 2, dtype=torch.int32, device=weight.device)
     offsets[1:-1] = ((counts + padding) // _VECTOR).cumsum(0)
     offsets[-1] = offsets[-2]
     return TiledCSL(words, offsets, (rows, columns))

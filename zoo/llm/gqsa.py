@@ -139,7 +139,7 @@ class Quantiser:
             raise ConfigError("only four-bit weights whose groups are kept or dropped whole can be packed")
         scale, zero = (part.detach() for part in self._scale_and_zero())
         q = (self.codes() if codes is None else codes).detach()[whole].to(torch.uint8)
-        pointer = torch.zeros(len(whole) + 1, dtype=torch.int32)
+        pointer = torch.zeros(len(whole) + 1, dtype=torch.int32, device=whole.device)
         pointer[1:] = whole.sum(-1).cumsum(0)
         return QuantGroups(
             codes=(q[:, 0::2] | (q[:, 1::2] << 4)).contiguous(),
