@@ -181,7 +181,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "bip": Entry(
         "bip", "Zhang et al. Advancing Model Pruning via Bi-level Optimization. NeurIPS 2022.",
-        CONVNET, ("90", "98"), lambda level, seed: BiP(_share(level), seed=seed),
+        CONVNET, ("90", "95"), lambda level, seed: BiP(_share(level), seed=seed),
     ),
     "sparse-soup": Entry(
         "sparse-soup", "Zimmer et al. Sparse Model Soups: A Recipe for Improved Pruning via Model Averaging. "
