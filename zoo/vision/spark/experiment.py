@@ -13,6 +13,7 @@ from shared.modes import eval_mode
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, share
 from zoo.names import suggestion
+from zoo.vision.base import checked_device
 from zoo.vision.data import SOURCES
 from zoo.vision.spark import summary
 from zoo.vision.spark.encoder import SparKEncoder, occupancy
@@ -43,10 +44,11 @@ class SparKConfig:
         dataset: digits or cifar10-jpeg.
         arms: scratch, SparK, no re-masking, single scale; by default all.
         seeds: which.
-        device: cpu or cuda.
-        pretrain_epochs: passes over the images without labels.
+        device: where to train: cpu, cuda or cuda:1, say.
+        pretrain_epochs, pretrain_batch: passes over the images without labels, and images per step.
         few: how many images have a label in the first fine-tuning; all have one in the second.
         few_epochs, all_epochs: passes of either.
+        batch: images per step of fine-tuning.
         lrs: peaks of the learning rate of fine-tuning; each arm takes the one with the best validation
             accuracy over seeds.
         cell: side of a hidden square.
@@ -60,9 +62,11 @@ class SparKConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     device: str = "cpu"
     pretrain_epochs: int = 0
+    pretrain_batch: int = 0
     few: int = 0
     few_epochs: int = 0
     all_epochs: int = 0
+    batch: int = 0
     lrs: tuple[float, ...] = (0.03, 0.1)
     cell: int = 0
     ratio: float = 0.0
@@ -79,8 +83,7 @@ class SparKConfig:
                 raise ConfigError(f"Unknown arm {arm!r}. {suggestion(arm, (SCRATCH, *ARMS))}")
         if not self.arms or not self.seeds or not self.lrs:
             raise ConfigError("give at least one arm, one seed and one learning rate")
-        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
-            raise ConfigError(f"device is cpu, or cuda where there is one; received {self.device!r}")
+        checked_device(self.device)
 
     def value(self, name: str) -> Any:
         """An option, or what is usual for the images."""
@@ -119,6 +122,7 @@ class SparKStudy(Experiment):
     ) -> ExperimentResult:
         """Run what is missing and sum up."""
         setting = config.setting()
+        kept_cells(_cells_of(setting), setting.ratio)
         rows = share(list(_work(config, setting, cells)), cells, progress) + occupancies(setting)
         return summary.summarise(rows, config.value("few"), protocol(config))
 
@@ -179,13 +183,17 @@ def occupancies(setting: Setting, images: int = 64) -> list[dict[str, Any]]:
     return rows
 
 
+def _cells_of(setting: Setting) -> int:
+    height, width = setting.data().train.images.shape[2:]
+    return (height // setting.cell) * (width // setting.cell)
+
+
 def protocol(config: SparKConfig) -> str:
     """What was trained on what, in a sentence or two."""
     setting = config.setting()
     count = sum(p.numel() for p in setting.model(0).parameters())
     images = f"{config.train_images:,}" if config.train_images else "all"
-    side = setting.data().train.images.shape[-1]
-    cells = (side // setting.cell) ** 2
+    cells = _cells_of(setting)
     hidden = cells - kept_cells(cells, setting.ratio)
     return (
         f"{SOURCES[config.dataset].title}: ResNet-{setting.depth} (width {setting.width}, {count:,} "

@@ -82,6 +82,10 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def _now(device: torch.device) -> float:
+    """Seconds of the processor where one thread works, which other programs disturb least; else of the
+    wall."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()
