@@ -72,13 +72,11 @@ class BEVConfig:
     layer_nums: tuple[int, ...] = (1, 2, 2)
     layer_strides: tuple[int, ...] = (1, 2, 2)
     num_filters: tuple[int, ...] = (128, 128, 256)
-    upsample_strides: tuple[float, ...] = (1, 2, 4)
+    upsample_strides: tuple[float | int, ...] = (1, 2, 4)
     num_upsample_filters: tuple[int, ...] = (128, 128, 128)
 
     def __post_init__(self) -> None:
         names = ("layer_nums", "layer_strides", "num_filters", "upsample_strides", "num_upsample_filters")
-        for name in names:
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         lengths = {name: len(getattr(self, name)) for name in names}
         if len(set(lengths.values())) != 1 or not self.layer_nums:
             raise ConfigError(f"the levels of the 2D backbone differ in number: {lengths}")

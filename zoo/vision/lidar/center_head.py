@@ -53,9 +53,8 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         count = len(self.classes)
-        object.__setattr__(self, "classes", tuple(self.classes))
         for name, value in (("rectify", 0.5), ("nms", 0.5)):
-            given = tuple(getattr(self, name)) or (value,) * count
+            given = getattr(self, name) or (value,) * count
             object.__setattr__(self, name, given)
             if len(given) != count or not all(0 <= v <= 1 for v in given):
                 raise ConfigError(f"{name} needs a number from 0 to 1 for each of {count} classes: {given}")

@@ -6,7 +6,6 @@ fit.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from zoo.vision.lidar.average_precision import Detections
 from zoo.vision.lidar.bev import BEVBackbone, BEVConfig, scatter_bev
 from zoo.vision.lidar.center_head import CenterHead, HeadConfig
 from zoo.vision.lidar.dsvt import DSVT, DSVTConfig
+from zoo.vision.lidar.options import as_tuples
 from zoo.vision.lidar.sparse_encoder import SparseEncoder
 from zoo.vision.lidar.voxelise import Grid, VoxelEncoder, voxelise
 
@@ -35,7 +35,7 @@ class NoEncoder(nn.Module):
 
 
 def _dsvt(grid: Grid, width: int, options: Mapping[str, Any]) -> DSVT:
-    return DSVT(DSVTConfig(sparse_shape=grid.size, **options))
+    return DSVT(DSVTConfig(sparse_shape=grid.size, **as_tuples(dict(options))))
 
 
 def _pillars(grid: Grid, width: int, options: Mapping[str, Any]) -> NoEncoder:
@@ -93,7 +93,7 @@ class Detector(nn.Module):
         self.vfe = VoxelEncoder(point_features, vfe, self.grid)
         try:
             self.backbone_3d: Any = ENCODERS[encoder](self.grid, vfe[-1], backbone)
-            bev_config, head_config = BEVConfig(**bev), HeadConfig(**head)
+            bev_config, head_config = BEVConfig(**as_tuples(dict(bev))), HeadConfig(**as_tuples(dict(head)))
         except TypeError as error:
             raise ConfigError(f"an option that the detector does not have: {error}") from error
         depth = self.backbone_3d.size[2]
@@ -148,14 +148,3 @@ class Detector(nn.Module):
     def current_arguments(self) -> dict[str, Any]:
         """The arguments that build this detector anew."""
         return self.arguments
-
-
-def plain_options(config: Any) -> dict[str, Any]:
-    """A frozen configuration as plain values, as cards and `Detector` take it."""
-    return _plain(dataclasses.asdict(config))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from shared.sites import unpack_keys
 from zoo.errors import ConfigError, DataError
 from zoo.names import suggestion
+from zoo.vision.lidar.options import as_tuples
 from zoo.vision.lidar.partition import Layout, Partition, Sets, partition
 from zoo.vision.lidar.set_attention import AttentionPooling, Block, Places, PositionEmbedding, places
 
@@ -60,9 +61,6 @@ class DSVTConfig:
     compat: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("window_shape", "set_info", "d_model", "nhead", "dim_feedforward", "shifts_list",
-                     "downsample_stride", "sparse_shape", "hybrid_factor"):  # fmt: skip
-            object.__setattr__(self, name, _tuples(getattr(self, name)))
         stages = len(self.window_shape)
         if not self.shifts_list:
             halves = tuple(((0, 0, 0), (wx // 2, wy // 2, 0)) for wx, wy, _ in self.window_shape)
@@ -99,26 +97,22 @@ class DSVTConfig:
         inner = {"sparse_shape", "downsample_stride", "d_model", "set_info", "window_shape", "hybrid_factor",
                  "shifts_list", "normalize_pos"}  # fmt: skip
         layer = dict(backbone.get("INPUT_LAYER") or {})
-        for given, allowed, where in ((backbone, known, "BACKBONE_3D"), (layer, inner, "INPUT_LAYER")):
-            for key in given:
+        for section, allowed, where in ((backbone, known, "BACKBONE_3D"), (layer, inner, "INPUT_LAYER")):
+            for key in section:
                 if key not in allowed:
                     raise ConfigError(f"{where} has the unknown key {key!r}. {suggestion(key, allowed)}")
         for key, wanted in (("activation", "gelu"), ("reduction_type", "attention"), ("dropout", 0)):
             if backbone.get(key, wanted) != wanted:
                 raise ConfigError(f"BACKBONE_3D.{key} must be {wanted!r}; received {backbone[key]!r}")
         try:
-            return cls(
-                layer["sparse_shape"], layer["window_shape"], backbone["set_info"], backbone["d_model"],
-                backbone["nhead"], backbone["dim_feedforward"], layer["hybrid_factor"],
-                layer["shifts_list"], layer.get("downsample_stride", ()), layer.get("normalize_pos", False),
-                **changes,
-            )  # fmt: skip
+            given = {
+                key: layer[key] for key in ("sparse_shape", "window_shape", "hybrid_factor", "shifts_list")
+            }
+            given |= {key: backbone[key] for key in ("set_info", "d_model", "nhead", "dim_feedforward")}
         except KeyError as error:
             raise ConfigError(f"BACKBONE_3D lacks the key {error.args[0]!r}") from error
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+        given |= {key: layer[key] for key in ("downsample_stride", "normalize_pos") if key in layer}
+        return cls(**as_tuples(given), **changes)
 
 
 def _divided(shape: Sequence[int], stride: Sequence[int]) -> Triple:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, DataError
 from zoo.names import suggestion
-from zoo.vision.lidar.detector import Detector, plain_options
+from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.dsvt import DSVT, DSVTConfig
+from zoo.vision.lidar.options import as_lists
 
 VFES = ("DynPillarVFE", "DynPillarVFE3D")
 
@@ -49,7 +50,7 @@ def detector_from_openpcdet(
             if vfe.get(key, wanted) != wanted:
                 raise ConfigError(f"VFE.{key} must be {wanted}; received {vfe[key]}")
         dsvt = DSVTConfig.from_openpcdet(backbone, compat=compat)
-        options = plain_options(dsvt)
+        options = as_lists(dsvt)
         shape = tuple(options.pop("sparse_shape"))
         detector = Detector(
             bounds, voxel, "dsvt", vfe["NUM_FILTERS"], options, _lower(bev, LEVELS),

@@ -216,7 +216,7 @@ def _solids(
         return (*here, bottom + low * height, length * share[0], width * share[1], (high - low) * height, yaw)
 
     if name == "Car":  # the cabin sits behind the middle: it tells front from back
-        return [part(0, (1, 1), 0.12, 0.6), part(-0.1, (0.55, 0.9), 0.6, 1)]
+        return [part(0.0, (1.0, 1.0), 0.12, 0.6), part(-0.1, (0.55, 0.9), 0.6, 1.0)]
     if name == "Cyclist":
-        return [part(0, (1, 0.3), 0, 0.6), part(-0.05, (0.35, 1), 0.45, 1)]
-    return [part(0, (1, 1), 0, 1)]
+        return [part(0.0, (1.0, 0.3), 0.0, 0.6), part(-0.05, (0.35, 1.0), 0.45, 1.0)]
+    return [part(0.0, (1.0, 1.0), 0.0, 1.0)]
