@@ -35,8 +35,7 @@ from zoo.vision.train import Recipe, Trainer
 from zoo.vision.upscalers import EDSR, Upscaler
 
 Network = Classifier | Upscaler
-DENSE = Recipe(20, 0.1)
-UPSCALING: dict[str, Any] = {"epochs": 10, "steps": 50, "batch": 8}
+UPSCALING: dict[str, Any] = {"epochs": 6, "steps": 50, "batch": 8}
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,11 @@ class Family:
         return f"dense-{self.slug}"
 
 
-def _dense_classifier(model: Classifier, seed: int) -> Made:
-    fresh = reinitialised(model, seed)
+def _dense_classifier(model: Classifier, epochs: int, seed: int) -> Made:
+    fresh, recipe = reinitialised(model, seed), Recipe(epochs, lr=0.1)
     start = time.process_time()
-    Trainer(load_images("digits"), DENSE, seed).fit(fresh).run()
-    options = {k: v for k, v in dataclasses.asdict(DENSE).items() if k not in ("momentum", "optimizer")}
+    Trainer(load_images("digits"), recipe, seed).fit(fresh).run()
+    options = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("momentum", "optimizer")}
     return Made(fresh.eval(), {}, options, time.process_time() - start)
 
 
@@ -111,11 +110,11 @@ DIGITS: dict[str, Any] = {
 }  # fmt: skip
 CONVNET = Family(
     "convnet-digits", "net of four convolutions on scikit-learn's digits", "vision/convnet", ConvNet,
-    lambda seed: _dense_classifier(ConvNet(), seed), **DIGITS,
+    lambda seed: _dense_classifier(ConvNet(), 20, seed), **DIGITS,
 )  # fmt: skip
 MOBILENET = Family(
     "mobilenet-digits", "MobileNet-v1 of an eighth of the width on scikit-learn's digits",
-    "vision/mobilenet", _mobilenet, lambda seed: _dense_classifier(_mobilenet(), seed), **DIGITS,
+    "vision/mobilenet", _mobilenet, lambda seed: _dense_classifier(_mobilenet(), 10, seed), **DIGITS,
 )  # fmt: skip
 EDSR_X2 = Family(
     "edsr-x2", "EDSR of 4 blocks of 16 channels, twice the size", "vision/edsr", _edsr, _dense_upscaler,
@@ -214,7 +213,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "fast-convnet": Entry(
         "fast-convnet", "Elsen et al. Fast Sparse ConvNets. CVPR 2020.", MOBILENET, ("80", "90"),
-        lambda level, seed: FastConvNet(_share(level), seed=seed),
+        lambda level, seed: FastConvNet(_share(level), epochs=6, seed=seed),
     ),
     "iss-p": Entry(
         "iss-p", "Wang et al. Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution. ICCV "

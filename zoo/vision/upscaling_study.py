@@ -53,7 +53,7 @@ class SuperresConfig:
     networks: tuple[str, ...] = tuple(NETWORKS)
     sparsities: tuple[float, ...] = (0.9,)
     seeds: int = 3
-    epochs: int = 10
+    epochs: int = 6
     steps: int = 50
     batch: int = 8
     device: str = "cpu"
