@@ -15,16 +15,15 @@ from typing import Any, Literal
 import torch
 
 from zoo.bundles import save
-from zoo.cards import mean_and_spread
 from zoo.catalog import find
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError
-from zoo.harness.tasks import get_task
 from zoo.harness.tuning import checkpoint_folder, command_of, options_of
 from zoo.progress import progress_bar
 from zoo.vision.base import checked_device
 from zoo.vision.data import SOURCES, Images, load_images
 from zoo.vision.models import ResNet, reinitialised
+from zoo.vision.spark.cards import PROBE, card_fields
 from zoo.vision.spark.encoder import SparKEncoder
 from zoo.vision.spark.masking import Choice, kept_cells
 from zoo.vision.spark.objective import SparK
@@ -32,11 +31,6 @@ from zoo.vision.spark.pictures import write_sheet
 from zoo.vision.spark.pretraining import held_out_loss, pretraining
 from zoo.vision.spark.probe import fit_head
 from zoo.vision.train import Fit, Recipe
-
-CITATION = (
-    "Tian et al. Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling. ICLR "
-    "2023."
-)
 
 
 @dataclass
@@ -161,44 +155,14 @@ class Pretrain:
             fit.run(on_epoch=on_epoch)
 
     def _card(self, model: ResNet, seconds: float, loss: float) -> dict[str, Any]:
-        task = get_task(f"vision/{self.dataset}")
-        value, flops = task.evaluate(model).metrics[task.primary], task.flops(model)
-        if flops is None:
-            raise ConfigError(f"{task.name} counts no operations of {type(model).__name__}.")
-        per_seed = {self.seed: value.value}
-        mean, spread = mean_and_spread(per_seed)
-        metric: dict[str, Any] = {
-            "task": task.name, "metric": task.primary, "split": "test",
-            "protocol": "linear probe: ridge regression of all training labels on the frozen features",
-            "value": value.value, "stderr": value.stderr or 0.0, "per_seed": per_seed, "mean": mean,
-            "spread": spread,
-        }  # fmt: skip
-        if self.twin is not None:
-            twin = find(self.twin).card
-            own = next((m for m in twin.metrics if m.task == task.name), None)
-            if own is None:
-                raise ConfigError(f"{twin.name} was not measured on {task.name}; take another --twin")
-            figure = {key: getattr(own, key) for key in ("value", "per_seed", "mean", "spread")}
-            metric["dense"] = {"name": twin.name, **figure}
         places = ("out", "overwrite", "name", "twin", "pictures", "device", "checkpoint_every")
         options = {k: v for k, v in asdict(self).items() if k not in places}
-        source = SOURCES[self.dataset]
-        return {
-            "name": self.name or f"vision/{self.out.name}", "version": "1.0.0", "domain": "vision",
-            "summary": f"ResNet-{self.depth} pre-trained by SparK on {source.title} without labels, with a "
-            "linear probe as its head.",
-            "architecture": {"name": "vision/resnet", "args": model.arguments},
-            "method": {
-                "name": "dense" if self.twin is None else "spark", "seed": self.seed,
-                "hyperparameters": {**options, "pretraining": "SparK", "hidden_loss": loss},
-            },
-            "sparsity": {}, "cost": {
-                "parameters": {}, "flops": {"dense": flops.dense, "sparse": flops.sparse}, "bytes": {},
-            },
-            "metrics": [metric], "dense_twin": metric["dense"]["name"] if self.twin is not None else None,
-            "training": {
-                "command": command_of(self, "vision", verb="pretrain"), "seconds": round(seconds, 3),
-            },
-            "data": {"name": source.title, "source": source.origin, "licence": source.licence},
-            "license": "Apache-2.0", "citation": CITATION,
-        }  # fmt: skip
+        title = SOURCES[self.dataset].title
+        return card_fields(
+            model, self.dataset, name=self.name or f"vision/{self.out.name}",
+            summary=f"ResNet-{self.depth} pre-trained by SparK on {title} without labels, with a linear "
+            "probe as its head.",
+            options={**options, "pretraining": "SparK", "hidden_loss": loss}, seed=self.seed, protocol=PROBE,
+            twin=None if self.twin is None else find(self.twin).card,
+            command=command_of(self, "vision", verb="pretrain"), seconds=seconds,
+        )  # fmt: skip

@@ -247,10 +247,11 @@ def _probe(encoder: SparKEncoder) -> None:
             )
         cells = draw_cells(2, encoder.grid, 0.5, generator)
         outputs = []
-        for mode in ("masked", "grid"):
+        modes: tuple[Mode, ...] = ("masked", "grid")
+        for mode in modes:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                outputs.append(trial(images, cells, Choice(cast(Mode, mode))))
+                outputs.append(trial(images, cells, Choice(mode)))
     for stage, first, second in zip(encoder.trunk.stages, *outputs, strict=True):
         if not torch.allclose(first, second, rtol=1e-6, atol=1e-6 * float(first.abs().max())):
             raise ConfigError(

@@ -207,8 +207,8 @@ def convert(
         if type(layer) in table:
             # One of a subclass, where it is: parameters, buffers and hooks stay.
             layer.__class__ = table[type(layer)]
-            layer.context = context  # type: ignore[assignment]
-            layer.site_name = name  # type: ignore[assignment]
+            layer.context = context
+            layer.site_name = name
 
 
 def _refuse(name: str, layer: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zoo.harness.experiments import ExperimentResult
@@ -20,11 +20,16 @@ WELL_BELOW = 0.8  # "well below 1.0": a prediction of zero costs (p - 1) / p
 def best(rows: Rows, arm: str, labels: int) -> list[dict[str, Any]]:
     """The runs of an arm by seed, at the learning rate with the best mean validation accuracy."""
     found = [r for r in rows if r["what"] == "fine-tuning" and (r["arm"], r["labels"]) == (arm, labels)]
-    rates = sorted({r["lr"] for r in found})
-    if not rates:
+    if not found:
         return []
-    rate = max(rates, key=lambda lr: statistics.fmean(r["validation"] for r in found if r["lr"] == lr))
+    rates = sorted({r["lr"] for r in found})
+    rate = best_rate({lr: [r["validation"] for r in found if r["lr"] == lr] for lr in rates})
     return sorted((r for r in found if r["lr"] == rate), key=lambda row: row["seed"])
+
+
+def best_rate(validation: Mapping[float, Sequence[float]]) -> float:
+    """The learning rate with the best mean of these validation accuracies; the first of equals."""
+    return max(validation, key=lambda lr: statistics.fmean(validation[lr]))
 
 
 def points(rows: Rows, arm: str, labels: int) -> dict[int, float]:
@@ -167,10 +172,10 @@ def _plots(rows: Rows, few: int) -> list[Plot]:
     ]  # fmt: skip
     bars = []
     for place, arm in enumerate((SCRATCH, *ARMS)):
-        values = list(points(rows, arm, few).values())
-        if values:
+        reached = list(points(rows, arm, few).values())
+        if reached:
             bars.append(Series(
-                arm, [place], [statistics.fmean(values)], [deviation(values)], kind="points",
+                arm, [place], [statistics.fmean(reached)], [deviation(reached)], kind="points",
             ))  # fmt: skip
     plots.append(Plot(
         "accuracy", f"Test accuracy with {few:,} labels", "arm", "test accuracy (%)", bars,

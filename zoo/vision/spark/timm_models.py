@@ -89,10 +89,10 @@ def _head(model: Any) -> tuple[str, ...]:
 def replacements() -> Mapping[type[nn.Module], type[nn.Module]]:
     """Visible counterparts of timm's own layers, by exact type."""
     import_timm()
-    from timm.layers import BatchNormAct2d, DropPath, LayerNorm2d
-    from timm.models.convnext import ConvNeXtBlock
+    layers: Any = importlib.import_module("timm.layers")
+    convnext: Any = importlib.import_module("timm.models.convnext")
 
-    class VisibleBatchNormAct2d(BatchNormAct2d):
+    class VisibleBatchNormAct2d(layers.BatchNormAct2d):
         """Norm and activation over visible sites."""
 
         context: MaskContext
@@ -105,7 +105,7 @@ def replacements() -> Mapping[type[nn.Module], type[nn.Module]]:
                 return super().forward(x)
             return visible.scatter(super().forward(visible.gather(x)))
 
-    class VisibleLayerNorm2d(LayerNorm2d):
+    class VisibleLayerNorm2d(layers.LayerNorm2d):
         """Norm over the channels of visible sites."""
 
         context: MaskContext
@@ -115,7 +115,7 @@ def replacements() -> Mapping[type[nn.Module], type[nn.Module]]:
             visible = self.context.visible
             return y * visible.plane(y.shape[-2], y.shape[-1]) if visible.mode == "masked" else y
 
-    class VisibleConvNeXtBlock(ConvNeXtBlock):
+    class VisibleConvNeXtBlock(convnext.ConvNeXtBlock):
         """The block's norm and perceptron give hidden sites a bias, which goes before the next block."""
 
         context: MaskContext
@@ -125,7 +125,7 @@ def replacements() -> Mapping[type[nn.Module], type[nn.Module]]:
             visible = self.context.visible
             return y * visible.plane(y.shape[-2], y.shape[-1]) if visible.mode == "masked" else y
 
-    class VisibleDropPath(DropPath):
+    class VisibleDropPath(layers.DropPath):
         """Drops a branch for whole images, also where features are rows of sites."""
 
         context: MaskContext
@@ -138,8 +138,8 @@ def replacements() -> Mapping[type[nn.Module], type[nn.Module]]:
             return x * scale[visible.sites_of(x).indices[:, 0].long()]
 
     return {
-        BatchNormAct2d: VisibleBatchNormAct2d,
-        LayerNorm2d: VisibleLayerNorm2d,
-        ConvNeXtBlock: VisibleConvNeXtBlock,
-        DropPath: VisibleDropPath,
+        layers.BatchNormAct2d: VisibleBatchNormAct2d,
+        layers.LayerNorm2d: VisibleLayerNorm2d,
+        convnext.ConvNeXtBlock: VisibleConvNeXtBlock,
+        layers.DropPath: VisibleDropPath,
     }
