@@ -106,10 +106,13 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     if torch._C._functorch.maybe_current_level() is not None:
         return False
     trains = torch.is_grad_enabled()
-    return all(
-        t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and not (trains and t.requires_grad))
-        for t in tensors
-    )
+    for tensor in tensors:  # a loop: this runs before every small product
+        if tensor is None:
+            continue
+        kind = type(tensor)
+        if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or (trains and tensor.requires_grad):
+            return False
+    return True
 
 
 def recall(plans: dict[Hashable, str], call: tuple[Hashable, ...], make: Callable[[], Plan]) -> str:
