@@ -99,7 +99,8 @@ class Finetune:
         loaded = load_bundle(source)
         if not isinstance(loaded, Classifier | Upscaler):
             raise ConfigError(
-                f"{source.card.name} is no image classifier and no upscaler that this command can train."
+                f"{source.card.name} is no image classifier and no upscaler that this command can train; "
+                "detectors in point clouds have their own: zoo finetune lidar."
             )
         masks = masks_of(loaded)
         if isinstance(loaded, Upscaler):
