@@ -22,7 +22,7 @@ WIDTH = 32
 HEAD = {"classes": list(CLASSES), "channels": 16, "rectify": [0.5, 0.5, 0.5], "nms": [0.2, 0.2, 0.2],
         "most": 200, "kept": 100}  # fmt: skip
 _SETS: dict[str, Any] = {
-    "window_shape": [[12, 12, 1]], "set_info": [[36, 2]], "d_model": [WIDTH], "nhead": [4],
+    "window_shape": [[12, 12, 1]], "set_info": [[36, 2]], "d_model": [WIDTH], "nhead": [2],
     "dim_feedforward": [2 * WIDTH], "hybrid_factor": [2, 2, 1], "shifts_list": [[[0, 0, 0], [6, 6, 0]]],
 }  # fmt: skip
 _STILL = {**_SETS, "hybrid_factor": [1, 1, 1], "shifts_list": [[[0, 0, 0], [0, 0, 0]]], "rotate": False}
