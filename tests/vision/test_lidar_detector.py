@@ -270,8 +270,7 @@ def test_detections_do_not_depend_on_points_order_or_threads():
     finally:
         torch.set_num_threads(before)
     for name, value in found[0].items():
-        assert torch.equal(value, found[1][name])
-        torch.testing.assert_close(value, found[2][name], atol=1e-5, rtol=1e-5)
+        assert torch.equal(value, found[1][name]) and torch.equal(value, found[2][name])
 
 
 def test_batch_dict_in_both_modes():
@@ -394,10 +393,10 @@ def test_operations_grow_with_the_voxels():
 
 
 def test_the_task_takes_detectors_only(monkeypatch):
-    monkeypatch.setattr(Scenes, "frames", 4)
+    monkeypatch.setattr(Scenes, "frames", 2)
     task, model = Scenes(), make_arm("dense pillars", 0).eval()
     result = task.evaluate(model)
-    assert result.n == 4 and result.metrics["bev_ap_loose"].stderr is not None
+    assert result.n == 2 and result.metrics["bev_ap_loose"].stderr is not None
     assert result.metrics == task.evaluate(model).metrics
     flops = task.flops(model)
     assert flops is not None and flops.dense == flops.sparse > 0
