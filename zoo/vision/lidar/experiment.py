@@ -53,7 +53,7 @@ class DSVTExperimentConfig:
     seeds: int = 3
     scenes: int = 240
     test_scenes: int = 100
-    epochs: int = 8
+    epochs: int = 6
     batch: int = 4
     lr: float = 2e-3
     device: str = "cpu"
