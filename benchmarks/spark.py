@@ -44,7 +44,7 @@ def cases(quick: bool) -> Iterator[Case]:
             yield f"ResNet-8, width {width}", build, 32, cell, 32 if width < 128 else 16, goal
     if TIMM and not quick:
         for name, goal in (("resnet18", 1.5), ("resnet50", 1.5), ("convnext_atto", NEVER_SLOWER)):
-            yield f"timm {name}", functools.partial(timm_model, name), 160, None, 8, goal
+            yield f"timm {name}", functools.partial(timm_model, name), 128, None, 8, goal
 
 
 class Problem:

@@ -99,7 +99,8 @@ class SparKEncoder(nn.Module):
             check_layers(part, more)
         self.context = MaskContext()
         self.channels = channels
-        self.model = copy.deepcopy(model)
+        # With the channels last, rows of sites and weights are what the kernels over pairs take as they are.
+        self.model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.strides, self.widths = self._measured()
         self.stride = self.strides[-1]

@@ -27,7 +27,7 @@ def fastest_choice(encoder: SparKEncoder, images: Tensor, cells: Tensor) -> Choi
     """
     choices = [Choice("masked"), Choice("grid")]
     if not images.is_cuda:  # on a GPU the convolutions over pairs are the plain reference
-        choices.append(Choice("mixed", _faster_over_pairs(encoder, images, cells)))
+        choices += [Choice("pairs"), Choice("mixed", _faster_over_pairs(encoder, images, cells))]
     times = {choice: _seconds(lambda c=choice: _step(encoder, images, cells, c), images.device)  # type: ignore[misc]
              for choice in choices}  # fmt: skip
     return min(choices, key=times.__getitem__)

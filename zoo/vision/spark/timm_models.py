@@ -99,9 +99,7 @@ def replacements() -> Mapping[type[nn.Module], type[nn.Module]]:
 
         def forward(self, x: Tensor) -> Tensor:
             visible = self.context.visible
-            if visible.mode == "plain":
-                return super().forward(x)
-            if visible.rows:
+            if visible.rows or visible.mode == "plain":
                 return super().forward(x)
             return visible.scatter(super().forward(visible.gather(x)))
 
