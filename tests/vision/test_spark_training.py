@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +16,13 @@ from zoo.catalog import find
 from zoo.cli import main
 from zoo.errors import ConfigError
 from zoo.harness.experiments import reproduce
+from zoo.harness.verify import verify_bundle
 from zoo.vision.data import load_images
 from zoo.vision.models import ResNet, reinitialised
+from zoo.vision.spark.bundling import Bundling, Maker
 from zoo.vision.spark.command import Pretrain
 from zoo.vision.spark.encoder import SparKEncoder
+from zoo.vision.spark.experiment import SparKConfig
 from zoo.vision.spark.objective import SparK
 from zoo.vision.spark.pictures import reconstructions, write_sheet
 from zoo.vision.spark.pretraining import held_out_loss, pretraining
@@ -120,23 +122,48 @@ def test_pictures_are_written(tmp_path):
     assert Image.open(path).size == (5 * 10 * 4, 3 * 10 * 4)
 
 
-def test_the_study_runs_resumes_and_reports(tmp_path):
-    options = {
-        "pretrain_epochs": 1, "few": 20, "few_epochs": 1, "all_epochs": 1, "train_images": 60, "seeds": (0,),
-        "lrs": (0.05,), "width": 4,
-    }  # fmt: skip
-    first = reproduce("spark", out=tmp_path / "a", cells=tmp_path / "cells", **options)
-    claims = [verdict.claim for verdict in first.result.verdicts]
-    assert any("re-masking occupancy" in claim for claim in claims)
-    assert next(v for v in first.result.verdicts if "occupancy" in v.claim).verdict == "holds"
-    assert {row["arm"] for row in first.result.rows} >= {"scratch", "SparK", "no re-masking", "single scale"}
-    kept = sorted((tmp_path / "cells").glob("*.json"))
-    shutil.rmtree(tmp_path / "a")
-    again = reproduce("spark", out=tmp_path / "a", cells=tmp_path / "cells", **options)
-    assert sorted((tmp_path / "cells").glob("*.json")) == kept
-    assert again.result == first.result
-    stored = json.loads((tmp_path / "a" / "spark.json").read_text())
-    assert stored["cells"]["computed"] == 0
+TINY = {
+    "pretrain_epochs": 1, "few": 20, "few_epochs": 1, "all_epochs": 1, "train_images": 60, "seeds": (0,),
+    "lrs": (0.05,), "width": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A tiny study: its cells and its result."""
+    folder = tmp_path_factory.mktemp("study")
+    return folder, reproduce("spark", out=folder / "out", cells=folder / "cells", **TINY).result
+
+
+def test_the_study_reports_and_resumes(study):
+    folder, first = study
+    assert next(v for v in first.verdicts if "occupancy" in v.claim).verdict == "holds"
+    assert {row["arm"] for row in first.rows} >= {"scratch", "SparK", "no re-masking", "single scale"}
+    kept = sorted((folder / "cells").glob("*.json"))
+    again = reproduce("spark", out=folder / "out", cells=folder / "cells", **TINY)
+    assert sorted((folder / "cells").glob("*.json")) == kept
+    assert again.result == first
+    assert json.loads((folder / "out" / "spark.json").read_text())["cells"]["computed"] == 0
+
+
+def test_bundles_of_a_study_verify(study, tmp_path):
+    folder, result = study
+    config = Bundling(
+        SparKConfig(**TINY), tmp_path / "cards", tmp_path / "evidence.json", tmp_path, folder / "cells"
+    )
+    Maker(config).run()
+    made = sorted(path.name for path in (tmp_path / "cards").iterdir())
+    assert made == [
+        "dense-resnet8-digits", "dense-resnet8-digits-n20", "spark-resnet8-digits",
+        "spark-resnet8-digits-n20", "spark-resnet8-digits-tuned",
+    ]  # fmt: skip
+    for name in made:
+        assert verify_bundle(find(tmp_path / "cards" / name)).ok, name
+    card = find(tmp_path / "cards" / "spark-resnet8-digits-n20").card
+    found = [r["accuracy"] for r in result.rows if (r["arm"], r.get("labels")) == ("SparK", 20)]
+    assert [card.metrics[0].value] == pytest.approx(found)
+    assert card.dense_twin == "vision/dense-resnet8-digits-n20"
+    assert (tmp_path / "spark-digits-reconstructions.png").exists()
 
 
 @pytest.mark.parametrize(
