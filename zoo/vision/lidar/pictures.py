@@ -43,7 +43,7 @@ def bev_picture(frame: Frame, found: Detections, model: Detector, title: str, le
     lower, upper = model.grid.lower, model.grid.upper
     figure = Figure(figsize=(7.5, 7.5))
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.08, 0.07, 0.9, 0.86))
+    axes = figure.add_axes((0.09, 0.13, 0.88, 0.8))
     x, y = frame.points[:, 0].numpy(), frame.points[:, 1].numpy()
     axes.scatter(x, y, s=0.6, color="#8a8f98", linewidths=0, rasterized=True)
     for row, corners in enumerate(corners_bev(frame.boxes).tolist()):
@@ -59,7 +59,7 @@ def bev_picture(frame: Frame, found: Detections, model: Detector, title: str, le
     axes.fill([], [], color=IGNORED, alpha=0.45, label="true, not counted")
     axes.set(xlim=(lower[0], upper[0]), ylim=(lower[1], upper[1]), aspect="equal", title=title)
     axes.set(xlabel="x, metres", ylabel="y, metres")
-    axes.legend(loc="upper right", fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=5, fontsize=8, frameon=False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
