@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shared.errors import OpError
 from shared.ops import _native, dispatch, triton
-from shared.ops.dense_rows import ALIGN, DenseRows, store_rows
+from shared.ops.dense_rows import ALIGN, DenseRows, product, store_rows
 from shared.ops.derived import Derived
 from shared.ops.gather_linear import MOST_BATCH
 from shared.ops.layout import PANEL, VALUE_TYPES
@@ -185,7 +185,7 @@ def _dense_product(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor |
         u = sparse_linear(x, up, bias)
     else:
         u = torch.nn.functional.linear(x, up.dense().to(x.dtype), bias)
-    return (g * u) @ _matrix(down).to(x.dtype)
+    return product(g * u, _matrix(down).to(x.dtype))
 
 
 def _native_product(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor | None) -> Tensor:

@@ -132,13 +132,15 @@ def _cost(bundle: Bundle, model: nn.Module, twin: nn.Module | None) -> Iterator[
     larger."""
     cost = bundle.card.cost
     own, report = count_parameters(model), _pack(model)
+    # Layers that keep weights as codes, in buffers, count them like the parameters that they stand for.
+    coded = sum(getattr(module, "coded_weights", 0) for module in model.modules())
     dense_parameters, dense_bytes = own.dense, report.dense_bytes
     if twin is not None:
         dense_parameters = max(dense_parameters, count_parameters(twin).dense)
         dense_bytes = max(dense_bytes, _pack(twin).dense_bytes)
     packed = sum(entry.bytes for entry in (*report.tensors.values(), *report.extras.values()))
     yield _exact("parameters, dense", cost.parameters.dense, dense_parameters)
-    yield _exact("parameters, kept", cost.parameters.kept, own.sparse)
+    yield _exact("parameters, kept", cost.parameters.kept, own.sparse + coded)
     yield _exact("bytes, dense", cost.bytes.dense, dense_bytes)
     yield _exact("bytes, packed", cost.bytes.sparse, packed)
     yield _exact("bytes on disk", cost.bytes.on_disk, bundle.weights.stat().st_size)

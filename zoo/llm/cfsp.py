@@ -28,6 +28,7 @@ from shared.groups import GroupMap
 from shared.masks import MaskSet, masks_of
 from shared.surgery import cut
 from shared.topk import topk_mask
+from zoo.bundles import PART_MASK
 from zoo.cards import share_dropped
 from zoo.errors import ConfigError, DataError
 from zoo.harness.workers import workers
@@ -267,10 +268,11 @@ class CFSP(Calibrated):
         cut_channels(model, keep)
         part = {"kept": sum(widths), "total": sum(before), "pattern": "channel0"}
         part["sparsity"] = share_dropped(sum(widths), sum(before))
+        mask = {f"ffn channels{PART_MASK}": torch.cat([kept.cpu() for kept in keep.values()])}
         return Sparsified(
             model,
             masks_of(model) or MaskSet({}),
-            extras_of(model),
+            extras_of(model) | mask,
             dataclasses.asdict(self) | {"widths": widths},
             {"ffn channels": part},
             architecture_of(model)["args"],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import nn
 
 from shared.masks import MaskSet, masks_of, set_masks
+from zoo.bundles import PART_MASK
 from zoo.cards import share_dropped
 from zoo.errors import ConfigError
 from zoo.llm.calibration import Calibrated, extras_of
@@ -57,14 +59,14 @@ class GQSA(Calibrated):
             if self.head:
                 quantise_head(model, self.group)
         set_masks(model, None)
-        kept = sum(int(quantiser.keep.sum()) for quantiser in quantisers.values())
-        total = sum(quantiser.keep.numel() for quantiser in quantisers.values())
+        keep = torch.cat([quantiser.keep.any(-1).flatten() for quantiser in quantisers.values()]).cpu()
+        kept, total = int(keep.sum()), keep.numel()
         part = {"kept": kept, "total": total, "sparsity": share_dropped(kept, total)}
         return Sparsified(
             model,
             MaskSet({}),
-            extras_of(model),
+            extras_of(model) | {f"groups{PART_MASK}": keep},
             dataclasses.asdict(self) | {"bits": 4},
-            {"weights": {**part, "pattern": f"block1x{self.group}"}},
+            {"groups": {**part, "pattern": f"block1x{self.group}"}},
             architecture_of(model)["args"],
         )

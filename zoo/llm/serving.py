@@ -25,7 +25,9 @@ from shared import packing
 from shared.account import Counting, Macs, register_counter
 from shared.masks import Mask, MaskSet, masks_of
 from shared.ops import DenseRows, SparseLinear, SparseWeight, gather_linear, pack, store_rows
+from shared.ops.dense_rows import product
 from shared.ops.gated_product import gated_product
+from shared.ops.gather_linear import MOST_BATCH
 from zoo.llm.thresholds import ThresholdedActivation, ThresholdedLinear, attach
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,7 +77,11 @@ class PackedInput(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return gather_linear(self.threshold(x), self.store.weight, self.bias)
+        x = self.threshold(x)
+        if x.numel() <= MOST_BATCH * self.in_features:
+            return gather_linear(x, self.store.weight, self.bias)
+        y = product(x, self.store.weight.dense().to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class PackedSparseInput(nn.Module):
