@@ -29,7 +29,7 @@ def summarise(rows: Rows, config: Any, times: Mapping[str, float]) -> Experiment
 
     Args:
         rows: one per run and comparison: arm, seed, equal ("epochs" or "time"), epochs, seconds, metrics,
-        stderr.
+            stderr.
         config: of the experiment.
         times: seconds of a training step per arm.
     """
@@ -47,8 +47,8 @@ def summarise(rows: Rows, config: Any, times: Mapping[str, float]) -> Experiment
         "error of one model over scenes (jackknife) stands in its own column.",
         "Equal time gives each arm as many epochs as take as long as those of the first, by the step times "
         "in the table, measured in turn in one process.",
-        "The published numbers are of models a hundred times as large on real data; here only the order of "
-        "the arms is asked for.",
+        "The published numbers are of far larger models on real data, trained to convergence; here only the "
+        "order of the arms after a short training is asked for.",
     ]
     return ExperimentResult(tables, found, _plots(rows, arms), rows=[_flat(row) for row in rows], notes=notes)
 
