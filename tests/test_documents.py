@@ -39,7 +39,7 @@ def test_a_command_exists_with_its_options_and_models(line: str, capsys) -> None
     """Options are looked up in the help of the command and of the method that the line names."""
     command, *words = shlex.split(line, comments=True)[1:]
     assert command in COMMANDS
-    asks = [word for word in words[:1] if command in ("finetune", "reproduce")]
+    asks = [word for word in words[:1] if command in ("finetune", "pretrain", "reproduce")]
     if "--method" in words and command == "sparsify":
         asks += ["--method", words[words.index("--method") + 1]]
     assert main([command, *asks, "--help"]) == 0

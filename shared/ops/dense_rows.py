@@ -101,8 +101,10 @@ class DenseRows:
 def product(
     x: Float[Tensor, "*batch rows"], matrix: Float[Tensor, "rows cols"]
 ) -> Float[Tensor, "*batch cols"]:
-    """x @ matrix as (matrix^T x^T)^T, which torch's single-precision product does faster for the tens of rows
-    of a prompt."""
+    """x @ matrix; in single precision as (matrix^T x^T)^T, which torch does faster for the tens of rows of a
+    prompt."""
+    if x.dtype != torch.float32:
+        return x @ matrix
     flat = x.reshape(-1, x.shape[-1])
     return (matrix.t() @ flat.t()).t().reshape(*x.shape[:-1], matrix.shape[1])
 

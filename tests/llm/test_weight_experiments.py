@@ -53,7 +53,7 @@ def test_cfsp(tmp_path):
 
 def test_gqsa(tmp_path):
     result = run("gqsa", GqsaConfig(**SMALL, block_epochs=1, model_epochs=1), tmp_path)
-    assert len(result.rows) == 1 + 8 * 2 and len(result.verdicts) == 6
+    assert len(result.rows) == 1 + 9 * 2 and len(result.verdicts) == 6
     bits = {row["arm"]: row["bits"] for row in result.rows if "bits" in row}
     # 6.5 bits for half the weights, and the pointer of each row
     assert 3.25 < bits["W4S50, one shot"] < 5 and bits["W2, one shot"] == 3.125

@@ -15,11 +15,12 @@ import zoo
 from zoo.catalog import find
 from zoo.cli import main
 from zoo.errors import ConfigError
+from zoo.harness import verify
 from zoo.harness.experiments import reproduce
 from zoo.harness.verify import verify_bundle
 from zoo.vision.data import load_images
 from zoo.vision.models import ResNet, reinitialised
-from zoo.vision.spark.bundling import Bundling, Maker
+from zoo.vision.spark.bundling import EVIDENCE, Bundling, Maker
 from zoo.vision.spark.command import Pretrain
 from zoo.vision.spark.encoder import SparKEncoder
 from zoo.vision.spark.experiment import SparKConfig
@@ -146,10 +147,11 @@ def test_the_study_reports_and_resumes(study):
     assert json.loads((folder / "out" / "spark.json").read_text())["cells"]["computed"] == 0
 
 
-def test_bundles_of_a_study_verify(study, tmp_path):
+def test_bundles_of_a_study_verify(study, tmp_path, monkeypatch):
     folder, result = study
+    monkeypatch.setattr(verify, "REPOSITORY", tmp_path)  # whose own results are of the whole study
     config = Bundling(
-        SparKConfig(**TINY), tmp_path / "cards", tmp_path / "evidence.json", tmp_path, folder / "cells"
+        SparKConfig(**TINY), tmp_path / "cards", tmp_path / EVIDENCE, tmp_path, folder / "cells"
     )
     Maker(config).run()
     made = sorted(path.name for path in (tmp_path / "cards").iterdir())
