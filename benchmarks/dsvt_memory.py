@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 
 from shared.bench import machine
+from shared.bench.processes import in_own_process
 from shared.io import write_json
 from zoo.vision.lidar.dsvt import DSVT, DSVTConfig
 
@@ -54,17 +53,6 @@ def measure(count: int) -> dict[str, float]:
     return {"voxels": count, "seconds": seconds, "bytes": peak - before}
 
 
-def in_own_process(count: int, threads: int) -> dict[str, float]:
-    """`measure` in a fresh interpreter."""
-    command = [sys.executable, __file__, "--measure", str(count), "--threads", str(threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    root = str(Path(__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
-
-
 def main() -> int:
     """Print a row per size and the growth; exit 1 if it is not linear."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -80,7 +68,7 @@ def main() -> int:
     rows = []
     print(f"{'voxels':>9} {'seconds':>8} {'MiB':>7} {'KiB/voxel':>10}")
     for count in QUICK if options.quick else SIZES:
-        row = in_own_process(count, options.threads)
+        row = in_own_process(__file__, ["--measure", count], options.threads)
         rows.append(row)
         print(
             f"{count:>9,} {row['seconds']:>8.2f} {row['bytes'] / 2**20:>7.0f} "

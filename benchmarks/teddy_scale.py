@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import resource
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from shared.bench import machine
+from shared.bench.processes import in_own_process
 from shared.io import write_json
 from shared.random_graphs import rmat
 from zoo.graph.edges import check_undirected
@@ -63,17 +61,6 @@ def measure(nodes: int, entries: int) -> dict[str, float]:
     }
 
 
-def in_own_process(nodes: int, entries: int, threads: int) -> dict[str, float]:
-    """`measure` in a fresh interpreter."""
-    command = [sys.executable, __file__, "--measure", str(nodes), str(entries), "--threads", str(threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    root = str(Path(__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
-
-
 def main() -> int:
     """Print a row per size and the growth; exit 1 if a limit or linearity is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -98,7 +85,7 @@ def main() -> int:
     )
     rows = []
     for nodes, entries in QUICK if options.quick else SIZES:
-        row = in_own_process(nodes, entries, options.threads)
+        row = in_own_process(__file__, ["--measure", nodes, entries], options.threads)
         rows.append(row)
         print(
             f"{nodes:>10,} {entries:>11,} {row['check']:>7.2f} {row['score']:>7.2f} {row['select']:>7.2f} "

@@ -13,7 +13,8 @@ from torch import nn
 
 from shared.folding import fold_norms, fuse_relus
 from shared.masks import Mask, MaskSet, set_masks
-from shared.ops.modules import DepthwiseConv, SparseConv1x1, is_depthwise, is_pointwise
+from shared.ops.modules import DepthwiseConv, SparseConv1x1, SparseLinear, is_depthwise, is_pointwise
+from shared.ops.nm_linear import PATTERNS, pack_nm
 from shared.patterns import NM
 
 # Takes a module and the masks of its own parameters by their short names; None where the module should stay.
@@ -143,9 +144,6 @@ def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | No
         return None
     if keep.sparsity < MIN_SPARSITY:
         return None
-    from shared.ops import SparseLinear, pack_nm
-    from shared.ops.nm_linear import PATTERNS
-
     pattern = keep.pattern
     if (
         isinstance(pattern, NM)

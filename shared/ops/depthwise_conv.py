@@ -12,8 +12,6 @@ from torch import Tensor
 from shared.errors import OpError
 from shared.ops import _native, dispatch
 
-MIN_PIXELS = 16  # below, calls cost more than what they compute
-
 
 def depthwise_conv(
     x: Float[Tensor, "batch channels height width"],
@@ -64,11 +62,9 @@ def reference(
 
 def plan(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> dispatch.Plan:
     """The backend that `depthwise_conv` would run these arguments on."""
-    offered: tuple[str, ...] = ("reference",)
-    if x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and x.shape[2:].numel() >= MIN_PIXELS:
-        offered = ("native", "reference")
-    if dispatch.requested() == "dense":  # of a network that runs its other layers dense
-        return dispatch.Plan("depthwise_conv", "reference", "has no zeros to skip")
+    offered: tuple[str, ...] = ("reference", "dense")  # which are the same: there are no zeros to skip
+    if x.dtype == weight.dtype == torch.float32 and x.is_contiguous():
+        offered = ("native", *offered)
     return dispatch.choose("depthwise_conv", x.device, offered, "float32", (1.0,))
 
 

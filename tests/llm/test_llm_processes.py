@@ -16,26 +16,20 @@ from zoo.bundles import load
 from zoo.catalog import find
 
 # A toy model on a task of a second, made, pruned by each method, and fine-tuned.
-WORK = """
+TOY = Path(__file__).with_name("toy_task.py")
+WORK = (
+    TOY.read_text()
+    + """
 import sys, torch
 from pathlib import Path
 from zoo.catalog import find
 from zoo.harness.making import Origin, make_bundle
 from zoo.harness.workers import workers
-from zoo.llm import data, tasks
 from zoo.llm.cfsp import CFSP
 from zoo.llm.ecoflap import ECoFLaP
 from zoo.llm.finetune import Finetune
 from zoo.llm.sparsegpt import SparseGPT
 from zoo.llm.wanda import Wanda
-from zoo.registry import TASKS
-TASKS.names()
-whole = data.corpus("embedded")
-small = data.Corpus("toy", "toy", "toy", "toy", whole.train[:40], whole.validation[:1], whole.test[:2])
-data._READERS["toy"] = lambda: small
-class Toy(tasks.Perplexity):
-    name, text = "llm/toy", "toy"
-TASKS.register("llm/toy", Toy)
 root = Path(sys.argv[1])
 if workers().index == 0:
     from zoo.llm.bundling import save_dense
@@ -55,6 +49,7 @@ for name, method in {
     make_bundle(find("llm/toy-dense"), method, Origin(f"llm/{name}", name, "c"), root / "llm" / name)
 Finetune("llm/wanda", root / "llm" / "tuned", text="toy", steps=6, batch=4, window=32, lr=3e-3).run()
 """
+)
 
 
 @pytest.fixture(scope="module")

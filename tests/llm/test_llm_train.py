@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -190,23 +191,13 @@ def test_low_rank_options_that_cannot_be_are_refused():
     assert len(adamw(model, TrainConfig(steps=1)).param_groups) == 1
 
 
-# What the command line does, on a toy model and a task of a second, since each run is a process of its own.
-SETUP = """
-import sys, torch
-from pathlib import Path
-from zoo.llm import data, tasks
-from zoo.registry import TASKS
-TASKS.names()
-whole = data.corpus("embedded")
-small = data.Corpus("toy", "toy", "toy", "toy", whole.train[:40], whole.validation[:1], whole.test[:2])
-data._READERS["toy"] = lambda: small
-class Toy(tasks.Perplexity):
-    name, text = "llm/toy", "toy"
-TASKS.register("llm/toy", Toy)
-"""
+# What the command line does, on a toy model, since each run is a process of its own.
+TOY = Path(__file__).with_name("toy_task.py")
 RUN = (
-    SETUP
+    TOY.read_text()
     + """
+import sys
+from pathlib import Path
 from zoo.llm.finetune import Finetune
 out, steps = Path(sys.argv[1]), int(sys.argv[2])
 Finetune(sys.argv[3], out, steps=steps, batch=2, window=32, checkpoint_every=2).run()
@@ -228,7 +219,7 @@ def pruned(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "_READERS", dict(data._READERS))
     data.corpus.cache_clear()
-    exec(SETUP, {"__name__": "toy"})
+    runpy.run_path(str(TOY))
     from zoo.harness.making import Origin, make_bundle
 
     torch.manual_seed(0)

@@ -107,6 +107,6 @@ def test_an_interrupted_training_ends_with_the_same_bits(name, small, tmp_path):
 
 def test_a_device_that_is_not_there_is_refused():
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has the device that should be missing")
     with pytest.raises(ConfigError, match="no device 'cuda'"):
         pretrain.main(pretrain.Pretrain(models=("shakespeare",), device="cuda"))
