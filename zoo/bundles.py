@@ -24,8 +24,17 @@ from shared.errors import SparseError
 from shared.formats import PackedContents, PackedReport, load_packed, save_packed
 from shared.io import sha256_file
 from shared.masks import MaskSet, SparsityReport, masks_of, set_masks
-from zoo.cards import CARD_FILE, SCHEMA_VERSION, Card, parse_card, share_dropped
-from zoo.catalog import Bundle, find, open_bundle
+from zoo import bases
+from zoo.cards import (
+    BASE_SCHEMA_VERSION,
+    CARD_FILE,
+    SCHEMA_VERSION,
+    Base,
+    Card,
+    parse_card,
+    share_dropped,
+)
+from zoo.catalog import Bundle, base_of, find, open_bundle
 from zoo.errors import BundleError, ConfigError
 from zoo.folders import publish_folder
 from zoo.registry import ARCHITECTURES
@@ -34,6 +43,7 @@ __all__ = ["Bundle", "ModelInfo", "find", "info", "load", "load_bundle", "open_b
 
 WEIGHTS_FILE = "weights.safetensors"
 PART_MASK = "/keep"  # a boolean extra `edges/keep` is the mask of the part `edges`
+_IDENTITY = ("name", "version", "sha256")  # of a base, as card and weights file both state it
 Execution = Literal["masked", "packed"]
 
 
@@ -78,14 +88,13 @@ def load(
 def load_bundle(bundle: Bundle, execution: Execution = "masked") -> nn.Module:
     """Load the model of a bundle that is at hand; see `load`."""
     _check_execution(execution)
-    bundle.check()
-    try:
-        contents = load_packed(bundle.weights)
-    except (SparseError, OSError) as error:
-        raise BundleError(f"{bundle.card.name}: {error}. Fetch or save it again.") from error
+    contents = _unpack(bundle)
     _require_same_architecture(bundle, contents)
+    base = _base_contents(bundle, contents)
     model = _build(bundle.card)
     try:
+        if base is not None:
+            contents = bases.restore(contents, base)
         _fill(model, contents.tensors)
         set_masks(model, contents.masks)
         if lost := contents.masks.zeros_intact(model):
@@ -121,6 +130,7 @@ def save(
     card: Card | Mapping[str, Any],
     masks: MaskSet | None = None,
     extras: Mapping[str, Tensor] | None = None,
+    base: Bundle | str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a model as a bundle, the whole folder or nothing, after proving that it loads back bit for bit.
@@ -137,13 +147,16 @@ def save(
         card: a card, or its fields as plain values without those that are measured.
         masks: masks of parameters; None for those that the model carries.
         extras: further tensors that belong to the model; None for those that it was loaded with.
+        base: a bundle whose tensors are not stored again where the model's are the same, bit for bit, or the
+            same under a mask. It must be found from `folder` again; see `zoo.catalog.base_of`.
         overwrite: whether a bundle that is there may be replaced; it stays until the new one is complete.
 
     Returns:
         The folder.
 
     Raises:
-        BundleError: the folder is taken or cannot be written, zeros are lost, or it does not load back.
+        BundleError: the folder is taken or cannot be written, zeros are lost, it does not load back, or the
+            base shares nothing with the model or stands on another one itself.
         CardError: the card breaks the schema.
         MaskError: the masks do not fit the model.
         UnknownNameError: nobody registered the architecture on the card.
@@ -157,16 +170,79 @@ def save(
     if extras is None:
         known = getattr(model, "zoo_info", None)
         extras = known.extras if isinstance(known, ModelInfo) else {}
-    state = _plain_state(model)
+    state, stands_on = _plain_state(model), None
+    if base is not None:
+        stands_on = base if isinstance(base, Bundle) else find(base)
+    fields |= _base_fields(stands_on)
 
     def write(temporary: Path) -> None:
         report = save_packed(temporary / WEIGHTS_FILE, state, kept, extras, _metadata(fields))
         _measure(fields, model, kept, extras, report)
+        if stands_on is not None:
+            path = _save_on(stands_on, temporary / WEIGHTS_FILE, state, kept, extras, fields)
+            _measure_file(fields, path)
         written = parse_card(fields, str(Path(folder) / CARD_FILE))
         (temporary / CARD_FILE).write_text(written.to_yaml(), encoding="utf-8")
         _prove(Bundle(written, temporary), state, kept)
 
     return publish_folder(Path(folder), write, overwrite)
+
+
+def _unpack(bundle: Bundle) -> PackedContents:
+    """What the weights file of a bundle holds, once its hash has been checked."""
+    bundle.check()
+    try:
+        return load_packed(bundle.weights)
+    except (SparseError, OSError) as error:
+        raise BundleError(f"{bundle.card.name}: {error}. Fetch or save it again.") from error
+
+
+def _base_contents(bundle: Bundle, contents: PackedContents) -> PackedContents | None:
+    """What the base's file holds; card and weights must name the same base."""
+    stated = bundle.card.base
+    record = contents.metadata.get(bases.KEY)
+    named = {key: record.get(key) for key in _IDENTITY} if isinstance(record, dict) else None
+    if named != (stated.model_dump(include=set(_IDENTITY)) if stated else None):
+        raise BundleError(
+            f"{bundle.folder}: the card's base is not the one that its weights were saved on. Fetch or save "
+            f"{bundle.card.name} again."
+        )
+    base = base_of(bundle)
+    return None if base is None else _unpack(base)
+
+
+def _base_fields(base: Bundle | None) -> dict[str, Any]:
+    """The fields of a card that say on what it stands."""
+    if base is None:
+        return {"schema_version": SCHEMA_VERSION, "base": None}
+    card = base.card
+    if card.base is not None:
+        raise BundleError(
+            f"{card.name} stands on {card.base.name} itself and can be no base. Pass base={card.base.name!r}."
+        )
+    stated = Base(name=card.name, version=card.version, sha256=card.weights.sha256, bytes=card.weights.bytes)
+    return {"schema_version": BASE_SCHEMA_VERSION, "base": stated.model_dump()}
+
+
+def _save_on(
+    base: Bundle,
+    path: Path,
+    state: Mapping[str, Tensor],
+    masks: MaskSet,
+    extras: Mapping[str, Tensor],
+    fields: Mapping[str, Any],
+) -> Path:
+    """Write what the base does not have, and the record of what it has."""
+    own = bases.subtract(state, masks, extras, _unpack(base))
+    if own.shares_nothing:
+        raise BundleError(
+            f"{fields.get('name')} has no tensor of {base.card.name} and would gain nothing from that base. "
+            "Save it without one."
+        )
+    named = {key: fields["base"][key] for key in _IDENTITY}
+    metadata = {**_metadata(fields), bases.KEY: named | own.taken}
+    save_packed(path, own.tensors, own.masks, own.extras, metadata)
+    return path
 
 
 def _check_execution(execution: str) -> None:
@@ -247,8 +323,6 @@ def _measure(
     report: PackedReport,
 ) -> None:
     """Replace the fields of a card that can be measured."""
-    fields.setdefault("schema_version", SCHEMA_VERSION)
-    fields["weights"] = {"file": WEIGHTS_FILE, "sha256": sha256_file(report.path), "bytes": report.bytes}
     # Some layers keep weights as codes in buffers; those count like the parameters that they stand for.
     coded = sum(getattr(module, "coded_weights", 0) for module in model.modules())
     parameters = coded + sum(parameter.numel() for parameter in model.parameters())
@@ -260,8 +334,14 @@ def _measure(
     sizes.setdefault("dense", report.dense_bytes)
     stored = [*report.tensors.values(), *report.extras.values()]
     sizes["sparse"] = sum(entry.bytes for entry in stored)
-    sizes["on_disk"] = report.bytes
+    _measure_file(fields, report.path)
     fields["sparsity"] = _sparsity(fields.get("sparsity") or {}, masks, counted, extras)
+
+
+def _measure_file(fields: dict[str, Any], path: Path) -> None:
+    size = path.stat().st_size
+    fields["weights"] = {"file": WEIGHTS_FILE, "sha256": sha256_file(path), "bytes": size}
+    fields["cost"]["bytes"]["on_disk"] = size
 
 
 def _sparsity(

@@ -21,6 +21,7 @@ from zoo.names import is_model_name, is_version
 
 CARD_FILE = "card.yaml"
 SCHEMA_VERSION = 1
+BASE_SCHEMA_VERSION = 2  # the same with `base`: a reader of version 1 would take the file for the whole
 TOLERANCE = 1e-6  # relative; figures on a card are written with all their digits
 
 
@@ -159,7 +160,8 @@ class FlopCount(_Part):
 
 
 class ByteCount(_Part):
-    """Bytes of the tensors stored densely and packed, and of the weights file as it lies on disk."""
+    """Bytes of the tensors stored densely and packed (those of a base, too), and of the weights file as it
+    lies on disk (without the base, whose bytes are in `base`)."""
 
     dense: Count
     sparse: Count
@@ -240,10 +242,24 @@ class Weights(_Part):
     bytes: Annotated[int, Field(gt=0, lt=1 << 63)]
 
 
+class Base(_Part):
+    """The bundle that holds the tensors which a weights file leaves out: exactly that file, and its bytes."""
+
+    name: ModelName
+    version: Annotated[str, AfterValidator(_version)]
+    sha256: Annotated[str, AfterValidator(_sha256)]
+    bytes: Annotated[int, Field(gt=0, lt=1 << 63)]
+
+    @property
+    def reference(self) -> str:
+        """`name@version`."""
+        return f"{self.name}@{self.version}"
+
+
 class Card(_Part):
     """Everything that a bundle says about itself. See the fields' own types."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     name: ModelName
     version: Annotated[str, AfterValidator(_version)]
     domain: Text
@@ -259,6 +275,7 @@ class Card(_Part):
     license: Text
     citation: Text
     weights: Weights
+    base: Base | None = None
     evidence: Annotated[str, AfterValidator(_repository_path)] | None = None
 
     @model_validator(mode="after")
@@ -268,6 +285,10 @@ class Card(_Part):
         if self.cost.bytes.on_disk != self.weights.bytes:
             on_disk = self.cost.bytes.on_disk
             raise ValueError(f"cost.bytes.on_disk {on_disk} is not weights.bytes {self.weights.bytes}")
+        if (self.base is None) != (self.schema_version == SCHEMA_VERSION):
+            raise ValueError("a card with a base has schema_version 2, one without has 1")
+        if self.base is not None and self.base.name == self.name:
+            raise ValueError("base names the bundle itself")
         keys = [(metric.task, metric.metric, metric.split, metric.protocol) for metric in self.metrics]
         for key in keys:
             if keys.count(key) > 1:
@@ -290,9 +311,14 @@ class Card(_Part):
         """`name@version`, which names exactly this model."""
         return f"{self.name}@{self.version}"
 
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes of the files that loading reads: its own weights and those of its base."""
+        return self.weights.bytes + (self.base.bytes if self.base is not None else 0)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, in the order of the fields."""
-        return self.model_dump()
+        """Plain values, in the order of the fields; without `base` where there is none."""
+        return self.model_dump(exclude={"base"} if self.base is None else None)
 
     def to_yaml(self) -> str:
         """The text of the card's file; `parse_card(load_yaml(text))` gives an equal card."""

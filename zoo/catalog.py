@@ -22,6 +22,7 @@ from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
 from zoo.names import DOMAINS, is_model_name, natural_key, split_version, suggestion, version_key
 
 HUB_PREFIX = "hf://"
+BASE_FOLDER = "base"  # a bundle fetched from a hub keeps its base in this folder
 _log = logging.getLogger("zoo")
 
 
@@ -122,6 +123,54 @@ def find(name: str | os.PathLike[str], version: str | None = None, offline: bool
     return _find_by_name(wanted, pin if pin is not None else version)
 
 
+def base_of(bundle: Bundle) -> Bundle | None:
+    """The bundle that holds what the weights file of another one leaves out; None if it leaves out nothing.
+
+    It is looked for in the folder `base` of the bundle, beside the bundle, and by its name like any model;
+    only the very weights file that the card names will do.
+
+    Raises:
+        BundleError: it is not on this machine, has other weights, or stands on another bundle itself.
+    """
+    stated = bundle.card.base
+    if stated is None:
+        return None
+    found = _base_nearby(bundle)
+    if found is None:
+        try:
+            found = _find_by_name(stated.name, stated.version)
+        except UnknownNameError as error:
+            raise BundleError(
+                f"{bundle.card.name} stands on the weights of {stated.reference}, which are not on this "
+                f"machine. Put that bundle's folder beside {bundle.folder} or into a folder of ZOO_PATH."
+            ) from error
+    if found.card.weights.sha256 != stated.sha256:
+        raise BundleError(
+            f"{bundle.card.name} stands on {stated.reference} with the sha256 {stated.sha256[:12]}..., "
+            f"{found.folder} has {found.card.weights.sha256[:12]}.... Put the right one beside "
+            f"{bundle.folder}, or save the model on this one."
+        )
+    if found.card.base is not None:
+        raise BundleError(
+            f"{bundle.card.name} stands on {stated.reference}, which stands on {found.card.base.reference} "
+            f"itself; only one level is allowed. Save it again on {found.card.base.reference}."
+        )
+    return found
+
+
+def _base_nearby(bundle: Bundle) -> Bundle | None:
+    stated, beside = bundle.card.base, sorted(bundle.folder.parent.glob(f"*/{CARD_FILE}"))
+    for folder in (bundle.folder / BASE_FOLDER, *(path.parent for path in beside)):
+        try:
+            found = open_bundle(folder)
+        except (CardError, BundleError):  # nothing there, or another one that is broken
+            continue
+        card = found.card
+        if stated and (card.reference, card.weights.sha256) == (stated.reference, stated.sha256):
+            return found
+    return None
+
+
 def select(
     glob: str = "*",
     *,
@@ -139,7 +188,7 @@ def select(
         method: only models of this method, as on the card or its part after the slash.
         task: only models measured on this task.
         min_sparsity: only models with at least this overall sparsity.
-        max_bytes: only models of at most this many bytes on disk.
+        max_bytes: only models of at most this many bytes on disk, a base included.
 
     Raises:
         UnknownNameError: no name matches the glob, or no model at all is of that domain, method or task.
@@ -169,7 +218,7 @@ def select(
             bundle
             for bundle in matching
             if (min_sparsity is None or bundle.card.sparsity.overall >= min_sparsity)
-            and (max_bytes is None or bundle.card.weights.bytes <= max_bytes)
+            and (max_bytes is None or bundle.card.bytes_needed <= max_bytes)
         ),
         key=lambda bundle: (natural_key(bundle.card.name), version_key(bundle.card.version)),
     )

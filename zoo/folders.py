@@ -60,7 +60,7 @@ def _refuse(folder: Path, overwrite: bool) -> None:
 
 
 def _flush(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

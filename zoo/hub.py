@@ -1,7 +1,8 @@
 """Bundles on the Hugging Face hub, or on any server that speaks its protocol (`HF_ENDPOINT`).
 
-A repository holds one bundle: `card.yaml` and the weights file that it names; nothing else is fetched. What
-arrives is compared with the card before it is put, with one rename, into the cache:
+A repository holds one bundle: `card.yaml` and the weights file that it names. If the bundle stands on another
+one, that lies in the folder `base` and is fetched where it is not on the machine yet; nothing else is. What
+arrives is compared with the cards before it is put, with one rename, into the cache:
 
     $ZOO_CACHE/hub/<owner>--<name>/snapshots/<commit>/    the bundle as of one commit
     $ZOO_CACHE/hub/<owner>--<name>/refs/<revision>        the commit that a branch or tag was last seen at
@@ -12,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from urllib.parse import quote
 from shared.io import atomic_write
 from zoo.cardfile import MAX_BYTES, read_yaml
 from zoo.cards import CARD_FILE, parse_card
-from zoo.catalog import HUB_PREFIX, Bundle, cache_folder, find, open_bundle
+from zoo.catalog import BASE_FOLDER, HUB_PREFIX, Bundle, base_of, cache_folder, find, open_bundle
 from zoo.errors import BundleError, HubError
 from zoo.folders import publish_folder
 
@@ -120,20 +122,31 @@ def pull(reference: str, offline: bool | None = None) -> Bundle:
     """
     bundle = fetch(reference, offline)
     try:
-        bundle.check()
+        _check_all(bundle)
     except BundleError:
         if is_offline(offline):
             raise
         (bundle.folder / CARD_FILE).unlink(missing_ok=True)  # without a card the cache has no such bundle
         bundle.weights.unlink(missing_ok=True)
+        shutil.rmtree(bundle.folder / BASE_FOLDER, ignore_errors=True)
         bundle = fetch(reference, offline)
+        _check_all(bundle)
     return bundle
+
+
+def _check_all(bundle: Bundle) -> Bundle | None:
+    """Check a bundle and its base, which is returned."""
+    bundle.check()
+    base = base_of(bundle)
+    if base is not None:
+        base.check()
+    return base
 
 
 def push(
     name: str | os.PathLike[str], reference: str, *, private: bool = False, dry_run: bool = False
 ) -> Pushed:
-    """Upload a bundle to a repository of the hub, which is made if it is not there.
+    """Upload a bundle, with its base, to a repository of the hub, which is made if it is not there.
 
     Args:
         name: any name or path that `zoo.load` takes.
@@ -147,9 +160,11 @@ def push(
     """
     target = parse_reference(reference)
     bundle = find(name)
-    bundle.check()
-    paths = [bundle.folder / CARD_FILE, bundle.weights]
-    files = {path.name: path.stat().st_size for path in paths}
+    base = _check_all(bundle)
+    paths = {path.name: path for path in (bundle.folder / CARD_FILE, bundle.weights)}
+    if base is not None:
+        paths |= {f"{BASE_FOLDER}/{path.name}": path for path in (base.folder / CARD_FILE, base.weights)}
+    files = {name: path.stat().st_size for name, path in paths.items()}
     if dry_run:
         return Pushed(files, None)
     if is_offline():
@@ -161,10 +176,9 @@ def push(
     api = _api()
     try:
         api.create_repo(target.repository, private=private, exist_ok=True)
-        commit = api.upload_folder(
+        commit = api.create_commit(
             repo_id=target.repository,
-            folder_path=bundle.folder,
-            allow_patterns=list(files),
+            operations=[huggingface_hub.CommitOperationAdd(name, path) for name, path in paths.items()],
             revision=target.revision,
             commit_message=f"Add {bundle.card.reference}",
         )
@@ -244,35 +258,62 @@ def _listing(reference: HubReference) -> _Listing:
         raise HubError(f"{reference}: the server names no commit. Is HF_ENDPOINT a hub?")
     if CARD_FILE not in sizes:
         raise HubError(f"{reference}: the repository has no {CARD_FILE}, so it holds no bundle.")
-    if sizes[CARD_FILE] > MAX_BYTES:
-        raise HubError(f"{reference}: {CARD_FILE} has {sizes[CARD_FILE]} bytes. Is it a card at all?")
     return _Listing(found.sha, sizes)
 
 
 def _download(pinned: HubReference, listing: _Listing, folder: Path) -> None:
-    """Fetch card and weights into `folder`, and leave nothing else in it."""
-    import shutil
+    """Fetch card and weights into `folder`, and a base that is not at hand; leave nothing else in it."""
+    bundle = _download_bundle(pinned, listing, folder, "")
+    stated = bundle.card.base
+    if stated is not None and not _is_at_hand(bundle):
+        if f"{BASE_FOLDER}/{CARD_FILE}" not in listing.sizes:
+            raise HubError(
+                f"{pinned} stands on the weights of {stated.reference}, which are neither on this machine "
+                f"nor in the repository's folder {BASE_FOLDER!r}. Pull that bundle first."
+            )
+        base = _download_bundle(pinned, listing, folder, f"{BASE_FOLDER}/").card
+        if (base.reference, base.weights.sha256) != (stated.reference, stated.sha256):
+            raise HubError(
+                f"{pinned}: {BASE_FOLDER!r} holds other weights than those of {stated.reference}, on which "
+                "the bundle stands. Nothing was kept; tell the repository's owner."
+            )
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes of the download
 
-    _download_file(pinned, CARD_FILE, folder)
-    source = f"{pinned}/{CARD_FILE}"
-    card = parse_card(read_yaml(folder / CARD_FILE, source), source)
-    offered = listing.sizes.get(card.weights.file)
+
+def _is_at_hand(bundle: Bundle) -> bool:
+    try:
+        base_of(bundle)
+    except BundleError:
+        return False
+    return True
+
+
+def _download_bundle(pinned: HubReference, listing: _Listing, folder: Path, prefix: str) -> Bundle:
+    """Fetch the card and the weights under `prefix` of a repository, and compare them."""
+    name = f"{prefix}{CARD_FILE}"
+    if listing.sizes[name] > MAX_BYTES:
+        raise HubError(f"{pinned}: {name} has {listing.sizes[name]} bytes. Is it a card at all?")
+    _download_file(pinned, name, folder)
+    card = parse_card(read_yaml(folder / name, f"{pinned}/{name}"), f"{pinned}/{name}")
+    file = f"{prefix}{card.weights.file}"
+    offered = listing.sizes.get(file)
     if offered is None:
-        raise HubError(f"{pinned}: the repository lacks {card.weights.file!r}, which its card names.")
+        raise HubError(f"{pinned}: the repository lacks {file!r}, which its card names.")
     if offered != card.weights.bytes:
         raise HubError(
-            f"{pinned}: {card.weights.file} has {offered} bytes, but its card says {card.weights.bytes}. "
+            f"{pinned}: {file} has {offered} bytes, but its card says {card.weights.bytes}. "
             "Nothing was kept; tell the repository's owner."
         )
-    _download_file(pinned, card.weights.file, folder)
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes of the download
+    _download_file(pinned, file, folder)
+    bundle = Bundle(card, folder / prefix)
     try:
-        Bundle(card, folder).check()
+        bundle.check()
     except BundleError as error:
         raise HubError(
-            f"{pinned}: {card.weights.file} arrived with another hash or size than its card says. "
+            f"{pinned}: {file} arrived with another hash or size than its card says. "
             "Nothing was kept; pull again, and tell the repository's owner if it happens twice."
         ) from error
+    return bundle
 
 
 def _download_file(pinned: HubReference, name: str, folder: Path) -> None:

@@ -460,3 +460,65 @@ def test_pushing_what_is_refused(server: FakeHub, tiny_bundle, monkeypatch) -> N
     (tiny_bundle / "weights.safetensors").write_bytes(b"x")
     with pytest.raises(BundleError, match="truncated"):
         hub.push(tiny_bundle, "hf://owner/tiny", dry_run=True)
+
+
+# -- bundles that stand on another one
+
+
+@pytest.fixture
+def on_base(tiny_bundle, tiny_model, tiny_fields, tmp_path: Path) -> Path:
+    """A bundle in a folder of its own, without the base on which it stands (the tiny one) beside it."""
+    fields = tiny_fields | {"name": "graph/tiny-tuned"}
+    folder = bundles.save(tiny_model, tmp_path / "tuned", card=fields, base=tiny_bundle)
+    (tmp_path / "alone").mkdir()
+    return folder.rename(tmp_path / "alone" / "tuned")
+
+
+def files_of(folder: Path, base: Path | None) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return files | ({f"base/{path.name}": path.read_bytes() for path in base.iterdir()} if base else {})
+
+
+def test_a_base_comes_along(server: FakeHub, on_base: Path, tiny_bundle: Path, tiny_model) -> None:
+    commit = server.publish(files_of(on_base, tiny_bundle))
+    bundle = hub.pull("hf://owner/tiny")
+    assert torch.equal(bundles.load_bundle(bundle).first.weight, tiny_model.first.weight)
+    there = f"owner--tiny/snapshots/{commit}"
+    assert [name for name in cached_files() if "/base/" in name] == [
+        f"{there}/base/card.yaml", f"{there}/base/weights.safetensors"]
+    (bundle.folder / "base" / "weights.safetensors").write_bytes(b"x")
+    with pytest.raises(BundleError, match="truncated"):
+        bundles.load_bundle(bundle)
+    bundles.load_bundle(hub.pull("hf://owner/tiny"))
+
+
+def test_a_base_that_is_here_is_not_fetched(server: FakeHub, on_base: Path, tiny_bundle, monkeypatch) -> None:
+    server.publish(files_of(on_base, tiny_bundle))
+    monkeypatch.setenv("ZOO_PATH", str(tiny_bundle))
+    bundles.load("hf://owner/tiny")
+    assert server.downloads("base/weights.safetensors") == 0
+    assert not any("base" in name for name in cached_files())
+
+
+def test_a_base_that_is_nowhere_or_another_one(server: FakeHub, on_base, tiny_bundle, save_tiny) -> None:
+    server.publish(files_of(on_base, None))
+    with pytest.raises(HubError, match="neither on this machine nor in the repository's folder 'base'"):
+        hub.fetch("hf://owner/tiny")
+    other = save_tiny(tiny_bundle.parent / "other", version="1.1.0")
+    server.publish(files_of(on_base, other))
+    with pytest.raises(HubError, match="'base' holds other weights than those of graph/tiny-test@1.0.0"):
+        shutil.rmtree(tiny_bundle)
+        hub.fetch("hf://owner/tiny")
+    assert_nothing_half_written()
+
+
+def test_a_base_is_pushed_with_it(server: FakeHub, on_base: Path, tiny_bundle: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    with pytest.raises(BundleError, match="not on this machine"):
+        hub.push(on_base, "hf://owner/tiny", dry_run=True)
+    with monkeypatch.context() as patched:
+        patched.setenv("ZOO_PATH", str(tiny_bundle))
+        pushed = hub.push(on_base, "hf://owner/tiny")
+    own = ["card.yaml", "weights.safetensors"]
+    assert list(pushed.files) == [*own, *(f"base/{name}" for name in own)]
+    bundles.load("hf://owner/tiny")

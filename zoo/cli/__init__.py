@@ -33,6 +33,7 @@ COMMANDS = {
     "bench": ("bench", "run the speed and size benchmarks of a source checkout"),
     "pull": ("ship", "fetch a model from a hub into the local cache"),
     "push": ("ship", "publish a model on a hub"),
+    "rebase": ("make", "store a model on another one's weights, or whole again"),
     "export": ("ship", "write a model's dense weights as plain safetensors"),
 }
 

@@ -80,7 +80,7 @@ def list_command(argv: Sequence[str]) -> int:
             card.method.name,
             numbers.percent(card.sparsity.overall),
             numbers.count(card.cost.parameters.kept),
-            numbers.size(card.cost.bytes.on_disk),
+            numbers.size(card.weights.bytes) + (f" + {numbers.size(card.base.bytes)}" if card.base else ""),
             f"{card.metrics[0].metric} {numbers.value(card.metrics[0].value)}",
             numbers.value(card.metrics[0].dense.value) if card.metrics[0].dense else "",
         ]
@@ -88,6 +88,8 @@ def list_command(argv: Sequence[str]) -> int:
     ]
     columns = ["model", "method", "sparsity", "parameters", "on disk", "measured", "dense twin"]
     note = f"{len(cards)} models. Next: zoo show MODEL" if cards else "No model is that small or that sparse."
+    if any(card.base for card in cards):
+        note = f"On disk, a + b: its own file and that of the model on whose weights it stands. {note}"
     show_table(stdout(), Table("", columns, rows, note))
     return 0
 
@@ -119,6 +121,7 @@ def show_command(argv: Sequence[str]) -> int:
         "Citation": card.citation.strip(),
         "Evidence": card.evidence or "",
         "Weights": f"{bundle.weights}, sha256 {card.weights.sha256}",
+        "Stands on": f"{card.base.reference}, sha256 {card.base.sha256}" if card.base else "",
     }
     for name, text in facts.items():
         if text:
@@ -156,6 +159,7 @@ def _brief(card: Card) -> dict[str, Any]:
         "parameters": card.cost.parameters.model_dump(),
         "flops": card.cost.flops.model_dump(),
         "bytes": card.cost.bytes.model_dump(),
+        "base": card.base.model_dump() if card.base else None,
         "metrics": [
             {
                 "task": metric.task,
@@ -196,6 +200,8 @@ def _card_tables(card: Card) -> list[Any]:
         ["tensors", numbers.size(cost.bytes.dense), numbers.size(cost.bytes.sparse)],
         ["file on disk", "", numbers.size(cost.bytes.on_disk)],
     ]
+    if card.base is not None:
+        costs.append(["its base's file", "", numbers.size(card.base.bytes)])
     tables = [Table("Measured", columns, metrics), Table("Cost", ["", "dense", "sparse"], costs)]
     if card.sparsity.parts:
         parts = [

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from zoo.cli import OK
 from zoo.cli.console import note, print_json, stdout
-from zoo.cli.parsing import Positional, command_line, is_help, metavar, parse_with, take_option
+from zoo.cli.parsing import Positional, command_line, is_help, metavar, parse, parse_with, take_option
 from zoo.errors import ConfigError
 from zoo.harness.tables import Table
 from zoo.progress import progress_bar
@@ -30,6 +30,32 @@ class Sparsify:
 
     name: str | None = None
     """Name on the card; by default the domain and the folder's name."""
+
+    share: bool = False
+    """Store only what differs from the model that it was made from, which must then be at hand to load it."""
+
+    overwrite: bool = False
+    """Replace the bundle that is there."""
+
+    json: bool = False
+    """Print the new card as JSON."""
+
+
+@dataclass
+class Rebase:
+    """Store a model on the weights of another one, or whole again; tensors and figures stay as they are."""
+
+    model: Annotated[str, Positional, metavar("MODEL")]
+    """A name, folder or hf://owner/name."""
+
+    out: Path
+    """Folder for the bundle; with --overwrite also the one where it is."""
+
+    base: str | None = None
+    """The model whose tensors are left out where they are the same; by default the dense twin."""
+
+    whole: bool = False
+    """Store all tensors, so that it stands by itself."""
 
     overwrite: bool = False
     """Replace the bundle that is there."""
@@ -85,9 +111,32 @@ def sparsify_command(argv: Sequence[str]) -> int:
     first = workers().index == 0
     with progress_bar(quiet=not first) as progress:
         path = make_bundle(
-            source, method, origin, options.out, overwrite=options.overwrite, progress=progress
-        )  # fmt: skip
+            source,
+            method,
+            origin,
+            options.out,
+            share=options.share,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
     return _show_new(path, options.json, before=options.model) if first else OK
+
+
+def rebase_command(argv: Sequence[str]) -> int:
+    """`zoo rebase MODEL --out DIR`."""
+    options = parse(Rebase, argv, "rebase")
+    if options.whole and options.base is not None:
+        raise ConfigError("--whole stores everything: leave --base out")
+    from zoo.bundles import load_bundle, save
+    from zoo.catalog import find
+    from zoo.harness.subjects import twin_of
+
+    bundle = find(options.model)
+    base = None
+    if not options.whole:
+        base = find(options.base) if options.base is not None else twin_of(bundle)
+    path = save(load_bundle(bundle), options.out, card=bundle.card, base=base, overwrite=options.overwrite)
+    return _show_new(path, options.json, before=bundle.folder)
 
 
 def finetune_command(argv: Sequence[str]) -> int:
@@ -185,7 +234,8 @@ def _show_new(path: Path, as_json: bool, before: Any = None) -> int:
     table = Table(card.reference, ["task", "metric", "before", "after", "dense twin"], rows)
     show_table(stdout(), table)
     note(
-        f"{numbers.percent(card.sparsity.overall)} sparse, {numbers.size(card.cost.bytes.on_disk)} on disk. "
+        f"{numbers.percent(card.sparsity.overall)} sparse, {numbers.size(card.cost.bytes.on_disk)} on disk"
+        f"{f' beside {card.base.name}' if card.base else ''}. "
         f"Written to {path}\nNext: zoo verify {path}"
     )
     return OK

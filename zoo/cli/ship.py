@@ -126,7 +126,7 @@ def export_command(argv: Sequence[str]) -> int:
         sizes = {"bytes": len(content), "tensors": len(state)}
         print_json({"model": card.reference, "file": str(weights), **sizes})
     else:
-        packed = numbers.size(card.cost.bytes.on_disk)
+        packed = numbers.size(card.bytes_needed)
         print(f"{weights}: {len(state)} tensors, {numbers.size(len(content))} dense ({packed} packed)")
     return OK
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from zoo.bundles import load_bundle, save
 from zoo.cards import Card, Metric, mean_and_spread
-from zoo.catalog import Bundle
+from zoo.catalog import Bundle, base_of
 from zoo.errors import ConfigError
 from zoo.harness.records import Record
 from zoo.harness.runner import evaluate
@@ -35,6 +35,7 @@ def make_bundle(
     origin: Origin,
     folder: str | Path,
     *,
+    share: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -47,6 +48,7 @@ def make_bundle(
         method: see `zoo.methods`.
         origin: name, method's name and command for the card.
         folder: where to write.
+        share: whether to store only what differs from the source, or from the base that it has itself.
         overwrite: whether a bundle that is there may be replaced.
         progress: called as the steps finish.
 
@@ -71,7 +73,15 @@ def make_bundle(
     fields = _card(source.card, twin.card, made, origin, own, dense, seconds)
     team = workers()
     if team.index == 0:
-        save(made.model, folder, card=fields, masks=made.masks, extras=made.extras, overwrite=overwrite)
+        save(
+            made.model,
+            folder,
+            card=fields,
+            masks=made.masks,
+            extras=made.extras,
+            base=(base_of(source) or source) if share else None,
+            overwrite=overwrite,
+        )
     team.gather([None])  # the others wait for the bundle
     steps.next("done")
     return Path(folder)

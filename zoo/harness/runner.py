@@ -290,7 +290,7 @@ def _cost(subject: Subject, model: nn.Module, task: Task) -> Cost:
             parameters=Pair(dense=cost.parameters.dense, sparse=cost.parameters.kept),
             flops=Pair(dense=cost.flops.dense, sparse=cost.flops.sparse),
             bytes=Pair(dense=cost.bytes.dense, sparse=cost.bytes.sparse),
-            bytes_on_disk=cost.bytes.on_disk,
+            bytes_on_disk=subject.card.bytes_needed,
         )
     flops = task.flops(model)
     return Cost(

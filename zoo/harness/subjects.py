@@ -19,7 +19,7 @@ from torch import nn
 from shared.masks import MaskSet, masks_of
 from zoo.bundles import Execution, ModelInfo, load_bundle
 from zoo.cards import CARD_FILE, Card
-from zoo.catalog import Bundle, find, list_models
+from zoo.catalog import Bundle, base_of, find, list_models
 from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
 from zoo.names import is_glob
 
@@ -64,7 +64,7 @@ def resolve(models: Models, *, twins: bool = False) -> list[Subject]:
 
 
 def twin_of(bundle: Bundle) -> Bundle:
-    """The dense twin that a card names: by name, else among the bundles beside it.
+    """The dense twin that a card names: its base, a bundle beside it, or by name.
 
     Raises:
         BundleError: the card names none, or it cannot be found.
@@ -72,6 +72,10 @@ def twin_of(bundle: Bundle) -> Bundle:
     name = bundle.card.dense_twin
     if not name:
         raise BundleError(f"{bundle.card.name} is dense itself and has no dense twin")
+    with contextlib.suppress(BundleError):
+        base = base_of(bundle)
+        if base is not None and name in (base.card.name, base.card.reference):
+            return base
     for path in sorted(bundle.folder.parent.glob(f"*/{CARD_FILE}")):
         with contextlib.suppress(CardError, BundleError, UnknownNameError):
             beside = find(path.parent)

@@ -18,7 +18,7 @@ from shared.io import read_json, sha256_file
 from shared.masks import MaskSet, masks_of
 from zoo.bundles import PART_MASK, info, load_bundle
 from zoo.cards import Card, Metric, mean_and_spread, share_dropped
-from zoo.catalog import Bundle
+from zoo.catalog import Bundle, base_of
 from zoo.harness.records import Record
 from zoo.harness.runner import count_parameters, evaluate
 from zoo.harness.subjects import Models, find_bundles, twin_of
@@ -61,11 +61,11 @@ def verify(
 ) -> list[Verification]:
     """Measure every figure on the cards of `models` again, without any cache.
 
-    Checked are the hash and the size of the weights file; parameters, kept counts and sparsity from the
-    masks in the file; FLOPs as the task counts them; bytes from packing the loaded model anew; the value and
-    the standard error of each metric, and those of the dense twin by evaluating the twin; mean and spread
-    from the values per seed; and these against the committed evidence, if the card names it and it is at
-    hand.
+    Checked are the hash and the size of the weights file and of its base; parameters, kept counts and
+    sparsity from the masks in the file; FLOPs as the task counts them; bytes from packing the loaded model
+    anew; the value and the standard error of each metric, and those of the dense twin by evaluating the twin;
+    mean and spread from the values per seed; and these against the committed evidence, if the card names it
+    and it is at hand.
 
     Args:
         models: names, globs or folders.
@@ -97,6 +97,7 @@ def verify_bundle(bundle: Bundle, *, tolerance: float = 1e-4) -> Verification:
     try:
         model = load_bundle(bundle)
         twin = load_bundle(twin_of(bundle)) if card.dense_twin else None
+        checks += _base(bundle)
         checks += [*_cost(bundle, model, twin), *_sparsity(card, model)]
         checks += _quality(bundle, model, twin, tolerance)
     except SparseError as error:
@@ -152,6 +153,14 @@ def _cost(bundle: Bundle, model: nn.Module, twin: nn.Module | None) -> Iterator[
     of_twin = task.flops(twin) if twin is not None else None
     yield _exact("FLOPs, dense", cost.flops.dense, max(flops.dense, of_twin.dense if of_twin else 0))
     yield _exact("FLOPs, sparse", cost.flops.sparse, flops.sparse)
+
+
+def _base(bundle: Bundle) -> Iterator[Check]:
+    """The file on which the weights stand, if they do."""
+    base, stated = base_of(bundle), bundle.card.base
+    if base is not None and stated is not None:
+        yield _exact(f"sha256 of the base {stated.reference}", stated.sha256, sha256_file(base.weights))
+        yield _exact("bytes on disk, of the base", stated.bytes, base.weights.stat().st_size)
 
 
 def _pack(model: nn.Module) -> Any:

@@ -3,8 +3,9 @@
     python -m zoo.llm.sparse_bundles                                   # all of them
     python -m zoo.llm.sparse_bundles --models shakespeare --bundles wanda-50 gqsa-w4s50
 
-A bundle holds the model of calibration seed 0, whatever its rank. Weights stay in the precision of the dense
-twin, and every figure is measured with weights rounded to it.
+A bundle holds the model of calibration seed 0, whatever its rank, and stands on its dense twin: what is the
+same is not stored again. Weights stay in the precision of the dense twin, and every figure is measured with
+weights rounded to it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tyro
 
 from zoo.bundles import load_bundle, save
 from zoo.cards import mean_and_spread
-from zoo.catalog import find, open_bundle
+from zoo.catalog import base_of, find, open_bundle
 from zoo.errors import ConfigError
 from zoo.harness.evidence import record_evidence
 from zoo.harness.making import Origin, make_bundle
@@ -142,7 +143,7 @@ def make(model: str, slug: str, config: SparseBundles) -> Path:
     name = f"llm/{slug}-{model}"
     command = f"python -m zoo.llm.sparse_bundles --models {model} --bundles {slug}"
     path = config.out / f"{slug}-{model}"
-    make_bundle(source, method, Origin(name, recipe.method, command), path, overwrite=True)
+    make_bundle(source, method, Origin(name, recipe.method, command), path, share=True, overwrite=True)
     if recipe.thresholds:
         _add_spared(path, config)
     figures = {(m.task, m.metric): dict(m.per_seed) for m in open_bundle(path).card.metrics}
@@ -181,7 +182,7 @@ def _add_spared(path: Path, config: SparseBundles) -> None:
             }
         )
         record_evidence(config.evidence, dense["name"].partition("@")[0], task, metric, nothing)
-    save(load_bundle(bundle), path, card=fields, overwrite=True)
+    save(load_bundle(bundle), path, card=fields, base=base_of(bundle), overwrite=True)
 
 
 def _rewrite(
@@ -204,7 +205,7 @@ def _rewrite(
         "citation": recipe.citation,
         "evidence": EVIDENCE,
     }
-    save(load_bundle(bundle), path, card=fields, overwrite=True)
+    save(load_bundle(bundle), path, card=fields, base=base_of(bundle), overwrite=True)
 
 
 def main(config: SparseBundles) -> None:
