@@ -202,6 +202,15 @@ def test_sparsify_makes_a_bundle_that_verifies(capsys, toy_zoo, tmp_path):
     assert read_card(nm / "card.yaml").dense_twin == "toy/dense-mlp"
 
 
+def test_sparsify_can_store_what_differs_only(capsys, toy_zoo, tmp_path):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert run(capsys, "sparsify", "toy/dense-mlp", "--sparsity", "0.5", "--share", "--out", once)[0] == 0
+    assert run(capsys, "sparsify", once, "--sparsity", "0.75", "--share", "--out", twice)[0] == 0
+    for folder in (once, twice):
+        assert read_card(folder / "card.yaml").base.name == "toy/dense-mlp", "never two levels"
+        assert run(capsys, "verify", folder)[0] == 0
+
+
 def test_methods_of_another_package_are_options(capsys, toy_zoo, tmp_path):
     code, out, _ = run(capsys, "sparsify", "--method", "toy-half", "--help")
     assert code == 0 and "--score" in out and "--pattern" not in out and "toy-half" in out

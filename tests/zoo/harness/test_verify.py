@@ -8,6 +8,7 @@ import pytest
 
 from zoo.bundles import load, save
 from zoo.cards import read_card
+from zoo.catalog import find
 from zoo.errors import ConfigError
 from zoo.harness import verify as verification
 from zoo.harness.evidence import record_evidence
@@ -134,6 +135,19 @@ def test_a_saved_model_verifies_after_it_was_loaded_and_saved_again(toy_zoo, tmp
     model = load("toy/tenth-mlp")
     again = save(model, tmp_path / "again", card=model.zoo_info.card)
     assert verify(again)[0].ok
+
+
+def test_a_bundle_on_its_twin_verifies(toy_zoo, tmp_path):
+    model, card = load("toy/half-mlp"), find("toy/half-mlp").card
+    folder = save(model, tmp_path / "less", card=card, base="toy/dense-mlp")
+    [report] = verify(folder)
+    assert report.ok, [check for check in report.checks if check.ok is False]
+    figures = [check.figure for check in report.checks]
+    assert "sha256 of the base toy/dense-mlp@1.0.0" in figures and "bytes on disk, of the base" in figures
+    rewrite(folder, _set(["base", "bytes"], 17))
+    assert failed(folder) == ["bytes on disk, of the base"]
+    rewrite(folder, _set(["base", "sha256"], "0" * 64))
+    assert failed(folder) == ["everything else"]
 
 
 def test_a_module_has_no_card(toy):
