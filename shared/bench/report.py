@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,13 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main(files: Sequence[str]) -> None:
+def main() -> None:
     """Print the tables of all files."""
-    tables = [markdown(read_json(Path(name))) for name in files]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="what scripts of benchmarks/ wrote with --json")
+    tables = [markdown(read_json(file)) for file in parser.parse_args().files]
     print("\n".join(["# Results of the benchmark scripts", "", *tables]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -6,7 +6,6 @@ goes on from there after a kill, and its result equals that of an uninterrupted 
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from accelerate import Accelerator
 from torch_geometric.data import Data
 
 from shared.masks import masks_of
-from zoo.bundles import load_bundle, save
+from zoo.bundles import load_bundle
 from zoo.cards import Card
 from zoo.catalog import Bundle, find
 from zoo.errors import ConfigError, UnknownNameError
@@ -30,9 +29,11 @@ from zoo.graph.train import Fit, TrainConfig
 from zoo.graph.transfer import transferred
 from zoo.harness.tasks import get_task
 from zoo.harness.tuning import (
+    check_target,
     checkpoint_folder,
     finetuned_card,
     options_of,
+    publish,
     require_zeros,
     show_change,
     zero_count,
@@ -98,11 +99,8 @@ class Finetune:
             ConfigError: options that contradict each other, or a checkpoint of another run.
             SparseError: whatever loading, data or saving refuse.
         """
-        if self.checkpoint_every < 1:
-            raise ConfigError(f"checkpoint_every must be at least 1. Received: {self.checkpoint_every}.")
         recipe = TrainConfig(self.epochs, self.lr, self.weight_decay, self.distillation)
-        if self.out.exists() and not self.overwrite:
-            raise ConfigError(f"{self.out} is there already. Add --overwrite, or choose another --out.")
+        check_target(self)
         source = find(self.model)
         loaded = load_bundle(source)
         if not isinstance(loaded, GraphModel):
@@ -121,9 +119,7 @@ class Finetune:
             parameter.data = parameter.data.to(next(loaded.parameters()).dtype)
         fields = self._card(model, source.card, dataset, data, twin, seconds)
         extras = model.ticket.to_extras() if model.ticket is not None else {}
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        path = save(model, self.out, card=fields, extras=extras, overwrite=self.overwrite)
-        shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)
+        path = publish(self, model, fields, extras)
         show_change(
             f"{source.card.name} on graph/{dataset}", "accuracy", (before, after), (zeros, zero_count(model))
         )

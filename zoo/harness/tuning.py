@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from shared.masks import MaskSet, masks_of, set_masks
+from zoo.bundles import save
 from zoo.cards import Card, mean_and_spread
 from zoo.catalog import Bundle
 from zoo.errors import ConfigError
@@ -33,6 +36,26 @@ def command_of(config: Any, domain: str, verb: str = "finetune") -> str:
             option = "--" + field.name.replace("_", "-")
             words.append(option if value is True else f"{option} {value}")
     return " ".join(words)
+
+
+def check_target(config: Any) -> None:
+    """Refuse a fine-tuner's options before any work: its folder must be free, or may be replaced.
+
+    Raises:
+        ConfigError: the folder is taken, or checkpoints are wanted more often than there are steps.
+    """
+    if getattr(config, "checkpoint_every", 1) < 1:
+        raise ConfigError(f"checkpoint_every must be at least 1. Received: {config.checkpoint_every}.")
+    if config.out.exists() and not config.overwrite:
+        raise ConfigError(f"{config.out} is there already. Add --overwrite, or choose another --out.")
+
+
+def publish(config: Any, model: nn.Module, card: dict[str, Any], extras: Mapping[str, Tensor]) -> Path:
+    """Write the bundle of a finished fine-tuning, and then forget its checkpoint."""
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    path = save(model, config.out, card=card, extras=extras, overwrite=config.overwrite)
+    shutil.rmtree(checkpoint_folder(config.out), ignore_errors=True)
+    return path
 
 
 def finetuned_card(

@@ -7,7 +7,6 @@ from there after a kill, and its result equals that of an uninterrupted run bit 
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from shared.masks import masks_of
-from zoo.bundles import info, load_bundle, save
+from zoo.bundles import info, load_bundle
 from zoo.cards import Card
 from zoo.catalog import Bundle, find
 from zoo.checkpoints import CheckpointFile
@@ -28,7 +27,15 @@ from zoo.errors import ConfigError, DataError
 from zoo.harness.subjects import twin_of
 from zoo.harness.tables import Table
 from zoo.harness.tasks import Measure, get_task
-from zoo.harness.tuning import checkpoint_folder, command_of, options_of, require_zeros, zero_count
+from zoo.harness.tuning import (
+    check_target,
+    checkpoint_folder,
+    command_of,
+    options_of,
+    publish,
+    require_zeros,
+    zero_count,
+)
 from zoo.llm.data import corpus
 from zoo.llm.lora import attach_lora, detach_lora
 from zoo.llm.scoring import context_of
@@ -132,22 +139,17 @@ class Finetune:
         if accelerator.is_main_process:
             after = _measure(model, tasks)
             fields = self._card(model, source.card, after, time.perf_counter() - start)
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            save(model, self.out, card=fields, extras=info(model).extras, overwrite=self.overwrite)
-            shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)
+            publish(self, model, fields, info(model).extras)
             _show(source.card.name, before, after, (zeros, zero_count(model)))
         accelerator.wait_for_everyone()
         return self.out
 
     def _check(self) -> None:
-        if self.checkpoint_every < 1:
-            raise ConfigError(f"checkpoint_every must be at least 1. Received: {self.checkpoint_every}.")
         if not 0 <= self.distillation < float("inf"):
             raise ConfigError(f"distillation must be finite and not negative. Received: {self.distillation}.")
         if self.lora_rank < 0:
             raise ConfigError(f"lora_rank must not be negative. Received: {self.lora_rank}.")
-        if self.out.exists() and not self.overwrite:
-            raise ConfigError(f"{self.out} is there already. Add --overwrite, or choose another --out.")
+        check_target(self)
 
     def _documents(self, tasks: list[str]) -> tuple[str, ...]:
         """Training documents only: what the tasks measure on is held out."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +56,8 @@ class Family:
         title: of the dense network, for summaries.
         architecture: its registered name.
         build: from the architecture's arguments to the network; without arguments the dense one.
-        dense: trains the dense network of a seed.
+        recipe: of the dense network, as its card states it.
+        train: makes the dense network of that recipe and a seed.
         tasks: what measures it.
         protocol: of the figures.
         source: of the data.
@@ -67,8 +67,9 @@ class Family:
     slug: str
     title: str
     architecture: str
-    build: Callable[..., Network]
-    dense: Callable[[int], Made]
+    build: Callable[..., Any]  # a classifier or an upscaler
+    recipe: dict[str, Any]
+    train: Callable[[Family, int], Made]
     tasks: tuple[str, ...]
     protocol: str
     source: Source
@@ -79,20 +80,23 @@ class Family:
         """Name of the dense bundle, without the domain."""
         return f"dense-{self.slug}"
 
+    def dense(self, seed: int) -> Made:
+        """The dense network of a seed, trained."""
+        return self.train(self, seed)
 
-def _dense_classifier(model: Classifier, epochs: int, seed: int) -> Made:
-    fresh, recipe = reinitialised(model, seed), Recipe(epochs, lr=0.1)
+
+def _dense_classifier(family: Family, seed: int) -> Made:
+    fresh = reinitialised(family.build(), seed)
     start = time.process_time()
-    Trainer(load_images("digits"), recipe, seed).fit(fresh).run()
-    options = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("momentum", "optimizer")}
-    return Made(fresh.eval(), {}, options, time.process_time() - start)
+    Trainer(load_images("digits"), Recipe(**family.recipe), seed).fit(fresh).run()
+    return Made(fresh.eval(), {}, family.recipe, time.process_time() - start)
 
 
-def _dense_upscaler(seed: int) -> Made:
+def _dense_upscaler(family: Family, seed: int) -> Made:
     start = time.process_time()
-    made = ISSP(0.0, "one-shot", seed=seed, **UPSCALING).train(_edsr())[0]
+    made = ISSP(0.0, "one-shot", seed=seed, **family.recipe).train(family.build())[0]
     set_masks(made, None)
-    return Made(made.eval(), {}, dict(UPSCALING), time.process_time() - start)
+    return Made(made.eval(), {}, family.recipe, time.process_time() - start)
 
 
 def _mobilenet(**arguments: Any) -> MobileNetV1:
@@ -110,14 +114,16 @@ DIGITS: dict[str, Any] = {
 }  # fmt: skip
 CONVNET = Family(
     "convnet-digits", "net of four convolutions on scikit-learn's digits", "vision/convnet", ConvNet,
-    lambda seed: _dense_classifier(ConvNet(), 20, seed), **DIGITS,
+    {"epochs": 20, "lr": 0.1, "batch": 64, "weight_decay": 5e-4}, _dense_classifier, **DIGITS,
 )  # fmt: skip
 MOBILENET = Family(
     "mobilenet-digits", "MobileNet-v1 of an eighth of the width on scikit-learn's digits",
-    "vision/mobilenet", _mobilenet, lambda seed: _dense_classifier(_mobilenet(), 10, seed), **DIGITS,
+    "vision/mobilenet", _mobilenet, {"epochs": 40, "lr": 0.02, "batch": 64, "weight_decay": 5e-4},
+    _dense_classifier, **DIGITS,
 )  # fmt: skip
 EDSR_X2 = Family(
-    "edsr-x2", "EDSR of 4 blocks of 16 channels, twice the size", "vision/edsr", _edsr, _dense_upscaler,
+    "edsr-x2", "EDSR of 4 blocks of 16 channels, twice the size", "vision/edsr", _edsr, UPSCALING,
+    _dense_upscaler,
     ("vision/set5-x2", "vision/set14-x2"), "whole images, luma, borders of 2 pixels cropped, last step",
     superres.SOURCE,
 )  # fmt: skip
@@ -135,11 +141,16 @@ class Entry:
     levels: tuple[str, str]
     make: Callable[[str, int], VisionMethod | ISSP]
 
-    def run(self, level: str, seed: int, dense: Network) -> Made:
-        """What the method makes of a dense network."""
+    def at(self, level: str, seed: int) -> VisionMethod | ISSP:
+        """The method with the options of a level and a seed."""
         method = self.make(level, seed)
         if isinstance(method, VisionMethod):
             method.dataset = self.family.dataset
+        return method
+
+    def run(self, level: str, seed: int, dense: Network) -> Made:
+        """What the method makes of a dense network."""
+        method = self.at(level, seed)
         start = time.process_time()
         made = method.sparsify(dense)
         if not isinstance(made.model, Classifier | Upscaler):
@@ -213,7 +224,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "fast-convnet": Entry(
         "fast-convnet", "Elsen et al. Fast Sparse ConvNets. CVPR 2020.", MOBILENET, ("80", "90"),
-        lambda level, seed: FastConvNet(_share(level), epochs=6, seed=seed),
+        lambda level, seed: FastConvNet(_share(level), epochs=20, lr=0.01, seed=seed),
     ),
     "iss-p": Entry(
         "iss-p", "Wang et al. Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution. ICCV "

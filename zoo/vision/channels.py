@@ -20,6 +20,7 @@ from zoo.vision.models import Classifier
 from zoo.vision.train import Fit, Trainer
 
 Units = dict[str, Tensor]
+Regularised = Literal["marked", "all", "none"]
 VANISHED = 1e-6  # a layer whose largest channel shrank to this share is dead, norm or no norm behind it
 
 
@@ -106,10 +107,11 @@ class MaskSparsity(ChannelMethod):
     channels (residual sums) are ranked by the sum of their scales, where the paper counts votes.
     """
 
-    penalty: float = 5e-3
-    """Weight of the L1 norm of the scales."""
+    penalty: float = 0.1
+    """Weight of the L1 norm of the scales. Times the sum of the learning rates it is how far a marked scale
+    is pulled to 0, so that few steps need a large one."""
 
-    regularise: Literal["marked", "all", "none"] = "marked"
+    regularise: Regularised = "marked"
     """On which scales; the last two are what the method is compared with."""
 
     def sparse_stage(self, model: Classifier, groups: GroupMap, kept: int, trainer: Trainer) -> Fit:

@@ -15,8 +15,6 @@ from zoo.harness.tables import Table, Verdict
 from zoo.names import suggestion
 from zoo.vision.studies import STUDIES, Figures, Study
 
-VERSION = 1  # raise it when a study means something else
-
 
 @dataclass(frozen=True)
 class ClaimsConfig:
@@ -52,8 +50,9 @@ class PruningClaims(Experiment):
         """Run what is missing and sum up."""
 
         def run(name: str, seed: int) -> Figures:
-            key = {"experiment": self.name, "version": VERSION, "study": name, "seed": seed}
-            return dict(cells.cell(key, partial(STUDIES[name].run, seed)))
+            study = STUDIES[name]
+            key = {"experiment": self.name, "version": study.version, "study": name, "seed": seed}
+            return dict(cells.cell(key, partial(study.run, seed)))
 
         pairs = [(name, seed) for name in config.studies for seed in range(config.seeds)]
         found = share([(f"{name} seed {seed}", partial(run, name, seed)) for name, seed in pairs], cells,

@@ -6,7 +6,6 @@ after a kill, and its result equals that of an uninterrupted run bit for bit.
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,18 @@ from pathlib import Path
 import torch
 
 from shared.masks import masks_of, set_masks
-from zoo.bundles import info, load_bundle, save
+from zoo.bundles import info, load_bundle
 from zoo.catalog import find
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError
 from zoo.harness.subjects import twin_of
 from zoo.harness.tasks import get_task
 from zoo.harness.tuning import (
+    check_target,
     checkpoint_folder,
     finetuned_card,
     options_of,
+    publish,
     require_zeros,
     show_change,
     zero_count,
@@ -90,11 +91,8 @@ class Finetune:
             ConfigError: options out of range, a model that is no classifier, or a checkpoint of another run.
             SparseError: whatever loading, data or saving refuse.
         """
-        if self.checkpoint_every < 1:
-            raise ConfigError(f"checkpoint_every must be at least 1. Received: {self.checkpoint_every}.")
         device = checked_device(self.device)
-        if self.out.exists() and not self.overwrite:
-            raise ConfigError(f"{self.out} is there already. Add --overwrite, or choose another --out.")
+        check_target(self)
         source = find(self.model)
         loaded = load_bundle(source)
         if not isinstance(loaded, Classifier | Upscaler):
@@ -126,9 +124,7 @@ class Finetune:
             arguments=source.card.architecture.args,
         )  # fmt: skip
         extras = info(loaded).extras
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        path = save(model, self.out, card=fields, extras=extras, overwrite=self.overwrite)
-        shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)
+        path = publish(self, model, fields, extras)
         values = source.card.metrics[0].value, fields["metrics"][0]["value"]
         zeros = zero_count(loaded), zero_count(model)
         show_change(f"{source.card.name} on {task.name}", task.primary, values, zeros)

@@ -10,6 +10,7 @@ finishes, so that an interrupted run goes on.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,9 +41,17 @@ EVIDENCE = "benchmarks/results/vision-bundles.json"
 NO_PAPER = "No paper: a plain network, trained for this zoo."
 
 
-def kept(file: Path, family: Family, train: Callable[[], Made]) -> Made:
-    """A training's result from its file, after making it if need be."""
-    if not file.exists():
+def kept(file: Path, family: Family, stated: dict[str, Any], train: Callable[[], Made]) -> Made:
+    """A training's result from its file, after making it if need be.
+
+    Args:
+        file: where it is kept; what it was made with stands beside it.
+        family: of the network.
+        stated: `options` of the training and the recipe of its dense `start`: a file made with others is
+            made again.
+        train: makes it.
+    """
+    if not _made_with(file, stated):
         made = train()
         masks = masks_of(made.model) or MaskSet({})
         tensors = {f"weights/{k}": v for k, v in made.model.state_dict().items()}
@@ -50,7 +59,7 @@ def kept(file: Path, family: Family, train: Callable[[], Made]) -> Made:
         tensors |= {f"extras/{k}": v for k, v in made.extras.items()}
         facts = {
             "arguments": made.model.current_arguments(), "options": made.options, "seconds": made.seconds,
-            "patterns": {k: m.pattern.to_dict() for k, m in masks.items()},
+            "start": stated["start"], "patterns": {k: m.pattern.to_dict() for k, m in masks.items()},
         }  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file.with_suffix(".json"), json.dumps(facts, default=str).encode())
@@ -66,6 +75,15 @@ def kept(file: Path, family: Family, train: Callable[[], Made]) -> Made:
         patterns = facts["patterns"]
         set_masks(model, MaskSet({k: Mask(v, pattern_from_dict(patterns[k])) for k, v in found.items()}))
     return Made(model.eval(), part("extras/"), facts["options"], facts["seconds"])
+
+
+def _made_with(file: Path, stated: dict[str, Any]) -> bool:
+    """Whether a file is there and was made with what is stated; results add figures to the options."""
+    if not file.exists():
+        return False
+    facts = json.loads(file.with_suffix(".json").read_text())
+    plain = json.loads(json.dumps(stated))
+    return bool(plain["options"].items() <= facts["options"].items() and plain["start"] == facts.get("start"))
 
 
 @dataclass(frozen=True)
@@ -93,13 +111,17 @@ class Pretrain:
 
     def dense(self, family: Family, seed: int) -> Made:
         """The dense network of a seed."""
-        return kept(self.folder / f"{family.twin}-{seed}.safetensors", family, partial(family.dense, seed))
+        file = self.folder / f"{family.twin}-{seed}.safetensors"
+        return kept(file, family, {"options": family.recipe, "start": None}, partial(family.dense, seed))
 
     def sparse(self, name: str, level: str, seed: int) -> Made:
         """What a method makes of the dense network of a seed."""
         entry = ENTRIES[name]
+        options = dataclasses.asdict(entry.at(level, seed))
+        del options["device"]  # results do not depend on it
         return kept(
             self.folder / f"{slug(name, level)}-{seed}.safetensors", entry.family,
+            {"options": options, "start": entry.family.recipe},
             lambda: entry.run(level, seed, self.dense(entry.family, seed).model),
         )  # fmt: skip
 

@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shared.averaging import recalibrate_norms
 from shared.bench.timing import compare
-from shared.groups import trace_groups
+from shared.groups import GroupMap, trace_groups
 from shared.masks import MaskSet, masks_of
+from shared.patterns import NM
 from shared.sparsifier import sparsify
 from shared.surgery import cut
-from zoo.vision.base import clone
+from zoo.vision.base import clone, inner_weights
 from zoo.vision.bip import BiP
-from zoo.vision.channels import WGSEF, MaskSparsity
+from zoo.vision.channels import WGSEF, ChannelMethod, MaskSparsity, Regularised
 from zoo.vision.data import load_images
 from zoo.vision.jackpots import LotteryJackpot, magnitude_masks
 from zoo.vision.magnitude import MagnitudePruning
 from zoo.vision.models import MLP, Classifier, ConvNet, ResNet, ViT, reinitialised
-from zoo.vision.nm_training import BDWP, ProgressiveFlow
+from zoo.vision.nm_training import BDWP, ProgressiveFlow, parsed_nm
 from zoo.vision.soups import SparseSoup
 from zoo.vision.sparse_ift import SparseIFT
-from zoo.vision.train import Recipe, Trainer, accuracy
+from zoo.vision.train import Fit, Recipe, Trainer, accuracy
 
 DENSE = Recipe(12, 0.1)
 TUNED = 6  # epochs after the dense ones
@@ -60,6 +61,7 @@ class Study:
         claims: what the figures are to show.
         unit: of the figures.
         facts: figures that are no accuracies and are shown as they are.
+        version: raise it when the study means something else.
     """
 
     title: str
@@ -67,6 +69,7 @@ class Study:
     claims: tuple[Claim, ...] = ()
     unit: str = "%"
     facts: tuple[str, ...] = field(default=())
+    version: int = 1
 
 
 def _trainer(seed: int, recipe: Recipe = DENSE) -> Trainer:
@@ -152,26 +155,39 @@ def soups(seed: int) -> Figures:
     }
 
 
-def _flows(model: Classifier, pattern: str, names: tuple[str, ...], seed: int) -> Figures:
-    shared: dict[str, Any] = {"pattern": pattern, "names": names, "epochs": 15, "lr": 0.05, "seed": seed}
+def _random_nm(model: Classifier, pattern: str, names: Sequence[str], recipe: Recipe, seed: int) -> float:
+    """Fresh weights trained under a random mask of the pattern, along the inputs."""
+    fresh = reinitialised(model, seed)
+    found = parsed_nm(pattern)
+    sparsify(fresh, pattern=NM(found.n, found.m, 1), score="random", names=names, seed=seed)
+    _trainer(seed, recipe).fit_masked(fresh)
+    return _test(fresh)
+
+
+def _flows(model: Classifier, pattern: str, names: tuple[str, ...], epochs: int, seed: int) -> Figures:
+    recipe = Recipe(epochs, 0.05)
+    shared: dict[str, Any] = {
+        "pattern": pattern, "names": names, "epochs": epochs, "lr": recipe.lr, "seed": seed,
+    }  # fmt: skip
     out = {}
     for flow in ("ste", "sr-ste", "decay-linear", "decay-exp", "stepwise"):
         method = ProgressiveFlow(flow=flow, **shared)
         out[flow] = _test(_made(method, model, seed)[0])
     plain = ProgressiveFlow(flow="decay-exp", restrict=False, **shared)
     out["decay-exp, gradient not restricted"] = _test(_made(plain, model, seed)[0])
-    out["dense"] = _test(_dense(model, seed, Recipe(15, 0.05)))
+    out["random mask"] = _random_nm(model, pattern, names, recipe, seed)
+    out["dense"] = _test(_dense(model, seed, recipe))
     return out
 
 
 def flow_mlp(seed: int) -> Figures:
     """1:16 in a perceptron."""
-    return _flows(MLP(), "1:16", ("layers.*.weight",), seed)
+    return _flows(MLP(), "1:16", ("layers.*.weight",), 15, seed)
 
 
 def flow_vit(seed: int) -> Figures:
     """1:16 in the feed-forward layers of a transformer."""
-    return _flows(ViT(), "1:16", ("blocks.*.fc?.weight",), seed)
+    return _flows(ViT(), "1:16", ("blocks.*.fc?.weight",), 30, seed)
 
 
 def bdwp(seed: int) -> Figures:
@@ -183,6 +199,7 @@ def bdwp(seed: int) -> Figures:
         made, trainer = _made(method, ConvNet(), seed)
         out[name] = _test(made)
         out[f"training GFLOPs of {name}"] = trainer.cost.flops / 1e9
+    out["random mask"] = _random_nm(ConvNet(), "2:8", inner_weights(ConvNet()), DENSE, seed)
     trainer, fresh = _trainer(seed), reinitialised(ConvNet(), seed)
     trainer.fit(fresh).run()
     return {**out, "dense": _test(fresh), "training GFLOPs of dense": trainer.cost.flops / 1e9}
@@ -200,32 +217,48 @@ def sparse_ift(seed: int) -> Figures:
     return out
 
 
+@dataclass
+class _RandomChannels(ChannelMethod):
+    """The control: as many channels, drawn at random, after as much training."""
+
+    def sparse_stage(self, model: Classifier, groups: GroupMap, kept: int, trainer: Trainer) -> Fit:
+        return trainer.fit(model).run(until=self.sparse_epochs)
+
+    def scores(self, model: nn.Module, groups: GroupMap) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        return {name: torch.rand(family.units, generator=generator) for name, family in groups.items()}
+
+
+def _removals(dense: Classifier, methods: Mapping[str, ChannelMethod], when: str, seed: int) -> Figures:
+    """Accuracy right after each method's removal of channels, and after the epochs that are left."""
+    out = {"dense": _test(dense)}
+    for name, method in methods.items():
+        trainer, made = _trainer(seed, method.recipe()), clone(dense)
+        fit = method.cut(made, trainer)[0]
+        out[f"{name}: {when}"] = _test(made)
+        fit.run()
+        out[f"{name}: fine-tuned"] = _test(made)
+    return out
+
+
 def mask_sparsity(seed: int) -> Figures:
     """Right after removal of half the channels between the convolutions of each block, and after
     fine-tuning."""
-    model = ResNet(14, 8, channels=1)
-    dense, out = _dense(model, seed), {}
-    out["dense"] = _test(dense)
-    for which in ("marked", "all", "none"):
-        method = MaskSparsity(0.5, epochs=8, sparse_epochs=6, regularise=which, seed=seed)
-        trainer, made = _trainer(seed, method.recipe()), clone(dense)
-        fit = method.cut(made, trainer)[0]
-        out[f"{which}: after removal"] = _test(made)
-        out[f"{which}: fine-tuned"] = (fit.run(), _test(made))[1]
-    return out
+    shared: dict[str, Any] = {"sparsity": 0.5, "epochs": 8, "sparse_epochs": 6, "seed": seed}
+    methods: dict[str, ChannelMethod] = {"random channels": _RandomChannels(**shared)}
+    for which in get_args(Regularised):
+        methods[which] = MaskSparsity(regularise=which, **shared)
+    return _removals(_dense(ResNet(14, 8, channels=1), seed), methods, "after removal", seed)
 
 
 def wgsef(seed: int) -> Figures:
     """Right after the cut to a quarter of the channels, for several penalties, and without one."""
-    dense, out = _dense(ConvNet(), seed), {}
+    shared: dict[str, Any] = {"sparsity": 0.75, "epochs": 10, "sparse_epochs": 8, "seed": seed}
+    methods: dict[str, ChannelMethod] = {"random channels": _RandomChannels(**shared)}
     for penalty in (0.0, 0.1, 0.3, 1.0):
-        method = WGSEF(0.75, epochs=10, sparse_epochs=8, penalty=penalty, seed=seed)
-        trainer, made = _trainer(seed, method.recipe()), clone(dense)
-        fit = method.cut(made, trainer)[0]
         name = f"penalty {penalty:g}" if penalty else "no penalty"
-        out[f"{name}: after the cut"] = _test(made)
-        out[f"{name}: fine-tuned"] = (fit.run(), _test(made))[1]
-    return out
+        methods[name] = WGSEF(penalty=penalty, **shared)
+    return _removals(_dense(ConvNet(), seed), methods, "after the cut", seed)
 
 
 def removed_channels(seed: int) -> Figures:
@@ -288,7 +321,9 @@ STUDIES: dict[str, Study] = {
             Claim("exponential decay is a point above SR-STE at 1:16", "up to 2 % (abstract)", "decay-exp",
                   "sr-ste", 1.0),
             Claim("exponential decay differs from plain straight-through", "above", "decay-exp", "ste"),
+            Claim("exponential decay is above a random 1:16 mask", BAR, "decay-exp", "random mask"),
         ),
+        version=2,
     ),
     "pgf-vit": Study(
         "N:M training, feed-forward layers of a transformer, 1:16", flow_vit,
@@ -297,7 +332,10 @@ STUDIES: dict[str, Study] = {
                   "up to 2 % (abstract)", "decay-exp", "sr-ste", 1.0),
             Claim("exponential decay differs from plain straight-through in a transformer", "above",
                   "decay-exp", "ste"),
+            Claim("exponential decay is above a random 1:16 mask in a transformer", BAR, "decay-exp",
+                  "random mask"),
         ),
+        version=2,
     ),
     "bdwp": Study(
         "BDWP, 2:8", bdwp,
@@ -306,8 +344,10 @@ STUDIES: dict[str, Study] = {
                   -1.0),
             Claim("BDWP is within half a point of SR-STE at two thirds of its cost", BAR, "BDWP 2:8",
                   "SR-STE 2:8", -0.5),
+            Claim("BDWP is above a random 2:8 mask", BAR, "BDWP 2:8", "random mask"),
         ),
         facts=("training GFLOPs of BDWP 2:8", "training GFLOPs of SR-STE 2:8", "training GFLOPs of dense"),
+        version=2,
     ),
     "sparse-ift": Study(
         "Sparse-IFT at equal inference FLOPs", sparse_ift,
@@ -325,7 +365,10 @@ STUDIES: dict[str, Study] = {
             Claim("the penalty on marked scales leaves a point more after removal than that on all", BAR,
                   "marked: after removal", "all: after removal", 1.0),
             Claim("and far more than none", BAR, "marked: after removal", "none: after removal", 5.0),
+            Claim("MaskSparsity is above random channels after equal fine-tuning", BAR, "marked: fine-tuned",
+                  "random channels: fine-tuned"),
         ),
+        version=2,
     ),
     "wgsef": Study(
         "WGSEF, a quarter of the channels left", wgsef,
@@ -334,7 +377,10 @@ STUDIES: dict[str, Study] = {
                   "penalty 1: after the cut", "no penalty: after the cut", 5.0),
             Claim("and is no worse by 0.3 points after equal fine-tuning", BAR, "penalty 1: fine-tuned",
                   "no penalty: fine-tuned", -0.3),
+            Claim("WGSEF is above random channels after equal fine-tuning", BAR, "penalty 1: fine-tuned",
+                  "random channels: fine-tuned"),
         ),
+        version=2,
     ),
     "removed-channels": Study(
         "ResNet-20 without half of its inner channels", removed_channels,

@@ -6,19 +6,26 @@ kill, and its result equals that of an uninterrupted run.
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zoo.bundles import info, load_bundle, save
+from zoo.bundles import info, load_bundle
 from zoo.catalog import find
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError
 from zoo.harness.subjects import twin_of
 from zoo.harness.tasks import get_task
-from zoo.harness.tuning import checkpoint_folder, command_of, finetuned_card, options_of, show_change
+from zoo.harness.tuning import (
+    check_target,
+    checkpoint_folder,
+    command_of,
+    finetuned_card,
+    options_of,
+    publish,
+    show_change,
+)
 from zoo.progress import progress_bar
 from zoo.vision.lidar.data import KITTI, KITTI_FRAMES, SOURCE, Frame, real_frame, scene_frames
 from zoo.vision.lidar.detector import Detector
@@ -77,8 +84,7 @@ class FinetuneLidar:
             SparseError: whatever loading, data or saving refuse.
         """
         recipe = DetectorRecipe(self.epochs, self.batch, self.lr, self.weight_decay, self.device)
-        if self.out.exists() and not self.overwrite:
-            raise ConfigError(f"{self.out} is there already. Add --overwrite, or choose another --out.")
+        check_target(self)
         source = find(self.model)
         model = load_bundle(source)
         if not isinstance(model, Detector):
@@ -108,9 +114,7 @@ class FinetuneLidar:
         flops = fields["cost"]["flops"]
         parameters = sum(p.numel() for p in model.parameters())
         fields["cost"] = cost_beside(twin.card if twin else None, flops["dense"], flops["sparse"], parameters)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        path = save(model, self.out, card=fields, extras=extras, overwrite=self.overwrite)
-        shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)
+        path = publish(self, model, fields, extras)
         values = source.card.metrics[0].value, fields["metrics"][0]["value"]
         show_change(f"{source.card.name} on {task.name}", task.primary, values, (0, 0))
         return path
