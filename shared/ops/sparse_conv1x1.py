@@ -212,23 +212,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _sparse_conv1x1.register_autograd(_backward, setup_context=_setup_context)
 
 
+# Channels out and in, and sides of maps, as MobileNet-v1 has them at 224 pixels.
+_QUICK_CASE = (256, 256, 14)
+_CASES = ((64, 32, 112), (128, 64, 56), (128, 128, 56), (256, 256, 28), (512, 256, 14), (512, 512, 14),
+          (1024, 1024, 7))  # fmt: skip
+
+
 def calibrate(quick: bool) -> list[dispatch.Entry]:
     """Measure channels x maps x densities on this machine, for `dispatch.calibrate`."""
     entries = []
     for layout in ("csr", "rows4", "bitmask"):
-        for channels, side in (
-            ((256, 14),) if quick else ((64, 56), (128, 28), (256, 14), (512, 14), (1024, 7))
-        ):
+        for rows, cols, side in (_QUICK_CASE,) if quick else _CASES:
             for density in (0.3, 0.1) if quick else (0.5, 0.3, 0.2, 0.1, 0.05):
-                mask = torch.rand(channels // 4, channels) < density
-                mask = (
-                    mask.repeat_interleave(4, 0)
-                    if layout == "rows4"
-                    else torch.rand(channels, channels) < density
-                )
-                weight = pack(torch.randn(channels, channels), mask, layout)
+                together = 4 if layout == "rows4" else 1
+                mask = (torch.rand(rows // together, cols) < density).repeat_interleave(together, 0)
+                weight = pack(torch.randn(rows, cols), mask, layout)
                 for batch in (1,) if quick else (1, 8):
-                    x = torch.randn(batch, channels, side, side)
+                    x = torch.randn(batch, cols, side, side)
                     run = functools.partial(sparse_conv1x1, x, weight)
                     entries.append(dispatch.measure("sparse_conv1x1", run, *case(x, weight), quick=quick))
     return entries
