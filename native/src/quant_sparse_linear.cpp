@@ -26,24 +26,93 @@ struct Groups {
   }
 };
 
-// xs holds the rows of x chunk by chunk, kLanes values of each.
-template <int B>
+// By how much a group's codes are scaled and moved: w = code * scale + shift. Computed for a row at a time, since group by
+// group that would take longer than the products.
+struct Ranges {
+  float* scale;
+  float* shift;
+};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// The codes of sixteen columns, 0 to 15, in two vectors in the order of `column_of`, so that one load serves both.
+constexpr float kLowest = 0.0f;
+ZOO_INLINE void codes_of(const uint8_t* codes, vf* out) {
+  int64_t bits;
+  std::memcpy(&bits, codes, 8);
+  const __m256i words = _mm256_set1_epi64x(bits), four = _mm256_set1_epi32(15);
+  const __m256i low = _mm256_srlv_epi32(words, _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12));
+  const __m256i high = _mm256_srlv_epi32(words, _mm256_setr_epi32(16, 16, 20, 20, 24, 24, 28, 28));
+  out[0] = _mm256_cvtepi32_ps(_mm256_and_si256(low, four));
+  out[1] = _mm256_cvtepi32_ps(_mm256_and_si256(high, four));
+}
+ZOO_INLINE int64_t column_of(int64_t lane) { return lane % 2 * 8 + lane / 2; }
+
+#else
+
+constexpr float kLowest = -8.0f;
+ZOO_INLINE void codes_of(const uint8_t* codes, vf* out) {
+  for (int c = 0; c < 16 / kLanes; ++c) out[c] = load(reinterpret_cast<const int4*>(codes + c * kLanes / 2));
+}
+ZOO_INLINE int64_t column_of(int64_t lane) { return lane; }
+
+#endif
+
+ZOO_INLINE void ranges_of(const Groups& w, int64_t first, int64_t count, const Ranges& out) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    const vf scale = load(w.scales + first + j);
+    const vf zeros = load(reinterpret_cast<const int8_t*>(w.zeros + first + j));
+    store(out.scale + j, scale);
+    store(out.shift + j, mul(scale, fma(zeros, splat(-1.0f), splat(-kLowest))));
+  }
+  for (; j < count; ++j) {
+    const float scale = to_float(w.scales[first + j]);
+    out.scale[j] = scale;
+    out.shift[j] = scale * (-kLowest - static_cast<float>(w.zeros[first + j]));
+  }
+}
+
+// xs holds the rows of x by sixteen columns, in the order of `column_of`, kLanes values of each row.
+// kGroup is the size of the groups, or 0 for any.
+template <int B, int kGroup>
 void few_rows(const Groups& w, const float* xs, float* y, int64_t from, int64_t to) {
+  constexpr int kParts = 16 / kLanes;
+  constexpr int kTurns = B <= 2 ? 2 : 1;  // groups by turns, so that a sum need not wait for the one before
+  const int64_t group = kGroup > 0 ? kGroup : w.group;
+  const int64_t most = w.cols / w.group;
+  float* buffer = scratch_of<float>(2 * most, 1);
+  const Ranges ranges{buffer, buffer + most};
   for (int64_t row = from; row < to; ++row) {
-    vf acc[2][B];
-    for (int c = 0; c < 2; ++c)
-      for (int b = 0; b < B; ++b) acc[c][b] = zero();
-    for (int64_t g = w.pointer[row]; g < w.pointer[row + 1]; ++g) {
-      const float scale = to_float(w.scales[g]);
-      const vf scales = splat(scale), shift = splat((8.0f - static_cast<float>(w.zeros[g])) * scale);
-      const float* xk = xs + w.columns[g] * w.group * B;
-      for (int64_t i = 0; i < w.group; i += 16)
-        for (int c = 0; c < 16 / kLanes; ++c) {
-          const vf values = w.values(g, i + c * kLanes, scales, shift);
-          for (int b = 0; b < B; ++b, xk += kLanes) acc[c][b] = fma(values, load(xk), acc[c][b]);
+    const int64_t first = w.pointer[row], count = w.pointer[row + 1] - first;
+    ranges_of(w, first, count, ranges);
+    vf acc[kTurns][kParts][B];
+    for (auto& turn : acc)
+      for (auto& part : turn)
+        for (vf& sum : part) sum = zero();
+    const auto add_group = [&](int64_t j, vf (*sums)[B]) {
+      const vf scale = splat(ranges.scale[j]), shift = splat(ranges.shift[j]);
+      const float* xk = xs + w.columns[first + j] * group * B;
+      const uint8_t* codes = w.codes + (first + j) * group / 2;
+      for (int64_t i = 0; i < group; i += 16, codes += 8) {
+        vf values[kParts];
+        codes_of(codes, values);
+        for (int c = 0; c < kParts; ++c) {
+          const vf value = fma(values[c], scale, shift);
+          for (int b = 0; b < B; ++b, xk += kLanes) sums[c][b] = fma(value, load(xk), sums[c][b]);
         }
+      }
+    };
+    int64_t j = 0;
+    for (; j + kTurns <= count; j += kTurns)
+      for (int turn = 0; turn < kTurns; ++turn) add_group(j + turn, acc[turn]);
+    if (j < count) add_group(j, acc[0]);
+    for (int b = 0; b < B; ++b) {
+      vf total = zero();
+      for (const auto& turn : acc)
+        for (const auto& part : turn) total = add(total, part[b]);
+      y[b * w.rows + row] += sum(total);
     }
-    for (int b = 0; b < B; ++b) y[b * w.rows + row] += sum(add(acc[0][b], acc[1][b]));
   }
 }
 
@@ -91,12 +160,16 @@ void batched(const Groups& w, const float* x, const float* bias, float* y, int64
 template <int B>
 void direct(const Groups& w, const float* x, const float* bias, float* y, int64_t threads) {
   float* xs = scratch_of<float>(w.cols * B, 0);
-  for (int64_t k = 0; k < w.cols; k += kLanes)
-    for (int b = 0; b < B; ++b) store(xs + k * B + b * kLanes, load(x + b * w.cols + k));
+  float* place = xs;
+  for (int64_t k = 0; k < w.cols; k += 16)
+    for (int64_t part = 0; part < 16; part += kLanes)
+      for (int b = 0; b < B; ++b, place += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane) place[lane] = x[b * w.cols + k + column_of(part + lane)];
   parallel_rows(w.pointer, w.rows, kRowCost, threads, [&](int64_t from, int64_t to) {
     for (int b = 0; b < B; ++b)
       for (int64_t row = from; row < to; ++row) y[b * w.rows + row] = bias != nullptr ? bias[row] : 0.0f;
-    few_rows<B>(w, xs, y, from, to);
+    if (w.group == 16) few_rows<B, 16>(w, xs, y, from, to);
+    else few_rows<B, 0>(w, xs, y, from, to);
   });
 }
 
