@@ -102,21 +102,22 @@ struct BitSource {
       Ahead ahead = next.ahead(p, upcoming, (columns + 63) / 64);
       const T* values = w.values + w.pointer[segment];
       const uint8_t* bits = static_cast<const uint8_t*>(w.index) + segment * (w.panel / 8);
-      const auto step = [&](int64_t k, uint64_t mask, int chain) {
-        const uint32_t lanes = static_cast<uint32_t>(mask) & ((1u << kLanes) - 1);
-        visit(first + k, expand(lanes, values), chain);
-        values += __builtin_popcount(lanes);
+      constexpr int kSteps = 32 / kLanes;  // of a word of mask bits
+      const auto step = [&](int64_t k, uint32_t key, int chain) {
+        visit(first + k, expand(key, values), chain);
+        values += __builtin_popcount(key);
       };
-      uint64_t mask = 0;
+      uint32_t words[2];
       int64_t k = 0;
       for (; k + 64 <= columns; k += 64) {
-        std::memcpy(&mask, bits + k / 8, 8);
+        std::memcpy(words, bits + k / 8, 8);
         ahead.step();
 #pragma GCC unroll 8
-        for (int s = 0; s < 64 / kLanes; ++s, mask >>= kLanes) step(k + s * kLanes, mask, s % 4);
+        for (int s = 0; s < 2 * kSteps; ++s)
+          step(k + s * kLanes, key_at<T>(words[s / kSteps], s % kSteps), s % 4);
       }
-      if (k < columns) std::memcpy(&mask, bits + k / 8, 8);
-      for (; k < columns; k += kLanes, mask >>= kLanes) step(k, mask, 0);
+      if (k < columns) std::memcpy(words, bits + k / 8, 8);
+      for (int s = 0; k < columns; k += kLanes, ++s) step(k, key_at<T>(words[s / kSteps], s % kSteps), 0);
     }
   }
 

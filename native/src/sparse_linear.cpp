@@ -3,6 +3,8 @@
 // Batch 1 is bound by the bytes of W: csr segments gather x; bitmask segments are expanded in registers, for up to four
 // rows of x at a time. A larger batch (csr and blocks) turns x into [cols, tile] panels that stay in the
 // caches, so that each kept weight is one broadcast and V fused multiply-adds on a tile of V vectors of the batch.
+#include <cmath>
+
 #include "zoo/export.hpp"
 #include "zoo/packed.hpp"
 #include "zoo/parallel.hpp"
@@ -18,11 +20,46 @@ ZOO_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3
 
 // ---- a few rows of x, no transposition -----------------------------------------------------------------------------
 
-// xs holds the rows of x chunk by chunk: kLanes columns of each of the B rows, then the next columns.
+// totals[b] = the sum over a segment of kept weights times row b of xk, which holds the rows of x chunk by chunk: kLanes
+// columns of each of the B rows, then the next columns.
 // PerByte: kept values of each eight columns where the pattern fixes them (N:M), 0 where the bits must be counted.
+// Unless Exact, a number that is not finite may reach a sum to which it does not belong.
+template <bool Exact, int PerByte, int B, class T>
+ZOO_INLINE void bitmask_segment(const T* values, const uint8_t* bits, int64_t columns, const float* xk, float* totals) {
+  constexpr int kChains = B >= 4 ? 1 : 4 / B;
+  constexpr int kSteps = 32 / kLanes;  // of a word of mask bits
+  vf acc[kChains][B];
+  for (int c = 0; c < kChains; ++c)
+    for (int b = 0; b < B; ++b) acc[c][b] = zero();
+  const auto step = [&](uint32_t key, int chain) {
+    const vf weights = Exact ? expand(key, values) : spread(key, values);
+    values += PerByte > 0 ? PerByte * kLanes / 8 : __builtin_popcount(key);
+    for (int b = 0; b < B; ++b, xk += kLanes) {
+      const vf xs = Exact ? load_kept(key >> kKeyShift<T>, xk) : load_beside<T>(key, xk);
+      acc[chain][b] = fma(weights, xs, acc[chain][b]);
+    }
+  };
+  uint32_t words[2];
+  int64_t k = 0;
+  for (; k + 64 <= columns; k += 64) {
+    std::memcpy(words, bits + k / 8, 8);
+    prefetch(values + kAhead);
+    if constexpr (sizeof(T) == 4) prefetch(values + kAhead + 16);  // up to 64 kept values, on average two lines
+    if (k % 512 == 0) prefetch(bits + k / 8 + kAhead);
+#pragma GCC unroll 8
+    for (int s = 0; s < 2 * kSteps; ++s) step(key_at<T>(words[s / kSteps], s % kSteps), s % kChains);
+  }
+  if (k < columns) std::memcpy(words, bits + k / 8, 8);
+  for (int s = 0; k < columns; k += kLanes, ++s) step(key_at<T>(words[s / kSteps], s % kSteps), 0);
+  for (int b = 0; b < B; ++b) {
+    vf total = acc[0][b];
+    for (int c = 1; c < kChains; ++c) total = add(total, acc[c][b]);
+    totals[b] = sum(total);
+  }
+}
+
 template <int PerByte, int B, class T>
 void bitmask_rows(const Packed<T>& w, const float* xs, float* y, int64_t from, int64_t to) {
-  constexpr int kChains = B >= 4 ? 1 : 4 / B;
   for (int64_t p = 0; p < w.panels(); ++p) {
     const int64_t columns = std::min(w.panel, w.cols - p * w.panel);
     for (int64_t row = from; row < to; ++row) {
@@ -30,32 +67,14 @@ void bitmask_rows(const Packed<T>& w, const float* xs, float* y, int64_t from, i
       const T* values = w.values + w.pointer[segment];
       const uint8_t* bits = static_cast<const uint8_t*>(w.index) + segment * (w.panel / 8);
       const float* xk = xs + p * w.panel * B;
-      vf acc[kChains][B];
-      for (int c = 0; c < kChains; ++c)
-        for (int b = 0; b < B; ++b) acc[c][b] = zero();
-      const auto step = [&](uint32_t lanes, int chain) {
-        const vf expanded = expand(lanes, values);
-        values += PerByte > 0 ? PerByte * kLanes / 8 : __builtin_popcount(lanes);
-        for (int b = 0; b < B; ++b, xk += kLanes) acc[chain][b] = fma(expanded, load(xk), acc[chain][b]);
-      };
-      uint64_t mask;
-      int64_t k = 0;
-      for (; k + 64 <= columns; k += 64) {
-        std::memcpy(&mask, bits + k / 8, 8);
-        prefetch(values + kAhead);
-        if constexpr (sizeof(T) == 4) prefetch(values + kAhead + 16);  // up to 64 kept values, on average two lines
-        if (k % 512 == 0) prefetch(bits + k / 8 + kAhead);
-#pragma GCC unroll 8
-        for (int s = 0; s < 64 / kLanes; ++s, mask >>= kLanes)
-          step(static_cast<uint32_t>(mask) & ((1u << kLanes) - 1), s % kChains);
-      }
-      std::memcpy(&mask, bits + (k < columns ? k / 8 : 0), 8);
-      for (; k < columns; k += kLanes, mask >>= kLanes) step(static_cast<uint32_t>(mask) & ((1u << kLanes) - 1), 0);
-      for (int b = 0; b < B; ++b) {
-        vf total = acc[0][b];
-        for (int c = 1; c < kChains; ++c) total = add(total, acc[c][b]);
-        y[b * w.rows + row] += sum(total);
-      }
+      float totals[B];
+      bitmask_segment<false, PerByte, B>(values, bits, columns, xk, totals);
+      for (int b = 0; b < B; ++b)
+        if (!std::isfinite(totals[b])) {
+          bitmask_segment<true, PerByte, B>(values, bits, columns, xk, totals);
+          break;
+        }
+      for (int b = 0; b < B; ++b) y[b * w.rows + row] += totals[b];
     }
   }
 }
@@ -276,8 +295,7 @@ void run(const Packed<T>& w, int64_t layout, const float* x, const float* bias, 
 }  // namespace zoo
 
 // x [batch, cols] and y [batch, rows] float, contiguous; bias [rows] or null; values of `type` and csr columns padded by
-// kOverread entries; pointer int32 [panels * segment rows + 1]. The bitmask layout takes a batch of 1 to 4 and finite x
-// (an expanded zero would turn an infinite x into NaN); its `width` is the kept values per eight columns where an N:M
+// kOverread entries; pointer int32 [panels * segment rows + 1]. The bitmask layout takes a batch of 1 to 4; its `width` is the kept values per eight columns where an N:M
 // pattern fixes them (2 or 4), otherwise 1.
 ZOO_EXPORT void zoo_sparse_linear(const float* x, const void* values, const void* index, const int32_t* pointer,
                                   const float* bias, float* y, int64_t batch, int64_t rows, int64_t cols,

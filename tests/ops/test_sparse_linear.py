@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shared import ops
 from shared.errors import OpError
 from shared.ops import _native
-from shared.ops.layout import OVERREAD
+from shared.ops.layout import OVERREAD, VALUE_TYPES
 from shared.ops.memory import PAGE, on_huge_pages
 from shared.ops.modules import SparseLinear
 from shared.ops.sparse_linear import reference, sparse_linear
@@ -150,6 +150,24 @@ def test_non_finite_input_reaches_kept_weights_only(layout: str, batch: int, bad
         if layout in ("bitmask", "csr"):  # the zeros inside a kept block are stored, and do meet it
             assert y[0, ~met].isfinite().all()
         assert y[1:].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", VALUE_TYPES)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_bits_keep_infinite_numbers_in_their_place(dtype: torch.dtype, batch: int) -> None:
+    weight, x = torch.randn(9, 200), torch.randn(batch, 200)
+    mask = torch.rand(9, 200) < 0.5
+    mask[2, 7] = mask[5, 150] = True
+    weight[2, 7], weight[5, 150] = torch.inf, torch.nan
+    x[batch - 1, 64] = torch.inf
+    mask[:, 64], mask[3, 64] = False, True  # which row 3 alone meets
+    packed = pack(weight.to(dtype), mask, "bitmask")
+    with ops.backend("native"):
+        y = sparse_linear(x, packed)
+    products = packed.to_dense().double() * x.double().unsqueeze(1)
+    expected = products.masked_fill(~mask, 0).sum(-1)
+    torch.testing.assert_close(y.double(), expected, atol=1e-3, rtol=1e-3, equal_nan=True)
 
 
 @needs_native

@@ -105,10 +105,22 @@ ZOO_INLINE vf gather(const float* x, const uint16_t* offsets) {
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(offsets))), x, 4);
 }
 
-// Lane i of the result is the next unread packed value where bit i is set; other lanes are zero.
 template <class T>
-ZOO_INLINE vf expand(uint32_t bits, const T* packed) {
-  return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), load(packed));
+constexpr int kKeyShift = 0;
+template <class T>
+ZOO_INLINE vf expand(uint32_t key, const T* packed) {
+  return _mm512_maskz_expand_ps(static_cast<__mmask16>(key), load(packed));
+}
+template <class T>
+ZOO_INLINE vf spread(uint32_t key, const T* packed) {
+  return expand(key, packed);
+}
+template <class T>
+ZOO_INLINE vf load_beside(uint32_t, const float* x) {
+  return load(x);
+}
+ZOO_INLINE vf load_kept(uint32_t bits, const float* x) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), x);
 }
 
 #elif defined(__AVX2__)
@@ -156,57 +168,83 @@ ZOO_INLINE vf first_lanes(vf v, int64_t count) {
   return _mm256_and_ps(v, _mm256_castsi256_ps(wanted));
 }
 
-// Lane i is x[offsets[i]]. Eight scalar loads beat the gather instruction (Zen 3: 0.30 against 0.47 ns an entry).
+// Lane i is x[offsets[i]]. Eight scalar loads beat the gather instruction (Zen 3: 10 cycles), and two offsets are read
+// at once, as loads are what limits this.
 ZOO_INLINE vf gather(const float* x, const uint16_t* offsets) {
-  const auto pair = [&](int i) { return _mm_unpacklo_ps(_mm_load_ss(x + offsets[i]), _mm_load_ss(x + offsets[i + 1])); };
-  return _mm256_set_m128(_mm_movelh_ps(pair(4), pair(6)), _mm_movelh_ps(pair(0), pair(2)));
+  const auto four = [&](const uint16_t* o) {
+    uint32_t low, high;
+    std::memcpy(&low, o, 4);
+    std::memcpy(&high, o + 2, 4);
+    __m128 v = _mm_load_ss(x + (low & 0xffff));
+    v = _mm_insert_ps(v, _mm_load_ss(x + (low >> 16)), 0x10);
+    v = _mm_insert_ps(v, _mm_load_ss(x + (high & 0xffff)), 0x20);
+    return _mm_insert_ps(v, _mm_load_ss(x + (high >> 16)), 0x30);
+  };
+  return _mm256_set_m128(four(offsets + 4), four(offsets));
 }
 
-// Byte shuffles that put packed values where the set bits of a byte are, and zeros elsewhere (a control byte with its
-// sign bit set makes a zero): one instruction spreads, widens and masks.
-//   f32:  two groups of four lanes, each from 16 bytes of its own;
-//   bf16: eight lanes from the same 16 bytes, each value into the upper half of a float;
-//   f16:  eight halves, widened afterwards.
+// Controls of the permutations that put packed values where the set bits of a byte are.
+//   f32:  per lane, which of the next eight values, with the sign bit set where the lane's bit is;
+//   bf16: bytes of eight floats from the same 16 bytes, each value into an upper half; 0x80 makes a zero;
+//   f16:  the same for eight halves, widened afterwards.
 struct SpreadTable {
-  alignas(64) uint8_t f32[256][32];
+  alignas(64) uint8_t f32[256][8];
   alignas(64) uint8_t bf16[256][32];
   alignas(64) uint8_t f16[256][16];
   constexpr SpreadTable() : f32(), bf16(), f16() {
     for (uint32_t bits = 0; bits < 256; ++bits) {
-      uint32_t seen = 0, in_group = 0;
+      uint32_t seen = 0;
       for (uint32_t lane = 0; lane < 8; ++lane) {
         const bool set = (bits >> lane) & 1;
-        if (lane == 4) in_group = 0;
-        for (uint32_t byte = 0; byte < 4; ++byte) {
-          f32[bits][4 * lane + byte] = static_cast<uint8_t>(set ? 4 * in_group + byte : 0x80);
+        f32[bits][lane] = static_cast<uint8_t>(set ? 0x80 | seen : 0);
+        for (uint32_t byte = 0; byte < 4; ++byte)
           bf16[bits][4 * lane + byte] = static_cast<uint8_t>(set && byte >= 2 ? 2 * seen + byte - 2 : 0x80);
-        }
         for (uint32_t byte = 0; byte < 2; ++byte)
           f16[bits][2 * lane + byte] = static_cast<uint8_t>(set ? 2 * seen + byte : 0x80);
         seen += set;
-        in_group += set;
       }
     }
   }
 };
 inline constexpr SpreadTable kSpread{};
 
-ZOO_INLINE __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+template <class T>
+constexpr int kKeyShift = 0;  // a key of floats is an index: addresses scale by 8
+template <>
+inline constexpr int kKeyShift<bf16> = 5;
+template <>
+inline constexpr int kKeyShift<f16> = 4;
 
-// Lane i of the result is the next unread packed value where bit i is set; other lanes are zero.
-ZOO_INLINE vf expand(uint32_t bits, const float* packed) {
-  const __m256i halves = _mm256_inserti128_si256(_mm256_castsi128_si256(load16(packed)),
-                                                 load16(packed + __builtin_popcount(bits & 15)), 1);
-  const auto* control = reinterpret_cast<const __m256i*>(kSpread.f32[bits]);
-  return _mm256_castsi256_ps(_mm256_shuffle_epi8(halves, _mm256_load_si256(control)));
+ZOO_INLINE __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+ZOO_INLINE __m256i lanes_of(uint32_t bits) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread.f32[bits])));
 }
-ZOO_INLINE vf expand(uint32_t bits, const bf16* packed) {
-  const auto* control = reinterpret_cast<const __m256i*>(kSpread.bf16[bits]);
+
+ZOO_INLINE vf spread(uint32_t key, const float* packed) {
+  vf values = load(packed);
+  asm("" : "+x"(values));  // in a register: a permutation from memory takes twice as long (Zen 3)
+  return _mm256_permutevar8x32_ps(values, lanes_of(key));
+}
+ZOO_INLINE vf expand(uint32_t key, const float* packed) {
+  return _mm256_blendv_ps(zero(), spread(key, packed), _mm256_castsi256_ps(lanes_of(key)));
+}
+ZOO_INLINE vf expand(uint32_t key, const bf16* packed) {
+  const auto* control = reinterpret_cast<const __m256i*>(kSpread.bf16[0] + key);
   return _mm256_castsi256_ps(
       _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load16(packed)), _mm256_load_si256(control)));
 }
-ZOO_INLINE vf expand(uint32_t bits, const f16* packed) {
-  return _mm256_cvtph_ps(_mm_shuffle_epi8(load16(packed), load16(kSpread.f16[bits])));
+ZOO_INLINE vf expand(uint32_t key, const f16* packed) {
+  return _mm256_cvtph_ps(_mm_shuffle_epi8(load16(packed), load16(kSpread.f16[0] + key)));
+}
+template <class T>
+ZOO_INLINE vf spread(uint32_t key, const T* packed) {
+  return expand(key, packed);
+}
+ZOO_INLINE vf load_kept(uint32_t bits, const float* x) { return _mm256_maskload_ps(x, lanes_of(bits)); }
+template <class T>
+ZOO_INLINE vf load_beside(uint32_t key, const float* x) {
+  if constexpr (sizeof(T) == sizeof(float)) return load_kept(key, x);
+  else return load(x);
 }
 
 #else
@@ -260,15 +298,51 @@ ZOO_INLINE vf gather(const float* x, const uint16_t* offsets) {
 }
 
 template <class T>
-ZOO_INLINE vf expand(uint32_t bits, const T* packed) {
+constexpr int kKeyShift = 0;
+template <class T>
+ZOO_INLINE vf expand(uint32_t key, const T* packed) {
   vf v{};
   int next = 0;
   for (int i = 0; i < 8; ++i)
-    if ((bits >> i) & 1) v[i] = to_float(packed[next++]);
+    if ((key >> i) & 1) v[i] = to_float(packed[next++]);
+  return v;
+}
+template <class T>
+ZOO_INLINE vf spread(uint32_t key, const T* packed) {
+  return expand(key, packed);
+}
+template <class T>
+ZOO_INLINE vf load_beside(uint32_t, const float* x) {
+  return load(x);
+}
+ZOO_INLINE vf load_kept(uint32_t bits, const float* x) {
+  vf v{};
+  for (int i = 0; i < 8; ++i)
+    if ((bits >> i) & 1) v[i] = x[i];
   return v;
 }
 
 #endif
+
+// ---- packed values behind mask bits --------------------------------------------------------------------------------
+//
+// Each instruction set above has, for the mask bits of kLanes lanes:
+//   expand(key, packed):  lane i is the next unread packed value where bit i is set, and zero elsewhere;
+//   spread(key, packed) and load_beside<T>(key, x), whose product is the same where all numbers are finite: what
+//                         lanes without a bit hold is multiplied by zero;
+//   load_kept(bits, x):   x where the bit is set, zero elsewhere.
+// A key is the bits times the size of a table entry (1 << kKeyShift), so that it is an offset and its population the
+// number of values.
+
+// The key of lanes [step * kLanes, ...) of 32 mask bits.
+template <class T>
+ZOO_INLINE uint32_t key_at(uint32_t word, int step) {
+  constexpr uint32_t kBits = (1u << kLanes) - 1;
+  const int turn = kLanes * step;
+  if constexpr (kKeyShift<T> == 0) return (word >> turn) & kBits;
+  const uint64_t wide = static_cast<uint64_t>(word) << kKeyShift<T>;  // a rotation and a mask: one instruction each
+  return static_cast<uint32_t>((wide >> turn) | (wide << ((64 - turn) & 63))) & (kBits << kKeyShift<T>);
+}
 
 // Values and columns are read kLanes at a time, so both arrays must end in this many entries of padding (zeros).
 constexpr int kOverread = 16;
