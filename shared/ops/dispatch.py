@@ -90,29 +90,28 @@ def requested() -> str:
     return _requested.get()
 
 
-def state() -> tuple[str, int]:
-    """What choices depend on besides the call: the requested backend and the table."""
-    return _requested.get(), id(table())
-
-
 def direct(*tensors: torch.Tensor | None) -> bool:
     """True where torch's dispatcher would add nothing but its cost to a call of a custom op.
 
     That is an eager call on plain tensors that needs no gradient, under no mode (fake tensors, tracing,
     vmap).
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if _compiling() or _modes() or _functorch_level() is not None:
         return False
-    if torch._C._functorch.maybe_current_level() is not None:
-        return False
-    trains = torch.is_grad_enabled()
+    trains = _grad_enabled()
     for tensor in tensors:  # a loop: this runs before every small product
         if tensor is None:
             continue
         kind = type(tensor)
-        if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or (trains and tensor.requires_grad):
+        if (kind is not _Tensor and kind is not _Parameter) or (trains and tensor.requires_grad):
             return False
     return True
+
+
+# Looked up once, as the look-ups would take as long as the answers.
+_compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_modes, _functorch_level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
 def recall(plans: dict[Hashable, str], call: tuple[Hashable, ...], make: Callable[[], Plan]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -44,9 +45,9 @@ def sparse_linear(
         OpError: shapes, dtypes or devices that do not fit, or a backend that cannot run this.
     """
     if dispatch.direct(x, weight.values, bias):
-        dense = _settled_dense(x, weight)
-        if dense is not None and (bias is None or (bias.dtype is x.dtype and len(bias) == weight.shape[0])):
-            return torch.nn.functional.linear(x, dense, bias)
+        run = _settled(x, weight)
+        if run is not None and (bias is None or _fits(bias, x, weight)):
+            return run(x, bias)
         weight.check()
         return _forward(x, weight, bias)
     return _sparse_linear(
@@ -145,9 +146,7 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
         return _native_forward(x, weight, bias)
     if backend == "dense":
         dense = _dense.get(weight.values, lambda: weight.to_dense().to(x.dtype)).to(x.dtype)
-        if len(weight.settled) >= 64:  # a batch size per call: forget
-            weight.settled.clear()
-        weight.settled[x.shape] = (*_circumstances(x, weight), dense)
+        _settle(x, weight, lambda x, bias: torch.nn.functional.linear(x, dense, bias), "values")
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
     if backend == "vendor":
         matrix = _csr.get(weight.values, lambda: _torch_csr(weight))
@@ -158,19 +157,46 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     return reference(x, weight, bias)
 
 
-def _circumstances(x: Tensor, weight: SparseWeight) -> tuple[object, ...]:
-    """What a settled choice of the dense product depends on, besides the shape of x."""
-    values = weight.values
-    return x.dtype, x.device, version(values), values.data_ptr(), torch.get_num_threads(), dispatch.state()
+_Run = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def _settled_dense(x: Tensor, weight: SparseWeight) -> Tensor | None:
-    """The dense weight, where such a call was found to be fastest dense and nothing has changed since: then
-    there is no index to check, and the call costs what a dense one does."""
+def _settled(x: Tensor, weight: SparseWeight) -> _Run | None:
+    """How such a call ran before, where nothing has changed since that its checks and its plan depend on: a
+    small product takes less time than these."""
     held = weight.settled.get(x.shape)
-    if held is None or held[:-1] != _circumstances(x, weight):
+    if held is None:
         return None
-    return held[-1]
+    run, dtype, device, threads, request, table, parts = held
+    if (
+        x.dtype is not dtype
+        or _num_threads() != threads
+        or dispatch.requested() != request
+        or dispatch.table() is not table
+        or x.device != device
+    ):
+        return None
+    for name, stamp, address in parts:
+        part = getattr(weight, name)
+        if part.data_ptr() != address or version(part) != stamp:
+            return None
+    return run
+
+
+_num_threads = torch.get_num_threads
+
+
+def _settle(x: Tensor, weight: SparseWeight, run: _Run, *names: str) -> None:
+    """Let later calls like this one go straight to `run(x, bias)`, while the named parts of the weight stay
+    as they are."""
+    if len(weight.settled) >= 64:  # a batch size per call: forget
+        weight.settled.clear()
+    parts = [(name, version(getattr(weight, name)), getattr(weight, name).data_ptr()) for name in names]
+    choice = (_num_threads(), dispatch.requested(), dispatch.table())
+    weight.settled[x.shape] = (run, x.dtype, x.device, *choice, parts)
+
+
+def _fits(bias: Tensor, x: Tensor, weight: SparseWeight) -> bool:
+    return bias.dtype is x.dtype and bias.shape == weight.shape[:1] and bias.device == x.device
 
 
 def _torch_csr(weight: SparseWeight) -> Tensor:
@@ -196,32 +222,45 @@ def csr_index(weight: SparseWeight) -> tuple[str, Tensor]:
 
 
 def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
-    rows, cols = weight.shape
-    flat = _native.plain(x)
-    batch = flat.numel() // cols
+    cols = weight.shape[1]
+    batch = x.numel() // cols
     layout, index = weight.layout, weight.index
     if layout == "bitmask" and batch > _EXPAND_BATCH:
         layout, index = csr_index(weight)
-    values, pointer, panel = weight.values, weight.pointer, PANEL
+    form = (weight.values, index, weight.pointer, PANEL)
+    kind = (LAYOUTS.index(layout), weight.width, VALUE_TYPES.index(weight.values.dtype))
     if layout == "csr" and batch >= NARROW_BATCH and cols > 2 * NARROW:
-        values, index, pointer, panel = _narrow_form(values, index, pointer, weight.shape)
-    wide_bias = None if bias is None else _native.plain(bias)
-    y = torch.empty(*x.shape[:-1], rows, dtype=torch.float32)
+        form = _narrow_form(*form[:3], weight.shape)
+        return _native_product(form, kind, weight.shape, x, bias)
+    run = functools.partial(_native_product, form, kind, weight.shape)
+    _settle(x, weight, run, "values", "index", "pointer")
+    return run(x, bias)
+
+
+def _native_product(
+    form: tuple[Tensor, Tensor, Tensor, int],
+    kind: tuple[int, int, int],
+    shape: tuple[int, int],
+    x: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    values, index, pointer, panel = form
+    flat = _native.plain(x)
+    if bias is not None:
+        bias = _native.plain(bias)
+    y = torch.empty(*x.shape[:-1], shape[0], dtype=torch.float32)
     _native.function("zoo_sparse_linear", "ppppppiiiiiiii")(
         flat.data_ptr(),
         values.data_ptr(),
         index.data_ptr(),
         pointer.data_ptr(),
-        None if wide_bias is None else wide_bias.data_ptr(),
+        None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        batch,
-        rows,
-        cols,
+        flat.numel() // shape[1],
+        *shape,
         panel,
-        LAYOUTS.index(layout),
-        weight.width,
-        VALUE_TYPES.index(values.dtype),
-        _native.threads(),
+        *kind,
+        _num_threads(),
     )
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 

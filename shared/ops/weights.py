@@ -56,7 +56,7 @@ class SparseWeight:
         width: columns per block of "columns"; for "bitmask", 2 or 4 says that each eight columns keep just so
             many (an N:M pattern); 1 otherwise.
         plans: the backends of calls seen before, for `dispatch.recall`.
-        settled: the dense form for shapes of x that run dense, see `sparse_linear`.
+        settled: how calls seen before ran, by shape of x, see `sparse_linear`.
         seen: the state of the tensors that was last found in order.
     """
 
@@ -72,6 +72,10 @@ class SparseWeight:
 
     def __post_init__(self) -> None:
         self.check()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy starts without what this object remembers of its calls."""
+        return SparseWeight, (self.values, self.index, self.pointer, self.layout, self.shape, self.width)
 
     def check(self) -> None:
         """Raise OpError if the parts do not fit; an index is read again only after it was changed."""

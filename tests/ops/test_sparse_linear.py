@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
 import warnings
 
@@ -168,6 +169,28 @@ def test_bits_keep_infinite_numbers_in_their_place(dtype: torch.dtype, batch: in
     products = packed.to_dense().double() * x.double().unsqueeze(1)
     expected = products.masked_fill(~mask, 0).sum(-1)
     torch.testing.assert_close(y.double(), expected, atol=1e-3, rtol=1e-3, equal_nan=True)
+
+
+@needs_native
+@pytest.mark.parametrize("backend", ["native", "dense"])
+def test_a_repeated_call_sees_what_has_changed(backend: str) -> None:
+    weight, x, bias = example(24, 64, 0.6, "csr"), torch.randn(2, 64), torch.randn(24)
+    with ops.backend(backend), torch.no_grad():
+        first = [sparse_linear(x, weight, bias) for _ in range(3)]
+        assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
+        strided = x.t().contiguous().t()
+        torch.testing.assert_close(sparse_linear(2 * strided, weight, 2 * bias), 2 * first[0])
+        copied = copy.deepcopy(weight)
+        weight.values.mul_(2)
+        torch.testing.assert_close(sparse_linear(x, weight), 2 * (first[0] - bias))
+        torch.testing.assert_close(sparse_linear(x, copied, bias), first[0])
+        with pytest.raises(OpError, match="bias"):
+            sparse_linear(x, weight, bias[:5])
+    with ops.backend("native"), torch.no_grad():
+        sparse_linear(x, weight)
+        weight.index[0] = 64
+        with pytest.raises(OpError, match="outside"):
+            sparse_linear(x, weight)
 
 
 @needs_native
