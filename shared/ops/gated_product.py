@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shared.errors import OpError
 from shared.ops import _native, dispatch, triton
-from shared.ops.dense_rows import ALIGN, DenseRows, product, store_rows
+from shared.ops.dense_rows import ALIGN, DenseRows, linear, product, store_rows
 from shared.ops.derived import Derived
 from shared.ops.gather_linear import MOST_BATCH
 from shared.ops.layout import PANEL, VALUE_TYPES
@@ -184,7 +184,7 @@ def _dense_product(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor |
     if isinstance(up, SparseWeight):
         u = sparse_linear(x, up, bias)
     else:
-        u = torch.nn.functional.linear(x, up.dense().to(x.dtype), bias)
+        u = linear(x, up.dense().to(x.dtype), bias)
     return product(g * u, _matrix(down).to(x.dtype))
 
 
