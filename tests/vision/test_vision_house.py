@@ -218,10 +218,12 @@ def test_unknown_arms_and_impossible_options_are_refused():
         BenchmarkConfig(dataset="cifar10-jpeg", pretrained=True)
     with pytest.raises(BudgetError):
         BenchmarkConfig(sparsities=(1.0,))
+    with pytest.raises(ConfigError, match="an epoch per phase; received 0, 3 and 0"):
+        BenchmarkConfig(epochs=0, arms=("soup of 3",))
     with pytest.raises(ConfigError, match="jackpots"):
         claims.ClaimsConfig(studies=("jackpot",))
     for make in ARMS.values():
-        assert 0 < make(0.9, Setting(), 0).sparsity < 1
+        assert 0 < make(0.9, Setting(epochs=1), 0).sparsity < 1
 
 
 def test_studies_are_summed_up_by_their_claims():

@@ -106,6 +106,11 @@ def _fresh(method: type[VisionMethod], **options: Any) -> Make:
     return make
 
 
+def _soup(sparsity: float, setting: Setting, seed: int) -> VisionMethod:
+    """In two phases, or in one where there is one epoch only."""
+    return _tuned(SparseSoup, phases=min(2, setting.epochs))(sparsity, setting, seed)
+
+
 def _ticket(sparsity: float, setting: Setting, seed: int) -> VisionMethod:
     """Each round is as long as the dense training, as the method has it: the cost says so."""
     return LotteryTicket(
@@ -126,7 +131,7 @@ ARMS: dict[str, Make] = {
     "random mask, ERK": _tuned(MagnitudePruning, allocation="erk", score="random"),
     "jackpot": _tuned(LotteryJackpot, lr=0.1),
     "BiP": _tuned(BiP),
-    "soup of 3": _tuned(SparseSoup),
+    "soup of 3": _soup,
     "random, uniform": _fresh(RandomPruning, ratio="uniform"),
     "random, uniform+": _fresh(RandomPruning, ratio="uniform+"),
     "random, ER": _fresh(RandomPruning, ratio="er"),

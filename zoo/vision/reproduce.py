@@ -79,6 +79,8 @@ class BenchmarkConfig:
             )
         if self.width < 0 or min(self.widths, default=1) <= 0:
             raise ConfigError(f"widths are positive; received {self.width} and {self.widths}")
+        for arm in self.arms or ARMS:  # what an arm refuses is refused now, and not hours later
+            ARMS[arm](self.levels[-1], self.setting(), 0)
 
     @property
     def levels(self) -> tuple[float, ...]:

@@ -34,12 +34,14 @@ class SparseSoup(VisionMethod):
     recalibrate: bool = True
     """Measure the batch norms' statistics anew after averaging."""
 
-    def prune(self, model: Classifier, trainer: Trainer) -> Pruned:
+    def __post_init__(self) -> None:
         if self.phases < 1 or self.members < 2 or self.epochs < self.phases:
             raise ConfigError(
                 f"a soup needs a phase, two members and an epoch per phase; received {self.phases}, "
                 f"{self.members} and {self.epochs}"
             )
+
+    def prune(self, model: Classifier, trainer: Trainer) -> Pruned:
         level = Exponential(self.sparsity, self.phases)
         for phase in range(1, self.phases + 1):
             sparsify(model, sparsity=level(phase))
