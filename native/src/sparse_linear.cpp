@@ -12,7 +12,7 @@
 namespace zoo {
 namespace {
 
-constexpr int64_t kAhead = 512;     // entries: what is asked for early, as the end of a page stops the processor's own guess
+constexpr int64_t kAhead = 2048;    // entries: what is asked for early, as the end of a page stops the processor's own guess
 constexpr int64_t kNarrow = 256;    // columns of a panel whose part of a wide tile of x stays in the nearest caches
 constexpr int64_t kRowCost = 8;     // what an empty segment costs, in entries, for an even split among threads
 

@@ -464,7 +464,7 @@ _sparse_linear.register_autograd(_autograd, setup_context=_setup_context)
 
 # Layouts that are measured, each at densities at which `pack` chooses it.
 _EXAMPLES = {
-    "bitmask": (0.8, 0.5, 0.3),
+    "bitmask": (0.8, 0.5, 0.35),
     "csr": (0.3, 0.2, 0.1, 0.05),
     "rows4": (0.5, 0.3, 0.1),
     "columns4": (0.5, 0.3, 0.1),

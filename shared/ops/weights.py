@@ -38,8 +38,9 @@ from shared.ops.layout import (
 from shared.ops.memory import on_huge_pages
 
 # Above this share of zeros 16-bit columns are faster than bits at batch 1 (benchmarks/sparse_linear.py): bits
-# cost the same work however few are set.
-BITMASK_LIMIT = 0.72
+# cost the same work however few are set. Values of 16 bits are spread with fewer instructions.
+BITMASK_LIMIT = 0.68
+BITMASK_LIMIT_HALF = 0.73
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +195,8 @@ def auto_layout(weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]) -
     sparsity = 1 - int(mask.sum()) / max(1, mask.numel())
     # Triton's product of bits multiplies a stray neighbour by zero, which is not zero when that neighbour is
     # infinite.
-    if sparsity > BITMASK_LIMIT or not bool(torch.isfinite(weight).all()):
+    limit = BITMASK_LIMIT if weight.dtype.itemsize > 2 else BITMASK_LIMIT_HALF
+    if sparsity > limit or not bool(torch.isfinite(weight).all()):
         return "csr"
     return "bitmask"
 
