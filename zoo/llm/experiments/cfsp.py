@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -76,14 +77,9 @@ class CfspExperiment(Experiment):
         self, config: CfspConfig, cells: CellCache, progress: Callable[..., None] | None = None
     ) -> ExperimentResult:
         """Run what is missing and sum up."""
-        total = len(config.subjects) * (1 + len(config.ratios) * ((len(ARMS) - 1) * config.seeds + 1))
-        bench = Bench(self.name, config, cells, progress, total)
-        for subject in config.subjects:
-            bench.dense(subject)
-            for ratio in config.ratios:
-                for name, (score, coarse) in ARMS.items():
-                    for seed in range(1 if score == "magnitude" else config.seeds):
-                        bench.arm(subject, name, ratio, seed, arm(score, coarse, ratio))
+        bench = Bench(self.name, config, cells, progress)
+        arms = {name: functools.partial(arm, score, coarse) for name, (score, coarse) in ARMS.items()}
+        bench.grid(arms, config.ratios, unseeded=[name for name in ARMS if ARMS[name][0] == "magnitude"])
         tables, verdicts, plots = [], [], []
         for subject in config.subjects:
             sizes = "; ".join(f"{100 * r:.0f} %: {_size(bench, subject, r)}" for r in config.ratios)

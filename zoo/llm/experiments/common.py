@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ class Bench:
         protocol: shared by all arms.
         cells: finished work.
         progress: called with a note as cells finish.
-        total: number of cells, for the progress.
+        total: number of cells that are not in a `grid`, for the progress.
     """
 
     def __init__(
@@ -133,11 +133,31 @@ class Bench:
         protocol: Protocol,
         cells: CellCache,
         progress: Callable[..., None] | None,
-        total: int,
+        total: int = 0,
     ) -> None:
         self.experiment, self.protocol, self.cells = experiment, protocol, cells
         self.progress, self.total, self.done = progress, total, 0
         self.rows: list[dict[str, Any]] = []
+
+    def grid(
+        self,
+        arms: Mapping[str, Callable[[Any], Apply]],
+        levels: Sequence[float | str],
+        unseeded: Collection[str] = (),
+    ) -> None:
+        """Each subject dense, and under every arm at every level for every seed; those that are `unseeded`,
+        in which nothing is drawn, once."""
+        cases = [
+            (name, level, seed)
+            for level in levels
+            for name in arms
+            for seed in range(1 if name in unseeded else self.protocol.seeds)
+        ]
+        self.total += len(self.protocol.subjects) * (1 + len(cases))
+        for subject in self.protocol.subjects:
+            self.dense(subject)
+            for name, level, seed in cases:
+                self.arm(subject, name, level, seed, arms[name](level))
 
     def dense(self, subject: str) -> None:
         """The dense model's row."""

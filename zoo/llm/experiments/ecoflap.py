@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,22 +107,17 @@ class EcoflapExperiment(Experiment):
         self, config: EcoflapConfig, cells: CellCache, progress: Callable[..., None] | None = None
     ) -> ExperimentResult:
         """Run what is missing and sum up."""
-        total = len(config.subjects) * (1 + config.seeds + len(config.sparsities) * (3 * config.seeds + 1))
-        bench = Bench(self.name, config, cells, progress, total)
-        arms: dict[str, Callable[[float], Apply]] = {
-            ARMS[0]: lambda sparsity: arm("zeroth", sparsity),
-            ARMS[1]: lambda sparsity: arm("first", sparsity),
-            ARMS[2]: lambda sparsity: uniform_arm("wanda", sparsity),
-            ARMS[3]: lambda sparsity: uniform_arm("magnitude", sparsity),
-        }
+        bench = Bench(self.name, config, cells, progress, len(config.subjects) * config.seeds)
+        makers: list[Callable[[float], Apply]] = [
+            functools.partial(arm, "zeroth"),
+            functools.partial(arm, "first"),
+            functools.partial(uniform_arm, "wanda"),
+            functools.partial(uniform_arm, "magnitude"),
+        ]
+        bench.grid(dict(zip(ARMS, makers, strict=True)), config.sparsities, unseeded=ARMS[3:])
         for subject in config.subjects:
-            bench.dense(subject)
             for seed in range(config.seeds):
                 bench.arm(subject, "agreement", 0.0, seed, agreement)
-                for sparsity in config.sparsities:
-                    for name, make in arms.items():
-                        if seed == 0 or "magnitude" not in name:
-                            bench.arm(subject, name, sparsity, seed, make(sparsity))
         tables, verdicts, plots = [], [], []
         for subject in config.subjects:
             tables.append(

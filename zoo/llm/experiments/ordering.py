@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -104,14 +105,8 @@ class Ordering(Experiment):
     ) -> ExperimentResult:
         """Run what is missing and sum up."""
         levels: list[float | str] = [*config.sparsities, *config.patterns]
-        total = len(config.subjects) * (1 + len(levels) * (3 * config.seeds + 1))
-        bench = Bench(self.name, config, cells, progress, total)
-        for subject in config.subjects:
-            bench.dense(subject)
-            for level in levels:
-                for name in ARMS:
-                    for seed in range(1 if name == "magnitude" else config.seeds):
-                        bench.arm(subject, name, level, seed, arm(name, level))
+        bench = Bench(self.name, config, cells, progress)
+        bench.grid({name: functools.partial(arm, name) for name in ARMS}, levels, unseeded=["magnitude"])
         tables, verdicts, plots = [], [], []
         for subject in config.subjects:
             tables.append(
