@@ -32,6 +32,7 @@ from shared.bench import Bound, Cell, Goal, main  # noqa: E402
 from shared.io import read_json, write_json  # noqa: E402
 from shared.masks import MaskSet, set_masks  # noqa: E402
 from shared.ops import quantise_groups  # noqa: E402
+from shared.topk import topk_mask  # noqa: E402
 from zoo.llm.blocks import find_blocks  # noqa: E402
 from zoo.llm.chess import chess_thresholds  # noqa: E402
 from zoo.llm.gate_statistics import gate_statistics  # noqa: E402
@@ -186,9 +187,15 @@ class Variants:
         return {share: chess_thresholds(statistics, share) for share in (0.5, 0.7)}
 
     def masks(self) -> MaskSet:
-        """Half of each weight of the blocks, at random: where the zeros are does not change the time."""
-        names = [name for block in find_blocks(self.dense) for name in block.weight_names()]
-        return MaskSet({name: torch.rand(self.dense.get_parameter(name).shape) < 0.5 for name in names})
+        """Exactly half of each weight of the blocks, at random: the places do not change the time."""
+        weights = {
+            name: self.dense.get_parameter(name)
+            for block in find_blocks(self.dense)
+            for name in block.weight_names()
+        }
+        return MaskSet({
+            name: topk_mask(torch.rand(weight.shape), weight.numel() // 2) for name, weight in weights.items()
+        })
 
     def bound(self, skipped: float, kept: float = 1.0) -> Bound:
         """Bytes of the weights that a token cannot do without: a mask bit and a value for each kept one."""
