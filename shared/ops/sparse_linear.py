@@ -23,6 +23,7 @@ from shared.ops import _native, dispatch, triton
 from shared.ops._cache import DerivedCache
 from shared.ops.derived import Derived, version
 from shared.ops.layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, columns_of_bits
+from shared.ops.memory import on_huge_pages
 from shared.ops.weights import SparseWeight, pack
 
 __all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_linear"]
@@ -145,7 +146,7 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     if backend == "native":
         return _native_forward(x, weight, bias)
     if backend == "dense":
-        dense = _dense.get(weight.values, lambda: weight.to_dense().to(x.dtype)).to(x.dtype)
+        dense = _dense_form(weight, x.dtype)
         _settle(x, weight, lambda x, bias: torch.nn.functional.linear(x, dense, bias), "values")
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
     if backend == "vendor":
@@ -155,6 +156,13 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     if backend == "triton":
         return _triton_forward(x, weight, bias)
     return reference(x, weight, bias)
+
+
+def _dense_form(weight: SparseWeight, dtype: torch.dtype) -> Tensor:
+    forms: dict[torch.dtype, Tensor] = _dense.get(weight.values, dict)
+    if dtype not in forms:
+        forms[dtype] = on_huge_pages(weight.to_dense().to(dtype))
+    return forms[dtype]
 
 
 _Run = Callable[[Tensor, Tensor | None], Tensor]

@@ -171,6 +171,13 @@ def test_bits_keep_infinite_numbers_in_their_place(dtype: torch.dtype, batch: in
     torch.testing.assert_close(y.double(), expected, atol=1e-3, rtol=1e-3, equal_nan=True)
 
 
+def test_the_dense_form_of_one_dtype_is_not_taken_for_another() -> None:
+    weight, x = example(24, 64, 0.6, "csr"), torch.randn(2, 64)
+    with ops.backend("dense"):
+        sparse_linear(x.bfloat16(), weight)
+        torch.testing.assert_close(sparse_linear(x, weight), x @ weight.to_dense().t())
+
+
 @needs_native
 @pytest.mark.parametrize("backend", ["native", "dense"])
 def test_a_repeated_call_sees_what_has_changed(backend: str) -> None:
