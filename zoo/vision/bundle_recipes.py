@@ -224,7 +224,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "fast-convnet": Entry(
         "fast-convnet", "Elsen et al. Fast Sparse ConvNets. CVPR 2020.", MOBILENET, ("80", "90"),
-        lambda level, seed: FastConvNet(_share(level), epochs=20, lr=0.01, seed=seed),
+        lambda level, seed: FastConvNet(_share(level), epochs=40, lr=0.02, seed=seed),
     ),
     "iss-p": Entry(
         "iss-p", "Wang et al. Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution. ICCV "
