@@ -4,7 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # Real data for tests and experiments, where they lie beside the checkout; everything also runs without them.
 ZOO_DATA ?= $(abspath $(wildcard ../shared/data))
+ifneq ($(ZOO_DATA),)
 export ZOO_DATA
+endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help setup demo test bench sanitize lint clean

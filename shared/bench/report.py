@@ -55,11 +55,11 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
-    """Print the tables of all files."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables of all files that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="what scripts of benchmarks/ wrote with --json")
-    tables = [markdown(read_json(file)) for file in parser.parse_args().files]
+    tables = [markdown(read_json(file)) for file in parser.parse_args(argv).files]
     print("\n".join(["# Results of the benchmark scripts", "", *tables]))
 
 

@@ -21,7 +21,7 @@ from zoo.llm.tasks import ClozeEmbedded, perplexity_result
 from zoo.llm.tokenization import END, packaged, tokenizer_of, train_bpe
 from zoo.llm.train import token_stream
 
-WITH_DATA = pytest.mark.skipif("ZOO_DATA" not in os.environ, reason="the text is in ZOO_DATA")
+WITH_DATA = pytest.mark.skipif(not os.environ.get("ZOO_DATA"), reason="the text is in ZOO_DATA")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from zoo.vision.lidar.boxes import (
 from zoo.vision.lidar.data import label_of, real_frame
 from zoo.vision.lidar.iou import box_iou, intersection_bev, paired_iou, rotated_nms
 
-needs_data = pytest.mark.skipif("ZOO_DATA" not in os.environ, reason="the real frames lie below ZOO_DATA")
+needs_data = pytest.mark.skipif(not os.environ.get("ZOO_DATA"), reason="the real frames lie below ZOO_DATA")
 
 
 def random_boxes(count: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:

@@ -30,7 +30,7 @@ from zoo.vision.models import MLP, ConvNet, ResNet, ViT, pretrained_resnet, rein
 from zoo.vision.reproduce import BenchmarkConfig, PruningBenchmark, jobs
 from zoo.vision.train import Fit, ImageBatches, Recipe, accuracy, step_macs
 
-needs_data = pytest.mark.skipif("ZOO_DATA" not in os.environ, reason="needs the images below ZOO_DATA")
+needs_data = pytest.mark.skipif(not os.environ.get("ZOO_DATA"), reason="needs the images below ZOO_DATA")
 
 
 def test_everything_is_registered_without_importing_torch():
