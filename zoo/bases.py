@@ -14,7 +14,6 @@ pattern is that of the model's mask; null where it belongs to another name of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -30,31 +29,19 @@ KEY = "base"  # of the metadata
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass(frozen=True)
-class Remainder:
-    """What a file must hold besides its base, and which parts it leaves to it."""
-
-    tensors: dict[str, Tensor]
-    masks: MaskSet
-    extras: dict[str, Tensor]
-    taken: dict[str, Any]
-
-    @property
-    def shares_nothing(self) -> bool:
-        """Whether the base would be of no use."""
-        return not any(self.taken.values())
-
-
 def subtract(
     state: Mapping[str, Tensor], masks: MaskSet, extras: Mapping[str, Tensor], base: PackedContents
-) -> Remainder:
-    """Split a model's tensors into those that only it has and those that are the base's, bit for bit.
+) -> PackedContents:
+    """What a file must hold besides its base; its metadata say what is the base's, bit for bit.
 
     Args:
         state: the model's tensors; zero where `masks` drop.
         masks: its masks.
         extras: its extra tensors.
         base: the content of the base's file.
+
+    Raises:
+        BundleError: nothing is the base's.
     """
     own: dict[str, Tensor] = {}
     own_masks: dict[str, Mask] = {}
@@ -79,7 +66,10 @@ def subtract(
         name for name, extra in extras.items() if name in base.extras and _same(extra, base.extras[name])
     ]
     rest = {name: extra for name, extra in extras.items() if name not in known}
-    return Remainder(own, MaskSet(own_masks), rest, {"tensors": whole, "masked": masked, "extras": known})
+    if not (whole or masked or known):
+        raise BundleError("no tensor is the same as the base's. Save the model without a base")
+    taken = {"tensors": whole, "masked": masked, "extras": known}
+    return PackedContents(own, MaskSet(own_masks), rest, {KEY: taken})
 
 
 def restore(contents: PackedContents, base: PackedContents) -> PackedContents:

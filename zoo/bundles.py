@@ -233,14 +233,13 @@ def _save_on(
     fields: Mapping[str, Any],
 ) -> Path:
     """Write what the base does not have, and the record of what it has."""
-    own = bases.subtract(state, masks, extras, _unpack(base))
-    if own.shares_nothing:
-        raise BundleError(
-            f"{fields.get('name')} has no tensor of {base.card.name} and would gain nothing from that base. "
-            "Save it without one."
-        )
+    contents = _unpack(base)
+    try:
+        own = bases.subtract(state, masks, extras, contents)
+    except BundleError as error:
+        raise BundleError(f"{fields.get('name')} on {base.card.name}: {error}.") from error
     named = {key: fields["base"][key] for key in _IDENTITY}
-    metadata = {**_metadata(fields), bases.KEY: named | own.taken}
+    metadata = {**_metadata(fields), bases.KEY: named | own.metadata[bases.KEY]}
     save_packed(path, own.tensors, own.masks, own.extras, metadata)
     return path
 

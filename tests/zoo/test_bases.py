@@ -125,7 +125,7 @@ def test_a_pattern_and_a_changed_tensor(dense_model, tiny_fields, dense, tmp_pat
     wider = bundles.ARCHITECTURES.get("test/tiny")(16, 0.5)
     wider.norm.num_batches_tracked.fill_(7)
     tiny_fields["architecture"]["args"]["width"] = 16
-    with pytest.raises(BundleError, match=f"has no tensor of {DENSE} and would gain nothing"):
+    with pytest.raises(BundleError, match=f"on {DENSE}: no tensor is the same as the base's. Save the model without"):
         save(wider.half(), tmp_path / "wide", card=tiny_fields, base=dense)
     assert not (tmp_path / "wide").exists()
 
@@ -240,8 +240,8 @@ def test_empty_and_scalar_tensors() -> None:
     state = {"none": torch.empty(0, 3), "one": torch.tensor(2.0), "nan": torch.tensor([float("nan"), 1.0])}
     base = bundles.PackedContents({k: v.clone() for k, v in state.items()}, MaskSet({}), {}, {})
     own = bases.subtract(state, MaskSet({}), {}, base)
-    assert own.tensors == {} and own.taken["tensors"] == ["none", "one", "nan"]
-    again = bases.restore(bundles.PackedContents({}, MaskSet({}), {}, {"base": own.taken}), base)
+    assert own.tensors == {} and own.metadata["base"]["tensors"] == ["none", "one", "nan"]
+    again = bases.restore(own, base)
     assert all(again.tensors[name] is value for name, value in base.tensors.items())
 
 

@@ -56,6 +56,10 @@ ZOO_INLINE float to_float(f16 value) {
 #endif
 }
 
+// By how many bits a key of `expand` is moved; see "packed values behind mask bits" below.
+template <class T>
+constexpr int kKeyShift = 0;
+
 #if defined(__AVX512F__)
 
 constexpr int kLanes = 16;
@@ -106,18 +110,8 @@ ZOO_INLINE vf gather(const float* x, const uint16_t* offsets) {
 }
 
 template <class T>
-constexpr int kKeyShift = 0;
-template <class T>
 ZOO_INLINE vf expand(uint32_t key, const T* packed) {
   return _mm512_maskz_expand_ps(static_cast<__mmask16>(key), load(packed));
-}
-template <class T>
-ZOO_INLINE vf spread(uint32_t key, const T* packed) {
-  return expand(key, packed);
-}
-template <class T>
-ZOO_INLINE vf load_beside(uint32_t, const float* x) {
-  return load(x);
 }
 ZOO_INLINE vf load_kept(uint32_t bits, const float* x) {
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), x);
@@ -208,10 +202,8 @@ struct SpreadTable {
 };
 inline constexpr SpreadTable kSpread{};
 
-template <class T>
-constexpr int kKeyShift = 0;  // a key of floats is an index: addresses scale by 8
 template <>
-inline constexpr int kKeyShift<bf16> = 5;
+inline constexpr int kKeyShift<bf16> = 5;  // a key of floats is an index: addresses scale by 8
 template <>
 inline constexpr int kKeyShift<f16> = 4;
 
@@ -220,13 +212,14 @@ ZOO_INLINE __m256i lanes_of(uint32_t bits) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread.f32[bits])));
 }
 
-ZOO_INLINE vf spread(uint32_t key, const float* packed) {
+// As `expand`, but lanes without a bit hold any of the values.
+ZOO_INLINE vf permuted(uint32_t key, const float* packed) {
   vf values = load(packed);
   asm("" : "+x"(values));  // in a register: a permutation from memory takes twice as long (Zen 3)
   return _mm256_permutevar8x32_ps(values, lanes_of(key));
 }
 ZOO_INLINE vf expand(uint32_t key, const float* packed) {
-  return _mm256_blendv_ps(zero(), spread(key, packed), _mm256_castsi256_ps(lanes_of(key)));
+  return _mm256_blendv_ps(zero(), permuted(key, packed), _mm256_castsi256_ps(lanes_of(key)));
 }
 ZOO_INLINE vf expand(uint32_t key, const bf16* packed) {
   const auto* control = reinterpret_cast<const __m256i*>(kSpread.bf16[0] + key);
@@ -236,16 +229,7 @@ ZOO_INLINE vf expand(uint32_t key, const bf16* packed) {
 ZOO_INLINE vf expand(uint32_t key, const f16* packed) {
   return _mm256_cvtph_ps(_mm_shuffle_epi8(load16(packed), load16(kSpread.f16[0] + key)));
 }
-template <class T>
-ZOO_INLINE vf spread(uint32_t key, const T* packed) {
-  return expand(key, packed);
-}
 ZOO_INLINE vf load_kept(uint32_t bits, const float* x) { return _mm256_maskload_ps(x, lanes_of(bits)); }
-template <class T>
-ZOO_INLINE vf load_beside(uint32_t key, const float* x) {
-  if constexpr (sizeof(T) == sizeof(float)) return load_kept(key, x);
-  else return load(x);
-}
 
 #else
 
@@ -298,22 +282,12 @@ ZOO_INLINE vf gather(const float* x, const uint16_t* offsets) {
 }
 
 template <class T>
-constexpr int kKeyShift = 0;
-template <class T>
 ZOO_INLINE vf expand(uint32_t key, const T* packed) {
   vf v{};
   int next = 0;
   for (int i = 0; i < 8; ++i)
     if ((key >> i) & 1) v[i] = to_float(packed[next++]);
   return v;
-}
-template <class T>
-ZOO_INLINE vf spread(uint32_t key, const T* packed) {
-  return expand(key, packed);
-}
-template <class T>
-ZOO_INLINE vf load_beside(uint32_t, const float* x) {
-  return load(x);
 }
 ZOO_INLINE vf load_kept(uint32_t bits, const float* x) {
   vf v{};
@@ -328,11 +302,26 @@ ZOO_INLINE vf load_kept(uint32_t bits, const float* x) {
 //
 // Each instruction set above has, for the mask bits of kLanes lanes:
 //   expand(key, packed):  lane i is the next unread packed value where bit i is set, and zero elsewhere;
-//   spread(key, packed) and load_beside<T>(key, x), whose product is the same where all numbers are finite: what
-//                         lanes without a bit hold is multiplied by zero;
 //   load_kept(bits, x):   x where the bit is set, zero elsewhere.
 // A key is the bits times the size of a table entry (1 << kKeyShift), so that it is an offset and its population the
 // number of values.
+
+// spread and load_beside: one of the two may leave any number where there is no bit and the other a zero, so that their
+// product is that of expand and load_kept where all numbers are finite.
+template <class T>
+ZOO_INLINE vf spread(uint32_t key, const T* packed) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) return permuted(key, packed);
+#endif
+  return expand(key, packed);
+}
+template <class T>
+ZOO_INLINE vf load_beside([[maybe_unused]] uint32_t key, const float* x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) return load_kept(key, x);
+#endif
+  return load(x);
+}
 
 // The key of lanes [step * kLanes, ...) of 32 mask bits.
 template <class T>
