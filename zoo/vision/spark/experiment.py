@@ -54,6 +54,7 @@ class SparKConfig:
         cell: side of a hidden square.
         ratio: share of hidden cells.
         depth, width: of the network.
+        decoder: width of the decoder at the coarsest map, which costs the most of a pre-training.
         train_images, test_images: the first so many; 0 takes all.
     """
 
@@ -72,6 +73,7 @@ class SparKConfig:
     ratio: float = 0.0
     depth: int = 0
     width: int = 0
+    decoder: int = 0
     train_images: int = 0
     test_images: int = 0
 
