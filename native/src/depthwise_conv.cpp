@@ -99,6 +99,7 @@ ZOO_EXPORT void zoo_depthwise_conv(const float* x, const float* weight, const fl
                                    int64_t threads) {
   using namespace zoo;
   const Shape s{height, width, out_height, out_width, kernel, stride, padding};
+  threads = worthwhile(threads, images * channels * out_height * out_width * kernel * kernel / Lanes<float>::kCount);
   parallel_for(images * channels, threads, [&](int64_t begin, int64_t end) {
     const bool positive = relu != 0;
     if (kernel == 3 && stride == 1) maps<3, 1>(s, x, weight, bias, y, channels, positive, begin, end);

@@ -247,6 +247,7 @@ ZOO_EXPORT void zoo_gated_product(const float* x, const float* g, const void* up
   const int64_t parts = std::max<int64_t>(1, std::min(zoo::kParts, count / 16)), size = batch * down_stride;
   auto* sums = zoo::scratch_of<float>(parts * size, 2);
   std::fill(sums, sums + parts * size, 0.0f);
+  threads = zoo::worthwhile(threads, count * (up_stride + down_stride));
   const zoo::Problem problem{active, gates, bias, count, xs, sums, down_stride};
   zoo::with_type(type, [&](auto tag) {
     using T = decltype(tag);

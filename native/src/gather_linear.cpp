@@ -151,7 +151,7 @@ ZOO_EXPORT void zoo_gather_linear_input(const float* x, const void* weight, cons
         active[count] = static_cast<int32_t>(k);
         count += any;
       }
-      zoo::parallel_for(stride / 16, threads, [&](int64_t begin, int64_t end) {
+      zoo::parallel_for(stride / 16, zoo::worthwhile(threads, count * stride), [&](int64_t begin, int64_t end) {
         zoo::input_sparse<B>(rows, active, factors, count, y, stride, 16 * begin, 16 * end);
       });
     });
@@ -182,7 +182,7 @@ ZOO_EXPORT void zoo_gather_linear_output(const float* x, const void* weight, con
         active[count] = static_cast<int32_t>(row);
         count += any != 0;
       }
-      zoo::parallel_for(count, threads, [&](int64_t begin, int64_t end) {
+      zoo::parallel_for(count, zoo::worthwhile(threads, count * stride), [&](int64_t begin, int64_t end) {
         zoo::output_sparse<B>(rows, active, begin, end, xs, y, outputs);
       });
     });

@@ -139,6 +139,7 @@ ZOO_EXPORT void zoo_quant_sparse_linear(const float* x, const void* codes, const
   const zoo::Groups w{static_cast<const uint8_t*>(codes), static_cast<const zoo::f16*>(scales),
                       static_cast<const uint8_t*>(zeros), static_cast<const uint16_t*>(columns), pointer, rows, cols,
                       group};
+  threads = zoo::worthwhile(threads, pointer[rows] * group);
   for (int64_t b = 0; b < batch; b += zoo::kBlock) {
     const float* xb = x + b * cols;
     float* yb = y + b * rows;

@@ -158,6 +158,7 @@ ZOO_EXPORT void zoo_sparse_conv1x1(const float* x, const void* values, const voi
       zoo::run_piece(w, blocks, relu != 0, bias, x + image * cols * pixels, y + image * rows * pixels, pixels,
                      item % pieces, from, to);
     };
+    threads = zoo::worthwhile(threads, pointer[w.panels() * segment_rows] * images * (pixels / zoo::kLanes));
     // Few pieces are shared by rows; each thread then copies them for itself.
     if (images * pieces >= 4 * threads) {
       zoo::parallel_for(images * pieces, threads, [&](int64_t begin, int64_t end) {

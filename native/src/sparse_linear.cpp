@@ -295,8 +295,8 @@ void run(const Packed<T>& w, int64_t layout, const float* x, const float* bias, 
 }  // namespace zoo
 
 // x [batch, cols] and y [batch, rows] float, contiguous; bias [rows] or null; values of `type` and csr columns padded by
-// kOverread entries; pointer int32 [panels * segment rows + 1]. The bitmask layout takes a batch of 1 to 4; its `width` is the kept values per eight columns where an N:M
-// pattern fixes them (2 or 4), otherwise 1.
+// kOverread entries; pointer int32 [panels * segment rows + 1]. The bitmask layout takes a batch of 1 to 4; its `width`
+// is the kept values per eight columns where an N:M pattern fixes them (2 or 4), otherwise 1.
 ZOO_EXPORT void zoo_sparse_linear(const float* x, const void* values, const void* index, const int32_t* pointer,
                                   const float* bias, float* y, int64_t batch, int64_t rows, int64_t cols,
                                   int64_t panel, int64_t layout, int64_t width, int64_t type, int64_t threads) {
@@ -304,7 +304,9 @@ ZOO_EXPORT void zoo_sparse_linear(const float* x, const void* values, const void
   zoo::with_type(type, [&](auto tag) {
     using T = decltype(tag);
     const zoo::Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, width};
-    zoo::run(w, layout, x, bias, y, batch, threads);
+    const int64_t segment_rows = layout == zoo::kRows4 ? (rows + 3) / 4 : rows;
+    const int64_t steps = pointer[w.panels() * segment_rows] * ((batch + zoo::kLanes - 1) / zoo::kLanes);
+    zoo::run(w, layout, x, bias, y, batch, zoo::worthwhile(threads, steps));
   });
 }
 

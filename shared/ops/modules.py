@@ -58,9 +58,10 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> SparseWeight:
         """The packed weight; shares the parameter and the buffers."""
-        held = self._weight
-        same = held is not None and held.values is self.values and held.index is self.index
-        if held is not None and same and held.pointer is self.pointer:
+        # Not through nn.Module's look-up of attributes, which takes as long as a small product.
+        held, buffers = self._weight, self._buffers
+        values, index, pointer = self._parameters["values"], buffers["index"], buffers["pointer"]
+        if held is not None and held.values is values and held.index is index and held.pointer is pointer:
             return held
         shape = (self.out_features, self.in_features)
         weight = SparseWeight(self.values, self.index, self.pointer, self.layout, shape, self.width)

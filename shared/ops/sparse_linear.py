@@ -9,6 +9,7 @@ A dropped weight takes no part in the sum: an infinite or NaN x meets only the w
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -237,10 +238,11 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
         layout, index = csr_index(weight)
     form = (weight.values, index, weight.pointer, PANEL)
     kind = (LAYOUTS.index(layout), weight.width, VALUE_TYPES.index(weight.values.dtype))
+    y_shape = (*x.shape[:-1], weight.shape[0])
     if layout == "csr" and batch >= NARROW_BATCH and cols > 2 * NARROW:
         form = _narrow_form(*form[:3], weight.shape)
-        return _native_product(form, kind, weight.shape, x, bias)
-    run = functools.partial(_native_product, form, kind, weight.shape)
+        return _native_product(form, kind, weight.shape, y_shape)(x, bias)
+    run = _native_product(form, kind, weight.shape, y_shape)
     _settle(x, weight, run, "values", "index", "pointer")
     return run(x, bias)
 
@@ -249,28 +251,23 @@ def _native_product(
     form: tuple[Tensor, Tensor, Tensor, int],
     kind: tuple[int, int, int],
     shape: tuple[int, int],
-    x: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    values, index, pointer, panel = form
-    flat = _native.plain(x)
-    if bias is not None:
-        bias = _native.plain(bias)
-    y = torch.empty(*x.shape[:-1], shape[0], dtype=torch.float32)
-    _native.function("zoo_sparse_linear", "ppppppiiiiiiii")(
-        flat.data_ptr(),
-        values.data_ptr(),
-        index.data_ptr(),
-        pointer.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        flat.numel() // shape[1],
-        *shape,
-        panel,
-        *kind,
-        _num_threads(),
-    )
-    return y if x.dtype is torch.float32 else y.to(x.dtype)
+    y_shape: tuple[int, ...],
+) -> _Run:
+    """The native product with all that does not change from call to call made ready; it keeps `form` alive."""
+    function = _native.function("zoo_sparse_linear", "ppppppiiiiiiii")
+    parts = tuple(part.data_ptr() for part in form[:3])
+    sizes = (math.prod(y_shape[:-1]), *shape, form[3], *kind)
+    plain, empty, float32 = _native.plain, torch.empty, torch.float32
+
+    def run(x: Tensor, bias: Tensor | None, _form: tuple[Tensor, Tensor, Tensor, int] = form) -> Tensor:
+        flat, y = plain(x), empty(y_shape, dtype=float32)
+        if bias is not None:
+            bias = plain(bias)
+        at_bias = None if bias is None else bias.data_ptr()
+        function(flat.data_ptr(), *parts, at_bias, y.data_ptr(), *sizes, _num_threads())
+        return y if x.dtype is float32 else y.to(x.dtype)
+
+    return run
 
 
 def _triton_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:

@@ -14,6 +14,15 @@ using TeamTask = void (*)(void* context, int64_t thread, int64_t threads);
 // In a process that holds torch this is torch's own OpenMP team: a second pool beside it would fight for the cores.
 void run_team(int64_t threads, TeamTask task, void* context);
 
+// Waking a thread takes 2 to 4 us on the machines measured: as long as this many steps of a kernel (a kept weight read
+// and multiplied, or eight of them at once), so that is what a thread must at least have to do.
+constexpr int64_t kStepsPerThread = 32768;
+
+// How many of the threads so many steps are worth.
+inline int64_t worthwhile(int64_t threads, int64_t steps) {
+  return std::clamp<int64_t>(steps / kStepsPerThread, 1, std::max<int64_t>(threads, 1));
+}
+
 // body(begin, end) over a static partition of [0, items) into contiguous ranges, at most one per thread.
 template <class Body>
 void parallel_for(int64_t items, int64_t threads, Body&& body) {
