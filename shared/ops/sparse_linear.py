@@ -484,6 +484,7 @@ _TYPES = (
     (torch.bfloat16, torch.bfloat16, (1, 16)),
     (torch.float16, torch.float32, (1, 16)),
 )
+_PRODUCTS = 1 << 18  # entries of x in a large batch: small layers meet the nodes of a graph, or an image's patches
 
 
 def calibrate(quick: bool) -> list[dispatch.Entry]:
@@ -491,12 +492,13 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
     entries = []
     for layout, densities in _EXAMPLES.items():
         unstructured = layout in ("bitmask", "csr")
-        for side in (1024,) if quick else (512, 1024, 4096) if unstructured else (512, 2048):
+        for side in (1024,) if quick else (128, 512, 1024, 4096) if unstructured else (512, 2048):
             for density in densities:
                 weight = _example(side, density, layout)
                 for stored, given, batches in _TYPES[: 3 if unstructured and not quick else 1]:
                     typed = weight.to(stored)
-                    for batch in batches:
+                    wide = (_PRODUCTS // side,) if unstructured and stored is given and side < 4096 else ()
+                    for batch in (*batches, *wide):
                         x = torch.randn(batch, side).to(given)
                         run = functools.partial(sparse_linear, x, typed)
                         run(), run()  # forms of the weight are made once
