@@ -15,6 +15,8 @@ from shared.folding import fold_norms, fuse_relus
 from shared.masks import Mask, MaskSet, set_masks
 from shared.ops.modules import DepthwiseConv, SparseConv1x1, SparseLinear, is_depthwise, is_pointwise
 from shared.ops.nm_linear import PATTERNS, pack_nm
+from shared.ops.sparse_linear import plan
+from shared.ops.weights import SparseWeight
 from shared.patterns import NM
 
 # Takes a module and the masks of its own parameters by their short names; None where the module should stay.
@@ -135,7 +137,7 @@ MIN_SPARSITY = 0.5
 @register_packer(nn.Linear)
 def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
     """`shared.ops.SparseLinear`, which runs each product by the fastest backend for its shape, also dense; in
-    the layout of `nm_linear` where the mask is of such a pattern.
+    the layout of `nm_linear` where the mask is of such a pattern. A layer that is never faster so stays.
     """
     keep = masks.get("weight")
     if not isinstance(module, nn.Linear) or keep is None or set(masks) != {"weight"}:
@@ -152,9 +154,17 @@ def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | No
         and keep.kept * pattern.m == keep.numel * pattern.n  # a mask of the pattern may keep fewer
     ):
         weight = pack_nm(module.weight, keep.keep, pattern.n, pattern.m)
-        return SparseLinear(weight.packed, module.bias).requires_grad_(False)
-    packed = SparseLinear.from_dense(module, keep.keep)
-    return packed.requires_grad_(False)
+        packed = SparseLinear(weight.packed, module.bias)
+    else:
+        packed = SparseLinear.from_dense(module, keep.keep)
+    return None if _runs_dense(packed.weight) else packed.requires_grad_(False)
+
+
+def _runs_dense(weight: SparseWeight) -> bool:
+    """Whether `auto` would multiply by the dense weight for one row of x, for some and for many: then a plain
+    layer does the same without a choice at each call, which takes longer than a small product."""
+    backends = {plan(weight.values.new_empty(rows, weight.shape[1]), weight).backend for rows in (1, 64, 2048)}
+    return backends == {"dense"}
 
 
 @register_packer(nn.Conv2d)

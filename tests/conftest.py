@@ -47,3 +47,9 @@ def pytest_pyfunc_call(pyfuncitem):
 def _private_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "zoo-cache"))
+
+
+@pytest.fixture
+def packs_all(monkeypatch) -> None:
+    """Packing replaces every sparse linear layer, whichever is faster on this machine."""
+    monkeypatch.setattr("shared.packing._runs_dense", lambda weight: False)

@@ -11,8 +11,9 @@ number.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from torch import Tensor
 
 from shared.errors import OpError
 from shared.ops import _native, dispatch, triton
+from shared.ops._cache import DerivedCache
 from shared.ops.derived import Derived, version
+from shared.ops.settled import Run, Settled
 
 __all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference"]
 
-_dense = Derived()
+_dense: DerivedCache[Tensor] = DerivedCache(256)
 _in_range = Derived()
 
 
@@ -41,6 +44,7 @@ class QuantGroups:
         pointer: int32 [out + 1], the first group of each row.
         shape: (out, in).
         group: G, a multiple of 16 that divides `in`.
+        settled: how calls seen before ran.
     """
 
     codes: Integer[Tensor, "groups bytes"]
@@ -50,6 +54,7 @@ class QuantGroups:
     pointer: Integer[Tensor, " rows_and_end"]
     shape: tuple[int, int]
     group: int
+    settled: Settled = field(default_factory=Settled, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.check()
@@ -103,14 +108,18 @@ class QuantGroups:
             raise OpError("a zero point lies outside 0..15")
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The stored tensors, in the order of the constructor."""
+        return self.codes, self.scales, self.zeros, self.columns, self.pointer
+
+    @property
     def density(self) -> float:
         """Kept groups over all groups."""
         return self.columns.numel() * self.group / max(1, self.shape[0] * self.shape[1])
 
     @property
     def nbytes(self) -> int:
-        parts = (self.codes, self.scales, self.zeros, self.columns, self.pointer)
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(part.numel() * part.element_size() for part in self.parts)
 
     def to_dense(self) -> Float[Tensor, "out in"]:
         """The weight in fp32, with zeros where no group is kept."""
@@ -177,19 +186,12 @@ def quant_sparse_linear(
         OpError: shapes, dtypes or devices that do not fit.
     """
     if dispatch.direct(x, weight.codes, bias):
+        run = weight.settled.find(x, bias, weight.shape[0])
+        if run is not None:
+            return run(x, bias)
         weight.check()
         return _forward(x, weight, bias)
-    return _quant_sparse_linear(
-        x,
-        weight.codes,
-        weight.scales,
-        weight.zeros,
-        weight.columns,
-        weight.pointer,
-        bias,
-        weight.shape[1],
-        weight.group,
-    )
+    return _quant_sparse_linear(x, *weight.parts, bias, weight.shape[1], weight.group)
 
 
 def reference(
@@ -229,10 +231,14 @@ def case(x: Tensor, weight: QuantGroups) -> tuple[tuple[str, ...], str, tuple[fl
 def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
     backend = plan(x, weight, bias).backend
     if backend == "native" and x.numel() and weight.shape[0]:
-        return _native_forward(x, weight, bias)
+        run = _native_product(weight, (*x.shape[:-1], weight.shape[0]))
+        weight.settled.keep(x, run, *weight.parts)
+        return run(x, bias)
     if backend == "dense":
-        dense = _dense.get(weight.codes, weight.to_dense).to(x.dtype)
-        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        dense = _dense.get(weight.parts, weight.shape, weight.to_dense).to(x.dtype)
+        run = functools.partial(_linear, dense)
+        weight.settled.keep(x, run, *weight.parts)
+        return run(x, None if bias is None else bias.to(x.dtype))
     if backend == "triton":
         from shared.ops.triton import quant
 
@@ -240,27 +246,24 @@ def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
     return reference(x, weight, bias)
 
 
-def _native_forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
-    rows, cols = weight.shape
-    flat = x.reshape(-1, cols).float().contiguous()
-    wide_bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty(*x.shape[:-1], rows, dtype=torch.float32)
-    _native.function("zoo_quant_sparse_linear", "ppppppppiiiii")(
-        flat.data_ptr(),
-        weight.codes.data_ptr(),
-        weight.scales.data_ptr(),
-        weight.zeros.data_ptr(),
-        weight.columns.data_ptr(),
-        weight.pointer.data_ptr(),
-        None if wide_bias is None else wide_bias.data_ptr(),
-        y.data_ptr(),
-        flat.shape[0],
-        rows,
-        cols,
-        weight.group,
-        _native.threads(),
-    )
-    return y.to(x.dtype)
+def _linear(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _native_product(weight: QuantGroups, y_shape: tuple[int, ...]) -> Run:
+    """The native product with all that does not change from call to call made ready."""
+    function = _native.function("zoo_quant_sparse_linear", "ppppppppiiiii")
+    addresses = tuple(part.data_ptr() for part in weight.parts)
+    sizes = (math.prod(y_shape[:-1]), *weight.shape, weight.group)
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        flat, y = _native.plain(x), torch.empty(y_shape, dtype=torch.float32)
+        wide_bias = None if bias is None else _native.plain(bias)
+        at_bias = None if wide_bias is None else wide_bias.data_ptr()
+        function(flat.data_ptr(), *addresses, at_bias, y.data_ptr(), *sizes, _native.threads())
+        return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+    return run
 
 
 @torch.library.custom_op(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +21,10 @@ from torch import Tensor
 from shared.errors import OpError
 from shared.ops import _native, dispatch, triton
 from shared.ops._cache import DerivedCache
-from shared.ops.derived import Derived, version
+from shared.ops.derived import Derived
 from shared.ops.layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, columns_of_bits
 from shared.ops.memory import on_huge_pages
+from shared.ops.settled import Run
 from shared.ops.weights import SparseWeight, pack
 
 __all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_linear"]
@@ -47,8 +47,8 @@ def sparse_linear(
         OpError: shapes, dtypes or devices that do not fit, or a backend that cannot run this.
     """
     if dispatch.direct(x, weight.values, bias):
-        run = _settled(x, weight)
-        if run is not None and (bias is None or _fits(bias, x, weight)):
+        run = weight.settled.find(x, bias, weight.shape[0])
+        if run is not None:
             return run(x, bias)
         weight.check()
         return _forward(x, weight, bias)
@@ -148,8 +148,9 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
         return _native_forward(x, weight, bias)
     if backend == "dense":
         dense = _dense_form(weight, x.dtype)
-        _settle(x, weight, lambda x, bias: torch.nn.functional.linear(x, dense, bias), "values")
-        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        run = functools.partial(_linear, dense)
+        weight.settled.keep(x, run, weight.values)
+        return run(x, None if bias is None else bias.to(x.dtype))
     if backend == "vendor":
         matrix = _csr.get(weight.values, lambda: _torch_csr(weight))
         y = (matrix @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], weight.shape[0])
@@ -159,53 +160,15 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     return reference(x, weight, bias)
 
 
+def _linear(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def _dense_form(weight: SparseWeight, dtype: torch.dtype) -> Tensor:
     forms: dict[torch.dtype, Tensor] = _dense.get(weight.values, dict)
     if dtype not in forms:
         forms[dtype] = on_huge_pages(weight.to_dense().to(dtype))
     return forms[dtype]
-
-
-_Run = Callable[[Tensor, Tensor | None], Tensor]
-
-
-def _settled(x: Tensor, weight: SparseWeight) -> _Run | None:
-    """How such a call ran before, where nothing has changed since that its checks and its plan depend on: a
-    small product takes less time than these."""
-    held = weight.settled.get(x.shape)
-    if held is None:
-        return None
-    run, dtype, device, threads, request, table, parts = held
-    if (
-        x.dtype is not dtype
-        or _num_threads() != threads
-        or dispatch.requested() != request
-        or dispatch.table() is not table
-        or x.device != device
-    ):
-        return None
-    for name, stamp, address in parts:
-        part = getattr(weight, name)
-        if part.data_ptr() != address or version(part) != stamp:
-            return None
-    return run
-
-
-_num_threads = torch.get_num_threads
-
-
-def _settle(x: Tensor, weight: SparseWeight, run: _Run, *names: str) -> None:
-    """Let later calls like this one go straight to `run(x, bias)`, while the named parts of the weight stay
-    as they are."""
-    if len(weight.settled) >= 64:  # a batch size per call: forget
-        weight.settled.clear()
-    parts = [(name, version(getattr(weight, name)), getattr(weight, name).data_ptr()) for name in names]
-    choice = (_num_threads(), dispatch.requested(), dispatch.table())
-    weight.settled[x.shape] = (run, x.dtype, x.device, *choice, parts)
-
-
-def _fits(bias: Tensor, x: Tensor, weight: SparseWeight) -> bool:
-    return bias.dtype is x.dtype and bias.shape == weight.shape[:1] and bias.device == x.device
 
 
 def _torch_csr(weight: SparseWeight) -> Tensor:
@@ -243,7 +206,7 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
         form = _narrow_form(*form[:3], weight.shape)
         return _native_product(form, kind, weight.shape, y_shape)(x, bias)
     run = _native_product(form, kind, weight.shape, y_shape)
-    _settle(x, weight, run, "values", "index", "pointer")
+    weight.settled.keep(x, run, weight.values, weight.index, weight.pointer)
     return run(x, bias)
 
 
@@ -252,19 +215,18 @@ def _native_product(
     kind: tuple[int, int, int],
     shape: tuple[int, int],
     y_shape: tuple[int, ...],
-) -> _Run:
-    """The native product with all that does not change from call to call made ready; it keeps `form` alive."""
+) -> Run:
+    """The native product, with all made ready that stays from call to call; it keeps `form` alive."""
     function = _native.function("zoo_sparse_linear", "ppppppiiiiiiii")
     parts = tuple(part.data_ptr() for part in form[:3])
-    sizes = (math.prod(y_shape[:-1]), *shape, form[3], *kind)
+    sizes = (math.prod(y_shape[:-1]), *shape)
     plain, empty, float32 = _native.plain, torch.empty, torch.float32
 
-    def run(x: Tensor, bias: Tensor | None, _form: tuple[Tensor, Tensor, Tensor, int] = form) -> Tensor:
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
         flat, y = plain(x), empty(y_shape, dtype=float32)
-        if bias is not None:
-            bias = plain(bias)
-        at_bias = None if bias is None else bias.data_ptr()
-        function(flat.data_ptr(), *parts, at_bias, y.data_ptr(), *sizes, _num_threads())
+        wide_bias = None if bias is None else plain(bias)
+        at_bias = None if wide_bias is None else wide_bias.data_ptr()
+        function(flat.data_ptr(), *parts, at_bias, y.data_ptr(), *sizes, form[3], *kind, _native.threads())
         return y if x.dtype is float32 else y.to(x.dtype)
 
     return run
@@ -484,7 +446,7 @@ _TYPES = (
     (torch.bfloat16, torch.bfloat16, (1, 16)),
     (torch.float16, torch.float32, (1, 16)),
 )
-_PRODUCTS = 1 << 18  # entries of x in a large batch: small layers meet the nodes of a graph, or an image's patches
+_PRODUCTS = 1 << 18  # entries of x in a large batch: small layers meet a graph's nodes, or an image's patches
 
 
 def calibrate(quick: bool) -> list[dispatch.Entry]:
@@ -492,10 +454,10 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
     entries = []
     for layout, densities in _EXAMPLES.items():
         unstructured = layout in ("bitmask", "csr")
-        for side in (1024,) if quick else (128, 512, 1024, 4096) if unstructured else (512, 2048):
+        for side in (1024,) if quick else (128, 512, 1024, 4096) if unstructured else (256, 512, 2048):
             for density in densities:
                 weight = _example(side, density, layout)
-                for stored, given, batches in _TYPES[: 3 if unstructured and not quick else 1]:
+                for stored, given, batches in _TYPES[: 1 if quick else None]:
                     typed = weight.to(stored)
                     wide = (_PRODUCTS // side,) if unstructured and stored is given and side < 4096 else ()
                     for batch in (*batches, *wide):

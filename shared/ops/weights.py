@@ -36,6 +36,7 @@ from shared.ops.layout import (
     pack_bits,
 )
 from shared.ops.memory import on_huge_pages
+from shared.ops.settled import Settled
 
 # Above this share of zeros 16-bit columns are faster than bits at batch 1 (benchmarks/sparse_linear.py): bits
 # cost the same work however few are set. Values of 16 bits are spread with fewer instructions.
@@ -57,7 +58,7 @@ class SparseWeight:
         width: columns per block of "columns"; for "bitmask", 2 or 4 says that each eight columns keep just so
             many (an N:M pattern); 1 otherwise.
         plans: the backends of calls seen before, for `dispatch.recall`.
-        settled: how calls seen before ran, by shape of x, see `sparse_linear`.
+        settled: how calls of `sparse_linear` seen before ran.
         seen: the state of the tensors that was last found in order.
     """
 
@@ -68,7 +69,7 @@ class SparseWeight:
     shape: tuple[int, int]
     width: int = 1
     plans: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False)
-    settled: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
+    settled: Settled = field(default_factory=Settled, init=False, repr=False)
     seen: dict[str, tuple[object, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

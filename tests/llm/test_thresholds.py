@@ -121,6 +121,7 @@ def test_packed_generates_the_same_text(llama):
         assert found == pytest.approx(wanted, abs=0.01)
 
 
+@pytest.mark.usefixtures("packs_all")
 def test_thresholds_over_sparse_weights(llama, batches):
     """Masks and thresholds together: the packed product of both equals the masked one."""
     generator = torch.Generator().manual_seed(0)

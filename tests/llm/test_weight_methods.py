@@ -67,6 +67,7 @@ def logits(model):
         return model.float()(IDS, use_cache=False).logits
 
 
+@pytest.mark.usefixtures("packs_all")
 @pytest.mark.parametrize(
     "name,options",
     [

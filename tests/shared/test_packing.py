@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared import packing
+from shared import ops, packing
 from shared.errors import MaskError
 from shared.masks import Mask, MaskSet, masks_of
 from shared.ops import SparseLinear
@@ -26,6 +26,7 @@ def masked(model: nn.Module, sparsity: float) -> tuple[nn.Module, MaskSet]:
     return model.eval(), masks
 
 
+@pytest.mark.usefixtures("packs_all")
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [(), (0,), (1,), (3,), (2, 3)])
@@ -48,6 +49,7 @@ def test_a_layer_without_any_weight() -> None:
     assert torch.equal(pack(layer, masks)(torch.randn(2, 4)), layer.bias.expand(2, 3))
 
 
+@pytest.mark.usefixtures("packs_all")
 def test_sparse_layers_are_replaced_and_the_others_stay() -> None:
     torch.manual_seed(0)
     model, masks = masked(nn.Sequential(nn.Linear(1000, 800), nn.ReLU(), nn.Linear(800, 10)), 0.95)
@@ -67,6 +69,7 @@ def test_a_layer_that_would_not_gain_stays() -> None:
     assert isinstance(pack(double, masks)[0], nn.Linear)
 
 
+@pytest.mark.usefixtures("packs_all")
 def test_an_nm_mask_is_packed_in_the_layout_of_its_pattern() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 32)
@@ -101,6 +104,18 @@ def test_modules_that_need_no_mask_are_packed_if_they_say_so() -> None:
     assert isinstance(packed[0], nn.Identity) and isinstance(packed[1], nn.Linear)
 
 
+@pytest.mark.parametrize("backend,kind", [("dense", nn.Linear), ("reference", SparseLinear)])
+def test_a_layer_that_would_always_run_dense_stays(backend: str, kind: type[nn.Module]) -> None:
+    model, masks = masked(nn.Sequential(nn.Linear(40, 30)), 0.8)
+    x = torch.randn(6, 40)
+    expected = model(x)
+    with ops.backend(backend):
+        packed = pack(model, masks)
+    assert type(packed[0]) is kind
+    assert (list(masks_of(packed) or {}) == ["0.weight"]) == (kind is nn.Linear)
+    torch.testing.assert_close(packed(x), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_tied_layers_stay_tied() -> None:
     model = nn.Sequential(nn.Linear(80, 80), nn.Linear(80, 80))
     model[1].weight = model[0].weight
@@ -109,6 +124,7 @@ def test_tied_layers_stay_tied() -> None:
     assert isinstance(packed[0], nn.Linear) and packed[1].weight is packed[0].weight
 
 
+@pytest.mark.usefixtures("packs_all")
 def test_a_model_that_is_one_layer() -> None:
     layer, masks = masked(nn.Linear(1000, 800), 0.95)
     assert isinstance(pack(layer, masks), SparseLinear)
@@ -129,6 +145,7 @@ def test_other_types_can_be_registered(monkeypatch) -> None:
     assert isinstance(pack(model, masks)[0], nn.Identity)
 
 
+@pytest.mark.usefixtures("packs_all")
 def test_composites_are_packed_after_their_parts_and_take_their_masks() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:

@@ -125,7 +125,7 @@ def test_a_pattern_and_a_changed_tensor(dense_model, tiny_fields, dense, tmp_pat
     wider = bundles.ARCHITECTURES.get("test/tiny")(16, 0.5)
     wider.norm.num_batches_tracked.fill_(7)
     tiny_fields["architecture"]["args"]["width"] = 16
-    with pytest.raises(BundleError, match=f"on {DENSE}: no tensor is the same as the base's. Save the model without"):
+    with pytest.raises(BundleError, match=f"on {DENSE}: no tensor is the same .* Save the model without"):
         save(wider.half(), tmp_path / "wide", card=tiny_fields, base=dense)
     assert not (tmp_path / "wide").exists()
 

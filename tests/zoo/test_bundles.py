@@ -114,6 +114,7 @@ def test_info_follows_copies(tiny_bundle) -> None:
         info(nn.Linear(2, 2))
 
 
+@pytest.mark.usefixtures("packs_all")
 def test_packed_execution_gives_the_same_outputs(tiny_fields, tmp_path: Path, monkeypatch) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(800, 700), nn.ReLU(), nn.Linear(700, 5))

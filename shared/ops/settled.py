@@ -1,0 +1,61 @@
+"""How the calls of a weight ran before, so that a call like them need not be checked and planned again.
+
+A product of a small layer takes a few microseconds, and so do the checks of its arguments and the choice of a
+backend. These depend on the shape and dtype of x, on torch's threads, on what `ops.backend` asks for, and on
+the content of the weight's index: while none of that has changed, their outcome is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.ops import dispatch
+from shared.ops.derived import version
+
+Run = Callable[[Tensor, "Tensor | None"], Tensor]  # of x and the bias
+_CAPACITY = 64  # shapes of x; a batch size per call would fill memory
+_num_threads = torch.get_num_threads
+
+
+class Settled:
+    """Belongs to a weight whose tensors are never replaced; a copy of the weight starts without."""
+
+    def __init__(self) -> None:
+        self._calls: dict[torch.Size, tuple[Any, ...]] = {}
+
+    def __reduce__(self) -> tuple[type[Settled], tuple[()]]:
+        return Settled, ()
+
+    def find(self, x: Tensor, bias: Tensor | None, rows: int) -> Run | None:
+        """How such a call of a weight of so many rows ran, or None where it has to be checked and planned."""
+        held = self._calls.get(x.shape)
+        if held is None:
+            return None
+        run, dtype, device, threads, request, table, parts = held
+        if (
+            x.dtype is not dtype
+            or _num_threads() != threads
+            or dispatch.requested() != request
+            or dispatch.table() is not table
+            or x.device != device
+        ):
+            return None
+        if bias is not None and (bias.dtype is not dtype or bias.shape != (rows,) or bias.device != device):
+            return None
+        for part, stamp, address in parts:
+            if part.data_ptr() != address or version(part) != stamp:
+                return None
+        return run
+
+    def keep(self, x: Tensor, run: Run, *parts: Tensor) -> None:
+        """Let later calls like this one go straight to `run`, while the parts of the weight stay as they are.
+        """
+        if len(self._calls) >= _CAPACITY:
+            self._calls.clear()
+        held = [(part, version(part), part.data_ptr()) for part in parts]
+        choice = (_num_threads(), dispatch.requested(), dispatch.table())
+        self._calls[x.shape] = (run, x.dtype, x.device, *choice, held)
