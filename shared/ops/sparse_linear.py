@@ -445,6 +445,7 @@ _TYPES = (
     (torch.float32, torch.float32, (1, 8, 64)),
     (torch.bfloat16, torch.bfloat16, (1, 16)),
     (torch.float16, torch.float32, (1, 16)),
+    (torch.float16, torch.float16, (1, 16)),
 )
 _PRODUCTS = 1 << 18  # entries of x in a large batch: small layers meet a graph's nodes, or an image's patches
 
@@ -459,7 +460,7 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
                 weight = _example(side, density, layout)
                 for stored, given, batches in _TYPES[: 1 if quick else None]:
                     typed = weight.to(stored)
-                    wide = (_PRODUCTS // side,) if unstructured and stored is given and side < 4096 else ()
+                    wide = (_PRODUCTS // side,) if unstructured and side < 4096 else ()
                     for batch in (*batches, *wide):
                         x = torch.randn(batch, side).to(given)
                         run = functools.partial(sparse_linear, x, typed)
