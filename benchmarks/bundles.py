@@ -1,7 +1,7 @@
 """Sparse bundles of the zoo as they are loaded: packed against masked execution and the dense twin.
 
 A forward pass over the bundle's own data, on inputs that are converted once: the whole graph, 64 test images,
-one token of text. Sparse graphs keep the edges of their ticket, in both executions; the dense twin uses all.
+one token of text and a prompt of 64. Sparse graphs keep the edges of their ticket, in both executions; the dense twin uses all.
 Packing folds the batch norms of a convnet, so its dense twin runs with folded norms, too.
 
 `products` is the share of the masked time that the layers with masked weights take, and so all that packing
@@ -33,21 +33,22 @@ from zoo.vision.mobilenet import norms_folded
 Call = Callable[[], object]
 Inputs = Callable[[nn.Module], tuple[Any, ...]]
 FASTER = Goal(1.0, over=("dense twin",))  # a sparse bundle as it is served, against the dense one
-IMAGES = 64
+IMAGES = PROMPT = 64
 # Bundles whose layers have sparse kernels: convolutions of 3x3 run dense.
 BUNDLES = ("graph/teddy-*", "vision/fast-convnet-*", "llm/wanda-*", "llm/gqsa-*")
 QUICK = ("graph/teddy-*-w95", "vision/fast-convnet-*", "llm/wanda-50-stories")
 
 
-def inputs_of(domain: str, task: str) -> Inputs:
+def inputs_of(domain: str, task: str) -> dict[str, Inputs]:
     """What a bundle is run on, from its first task."""
     if domain == "graph":
         data = load_graph(task)
-        return lambda model: model.prepare(data.x, data.edge_index)
+        return {"graph": lambda model: model.prepare(data.x, data.edge_index)}
     if domain == "vision":
         images = load_images(task)
-        return lambda model: (images.normalised(images.test.images[:IMAGES]),)
-    return lambda model: (torch.tensor([[1]]),)
+        return {f"{IMAGES} images": lambda model: (images.normalised(images.test.images[:IMAGES]),)}
+    prompt = torch.arange(1, PROMPT + 1)[None]
+    return {"1 token": lambda _: (prompt[:, :1],), f"{PROMPT} tokens": lambda _: (prompt,)}
 
 
 def call_of(model: nn.Module, inputs: Inputs) -> Call:
@@ -107,8 +108,10 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
         except (DataError, OSError) as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
-        labels: dict[str, object] = {"bundle": name, "zeros": f"{card.sparsity.overall:.0%}"}
-        yield Later(labels, functools.partial(build, dict(labels), name, card.dense_twin, inputs))
+        for kind, given in inputs.items():
+            zeros = f"{card.sparsity.overall:.0%}"
+            labels: dict[str, object] = {"bundle": name, "zeros": zeros, "input": kind}
+            yield Later(labels, functools.partial(build, dict(labels), name, card.dense_twin, given))
 
 
 if __name__ == "__main__":

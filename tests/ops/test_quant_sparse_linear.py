@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,27 @@ def test_threads_do_not_change_a_bit() -> None:
         two = quant_sparse_linear(x, weight)
         torch.set_num_threads(1)
     assert torch.equal(one, two)
+
+
+@needs_native
+@pytest.mark.parametrize("backend", ["native", "dense"])
+def test_a_repeated_call_sees_what_has_changed(backend: str) -> None:
+    torch.manual_seed(0)
+    weight, x, bias = example(11, 192), torch.randn(2, 192), torch.randn(11)
+    with ops.backend(backend), torch.no_grad():
+        first = [quant_sparse_linear(x, weight, bias) for _ in range(3)]
+        assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
+        strided = x.t().contiguous().t()
+        torch.testing.assert_close(quant_sparse_linear(2 * strided, weight, 2 * bias), 2 * first[0])
+        copied = copy.deepcopy(weight)
+        weight.scales.mul_(2)
+        torch.testing.assert_close(quant_sparse_linear(x, weight), 2 * (first[0] - bias))
+        torch.testing.assert_close(quant_sparse_linear(x, copied, bias), first[0])
+        with pytest.raises(OpError, match="bias"):
+            quant_sparse_linear(x, weight, bias[:5])
+        weight.columns[0] = 12
+        with pytest.raises(OpError, match="outside"):
+            quant_sparse_linear(x, weight)
 
 
 def test_rounding_and_special_groups() -> None:
