@@ -2,7 +2,8 @@
 
 A forward pass over the bundle's own data, on inputs that are converted once: the whole graph, 64 test images,
 one token of text and a prompt of 64. Sparse graphs keep the edges of their ticket, in both executions; the
-dense twin uses all. Packing folds the batch norms of a convnet, so its dense twin runs with folded norms, too.
+dense twin uses all. Packing folds the batch norms of a convnet, so its dense twin runs with folded norms,
+too.
 
 `products` is the share of the masked time that the layers with masked weights take, and so all that packing
 can save: where it is small, the rest (the sums over the edges, attention, the calls) says why a packed model
