@@ -140,6 +140,9 @@ def test_the_study_reports_and_resumes(study):
     folder, first = study
     assert next(v for v in first.verdicts if "occupancy" in v.claim).verdict == "holds"
     assert {row["arm"] for row in first.rows} >= {"scratch", "SparK", "no re-masking", "single scale"}
+    probes = {(row["arm"], row["labels"]): row["accuracy"] for row in first.rows if row["what"] == "probe"}
+    assert len(probes) == 8 and all(0 < accuracy < 1 for accuracy in probes.values())
+    assert len(set(probes.values())) > 4, "each arm has features of its own"
     kept = sorted((folder / "cells").glob("*.json"))
     again = reproduce("spark", out=folder / "out", cells=folder / "cells", **TINY)
     assert sorted((folder / "cells").glob("*.json")) == kept
@@ -162,7 +165,8 @@ def test_bundles_of_a_study_verify(study, tmp_path, monkeypatch):
     for name in made:
         assert verify_bundle(find(tmp_path / "cards" / name)).ok, name
     card = find(tmp_path / "cards" / "spark-resnet8-digits-n20").card
-    found = [r["accuracy"] for r in result.rows if (r["arm"], r.get("labels")) == ("SparK", 20)]
+    tuned = [row for row in result.rows if row["what"] == "fine-tuning"]
+    found = [r["accuracy"] for r in tuned if (r["arm"], r["labels"]) == ("SparK", 20)]
     assert [card.metrics[0].value] == pytest.approx(found)
     assert card.dense_twin == "vision/dense-resnet8-digits-n20"
     assert (tmp_path / "spark-digits-reconstructions.png").exists()

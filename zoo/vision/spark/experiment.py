@@ -19,7 +19,7 @@ from zoo.vision.spark import summary
 from zoo.vision.spark.encoder import SparKEncoder, occupancy
 from zoo.vision.spark.masking import draw_cells, kept_cells
 from zoo.vision.spark.modules import VisibleConv2d
-from zoo.vision.spark.study import ARMS, SCRATCH, Setting, Tuning, pretrained, tuned
+from zoo.vision.spark.study import ARMS, SCRATCH, Setting, Tuning, pretrained, probed, tuned
 
 #: What is usual for each set: network, cells, labels.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -139,6 +139,10 @@ def _work(
                 yield f"pre-training {arm}, seed {seed}", partial(
                     _pretraining_row, setting, arm, seed, cells, config.device
                 )
+            for labels in (config.value("few"), 0):
+                yield f"linear probe of {arm}, {labels or 'all'} labels, seed {seed}", partial(
+                    _probe_row, setting, arm, labels, seed, cells, config.device
+                )
             for tuning in config.tunings(arm):
                 yield f"{arm}, {tuning.labels or 'all'} labels, seed {seed}", partial(
                     _tuning_row, setting, arm, tuning, seed, cells, config.device
@@ -150,6 +154,13 @@ def _pretraining_row(
 ) -> dict[str, Any]:
     found = pretrained(setting, arm, seed, cells, device)[1]
     return {"what": "pre-training", "arm": arm, "seed": seed, **found}
+
+
+def _probe_row(
+    setting: Setting, arm: str, labels: int, seed: int, cells: CellCache, device: str
+) -> dict[str, Any]:
+    found = probed(setting, arm, labels, seed, cells, device)
+    return {"what": "probe", "arm": arm, "seed": seed, "labels": labels, **found}
 
 
 def _tuning_row(

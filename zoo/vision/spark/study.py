@@ -21,6 +21,7 @@ from zoo.vision.spark.encoder import Execution, SparKEncoder
 from zoo.vision.spark.masking import Choice
 from zoo.vision.spark.objective import SparK
 from zoo.vision.spark.pretraining import held_out_loss, mixed_precision, pretraining
+from zoo.vision.spark.probe import fit_head
 from zoo.vision.train import Batch, Fit, ImageBatches, Recipe, correct
 
 CELL_VERSION = 1  # raise it when a cell means something else
@@ -161,7 +162,7 @@ def tuned(
     """A network fine-tuned from an arm, or trained from fresh weights, and its figures on the test images."""
     key = setting.key(arm=arm, seed=seed, what="fine-tuning", **asdict(tuning))
     if arm == SCRATCH:  # nothing of the pre-training decides it
-        key = {k: v for k, v in key.items() if not k.startswith("pretrain") and k not in _ENCODER_ONLY}
+        key = _without_pretraining(key)
     file = cells.path(key).with_suffix(".safetensors")
 
     def compute() -> dict[str, Any]:
@@ -191,6 +192,33 @@ def tuned(
     model = setting.model(seed)
     model.load_state_dict(load_file(file))
     return model.eval(), found
+
+
+def probed(
+    setting: Setting, arm: str, labels: int, seed: int, cells: CellCache, device: str = "cpu"
+) -> dict[str, Any]:
+    """Test accuracy of a linear probe on the frozen features of an arm; those of fresh weights from scratch.
+
+    Args:
+        labels: how many training images it sees; 0 for all.
+    """
+    key = setting.key(arm=arm, seed=seed, what="probe", labels=labels)
+    if arm == SCRATCH:
+        key = _without_pretraining(key)
+
+    def compute() -> dict[str, Any]:
+        model, data = setting.model(seed), setting.data()
+        if arm != SCRATCH:
+            model.load_state_dict(_with_head(pretrained(setting, arm, seed, cells, device)[0], model))
+        fit_head(model, data.subset(labels) if labels else data)
+        test = data.test.take(torch.arange(setting.test_images or len(data.test)))
+        return {"accuracy": float(correct(model, data, test).double().mean()), "images": len(test)}
+
+    return cells.cell(key, compute)
+
+
+def _without_pretraining(key: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in key.items() if not k.startswith("pretrain") and k not in _ENCODER_ONLY}
 
 
 _ENCODER_ONLY = ("cell", "ratio", "decoder")

@@ -47,16 +47,18 @@ def summarise(rows: Rows, few: int, protocol: str) -> ExperimentResult:
     """Everything that is reported.
 
     Args:
-        rows: pre-trainings, fine-tunings and occupancies.
+        rows: pre-trainings, linear probes, fine-tunings and occupancies.
         few: labels of the first fine-tuning.
         protocol: what was trained on what.
     """
-    tables = [_accuracies(rows, few, protocol), _losses(rows), _occupancies(rows)]
+    tables = [_accuracies(rows, few, protocol), _probes(rows, few), _losses(rows), _occupancies(rows)]
     notes = [
         protocol,
         "Accuracy is that of the test images in percent at the last epoch, mean ± sample standard deviation "
         "over seeds. The loss is that of hidden cells of validation images; predicting zero everywhere costs "
         "(p - 1) / p for cells of p values.",
+        "A linear probe is a ridge regression of the classes on frozen features; from scratch on those of "
+        "fresh weights.",
         "Occupancy is the share of non-zero sites after each convolution of a fresh network in eval mode.",
     ]
     public = [{k: v for k, v in row.items() if k != "correct"} for row in rows]
@@ -76,6 +78,19 @@ def _accuracies(rows: Rows, few: int, protocol: str) -> Table:
             body.append([arm, *cells, each])
     columns = ["arm", f"{few:,} labels", "all labels", f"each seed, {few:,} labels"]
     return Table("Test accuracy (%)", columns, body, protocol)
+
+
+def _probe_points(rows: Rows, arm: str, labels: int) -> list[float]:
+    """Test accuracy in percent, by seed."""
+    found = [r for r in rows if r["what"] == "probe" and (r["arm"], r["labels"]) == (arm, labels)]
+    return [100 * r["accuracy"] for r in sorted(found, key=lambda row: row["seed"])]
+
+
+def _probes(rows: Rows, few: int) -> Table:
+    shown = [arm for arm in (SCRATCH, *ARMS) if _probe_points(rows, arm, few)]
+    body = [[arm, *(mean_cell(_probe_points(rows, arm, labels)) for labels in (few, 0))] for arm in shown]
+    columns = ["arm", f"{few:,} labels", "all labels"]
+    return Table("Test accuracy of a linear probe on frozen features (%)", columns, body)
 
 
 def _pretrainings(rows: Rows, arm: str) -> list[dict[str, Any]]:
@@ -111,6 +126,10 @@ def _occupancies(rows: Rows) -> Table:
 
 def _verdicts(rows: Rows, few: int) -> list[Verdict]:
     out = [_loss_verdict(rows), _every_seed(rows, few)]
+    probes = [_probe_points(rows, arm, few) for arm in ("SparK", SCRATCH)]
+    learnt = seed_difference(*probes) if all(probes) else None
+    claim = "a linear probe on SparK's frozen features is above one on those of fresh weights"
+    out.append(judge(claim, BAR, learnt))
     gain, rest = gains(rows, "SparK", SCRATCH, few), gains(rows, "SparK", SCRATCH, 0)
     closing = seed_difference(gain, rest) if gain and len(gain) == len(rest) else None
     out.append(judge("the gain shrinks from few labels to all", BAR, closing))
