@@ -75,17 +75,20 @@ def test_the_readme_runs_as_python(monkeypatch) -> None:
         optimizer.step()
 
     blocks = re.findall(r"```python\n(.*?)```", pages()["README.md"], re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     space: dict[str, object] = {"train": train}
     exec(blocks[0], space)
     model, data = space["model"], space["data"]
-    assert space["logits"].shape == (1797, 10)
+    masked = space["logits"]
+    assert masked.shape == (1797, 10)
     space["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = model.state_dict()["conv1.lin.weight"].clone()
     exec(blocks[1], space)
     assert not torch.equal(model.state_dict()["conv1.lin.weight"], before)
+    exec(blocks[2], space)
+    torch.testing.assert_close(space["logits"], masked, atol=1e-2, rtol=1e-2)
     space["model"] = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8))
-    first, second = blocks[2].splitlines()[-2:]
+    first, second = blocks[3].splitlines()[-2:]
     exec(f"import zoo\n{first}", space)
     assert space["masks"].sparsity() == pytest.approx(0.9, abs=0.01)
     space["model"] = nn.Linear(32, 16)
