@@ -98,6 +98,7 @@ def test_loaded_as_a_newcomer_would():
     assert torch.allclose(logits, fast, atol=1e-4)
 
 
+@pytest.mark.usefixtures("packs_all")
 @pytest.mark.parametrize("architecture", ["gcn", "gat", "gin"])
 def test_packed_execution_gives_the_same_logits(architecture):
     data, name = load_graph("digits"), f"graph/teddy-{architecture}-digits-g60-w95"

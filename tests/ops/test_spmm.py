@@ -253,4 +253,4 @@ def test_csr_from_edges_refuses_unknown_rows() -> None:
 def test_explain_names_the_backend() -> None:
     crow, col = graph(5, 5, 12, 9, torch.int64)
     plan = ops.explain(spmm, crow, col, torch.ones(5, 3))
-    assert plan.backend == ("native" if _native.available() else "reference")
+    assert plan.backend == ("native" if _native.available() else "vendor")
