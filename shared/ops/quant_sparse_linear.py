@@ -24,7 +24,7 @@ from shared.errors import OpError
 from shared.ops import _native, dispatch, triton
 from shared.ops._cache import DerivedCache
 from shared.ops.derived import Derived, version
-from shared.ops.settled import Run, Settled
+from shared.ops.settled import Run, Settled, dense_run
 
 __all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference"]
 
@@ -235,19 +235,15 @@ def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
         weight.settled.keep(x, run, *weight.parts)
         return run(x, bias)
     if backend == "dense":
-        dense = _dense.get(weight.parts, weight.shape, weight.to_dense).to(x.dtype)
-        run = functools.partial(_linear, dense)
+        form = (weight.shape, x.dtype)
+        run = dense_run(_dense.get(weight.parts, form, lambda: weight.to_dense().to(x.dtype)))
         weight.settled.keep(x, run, *weight.parts)
-        return run(x, None if bias is None else bias.to(x.dtype))
+        return run(x, bias)
     if backend == "triton":
         from shared.ops.triton import quant
 
         return quant.quant_sparse_linear(x, weight, bias)
     return reference(x, weight, bias)
-
-
-def _linear(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _native_product(weight: QuantGroups, y_shape: tuple[int, ...]) -> Run:

@@ -21,6 +21,15 @@ _CAPACITY = 64  # shapes of x; a batch size per call would fill memory
 _num_threads = torch.get_num_threads
 
 
+def dense_run(weight: Tensor) -> Run:
+    """The run of a weight [out, in] with its zeros, in the dtype of x."""
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    return run
+
+
 class Settled:
     """Belongs to a weight whose tensors are never replaced; a copy of the weight starts without."""
 

@@ -24,7 +24,7 @@ from shared.ops._cache import DerivedCache
 from shared.ops.derived import Derived
 from shared.ops.layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, columns_of_bits
 from shared.ops.memory import on_huge_pages
-from shared.ops.settled import Run
+from shared.ops.settled import Run, dense_run
 from shared.ops.weights import SparseWeight, pack
 
 __all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_linear"]
@@ -147,10 +147,9 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     if backend == "native":
         return _native_forward(x, weight, bias)
     if backend == "dense":
-        dense = _dense_form(weight, x.dtype)
-        run = functools.partial(_linear, dense)
+        run = dense_run(_dense_form(weight, x.dtype))
         weight.settled.keep(x, run, weight.values)
-        return run(x, None if bias is None else bias.to(x.dtype))
+        return run(x, bias)
     if backend == "vendor":
         matrix = _csr.get(weight.values, lambda: _torch_csr(weight))
         y = (matrix @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], weight.shape[0])
@@ -158,10 +157,6 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     if backend == "triton":
         return _triton_forward(x, weight, bias)
     return reference(x, weight, bias)
-
-
-def _linear(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _dense_form(weight: SparseWeight, dtype: torch.dtype) -> Tensor:

@@ -80,8 +80,8 @@ def test_non_finite_input_is_kept() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_do_not_change_a_bit(kind: str) -> None:
     torch.manual_seed(0)
-    weight, x = torch.randn(300, 200), torch.randn(3, 200).relu()
-    active = torch.rand(3, 300) < 0.5
+    weight, x = torch.randn(600, 500), torch.randn(3, 500).relu()  # work enough for several threads
+    active = torch.rand(3, 600) < 0.5
     found = []
     with ops.backend("native"):
         for threads in (1, 2, 3):

@@ -39,7 +39,7 @@ def test_backends_agree(group: int, density: float, batch: int) -> None:
 @needs_native
 def test_threads_do_not_change_a_bit() -> None:
     torch.manual_seed(0)
-    weight, x = example(50, 256), torch.randn(7, 256)
+    weight, x = example(800, 256), torch.randn(7, 256)  # work enough for several threads
     with ops.backend("native"):
         one = quant_sparse_linear(x, weight)
         torch.set_num_threads(2)
@@ -67,6 +67,18 @@ def test_a_repeated_call_sees_what_has_changed(backend: str) -> None:
         weight.columns[0] = 12
         with pytest.raises(OpError, match="outside"):
             quant_sparse_linear(x, weight)
+
+
+def test_the_dense_form_belongs_to_all_parts() -> None:
+    torch.manual_seed(0)
+    weight, x = example(11, 192), torch.randn(2, 192)
+    doubled = replace(weight, scales=weight.scales * 2)  # the same codes
+    with ops.backend("dense"), torch.no_grad():
+        y = quant_sparse_linear(x, weight)
+        torch.testing.assert_close(quant_sparse_linear(x, doubled), 2 * y)
+        half = quant_sparse_linear(x.bfloat16(), weight)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), y, atol=0.05, rtol=0.05)
 
 
 def test_rounding_and_special_groups() -> None:

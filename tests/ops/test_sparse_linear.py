@@ -73,7 +73,7 @@ def test_backends_agree_on_any_shape(layout, rows, cols, batch, sparsity, dtype,
 @pytest.mark.parametrize("batch", [1, 4, 40])
 def test_several_panels_and_threads_bit_for_bit(layout: str, batch: int) -> None:
     torch.manual_seed(0)
-    weight = example(37, 4992, 0.8, layout)
+    weight = example(421, 4992, 0.5, layout)  # work enough for several threads, in any layout
     x = torch.randn(batch, 4992)
     results = []
     with ops.backend("native"):
@@ -109,7 +109,6 @@ def test_large_weights_lie_on_huge_pages_unchanged() -> None:
         assert copy.data_ptr() % PAGE == 0
     small = torch.randn(3)
     assert on_huge_pages(small) is small
-
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

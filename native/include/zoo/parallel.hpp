@@ -14,8 +14,8 @@ using TeamTask = void (*)(void* context, int64_t thread, int64_t threads);
 // In a process that holds torch this is torch's own OpenMP team: a second pool beside it would fight for the cores.
 void run_team(int64_t threads, TeamTask task, void* context);
 
-// Waking a thread takes 2 to 4 us on the machines measured: as long as this many steps of a kernel (a kept weight read
-// and multiplied, or eight of them at once), so that is what a thread must at least have to do.
+// What a thread must at least have to do to be woken, in steps of a kernel (a kept weight read and multiplied, or eight of
+// them at once): microseconds of work, as waking it takes.
 constexpr int64_t kStepsPerThread = 32768;
 
 // How many of the threads so many steps are worth.
