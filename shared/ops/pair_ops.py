@@ -14,10 +14,12 @@ from torch import Tensor
 
 from shared.errors import OpError
 from shared.ops import _native, dispatch
+from shared.ops.derived import Derived, version
 from shared.ops.rulebook import Pairs
 
 _NATIVE_TYPES = (torch.float32, torch.float64)
 _PAIRS = "Tensor source, Tensor target, Tensor start, int targets, int tile"
+_in_order = Derived()  # lists that were found in order, for so many sites and offsets
 _BACK = "Tensor b_source, Tensor b_target, Tensor b_start, int b_tile"
 
 
@@ -65,24 +67,32 @@ def _check(
     x: Tensor, source: Tensor, target: Tensor, start: Tensor, targets: int, tile: int, offsets: int
 ) -> None:
     """Refuse lists that no rulebook can have made: the kernels trust their indices."""
+    lists = (source, target, start)
+    state = (x.shape[0], targets, tile, offsets, *(part.data_ptr() for part in lists), *map(version, lists))
+    known = _in_order.get(source, set[tuple[int, ...]])
+    if state in known:
+        return
     segments = -(-targets // tile) * offsets
     if start.numel() != segments + 1 or source.dtype != torch.int32 or target.dtype != torch.int32:
         raise OpError(f"these pair lists are not for {targets} targets and a kernel of {offsets} offsets")
     if source.shape != target.shape or int(start[-1]) != source.numel():
         raise OpError(f"pair lists of {source.numel()} and {target.numel()} entries, not {int(start[-1])}")
-    if source.numel() == 0:
-        return
-    (low, high), (first, last) = source.aminmax(), target.aminmax()
-    if int(low) < 0 or int(high) >= x.shape[0] or int(first) < 0 or int(last) >= targets:
-        raise OpError(
-            f"the pair lists name sites {int(low)} to {int(high)} of {x.shape[0]} "
-            f"and outputs {int(first)} to {int(last)} of {targets}"
-        )
+    if int(start[0]) != 0 or bool((start.diff() < 0).any()):
+        raise OpError("the starts of pair lists begin at 0 and never fall")
+    if source.numel():
+        (low, high), (first, last) = source.aminmax(), target.aminmax()
+        if int(low) < 0 or int(high) >= x.shape[0] or int(first) < 0 or int(last) >= targets:
+            raise OpError(
+                f"the pair lists name sites {int(low)} to {int(high)} of {x.shape[0]} "
+                f"and outputs {int(first)} to {int(last)} of {targets}"
+            )
+    known.add(state)
 
 
-def _convolve(
+def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs, transposed: bool, flipped: bool
 ) -> Tensor:
+    """The convolution itself, by the backend that `plan` says."""
     out, offsets, channels = weight.shape
     _check(x, *pairs[:3], pairs.targets, pairs.tile, offsets)
     if plan(x, weight, pairs.targets).backend == "reference":
@@ -119,7 +129,7 @@ def sparse_conv_op(
     flipped: bool,
 ) -> Tensor:
     """y [targets, out] from x [sources, in] and weight [out, offsets, in]; `flipped`: the backward pairs."""
-    return _convolve(x, weight, bias, Pairs(source, target, start, x.shape[0], targets, tile), False, False)
+    return convolve(x, weight, bias, Pairs(source, target, start, x.shape[0], targets, tile), False, False)
 
 
 @sparse_conv_op.register_fake
@@ -146,7 +156,7 @@ def _grad_x(
 ) -> Tensor:
     """The pairs are those from output sites to input sites."""
     pairs = Pairs(source, target, start, grad.shape[0], targets, tile)
-    return _convolve(grad, weight, None, pairs, True, flipped)
+    return convolve(grad, weight, None, pairs, True, flipped)
 
 
 @_grad_x.register_fake

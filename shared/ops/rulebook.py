@@ -94,7 +94,9 @@ class Rulebook:
     geometry: Geometry
 
 
-_rulebooks: DerivedCache[Rulebook] = DerivedCache(capacity=256)
+# Forward pairs, backward pairs and the output sites that were found; not those that the caller gave, with which
+# the entry is to go.
+_made: DerivedCache[tuple[Pairs, Pairs, Any]] = DerivedCache(capacity=256)
 
 
 def geometry(dims: int, kernel: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Geometry:
@@ -127,12 +129,13 @@ def submanifold_rulebook(
     if not all(k % 2 for k in shaped.kernel):
         raise OpError(f"a submanifold convolution needs odd kernel sizes. Received: {shaped.kernel}.")
 
-    def build() -> Rulebook:
+    def build() -> tuple[Pairs, Pairs, Any]:
         check_sites(indices, shape, batch_size)
         pairs = _pairs(_submanifold_neighbours(indices, shape, batch_size, shaped), indices.shape[0])
-        return Rulebook(pairs, pairs, True, indices, shape, shaped)
+        return pairs, pairs, None
 
-    return _rulebooks.get((indices,), ("submanifold", shape, batch_size, shaped), build)
+    there, back, _ = _made.get((indices,), ("submanifold", shape, batch_size, shaped), build)
+    return Rulebook(there, back, True, indices, shape, shaped)
 
 
 def conv_rulebook(
@@ -155,15 +158,15 @@ def conv_rulebook(
     if min(out_shape) < 1:
         raise OpError(f"the kernel {shaped.kernel} does not fit into a grid of extents {shape}")
 
-    def build() -> Rulebook:
+    def build() -> tuple[Pairs, Pairs, Any]:
         check_sites(indices, shape, batch_size)
         check_sites(indices[:0], out_shape, batch_size)
         keys, forward, backward = _conv_neighbours(indices, batch_size, out_shape, shaped)
         sites = sites_of_keys(keys, out_shape)
-        there, back = _pairs(forward, indices.shape[0]), _pairs(backward, sites.shape[0])
-        return Rulebook(there, back, False, sites, out_shape, shaped)
+        return _pairs(forward, indices.shape[0]), _pairs(backward, sites.shape[0]), sites
 
-    return _rulebooks.get((indices,), ("conv", shape, batch_size, shaped), build)
+    there, back, sites = _made.get((indices,), ("conv", shape, batch_size, shaped), build)
+    return Rulebook(there, back, False, sites, out_shape, shaped)
 
 
 def conv_rulebook_onto(
@@ -188,7 +191,7 @@ def conv_rulebook_onto(
     shaped = geometry(len(shape), kernel, stride, padding, dilation)
     out_shape = shaped.out_shape(shape)
 
-    def build() -> Rulebook:
+    def build() -> tuple[Pairs, Pairs, Any]:
         check_sites(indices, shape, batch_size)
         check_sites(onto, out_shape, batch_size)
         keys = site_keys(onto, out_shape)
@@ -196,10 +199,10 @@ def conv_rulebook_onto(
             forward, backward = _native_neighbours(indices, keys, batch_size, out_shape, shaped)
         else:
             forward, backward = _neighbours_onto(indices, keys, out_shape, shaped)
-        there, back = _pairs(forward, indices.shape[0]), _pairs(backward, onto.shape[0])
-        return Rulebook(there, back, False, onto, out_shape, shaped)
+        return _pairs(forward, indices.shape[0]), _pairs(backward, onto.shape[0]), None
 
-    return _rulebooks.get((indices, onto), ("onto", shape, batch_size, shaped), build)
+    there, back, _ = _made.get((indices, onto), ("onto", shape, batch_size, shaped), build)
+    return Rulebook(there, back, False, onto, out_shape, shaped)
 
 
 def _is_native(tensor: Tensor) -> bool:

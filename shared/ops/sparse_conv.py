@@ -18,7 +18,7 @@ from torch import Tensor
 from shared.errors import OpError
 from shared.ops import dispatch
 from shared.ops.pair_channel_ops import depthwise_op, max_pool_op
-from shared.ops.pair_ops import plan, sparse_conv_op
+from shared.ops.pair_ops import convolve, plan, sparse_conv_op
 from shared.ops.rulebook import Pairs, Rulebook, conv_rulebook, submanifold_rulebook
 from shared.ops.sparse_tensor import like
 
@@ -188,6 +188,8 @@ def _convolve(
             f"Received: {x.shape[0]} sites, weight {tuple(weight.shape)}."
         )
     lists = (*_lists(there), *_lists(back)[:3], back.tile)
+    if groups == 1 and dispatch.direct(x, weight, bias, there.source):
+        return convolve(x, weight.flatten(1, -2), bias, there, transposed=False, flipped=False)
     if groups == 1:
         return sparse_conv_op(x, weight.flatten(1, -2), bias, *lists, rulebook.flipped)
     return depthwise_op(x, weight.flatten(1).T.contiguous(), bias, *lists, rulebook.flipped)

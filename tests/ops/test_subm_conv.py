@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from torch.nn import functional
 from shared import ops
 from shared.errors import OpError
 from shared.ops import _native
-from shared.ops.rulebook import _rulebooks, conv_rulebook, geometry, submanifold_rulebook
+from shared.ops.rulebook import _made, conv_rulebook, conv_rulebook_onto, geometry, submanifold_rulebook
 from shared.ops.sparse_conv import inverse_conv, sparse_avg_pool, sparse_conv, sparse_max_pool, subm_conv
 from shared.ops.sparse_tensor import SparseConvTensor
 
@@ -268,17 +269,42 @@ def test_rulebooks_are_shared_and_freed_with_the_sites() -> None:
     gc.collect()
     x = random_sites((6, 6), 2, 0.5)
     first = submanifold_rulebook(x.indices, (6, 6), 2, 3)
-    assert submanifold_rulebook(x.indices, [6, 6], 2, (3, 3)) is first
-    assert submanifold_rulebook(x.indices, (6, 6), 2, 3, 2) is not first
+    assert submanifold_rulebook(x.indices, [6, 6], 2, (3, 3)).forward is first.forward
+    assert submanifold_rulebook(x.indices, (6, 6), 2, 3, 2).forward is not first.forward
     x.indices[0] = x.indices[0]  # written to: no longer the sites that were checked
-    assert submanifold_rulebook(x.indices, (6, 6), 2, 3) is not first
+    assert submanifold_rulebook(x.indices, (6, 6), 2, 3).forward is not first.forward
     del x, first
     gc.collect()
     other = random_sites((3, 3), 2, 0.5)
     submanifold_rulebook(other.indices, (3, 3), 2, 3)
-    held = len(_rulebooks)
+    held = len(_made)
     conv_rulebook(other.indices, (3, 3), 2, 3)
-    assert len(_rulebooks) == held + 1
+    assert len(_made) == held + 1
+
+
+def test_rulebooks_of_dead_sites_are_freed() -> None:
+    made, kept = [], random_sites((4, 4), 2, 0.5).indices
+    submanifold_rulebook(kept, (4, 4), 2, 3)
+    for _ in range(20):
+        x = random_sites((6, 6), 2, 0.5)
+        view = x.indices[:]  # shares its memory, and dies first
+        reduced = conv_rulebook(x.indices, (6, 6), 2, 3, 2, 1)
+        books = [
+            submanifold_rulebook(x.indices, (6, 6), 2, 3),
+            submanifold_rulebook(view, (6, 6), 2, 3),
+            submanifold_rulebook(reduced.indices, (3, 3), 2, 3),
+            conv_rulebook_onto(x.indices, (6, 6), 2, reduced.indices.clone(), 3, 2, 1),
+            reduced,
+        ]
+        made += [weakref.ref(book.forward.source) for book in books]
+        del view, reduced, books
+    del x
+    submanifold_rulebook(kept.clone(), (4, 4), 2, 3)
+    submanifold_rulebook(kept.clone(), (4, 4), 2, 3)  # the sites that the rulebooks freed before had made
+    assert not any(reference() is not None for reference in made)
+    held = len(_made)
+    submanifold_rulebook(kept, (4, 4), 2, 3)
+    assert len(_made) == held
 
 
 def test_foreign_tensors_come_back_in_their_type() -> None:
@@ -357,6 +383,24 @@ def test_bad_weights_are_refused(weight: Tensor, options: dict, message: str) ->
     x = random_sites((4, 4), 2, 0.5, dtype=torch.float32)
     with pytest.raises(OpError, match=message):
         inspect.unwrap(subm_conv)(x, weight, **options)
+
+
+def test_pair_lists_are_looked_at_again_after_a_change() -> None:
+    x, weight = random_sites((4, 4), 2, 0.5, dtype=torch.float32), torch.ones(3, 3, 3, 2)
+    rulebook = submanifold_rulebook(x.indices, (4, 4), 2, 3)
+    for name, change, message in (
+        ("source", lambda part: part[0].fill_(99), "pair lists name sites"),
+        ("target", lambda part: part[-1].fill_(-1), "pair lists name sites"),
+        ("start", lambda part: part[1].fill_(9999), "never fall"),
+    ):
+        part = getattr(rulebook.forward, name)
+        intact = part.clone()
+        y = subm_conv(x, weight, rulebook=rulebook).features
+        change(part)
+        with pytest.raises(OpError, match=message):
+            subm_conv(x, weight, rulebook=rulebook)
+        part.copy_(intact)
+        assert torch.equal(subm_conv(x, weight, rulebook=rulebook).features, y)
 
 
 def test_other_misuse_is_refused() -> None:
