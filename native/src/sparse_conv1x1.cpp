@@ -1,11 +1,15 @@
 // Pointwise convolution with a packed W [out channels, in channels] (csr or rows4, see packed.hpp) on channel-major
 // maps: y[image, o, :] = bias[o] + sum of w[o, c] * x[image, c, :].
 //
-// A map is taken in pieces. The piece of x is first copied together, channel after channel: in the map itself each
-// channel lies on a memory page of its own, and every kept weight would wait for another page to be looked up. Then a
-// tile of its pixels stays in registers while the kept weights of an output channel (or of four) pass by. Tiles are of
-// 8, 4, 2 or 1 vectors (2 or 1 for four channels at a time); the last one is moved back so that it ends with the piece,
-// and overlaps the one before: 7 x 7 maps need no scalar tail.
+// A map is taken in pieces of up to kMost vectors. The pixels of a piece are first copied together, channel after channel:
+// in the map itself each channel lies on a memory page of its own, and every kept weight would wait for another page to
+// be looked up. Then the sums of the piece (for four channels at a time: of a tile of two vectors) stay in registers
+// while the kept weights pass by. The last vector of a map is moved back so that it ends with the map, and overlaps the
+// one before: 7 x 7 maps need no scalar tail. In narrow panels the part of x that the weights meet stays in the
+// first-level cache. Maps of three vectors or more are cut into pieces of three or more, for which a sum is one chain of
+// additions: panels of any width then give the same bits.
+#include <type_traits>
+
 #include "zoo/export.hpp"
 #include "zoo/packed.hpp"
 #include "zoo/parallel.hpp"
@@ -13,129 +17,146 @@
 namespace zoo {
 namespace {
 
-constexpr int64_t kPiece = 64;   // pixels of a piece of a map, a multiple of eight vectors
+constexpr int kMost = kLanes == 16 ? 5 : 8;  // vectors of a piece: those of 128 channels fill the first-level cache
+constexpr int kMostOfBlocks = 2;             // vectors of a tile of it for four channels, whose sums fill the registers
+constexpr int64_t kFirstLevel = 32 << 10, kWeights = 96 << 10;  // bytes of x and of weights that stay in the caches
 constexpr int64_t kRowCost = 4;  // what an empty row costs, in entries, for an even split among threads
 
 template <class T>
 struct Job {
   Packed<T> w;
   const float* bias;
-  const float* x;  // a piece of one image, [channels, pixels]
-  float* y;        // the same piece of the result, in a map of `ldy` pixels
-  int64_t pixels, ldy;
+  float* y;  // maps of so many pixels
+  int64_t pixels, panels;
   bool relu;
 };
 
-template <int V, class T>
-void rows_tile(const Job<T>& job, int64_t pixel, int64_t from, int64_t to) {
-  const Packed<T>& w = job.w;
-  for (int64_t row = from; row < to; ++row) {
-    vf acc[V];
-    for (int v = 0; v < V; ++v) acc[v] = splat(job.bias != nullptr ? job.bias[row] : 0.0f);
-    for (int64_t p = 0; p < w.panels(); ++p) {
-      const int64_t segment = p * w.rows + row, first = w.pointer[segment];
-      accumulate_row<V>(w.values + first, static_cast<const uint16_t*>(w.index) + first, w.pointer[segment + 1] - first,
-                        job.x + p * w.panel * job.pixels + pixel, job.pixels, acc);
-    }
-    for (int v = 0; v < V; ++v) store(job.y + row * job.ldy + pixel + v * kLanes, job.relu ? relu(acc[v]) : acc[v]);
-  }
-}
-
-// One block of four channels, V vectors of pixels; x: those pixels alone, channel after channel.
-template <int V, class T>
-ZOO_INLINE void rows4_tile(const Job<T>& job, const float* x, int64_t pixel, int64_t block) {
-  const Packed<T>& w = job.w;
-  const int64_t block_rows = (w.rows + 3) / 4, valid = std::min<int64_t>(4, w.rows - 4 * block);
-  vf acc[4][V];
-  for (int64_t r = 0; r < 4; ++r)
-    for (int v = 0; v < V; ++v) acc[r][v] = splat(job.bias != nullptr && r < valid ? job.bias[4 * block + r] : 0.0f);
-  for (int64_t p = 0; p < w.panels(); ++p) {
-    const int64_t segment = p * block_rows + block, first = w.pointer[segment];
-    accumulate_rows4<V>(w.values + 4 * first, static_cast<const uint16_t*>(w.index) + first,
-                        w.pointer[segment + 1] - first, x + p * w.panel * V * kLanes, V * kLanes, acc);
-  }
-  for (int64_t r = 0; r < valid; ++r)
-    for (int v = 0; v < V; ++v)
-      store(job.y + (4 * block + r) * job.ldy + pixel + v * kLanes, job.relu ? relu(acc[r][v]) : acc[r][v]);
-}
-
-// Where the next tile of at most `most` vectors begins, and its vectors: the last one is moved back.
-ZOO_INLINE int64_t next_tile(int64_t pixels, int64_t most, int64_t* pixel) {
-  int64_t vectors = std::min(most, (pixels - *pixel) / kLanes);
-  if (vectors == 0) {
-    *pixel = pixels - kLanes;
-    return 1;
-  }
-  while (vectors & (vectors - 1)) vectors &= vectors - 1;  // the largest power of two in it
-  return vectors;
-}
-
-// All pixels of a piece for rows [from, to); pixels >= kLanes.
-template <class T>
-void piece_rows(const Job<T>& job, int64_t from, int64_t to) {
-  for (int64_t pixel = 0; pixel < job.pixels;) {
-    const int64_t vectors = next_tile(job.pixels, 8, &pixel);
-    if (vectors == 8) rows_tile<8>(job, pixel, from, to);
-    else if (vectors == 4) rows_tile<4>(job, pixel, from, to);
-    else if (vectors == 2) rows_tile<2>(job, pixel, from, to);
-    else rows_tile<1>(job, pixel, from, to);
-    pixel += vectors * kLanes;
-  }
-}
-
-// Tiles of a piece for blocks of four channels: pixels [pixel, pixel + vectors * kLanes).
+// Some vectors of the pixels of a map, one after the other.
 struct Tile {
-  int64_t pixel, vectors;
-  float* x;
+  int64_t pixel, vectors, last;  // the first pixel of the first and of the last vector, which may be moved back
+  float* x;                      // the pixels, channel after channel
+
+  template <int V>
+  ZOO_INLINE int64_t at(int v) const {
+    return v + 1 < V ? pixel + v * kLanes : last;
+  }
 };
 
-// The same for blocks of four rows. x is copied tile by tile: a tile of a piece that is kept channel after channel
-// would lie in a quarter of the first-level cache only. Where all tiles fit into that cache, a block meets them one
-// after the other; else a tile stays while as many weights pass by as the second-level cache holds.
-template <class T>
-void piece_blocks(const Job<T>& job, const float* map, int64_t map_pixels, float* memory, int64_t from, int64_t to) {
-  constexpr int64_t kFirstLevel = 32 << 10, kWeights = 96 << 10, kMostTiles = kPiece / kLanes + 1;
+// Where the sums of a tile come from and go to on their way through the panels of W: they begin with the bias, lie in
+// `memory` (`step` floats per row, the first for row `first`) between two panels, and end in y.
+struct Sums {
+  int64_t panel;
+  float* memory;
+  int64_t step, first;
+};
+
+// A panel of channels [from, to), V vectors of pixels; x: those pixels of the panel's columns, channel after channel.
+template <int V, class T>
+void rows_tile(const Job<T>& job, const Tile& tile, const float* x, const Sums& sums, int64_t from, int64_t to) {
   const Packed<T>& w = job.w;
-  Tile tiles[kMostTiles];
-  int64_t count = 0;
-  for (int64_t pixel = 0; pixel < job.pixels; ++count) {
-    const int64_t vectors = next_tile(job.pixels, 2, &pixel);
-    tiles[count] = {pixel, vectors, memory};
-    memory += w.cols * vectors * kLanes;
-    pixel += vectors * kLanes;
+  const bool starts = sums.panel == 0, ends = sums.panel + 1 == job.panels;
+  for (int64_t row = from; row < to; ++row) {
+    float* sum = sums.memory + (row - sums.first) * sums.step;
+    vf acc[V];
+    for (int v = 0; v < V; ++v)
+      acc[v] = starts ? splat(job.bias != nullptr ? job.bias[row] : 0.0f) : load(sum + v * kLanes);
+    const int64_t segment = sums.panel * w.rows + row, first = w.pointer[segment];
+    accumulate_row<V>(w.values + first, static_cast<const uint16_t*>(w.index) + first, w.pointer[segment + 1] - first,
+                      x, V * kLanes, acc);
+    float* y = job.y + row * job.pixels;
+    for (int v = 0; v < V; ++v) store(ends ? y + tile.at<V>(v) : sum + v * kLanes, ends && job.relu ? relu(acc[v]) : acc[v]);
   }
-  for (int64_t c = 0; c < w.cols; ++c)
-    for (int64_t t = 0; t < count; ++t)
-      for (int64_t v = 0; v < tiles[t].vectors; ++v)
-        store(tiles[t].x + (c * tiles[t].vectors + v) * kLanes,
-              load(map + c * map_pixels + tiles[t].pixel + v * kLanes));
-  const int64_t block_bytes = (w.pointer[w.panels() * ((w.rows + 3) / 4)] * 18) / ((w.rows + 3) / 4) + 1;
-  const bool fits = w.cols * job.pixels * static_cast<int64_t>(sizeof(float)) <= kFirstLevel;
-  const int64_t step = fits ? 1 : std::max<int64_t>(1, kWeights / block_bytes);
-  for (int64_t first = from; first < to; first += step)
-    for (int64_t t = 0; t < count; ++t)
-      for (int64_t block = first; block < std::min(to, first + step); ++block) {
-        if (tiles[t].vectors == 2) rows4_tile<2>(job, tiles[t].x, tiles[t].pixel, block);
-        else rows4_tile<1>(job, tiles[t].x, tiles[t].pixel, block);
-      }
 }
 
-// Piece `number` of the map x [cols, pixels], for rows [from, to) of y [rows, pixels].
+// The same for blocks [from, to) of four channels.
+template <int V, class T>
+void blocks_tile(const Job<T>& job, const Tile& tile, const float* x, const Sums& sums, int64_t from, int64_t to) {
+  const Packed<T>& w = job.w;
+  const int64_t block_rows = (w.rows + 3) / 4;
+  const bool starts = sums.panel == 0, ends = sums.panel + 1 == job.panels;
+  for (int64_t block = from; block < to; ++block) {
+    const int64_t valid = ends ? std::min<int64_t>(4, w.rows - 4 * block) : 4;
+    float* sum = sums.memory + 4 * (block - sums.first) * sums.step;
+    vf acc[4][V];
+    for (int64_t r = 0; r < 4; ++r)
+      for (int v = 0; v < V; ++v) {
+        const bool biased = job.bias != nullptr && 4 * block + r < w.rows;
+        acc[r][v] = starts ? splat(biased ? job.bias[4 * block + r] : 0.0f) : load(sum + r * sums.step + v * kLanes);
+      }
+    const int64_t segment = sums.panel * block_rows + block, first = w.pointer[segment];
+    accumulate_rows4<V>(w.values + 4 * first, static_cast<const uint16_t*>(w.index) + first,
+                        w.pointer[segment + 1] - first, x, V * kLanes, acc);
+    float* y = job.y + 4 * block * job.pixels;
+    for (int64_t r = 0; r < valid; ++r)
+      for (int v = 0; v < V; ++v)
+        store(ends ? y + r * job.pixels + tile.at<V>(v) : sum + r * sums.step + v * kLanes,
+              ends && job.relu ? relu(acc[r][v]) : acc[r][v]);
+  }
+}
+
+// Calls body(std::integral_constant<int, vectors>).
+template <class Body>
+ZOO_INLINE void with_vectors(int64_t vectors, Body&& body) {
+  switch (vectors) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 5: return body(std::integral_constant<int, 5>{});
+    case 6: return body(std::integral_constant<int, 6>{});
+    case 7: return body(std::integral_constant<int, 7>{});
+    default: return body(std::integral_constant<int, 8>{});
+  }
+}
+
+int64_t vectors_of(int64_t pixels) { return (pixels + kLanes - 1) / kLanes; }
+int64_t pieces_of(int64_t pixels) { return (vectors_of(pixels) + kMost - 1) / kMost; }
+
+// Piece `number` of the map x [cols, pixels] for rows [from, to) (blocks of four rows where `blocks`). Where all tiles of
+// x fit into the first-level cache, a row meets them one after the other; else a tile stays while as many weights pass
+// by as the second-level cache holds.
 template <class T>
-void run_piece(const Packed<T>& w, bool blocks, bool relu, const float* bias, const float* x, float* y,
-               int64_t pixels, int64_t number, int64_t from, int64_t to) {
-  int64_t start = number * kPiece;
-  const int64_t width = std::min(std::max<int64_t>(kLanes, pixels - start), kPiece);
-  start = std::min(start, pixels - width);
-  float* piece = scratch_of<float>(w.cols * (width + 2 * kLanes), 0);  // the last tile may overlap the one before
-  const Job<T> job{w, bias, piece, y + start, width, pixels, relu};
-  if (blocks) {
-    piece_blocks(job, x + start, pixels, piece, from, to);
-    return;
+void run_piece(const Job<T>& job, bool blocks, const float* map, int64_t number, int64_t from, int64_t to) {
+  const Packed<T>& w = job.w;
+  const int64_t vectors = vectors_of(job.pixels), pieces = pieces_of(job.pixels);
+  const int64_t start = vectors * number / pieces, held = vectors * (number + 1) / pieces - start;
+  const int64_t most = blocks ? kMostOfBlocks : kMost, count = (held + most - 1) / most;
+  float* memory = scratch_of<float>(w.cols * held * kLanes, 0);
+  Tile tiles[(kMost + 1) / kMostOfBlocks];
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t begin = start + held * t / count, end = start + held * (t + 1) / count;
+    tiles[t] = {begin * kLanes, end - begin, std::min((end - 1) * kLanes, job.pixels - kLanes), memory};
+    memory += w.cols * (end - begin) * kLanes;
   }
   for (int64_t c = 0; c < w.cols; ++c)
-    std::memcpy(piece + c * width, x + c * pixels + start, static_cast<size_t>(width) * sizeof(float));
-  piece_rows(job, from, to);
+    for (int64_t t = 0; t < count; ++t) {
+      const Tile& tile = tiles[t];
+      float* x = tile.x + c * tile.vectors * kLanes;
+      for (int64_t v = 0; v + 1 < tile.vectors; ++v)
+        store(x + v * kLanes, load(map + c * job.pixels + tile.pixel + v * kLanes));
+      store(x + (tile.vectors - 1) * kLanes, load(map + c * job.pixels + tile.last));
+    }
+  const int64_t segment_rows = blocks ? (w.rows + 3) / 4 : w.rows;
+  const int64_t entry_bytes = (blocks ? 4 : 1) * static_cast<int64_t>(sizeof(T)) + 2;
+  const int64_t row_bytes = w.pointer[job.panels * segment_rows] * entry_bytes / segment_rows + 1;
+  const bool fits = w.cols * held * kLanes * static_cast<int64_t>(sizeof(float)) <= kFirstLevel;
+  int64_t step = fits ? 1 : std::max<int64_t>(1, kWeights / row_bytes);
+  if (count == 1 && job.panels == 1) step = to - from;
+  const int64_t most_sums = std::min(step, to - from) * (blocks ? 4 : 1) * most * kLanes;
+  float* memory_of_sums = job.panels > 1 ? scratch_of<float>(most_sums, 1) : nullptr;
+  for (int64_t first = from; first < to; first += step)
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t panel = 0; panel < job.panels; ++panel) {
+        const Tile& tile = tiles[t];
+        const int64_t last = std::min(to, first + step);
+        const float* x = tile.x + panel * w.panel * tile.vectors * kLanes;
+        const Sums sums{panel, memory_of_sums, tile.vectors * kLanes, first};
+        with_vectors(tile.vectors, [&](auto number_of) {
+          constexpr int V = decltype(number_of)::value;
+          if (!blocks) rows_tile<V>(job, tile, x, sums, first, last);
+          else if constexpr (V <= kMostOfBlocks) blocks_tile<V>(job, tile, x, sums, first, last);
+        });
+      }
 }
 
 }  // namespace
@@ -149,14 +170,14 @@ ZOO_EXPORT void zoo_sparse_conv1x1(const float* x, const void* values, const voi
                                    int64_t threads) {
   const bool blocks = layout == zoo::kRows4;
   const int64_t segment_rows = blocks ? (rows + 3) / 4 : rows;
-  const int64_t pieces = (pixels + zoo::kPiece - 1) / zoo::kPiece;
+  const int64_t pieces = zoo::pieces_of(pixels);
   zoo::with_type(type, [&](auto tag) {
     using T = decltype(tag);
     const zoo::Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, 1};
     const auto run = [&](int64_t item, int64_t from, int64_t to) {
       const int64_t image = item / pieces;
-      zoo::run_piece(w, blocks, relu != 0, bias, x + image * cols * pixels, y + image * rows * pixels, pixels,
-                     item % pieces, from, to);
+      const zoo::Job<T> job{w, bias, y + image * rows * pixels, pixels, w.panels(), relu != 0};
+      zoo::run_piece(job, blocks, x + image * cols * pixels, item % pieces, from, to);
     };
     threads = zoo::worthwhile(threads, pointer[w.panels() * segment_rows] * images * (pixels / zoo::kLanes));
     // Few pieces are shared by rows; each thread then copies them for itself.

@@ -94,8 +94,8 @@ class Rulebook:
     geometry: Geometry
 
 
-# Forward pairs, backward pairs and the output sites that were found; not those that the caller gave, with which
-# the entry is to go.
+# Forward pairs, backward pairs and the output sites that were found; not those that the caller gave, with
+# which the entry is to go.
 _made: DerivedCache[tuple[Pairs, Pairs, Any]] = DerivedCache(capacity=256)
 
 

@@ -7,7 +7,7 @@ the content of the weight's index: while none of that has changed, their outcome
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -34,14 +34,17 @@ class Settled:
     """Belongs to a weight whose tensors are never replaced; a copy of the weight starts without."""
 
     def __init__(self) -> None:
-        self._calls: dict[torch.Size, tuple[Any, ...]] = {}
+        self._calls: dict[Hashable, tuple[Any, ...]] = {}
 
     def __reduce__(self) -> tuple[type[Settled], tuple[()]]:
         return Settled, ()
 
-    def find(self, x: Tensor, bias: Tensor | None, rows: int) -> Run | None:
-        """How such a call of a weight of so many rows ran, or None where it has to be checked and planned."""
-        held = self._calls.get(x.shape)
+    def find(self, x: Tensor, bias: Tensor | None, rows: int, kind: Hashable = None) -> Run | None:
+        """How such a call of a weight of so many rows ran, or None where it has to be checked and planned.
+
+        `kind` tells calls of different ops from each other.
+        """
+        held = self._calls.get(x.shape if kind is None else (kind, x.shape))
         if held is None:
             return None
         run, dtype, device, threads, request, table, parts = held
@@ -60,11 +63,11 @@ class Settled:
                 return None
         return run
 
-    def keep(self, x: Tensor, run: Run, *parts: Tensor) -> None:
+    def keep(self, x: Tensor, run: Run, *parts: Tensor, kind: Hashable = None) -> None:
         """Let later calls like this one go straight to `run`, while the parts of the weight stay as they are.
         """
         if len(self._calls) >= _CAPACITY:
             self._calls.clear()
         held = [(part, version(part), part.data_ptr()) for part in parts]
         choice = (_num_threads(), dispatch.requested(), dispatch.table())
-        self._calls[x.shape] = (run, x.dtype, x.device, *choice, held)
+        self._calls[x.shape if kind is None else (kind, x.shape)] = (run, x.dtype, x.device, *choice, held)

@@ -22,13 +22,18 @@ from shared.errors import OpError
 from shared.ops import _native, dispatch
 from shared.ops.derived import Derived
 from shared.ops.layout import LAYOUTS, PANEL, VALUE_TYPES
-from shared.ops.sparse_linear import csr_index, sparse_linear
+from shared.ops.settled import Run
+from shared.ops.sparse_linear import csr_index, narrow_form, sparse_linear
 from shared.ops.sparse_linear import reference as linear_reference
 from shared.ops.weights import SparseWeight, pack
 
 __all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_conv1x1"]
 
 MIN_PIXELS = 16  # pixels that the kernel's smallest tile needs on any instruction set
+# Columns of a panel of csr, of which a piece of a map fits into the nearest cache, and the pixels from which
+# on a piece has three vectors on any instruction set, so that narrow panels change no bit
+# (native/src/sparse_conv1x1.cpp).
+NARROW, NARROW_PIXELS = 128, 33
 _dense = Derived()
 
 
@@ -53,6 +58,9 @@ def sparse_conv1x1(
     if _is_rows(x):
         y = sparse_linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
     elif dispatch.direct(x, weight.values, bias):
+        run = weight.settled.find(x, bias, weight.shape[0], ("maps", relu))
+        if run is not None:
+            return run(x, bias)
         weight.check()
         return _forward(x, weight, bias, relu)
     else:
@@ -123,29 +131,40 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool = 
 
 
 def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool) -> Tensor:
-    rows, cols = weight.shape
-    maps = _native.plain(x)
     layout, index = csr_index(weight)
-    wide_bias = None if bias is None else _native.plain(bias)
-    y = torch.empty(x.shape[0], rows, *x.shape[2:], dtype=torch.float32)
-    _native.function("zoo_sparse_conv1x1", "ppppppiiiiiiiii")(
-        maps.data_ptr(),
-        weight.values.data_ptr(),
-        index.data_ptr(),
-        weight.pointer.data_ptr(),
-        None if wide_bias is None else wide_bias.data_ptr(),
-        y.data_ptr(),
-        x.shape[0],
-        maps.numel() // (x.shape[0] * cols),
-        rows,
-        cols,
-        PANEL,
-        LAYOUTS.index(layout),
-        VALUE_TYPES.index(weight.values.dtype),
-        relu,
-        _native.threads(),
-    )
-    return y if x.dtype is torch.float32 else y.to(x.dtype)
+    form = (weight.values, index, weight.pointer, PANEL)
+    final = layout != "csr" or weight.shape[1] <= NARROW or math.prod(x.shape[2:]) < NARROW_PIXELS
+    if not final:
+        form = narrow_form(*form[:3], weight.shape, NARROW)
+        final = form[3] == NARROW
+    run = _native_product(form, layout, weight.shape, x.shape, relu)
+    if final:
+        weight.settled.keep(x, run, weight.values, weight.index, weight.pointer, kind=("maps", relu))
+    return run(x, bias)
+
+
+def _native_product(
+    form: tuple[Tensor, Tensor, Tensor, int],
+    layout: str,
+    shape: tuple[int, int],
+    x_shape: torch.Size,
+    relu: bool,
+) -> Run:
+    """The native product, with all made ready that stays from call to call; it keeps `form` alive."""
+    function = _native.function("zoo_sparse_conv1x1", "ppppppiiiiiiiii")
+    parts = tuple(part.data_ptr() for part in form[:3])
+    kind = (LAYOUTS.index(layout), VALUE_TYPES.index(form[0].dtype), relu)
+    y_shape, sizes = (x_shape[0], shape[0], *x_shape[2:]), (x_shape[0], math.prod(x_shape[2:]), *shape)
+    plain, empty, float32 = _native.plain, torch.empty, torch.float32
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        maps, y = plain(x), empty(y_shape, dtype=float32)
+        wide_bias = None if bias is None else plain(bias)
+        at_bias = None if wide_bias is None else wide_bias.data_ptr()
+        function(maps.data_ptr(), *parts, at_bias, y.data_ptr(), *sizes, form[3], *kind, _native.threads())
+        return y if x.dtype is float32 else y.to(x.dtype)
+
+    return run
 
 
 @torch.library.custom_op(

@@ -198,7 +198,7 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
     kind = (LAYOUTS.index(layout), weight.width, VALUE_TYPES.index(weight.values.dtype))
     y_shape = (*x.shape[:-1], weight.shape[0])
     if layout == "csr" and batch >= NARROW_BATCH and cols > 2 * NARROW:
-        form = _narrow_form(*form[:3], weight.shape)
+        form = narrow_form(*form[:3], weight.shape, NARROW)
         return _native_product(form, kind, weight.shape, y_shape)(x, bias)
     run = _native_product(form, kind, weight.shape, y_shape)
     weight.settled.keep(x, run, weight.values, weight.index, weight.pointer)
@@ -243,30 +243,31 @@ def _triton_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
     return y.reshape(*x.shape[:-1], rows)
 
 
-def _narrow_form(
-    values: Tensor, index: Tensor, pointer: Tensor, shape: tuple[int, int]
+def narrow_form(
+    values: Tensor, index: Tensor, pointer: Tensor, shape: tuple[int, int], panel: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """A csr weight in narrow panels, and their columns; as it is when its values are met for the first time.
+    """A csr weight in panels of so many columns, and their columns; as it is when its values are met for the
+    first time.
 
     A step of training changes the values, and putting them in another order costs as much as it saves.
     """
-    seen = _narrow.get((values, index, pointer), shape, list[tuple[Tensor, Tensor, Tensor] | None])
+    seen = _narrow.get((values, index, pointer), (shape, panel), list[tuple[Tensor, Tensor, Tensor] | None])
     if not seen:
         seen.append(None)
         return values, index, pointer, PANEL
     form = seen[0]
     if form is None:
-        form = seen[0] = _make_narrow(values, index, pointer, shape)
-    return *form, NARROW
+        form = seen[0] = _make_narrow(values, index, pointer, shape, panel)
+    return *form, panel
 
 
 def _make_narrow(
-    values: Tensor, index: Tensor, pointer: Tensor, shape: tuple[int, int]
+    values: Tensor, index: Tensor, pointer: Tensor, shape: tuple[int, int], panel: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    segments = -(-shape[1] // NARROW) * shape[0]
+    segments = -(-shape[1] // panel) * shape[0]
     form = (torch.empty_like(values), torch.empty_like(index), pointer.new_empty(segments + 1))
     places = [tensor.data_ptr() for tensor in (values, index, pointer, *form)]
-    _native.function("zoo_csr_narrow", "ppppppiiiii")(*places, *shape, PANEL, NARROW, values.element_size())
+    _native.function("zoo_csr_narrow", "ppppppiiiii")(*places, *shape, PANEL, panel, values.element_size())
     return form
 
 

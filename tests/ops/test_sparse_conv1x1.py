@@ -9,12 +9,15 @@ from shared import ops
 from shared.errors import OpError
 from shared.ops import _native
 from shared.ops.sparse_conv1x1 import pack, reference, sparse_conv1x1
+from shared.ops.sparse_linear import sparse_linear
 
 needs_native = pytest.mark.skipif(not _native.available(), reason=f"no native library: {_native.missing()}")
 
 
 def dense_conv(x: torch.Tensor, weight, bias: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.conv2d(x.double(), weight.to_dense().double()[:, :, None, None], bias.double())
+    kernel = weight.to_dense().double().reshape(*weight.shape, *[1] * (x.dim() - 2))
+    convolve = torch.nn.functional.conv1d if x.dim() == 3 else torch.nn.functional.conv2d
+    return convolve(x.double(), kernel, bias.double())
 
 
 @needs_native
@@ -46,6 +49,38 @@ def test_threads_do_not_change_a_bit() -> None:
         two = sparse_conv1x1(x, weight)
         torch.set_num_threads(1)
     assert torch.equal(one, two)
+
+
+@needs_native
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("layout", ["csr", "bitmask", "rows4"])
+@pytest.mark.parametrize(
+    ("rows", "cols", "size"), [(37, 129, (7, 7)), (61, 300, (14, 14)), (10, 2200, (3, 11)), (130, 260, (71,))]
+)
+def test_panels_change_no_bit(rows: int, cols: int, size: tuple[int, ...], layout: str, relu: bool) -> None:
+    torch.manual_seed(0)
+    weight, bias = pack(torch.randn(rows, cols), torch.rand(rows, cols) < 0.2, layout), torch.randn(rows)
+    x = torch.randn(3, cols, *size)
+    expected = dense_conv(x, weight, bias)
+    expected = expected.relu() if relu else expected
+    with ops.backend("native"), torch.no_grad():
+        # Narrow panels from the second call on, and no checks from the third.
+        calls = [sparse_conv1x1(x, weight, bias, relu=relu) for _ in range(4)]
+        torch.set_num_threads(3)
+        calls += [sparse_conv1x1(x, weight, bias, relu=relu) for _ in range(2)]
+        torch.set_num_threads(1)
+        assert ((calls[0].double() - expected).abs() <= 2e-6 * expected.abs().max()).all()
+        assert all(torch.equal(calls[0], call) for call in calls[1:])
+        assert torch.equal(sparse_conv1x1(x, weight, bias).relu(), calls[0].relu())
+        weight.values.mul_(2)
+        assert torch.equal(sparse_conv1x1(x, weight, 2 * bias, relu=relu), 2 * calls[0])
+        assert torch.equal(sparse_conv1x1(x, weight, 2 * bias, relu=relu), 2 * calls[0])
+        if len(size) == 1:  # the same shape as rows of features, for another op on the same weight
+            rows_of_x = torch.randn(3, cols, cols)
+            y, maps = sparse_linear(rows_of_x, weight), sparse_conv1x1(rows_of_x, weight)
+            for _ in range(2):
+                assert torch.equal(sparse_linear(rows_of_x, weight), y)
+                assert torch.equal(sparse_conv1x1(rows_of_x, weight), maps)
 
 
 @pytest.mark.parametrize("layout", ["csr", "rows4"])
