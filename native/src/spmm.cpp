@@ -17,7 +17,7 @@ namespace zoo {
 namespace {
 
 constexpr int64_t kRowCost = 2;    // an empty row costs about as much as two entries
-constexpr int64_t kPrefetch = 16;  // entries ahead; 8 is slower from 64 features on, 32 no faster
+constexpr int64_t kPrefetch = 8;  // entries ahead (16 and none are slower at 8 to 128 features)
 constexpr int64_t kCacheLine = 64;
 
 // The entries of a CSR matrix. Weight of entry e: 1, weight[e] or weight[order[e]].
@@ -33,30 +33,10 @@ struct Entries {
 };
 
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops calls of it.
-template <int V, class T, class Index>
-inline __attribute__((always_inline)) void prefetch_row(const Entries<T, Index>& a, int64_t e, const T* x, int64_t features) {
-  if (e + kPrefetch >= a.count) return;
-  const char* next = reinterpret_cast<const char*>(x + static_cast<int64_t>(a.col[e + kPrefetch]) * features);
+template <int V, class T>
+inline __attribute__((always_inline)) void prefetch_row(const T* row) {
+  const char* next = reinterpret_cast<const char*>(row);
   for (int64_t byte = 0; byte < V * kVectorBytes; byte += kCacheLine) __builtin_prefetch(next + byte);
-}
-
-// out[0 .. V vectors) = scale * sum over entries of weight * x[col].
-template <int V, bool kWeighted, class T, class Index>
-inline void sum_block(const Entries<T, Index>& a, int64_t row, const T* x, int64_t features, T scale, T* out) {
-  using Vec = typename Lanes<T>::Vec;
-  constexpr int64_t lanes = Lanes<T>::kCount;
-  Vec acc[V] = {};
-  for (int64_t e = a.crow[row], end = a.crow[row + 1]; e < end; ++e) {
-    prefetch_row<V>(a, e, x, features);
-    const T* from = x + static_cast<int64_t>(a.col[e]) * features;
-    if (kWeighted) {
-      const Vec weight = splat_vec<T>(a.weight_of(e));
-      for (int v = 0; v < V; ++v) acc[v] += weight * load_vec(from + v * lanes);
-    } else {
-      for (int v = 0; v < V; ++v) acc[v] += load_vec(from + v * lanes);
-    }
-  }
-  for (int v = 0; v < V; ++v) store_vec(out + v * lanes, acc[v] * scale);
 }
 
 // Largest weight * x[col] and the position (within the row) of the first entry that has it; a NaN is largest.
@@ -71,7 +51,7 @@ inline void max_block(const Entries<T, Index>& a, int64_t row, const T* x, int64
   Bits at[V];
   for (int v = 0; v < V; ++v) at[v] = Bits{} - 1;
   for (int64_t e = begin; e < end; ++e) {
-    prefetch_row<V>(a, e, x, features);
+    prefetch_row<V>(x + static_cast<int64_t>(a.col[std::min(e + kPrefetch, a.count - 1)]) * features);
     const T* from = x + static_cast<int64_t>(a.col[e]) * features;
     const Vec weight = splat_vec<T>(a.weight_of(e));
     const Bits position = Bits{} + static_cast<Lane>(e - begin);
@@ -89,11 +69,13 @@ inline void max_block(const Entries<T, Index>& a, int64_t row, const T* x, int64
 }
 
 template <class T, class Index>
-void sum_narrow(const Entries<T, Index>& a, int64_t row, const T* x, int64_t features, T scale, T* out) {
+void sum_narrow(const Entries<T, Index>& a, int64_t row, const T* x, int64_t features, bool mean, T* out) {
+  const int64_t begin = a.crow[row], end = a.crow[row + 1];
   T acc[Lanes<T>::kCount] = {};
-  for (int64_t e = a.crow[row]; e < a.crow[row + 1]; ++e)
+  for (int64_t e = begin; e < end; ++e)
     for (int64_t f = 0; f < features; ++f)
       acc[f] += a.weight_of(e) * x[static_cast<int64_t>(a.col[e]) * features + f];
+  const T scale = mean && end > begin ? T(1) / static_cast<T>(end - begin) : T(1);
   for (int64_t f = 0; f < features; ++f) out[f] = acc[f] * scale;
 }
 
@@ -114,36 +96,73 @@ void max_narrow(const Entries<T, Index>& a, int64_t row, const T* x, int64_t fea
   }
 }
 
-// Calls block(width, offset) for pieces of 8, 4, 2 and 1 vectors that cover [0, features). The last piece overlaps its
+// Calls block(width, offset) for pieces of 16, 8, 4, 2 and 1 vectors that cover [0, features). The last piece overlaps its
 // neighbour when the width is no multiple of a vector: the shared columns get the same value twice.
 template <class T, class Block>
 inline void cover(int64_t features, Block&& block) {
   constexpr int64_t lanes = Lanes<T>::kCount;
   int64_t f = 0;
-  for (; f + 8 * lanes <= features; f += 8 * lanes) block(std::integral_constant<int, 8>(), f);
+  for (; f + 16 * lanes <= features; f += 16 * lanes) block(std::integral_constant<int, 16>(), f);
+  if (f + 8 * lanes <= features) block(std::integral_constant<int, 8>(), f), f += 8 * lanes;
   if (f + 4 * lanes <= features) block(std::integral_constant<int, 4>(), f), f += 4 * lanes;
   if (f + 2 * lanes <= features) block(std::integral_constant<int, 2>(), f), f += 2 * lanes;
   if (f + lanes <= features) block(std::integral_constant<int, 1>(), f), f += lanes;
   if (f < features) block(std::integral_constant<int, 1>(), features - lanes);
 }
 
+// V vectors of features of rows [begin, end); x and out begin with those features. kWhole: they are all there are, and
+// the place of a row is found without a multiplication.
+template <int V, bool kWhole, int kWeights, class T, class Index>
+void sum_rows(const Entries<T, Index>& a, const T* x, int64_t width, int64_t begin, int64_t end, bool mean, T* out) {
+  using Vec = typename Lanes<T>::Vec;
+  constexpr int64_t lanes = Lanes<T>::kCount;
+  const int64_t features = kWhole ? V * lanes : width;
+  const int64_t last_entry = a.count - 1;
+  int64_t e = a.crow[begin];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t first = e, last = a.crow[row + 1];
+    Vec acc[V] = {};
+    for (; e < last; ++e) {
+      prefetch_row<V>(x + static_cast<int64_t>(a.col[std::min(e + kPrefetch, last_entry)]) * features);
+      const T* from = x + static_cast<int64_t>(a.col[e]) * features;
+      const Vec weight = splat_vec<T>(kWeights == 0 ? T(1) : a.weight[kWeights == 1 ? e : a.order[e]]);
+      for (int v = 0; v < V; ++v) {
+        if (kWeights == 0) acc[v] += load_vec(from + v * lanes);
+        else acc[v] += weight * load_vec(from + v * lanes);
+      }
+    }
+    if (mean && last > first) {
+      const T scale = T(1) / static_cast<T>(last - first);
+      for (int v = 0; v < V; ++v) acc[v] *= scale;
+    }
+    for (int v = 0; v < V; ++v) store_vec(out + row * features + v * lanes, acc[v]);
+  }
+}
+
 template <class T, class Index>
 void spmm_sum(const Entries<T, Index>& a, const T* x, int64_t rows, int64_t features, bool mean, T* out,
               int64_t threads) {
+  constexpr int64_t lanes = Lanes<T>::kCount;
   parallel_rows(a.crow, rows, kRowCost, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t entries = static_cast<int64_t>(a.crow[row + 1]) - a.crow[row];
-      const T scale = mean && entries > 0 ? T(1) / static_cast<T>(entries) : T(1);
-      T* to = out + row * features;
-      if (features < Lanes<T>::kCount) {
-        sum_narrow(a, row, x, features, scale, to);
-        continue;
-      }
-      cover<T>(features, [&](auto width, int64_t f) {
-        if (a.weight == nullptr) sum_block<width(), false>(a, row, x + f, features, scale, to + f);
-        else sum_block<width(), true>(a, row, x + f, features, scale, to + f);
-      });
+    const auto sum = [&](auto width, auto whole, int64_t f, int64_t from, int64_t to) {
+      constexpr int V = width();
+      constexpr bool kWhole = whole();
+      if (a.weight == nullptr) sum_rows<V, kWhole, 0>(a, x + f, features, from, to, mean, out + f);
+      else if (a.order == nullptr) sum_rows<V, kWhole, 1>(a, x + f, features, from, to, mean, out + f);
+      else sum_rows<V, kWhole, 2>(a, x + f, features, from, to, mean, out + f);
+    };
+    const auto all = [&](auto width) { sum(width, std::true_type(), 0, begin, end); };
+    if (features == lanes) return all(std::integral_constant<int, 1>());
+    if (features == 2 * lanes) return all(std::integral_constant<int, 2>());
+    if (features == 4 * lanes) return all(std::integral_constant<int, 4>());
+    if (features == 8 * lanes) return all(std::integral_constant<int, 8>());
+    if (features == 16 * lanes) return all(std::integral_constant<int, 16>());
+    if (features > lanes) {  // row by row: what a row of x brings along is met while it is near
+      for (int64_t row = begin; row < end; ++row)
+        cover<T>(features, [&](auto width, int64_t f) { sum(width, std::false_type(), f, row, row + 1); });
+      return;
     }
+    for (int64_t row = begin; row < end; ++row) sum_narrow(a, row, x, features, mean, out + row * features);
   });
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from shared.errors import OpError
 from shared.ops import _native
 from shared.ops._cache import DerivedCache
+from shared.ops.derived import Checked
 
 
 class Transposed(NamedTuple):
@@ -22,6 +23,7 @@ class Transposed(NamedTuple):
 
 
 _transposes: DerivedCache[Transposed] = DerivedCache(capacity=32)
+_in_order = Checked()
 
 
 def csr_from_edges(
@@ -76,6 +78,8 @@ def check_values(crow: Tensor, col: Tensor, cols: int) -> None:
     Raises:
         OpError: crow does not rise from 0 to the number of entries, or a column lies outside [0, cols).
     """
+    if _in_order.knows((crow, col), cols):
+        return
     rows, entries = crow.numel() - 1, col.numel()
     if crow.device.type == "cpu" and crow.is_contiguous() and col.is_contiguous() and _native.available():
         problem = torch.zeros(1, dtype=torch.int64)
@@ -94,6 +98,7 @@ def check_values(crow: Tensor, col: Tensor, cols: int) -> None:
         )
     if bad_cols:
         raise OpError(f"columns must lie in [0, {cols}). Received: {int(col.min())} ... {int(col.max())}.")
+    _in_order.add((crow, col), cols)
 
 
 def transposed(crow: Tensor, col: Tensor, cols: int) -> Transposed:

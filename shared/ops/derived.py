@@ -1,10 +1,10 @@
-"""Forms of a weight that are computed once and kept while the weight lives: its dense copy, its torch CSR
-tensor."""
+"""What is kept while a tensor lives: forms of a weight that are computed once (its dense copy, its torch CSR
+tensor), and that an index was found in order."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TypeVar
 
 from torch import Tensor
@@ -34,3 +34,45 @@ class Derived:
         value = make()
         self._held[key] = (weakref.ref(source, lambda _: self._held.pop(key, None)), now, value)
         return value
+
+
+class Checked:
+    """Remembers tensors that a check has let pass, until one of them is changed or freed.
+
+    Inference tensors, whose changes torch does not count, are never remembered; what is written through numpy
+    is not noticed.
+    """
+
+    _CAPACITY = 8  # checks per first tensor
+
+    def __init__(self) -> None:
+        self._held = Derived()
+
+    def knows(self, tensors: tuple[Tensor, ...], options: Hashable) -> bool:
+        """Whether these very tensors, unchanged since, have passed the check with these options."""
+        stamp = _stamp(tensors, options)
+        return stamp is not None and any(
+            stamp == known and all(ref() is tensor for ref, tensor in zip(refs, tensors, strict=True))
+            for known, refs in self._of(tensors[0])
+        )
+
+    def add(self, tensors: tuple[Tensor, ...], options: Hashable) -> None:
+        """The tensors have passed."""
+        # By weak references: an id or an address may be another tensor's after the first is gone.
+        stamp, refs = _stamp(tensors, options), [weakref.ref(tensor) for tensor in tensors]
+        if stamp is not None:
+            known = self._of(tensors[0])
+            known.insert(0, (stamp, refs))
+            del known[self._CAPACITY :]
+
+    def _of(self, first: Tensor) -> list[tuple[_Stamp, list[weakref.ref[Tensor]]]]:
+        return self._held.get(first, list)
+
+
+_Stamp = tuple[Hashable, list[tuple[int, int]]]
+
+
+def _stamp(tensors: tuple[Tensor, ...], options: Hashable) -> _Stamp | None:
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return options, [(tensor._version, tensor.data_ptr()) for tensor in tensors]

@@ -307,7 +307,7 @@ def calibrate(ops: Sequence[str] | None = None, *, quick: bool = False, path: Pa
             "sizes": list(e.sizes),
             "times": {name: float(f"{t:.3g}") for name, t in e.times.items()},
         }
-        for e in (*kept, *measured)
+        for e in sorted((*kept, *measured), key=lambda e: (e.op, e.kind, e.threads, e.sizes))
     ]
     machine = {
         "processor": platform.processor() or platform.machine(),

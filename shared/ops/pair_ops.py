@@ -14,12 +14,12 @@ from torch import Tensor
 
 from shared.errors import OpError
 from shared.ops import _native, dispatch
-from shared.ops.derived import Derived, version
+from shared.ops.derived import Checked
 from shared.ops.rulebook import Pairs
 
 _NATIVE_TYPES = (torch.float32, torch.float64)
 _PAIRS = "Tensor source, Tensor target, Tensor start, int targets, int tile"
-_in_order = Derived()  # lists that were found in order, for so many sites and offsets
+_in_order = Checked()  # lists, for so many sites and offsets
 _BACK = "Tensor b_source, Tensor b_target, Tensor b_start, int b_tile"
 
 
@@ -67,10 +67,8 @@ def _check(
     x: Tensor, source: Tensor, target: Tensor, start: Tensor, targets: int, tile: int, offsets: int
 ) -> None:
     """Refuse lists that no rulebook can have made: the kernels trust their indices."""
-    lists = (source, target, start)
-    state = (x.shape[0], targets, tile, offsets, *(part.data_ptr() for part in lists), *map(version, lists))
-    known = _in_order.get(source, set[tuple[int, ...]])
-    if state in known:
+    lists, numbers = (source, target, start), (x.shape[0], targets, tile, offsets)
+    if _in_order.knows(lists, numbers):
         return
     segments = -(-targets // tile) * offsets
     if start.numel() != segments + 1 or source.dtype != torch.int32 or target.dtype != torch.int32:
@@ -86,7 +84,7 @@ def _check(
                 f"the pair lists name sites {int(low)} to {int(high)} of {x.shape[0]} "
                 f"and outputs {int(first)} to {int(last)} of {targets}"
             )
-    known.add(state)
+    _in_order.add(lists, numbers)
 
 
 def convolve(

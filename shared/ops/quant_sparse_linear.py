@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +22,13 @@ from torch import Tensor
 from shared.errors import OpError
 from shared.ops import _native, dispatch, triton
 from shared.ops._cache import DerivedCache
-from shared.ops.derived import Derived, version
+from shared.ops.derived import Checked
 from shared.ops.settled import Run, Settled, dense_run
 
 __all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference"]
 
 _dense: DerivedCache[Tensor] = DerivedCache(256)
-_in_range = Derived()
+_in_range = Checked()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,14 +85,10 @@ class QuantGroups:
                 )
         if torch.compiler.is_compiling() or type(self.pointer) is not Tensor or self.pointer.is_meta:
             return  # tracing: there is no content to look at; the op checks again when it runs
-        # Tensors are recognised by weak references: an id may be another tensor's after the first is gone.
-        parts = (self.columns, self.zeros)
-        references, versions = [weakref.ref(part) for part in parts], [version(part) for part in parts]
-        stamp = (references, versions, self.shape, self.group)
-        checked: list[_Stamp] = _in_range.get(self.pointer, list)
-        if not any(_same_stamp(stamp, known) for known in checked):
+        parts, form = (self.pointer, self.columns, self.zeros), (self.shape, self.group)
+        if not _in_range.knows(parts, form):
             self._check_ranges()
-            checked[:] = [stamp, *checked[:3]]
+            _in_range.add(parts, form)
 
     def _check_ranges(self) -> None:
         if int(self.pointer[0]) != 0 or bool((self.pointer.diff() < 0).any()):
@@ -130,14 +125,6 @@ class QuantGroups:
         )
         dense = values.new_zeros(self.shape[0], self.shape[1] // self.group, self.group)
         return dense.index_put((rows, self.columns.long()), values).flatten(1)
-
-
-_Stamp = tuple[list[weakref.ref[Tensor]], list[int], tuple[int, int], int]
-
-
-def _same_stamp(stamp: _Stamp, known: _Stamp) -> bool:
-    same = all(ours() is theirs() for ours, theirs in zip(stamp[0], known[0], strict=True))
-    return same and stamp[1:] == known[1:]
 
 
 def quantise_groups(

@@ -10,6 +10,7 @@ times, max once.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -19,10 +20,13 @@ from torch import Tensor
 from shared.errors import OpError
 from shared.ops import _native, dispatch
 from shared.ops.csr import check_layout, check_values, entry_rows, transposed
+from shared.ops.derived import Checked
 
 REDUCTIONS = ("sum", "mean", "max")
 _HALF = (torch.float16, torch.bfloat16)
 _NATIVE_TYPES = (torch.float32, torch.float64)
+# Graphs and calls that ran natively before: checks and plan take longer than a small product.
+_native_calls = Checked()
 
 
 def spmm(
@@ -45,6 +49,9 @@ def spmm(
     Raises:
         OpError: dtypes, shapes or devices that do not fit, an index out of range, an unknown reduction.
     """
+    plain = dispatch.direct(crow, col, weight, x)
+    if plain and reduce in ("sum", "mean") and _native_calls.knows((crow, col), _call(weight, x)):
+        return _native_spmm(crow, col, weight, None, x, int(reduce == "mean"))
     check_layout(crow, col)
     _check_features(x, "x", crow)
     _check_weight(weight, x, col)
@@ -55,7 +62,7 @@ def spmm(
         return spmm(crow, col, x.float(), wide, reduce=reduce).to(x.dtype)
     if reduce == "max":
         return _spmm_max(crow, col, weight, x)[0]
-    run = _product if dispatch.direct(crow, col, weight, x) else _spmm
+    run = _product if plain else _spmm
     return run(crow, col, weight, x, reduce == "mean")
 
 
@@ -105,6 +112,13 @@ def sddmm_reference(
 ) -> Float[Tensor, " entries"]:
     """The definition of `sddmm` in plain PyTorch."""
     return (a[entry_rows(crow)] * b[col.long()]).sum(1)
+
+
+def _call(weight: Tensor | None, x: Tensor) -> Hashable:
+    """All that the checks and the plan of a product depend on, but for the graph itself."""
+    of_weight = None if weight is None else (weight.shape, weight.dtype, weight.device)
+    choice = (torch.get_num_threads(), dispatch.requested(), id(dispatch.table()))
+    return x.shape, x.dtype, x.device, of_weight, choice
 
 
 def _check_features(x: Tensor, name: str, crow: Tensor) -> None:
@@ -208,6 +222,7 @@ def _product(crow: Tensor, col: Tensor, weight: Tensor | None, x: Tensor, mean: 
     check_values(crow, col, x.shape[0])
     backend = _plan("spmm", crow, col, x, vendor=True).backend
     if backend == "native":
+        _native_calls.add((crow, col), _call(weight, x))
         return _native_spmm(crow, col, weight, None, x, int(mean))
     if backend == "vendor":
         return _vendor_spmm(crow, col, weight, x, mean)

@@ -46,7 +46,8 @@ def dense_of(crow: Tensor, col: Tensor, weight: Tensor, cols: int) -> Tensor:
     return dense.index_put((entry_rows(crow), col.long()), weight, accumulate=True)
 
 
-shapes = st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 40), st.integers(0, 75))
+widths = st.integers(0, 75) | st.sampled_from([4, 8, 16, 32, 64, 128, 130, 256, 300])
+shapes = st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 40), widths)
 
 
 @needs_native
@@ -254,3 +255,30 @@ def test_explain_names_the_backend() -> None:
     crow, col = graph(5, 5, 12, 9, torch.int64)
     plan = ops.explain(spmm, crow, col, torch.ones(5, 3))
     assert plan.backend == ("native" if _native.available() else "vendor")
+
+
+def test_a_repeated_call_sees_what_has_changed() -> None:
+    torch.manual_seed(0)
+    crow, col = torch.tensor([0, 2, 2, 5]).int(), torch.tensor([0, 3, 1, 1, 2]).int()
+    x, weight, unchecked = torch.randn(4, 16), torch.randn(5), inspect.unwrap(spmm)
+    y = spmm(crow, col, x, weight)
+    assert torch.equal(spmm(crow, col, x, weight), y)
+    assert torch.equal(spmm(crow, col, x, 2 * weight), 2 * y)
+    assert torch.equal(spmm(crow, col, x), spmm(crow, col, x, torch.ones(5)))
+    with pytest.raises(OpError, match="reduce must be one of"):
+        spmm(crow, col, x, weight, reduce="least")
+    with pytest.raises(OpError, match="weight must hold 5"):
+        unchecked(crow, col, x, weight[:4])
+    with pytest.raises(OpError, match="weight must hold 5"):
+        spmm(crow, col, x, weight.double())
+    with pytest.raises(OpError, match=r"columns must lie in \[0, 3\)"):
+        spmm(crow, col, x[:3], weight)
+    col[4] = 4
+    with pytest.raises(OpError, match=r"columns must lie in \[0, 4\)"):
+        spmm(crow, col, x, weight)
+    col[4] = 2
+    crow[1] = 9
+    with pytest.raises(OpError, match="crow must rise"):
+        spmm(crow, col, x, weight)
+    crow[1] = 2
+    assert torch.equal(spmm(crow, col, x, weight), y)
