@@ -68,29 +68,55 @@ void rows_tile(const Job<T>& job, const Tile& tile, const float* x, const Sums& 
   }
 }
 
-// The same for blocks [from, to) of four channels.
+// The same for a block of four channels; kCount: its entries where they are known.
+template <int V, int kCount, class T>
+ZOO_INLINE void block_tile(const Job<T>& job, const Tile& tile, const float* x, const Sums& sums, int64_t block) {
+  const Packed<T>& w = job.w;
+  const bool starts = sums.panel == 0, ends = sums.panel + 1 == job.panels;
+  const int64_t valid = ends ? std::min<int64_t>(4, w.rows - 4 * block) : 4;
+  float* sum = sums.memory + 4 * (block - sums.first) * sums.step;
+  vf acc[4][V];
+  for (int64_t r = 0; r < 4; ++r)
+    for (int v = 0; v < V; ++v) {
+      const bool biased = job.bias != nullptr && 4 * block + r < w.rows;
+      acc[r][v] = starts ? splat(biased ? job.bias[4 * block + r] : 0.0f) : load(sum + r * sums.step + v * kLanes);
+    }
+  const int64_t segment = sums.panel * ((w.rows + 3) / 4) + block, first = w.pointer[segment];
+  accumulate_rows4<V>(w.values + 4 * first, static_cast<const uint16_t*>(w.index) + first,
+                      kCount >= 0 ? kCount : w.pointer[segment + 1] - first, x, V * kLanes, acc);
+  float* y = job.y + 4 * block * job.pixels;
+  for (int64_t r = 0; r < valid; ++r)
+    for (int v = 0; v < V; ++v)
+      store(ends ? y + r * job.pixels + tile.at<V>(v) : sum + r * sums.step + v * kLanes,
+            ends && job.relu ? relu(acc[r][v]) : acc[r][v]);
+}
+
 template <int V, class T>
 void blocks_tile(const Job<T>& job, const Tile& tile, const float* x, const Sums& sums, int64_t from, int64_t to) {
-  const Packed<T>& w = job.w;
-  const int64_t block_rows = (w.rows + 3) / 4;
-  const bool starts = sums.panel == 0, ends = sums.panel + 1 == job.panels;
+  for (int64_t block = from; block < to; ++block) block_tile<V, -1>(job, tile, x, sums, block);
+}
+
+// All tiles of a piece for blocks [from, to) of four channels, of one panel. How many entries a block has is hard to
+// guess, so it is asked once for all tiles.
+template <class T>
+void blocks_by_count(const Job<T>& job, const Tile* tiles, int64_t count, int64_t from, int64_t to) {
   for (int64_t block = from; block < to; ++block) {
-    const int64_t valid = ends ? std::min<int64_t>(4, w.rows - 4 * block) : 4;
-    float* sum = sums.memory + 4 * (block - sums.first) * sums.step;
-    vf acc[4][V];
-    for (int64_t r = 0; r < 4; ++r)
-      for (int v = 0; v < V; ++v) {
-        const bool biased = job.bias != nullptr && 4 * block + r < w.rows;
-        acc[r][v] = starts ? splat(biased ? job.bias[4 * block + r] : 0.0f) : load(sum + r * sums.step + v * kLanes);
+    const auto all = [&](auto entries) {
+      constexpr int kCount = decltype(entries)::value;
+      for (const Tile* tile = tiles; tile < tiles + count; ++tile) {
+        const Sums sums{0, nullptr, 0, 0};
+        if (tile->vectors == 2) block_tile<2, kCount>(job, *tile, tile->x, sums, block);
+        else block_tile<1, kCount>(job, *tile, tile->x, sums, block);
       }
-    const int64_t segment = sums.panel * block_rows + block, first = w.pointer[segment];
-    accumulate_rows4<V>(w.values + 4 * first, static_cast<const uint16_t*>(w.index) + first,
-                        w.pointer[segment + 1] - first, x, V * kLanes, acc);
-    float* y = job.y + 4 * block * job.pixels;
-    for (int64_t r = 0; r < valid; ++r)
-      for (int v = 0; v < V; ++v)
-        store(ends ? y + r * job.pixels + tile.at<V>(v) : sum + r * sums.step + v * kLanes,
-              ends && job.relu ? relu(acc[r][v]) : acc[r][v]);
+    };
+    switch (job.w.pointer[block + 1] - job.w.pointer[block]) {
+      case 0: all(std::integral_constant<int, 0>{}); break;
+      case 1: all(std::integral_constant<int, 1>{}); break;
+      case 2: all(std::integral_constant<int, 2>{}); break;
+      case 3: all(std::integral_constant<int, 3>{}); break;
+      case 4: all(std::integral_constant<int, 4>{}); break;
+      default: all(std::integral_constant<int, -1>{});
+    }
   }
 }
 
@@ -140,6 +166,7 @@ void run_piece(const Job<T>& job, bool blocks, const float* map, int64_t number,
   const int64_t entry_bytes = (blocks ? 4 : 1) * static_cast<int64_t>(sizeof(T)) + 2;
   const int64_t row_bytes = w.pointer[job.panels * segment_rows] * entry_bytes / segment_rows + 1;
   const bool fits = w.cols * held * kLanes * static_cast<int64_t>(sizeof(float)) <= kFirstLevel;
+  if (blocks && fits && job.panels == 1) return blocks_by_count(job, tiles, count, from, to);
   int64_t step = fits ? 1 : std::max<int64_t>(1, kWeights / row_bytes);
   if (count == 1 && job.panels == 1) step = to - from;
   const int64_t most_sums = std::min(step, to - from) * (blocks ? 4 : 1) * most * kLanes;
@@ -153,8 +180,11 @@ void run_piece(const Job<T>& job, bool blocks, const float* map, int64_t number,
         const Sums sums{panel, memory_of_sums, tile.vectors * kLanes, first};
         with_vectors(tile.vectors, [&](auto number_of) {
           constexpr int V = decltype(number_of)::value;
-          if (!blocks) rows_tile<V>(job, tile, x, sums, first, last);
-          else if constexpr (V <= kMostOfBlocks) blocks_tile<V>(job, tile, x, sums, first, last);
+          if (!blocks) {
+            rows_tile<V>(job, tile, x, sums, first, last);
+          } else if constexpr (V <= kMostOfBlocks) {
+            blocks_tile<V>(job, tile, x, sums, first, last);
+          }
         });
       }
 }
