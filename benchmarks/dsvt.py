@@ -184,4 +184,4 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
 
 if __name__ == "__main__":
     sys.exit(main("sets without padding beat padded ones, and finding them costs next to nothing", cells,
-                  block_seconds=0.5))
+                  block_seconds=0.1))

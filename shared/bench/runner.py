@@ -234,7 +234,7 @@ def main(
     group_goals: Mapping[str, Goal] | None = None,
     argv: Sequence[str] | None = None,
     clock: Clock | None = None,
-    block_seconds: float = 0.1,
+    block_seconds: float = 0.02,
 ) -> int:
     """Run a benchmark script: measure each cell, print the table, write JSON; 0 if every goal is met, else 1.
 
@@ -249,7 +249,8 @@ def main(
         group_goals: goals for geometric means over the cells of a group.
         argv: command line, by default the process's own.
         clock: another clock.
-        block_seconds: about how long one program runs in one of the six rounds.
+        block_seconds: about how long one program runs in one of the 30 rounds (fewer for long calls). Short
+            ones, as others slow a shared machine down for tenths of a second.
     """
     options = _arguments(claim, argv)
     tick = clock or (time.process_time if options.threads == 1 else time.perf_counter)
@@ -283,7 +284,7 @@ def main(
                 continue
             if isinstance(cell, Later):
                 cell = cell.build()
-            timings = compare({"ours": cell.ours, **cell.peers}, rounds=3 if options.quick else 6,
+            timings = compare({"ours": cell.ours, **cell.peers}, rounds=3 if options.quick else 30,
                               block_seconds=0.03 if options.quick else block_seconds, clock=tick)
             row = Row(cell, timings, ceiling)
             table.rows.append(row)

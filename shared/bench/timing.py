@@ -17,6 +17,7 @@ Clock = Callable[[], float]
 
 # A sample shorter than this is mostly the clock's own cost and grain, so that calls are taken together.
 MIN_SAMPLE_SECONDS = 50e-6
+_LEAST_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def compare(
 
     Args:
         functions: name -> function of no arguments.
-        rounds: how often the functions take turns; at least 2, so that each runs both first and last.
+        rounds: how often the functions take turns; at least 2, so that each runs both first and last. Down
+            to six of them where a call is longer than a block.
         block_seconds: about how long one function runs in one round.
         clock: `time.perf_counter`, or `time.process_time` for one thread on a machine that others use too.
 
@@ -95,12 +97,14 @@ def compare(
     """
     if rounds < 2 or not functions:
         raise ValueError(f"compare needs functions and 2 rounds; received {len(functions)} and {rounds}")
-    plan = {}
+    plan, longest = {}, float(block_seconds)
     for name, function in functions.items():
         function()  # compiles, allocates, warms up
         seconds = max(_sample(function, 1, clock), 1e-9)
         calls = max(1, math.ceil(MIN_SAMPLE_SECONDS / seconds))
         plan[name] = (calls, max(1, round(block_seconds / (seconds * calls))))
+        longest = max(longest, seconds)
+    rounds = max(min(rounds, _LEAST_ROUNDS), round(rounds * block_seconds / longest))
     blocks: dict[str, list[tuple[float, ...]]] = {name: [] for name in functions}
     for turn in range(rounds):
         for name in list(functions)[:: 1 if turn % 2 == 0 else -1]:

@@ -109,6 +109,16 @@ def test_compare_refuses() -> None:
         compare({"a": int}, rounds=1)
 
 
+def test_long_calls_get_fewer_rounds() -> None:
+    clock = FakeClock()
+    jobs = {"short": clock.job("short", 0.001), "long": clock.job("long", 0.05)}
+    timings = compare(jobs, rounds=30, clock=clock, block_seconds=0.02)
+    assert [len(block) for block in timings["long"].rounds] == [1] * 12
+    assert [len(block) for block in timings["short"].rounds] == [20] * 12
+    timings = compare({"a": clock.job("a", 1.0)}, rounds=30, clock=clock, block_seconds=0.02)
+    assert len(timings["a"].rounds) == 6
+
+
 def test_threads_are_restored() -> None:
     before = torch.get_num_threads()
     with pytest.raises(KeyError), threads(2):
