@@ -203,8 +203,8 @@ void tile_rows_of(int64_t vectors, const Packed<T>& w, int64_t layout, const flo
   }
 }
 
-// Vectors of the tile for `batch` remaining columns. 32 columns times a panel of 2048 are 256 KiB of x, half of a
-// usual second-level cache; 64 columns need narrow panels.
+// Vectors of the tile for `batch` remaining columns. 32 columns times a panel of 4096 are 512 KiB of x, a usual
+// second-level cache; 64 columns need narrow panels.
 int64_t tile_vectors(int64_t batch, int64_t panel) {
   if (panel <= kNarrow && batch > 48) return 64 / kLanes;
   constexpr int64_t kMost = 32 / kLanes;

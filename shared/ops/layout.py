@@ -25,7 +25,7 @@ LAYOUTS = (
 VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of `enum ValueType`
 STORED_TYPES = (*VALUE_TYPES, torch.float64)  # fp64 runs on the reference alone, for gradient checks
 BLOCK_WIDTHS = (4, 8, 16)
-PANEL = 2048  # columns per panel of every layout
+PANEL = 4096  # columns per panel of every layout: x takes half of a usual first-level cache
 OVERREAD = 16  # entries of padding behind values and columns; kOverread in native/include/zoo/simd.hpp
 
 

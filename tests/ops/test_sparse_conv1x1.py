@@ -55,7 +55,7 @@ def test_threads_do_not_change_a_bit() -> None:
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("layout", ["csr", "bitmask", "rows4"])
 @pytest.mark.parametrize(
-    ("rows", "cols", "size"), [(37, 129, (7, 7)), (61, 300, (14, 14)), (10, 2200, (3, 11)), (130, 260, (71,))]
+    ("rows", "cols", "size"), [(37, 129, (7, 7)), (61, 300, (14, 14)), (10, 4200, (3, 11)), (130, 260, (71,))]
 )
 def test_panels_change_no_bit(rows: int, cols: int, size: tuple[int, ...], layout: str, relu: bool) -> None:
     torch.manual_seed(0)

@@ -25,11 +25,11 @@ CASES = {
     "gather outputs": ("gather", "_output_kernel", {"kind": 0, **ROWS}, {"data": "*bf16"}, 4),
     "gather outputs of int4": ("gather", "_output_kernel", {"kind": 2, **ROWS}, {"data": "*u8"}, 0),
     "sum of parts": ("gather", "_sum_kernel", {"BIASED": True, "P": 32, "N": 64}, {}, 2),
-    "bitmask": ("bitmask", "_kernel", {"PANEL": 2048, "S": 128, "B": 4, "BIASED": True}, {}, 0),
+    "bitmask": ("bitmask", "_kernel", {"PANEL": 4096, "S": 128, "B": 4, "BIASED": True}, {}, 0),
     "bitmask by tensor cores": (
-        "bitmask", "_wide_kernel", {"PANEL": 2048, "R": 32, "S": 16, "B": 16, "BIASED": True}, {}, 0,
+        "bitmask", "_wide_kernel", {"PANEL": 4096, "R": 32, "S": 16, "B": 16, "BIASED": True}, {}, 0,
     ),
-    "csr": ("csr", "_kernel", {"PANEL": 2048, "P": 512, "B": 1, "BIASED": True}, {}, 4),
+    "csr": ("csr", "_kernel", {"PANEL": 4096, "P": 512, "B": 1, "BIASED": True}, {}, 4),
     "four-bit groups": ("quant", "_kernel", {"WORDS": 1, "B": 1, "G": 32, "BIASED": True}, {}, 2),
 }  # fmt: skip
 
