@@ -43,11 +43,13 @@ struct Tile {
 };
 
 // Where the sums of a tile come from and go to on their way through the panels of W: they begin with the bias, lie in
-// `memory` (`step` floats per row, the first for row `first`) between two panels, and end in y.
+// `memory` (`step` floats per row, the first for row `first`) between two panels, and end in y. One panel needs no memory.
 struct Sums {
   int64_t panel;
   float* memory;
   int64_t step, first;
+
+  ZOO_INLINE float* of(int64_t row) const { return memory == nullptr ? nullptr : memory + (row - first) * step; }
 };
 
 // A panel of channels [from, to), V vectors of pixels; x: those pixels of the panel's columns, channel after channel.
@@ -56,7 +58,7 @@ void rows_tile(const Job<T>& job, const Tile& tile, const float* x, const Sums& 
   const Packed<T>& w = job.w;
   const bool starts = sums.panel == 0, ends = sums.panel + 1 == job.panels;
   for (int64_t row = from; row < to; ++row) {
-    float* sum = sums.memory + (row - sums.first) * sums.step;
+    float* sum = sums.of(row);
     vf acc[V];
     for (int v = 0; v < V; ++v)
       acc[v] = starts ? splat(job.bias != nullptr ? job.bias[row] : 0.0f) : load(sum + v * kLanes);
@@ -64,7 +66,8 @@ void rows_tile(const Job<T>& job, const Tile& tile, const float* x, const Sums& 
     accumulate_row<V>(w.values + first, static_cast<const uint16_t*>(w.index) + first, w.pointer[segment + 1] - first,
                       x, V * kLanes, acc);
     float* y = job.y + row * job.pixels;
-    for (int v = 0; v < V; ++v) store(ends ? y + tile.at<V>(v) : sum + v * kLanes, ends && job.relu ? relu(acc[v]) : acc[v]);
+    for (int v = 0; v < V; ++v)
+      store(ends ? y + tile.at<V>(v) : sum + v * kLanes, ends && job.relu ? relu(acc[v]) : acc[v]);
   }
 }
 
@@ -74,7 +77,7 @@ ZOO_INLINE void block_tile(const Job<T>& job, const Tile& tile, const float* x, 
   const Packed<T>& w = job.w;
   const bool starts = sums.panel == 0, ends = sums.panel + 1 == job.panels;
   const int64_t valid = ends ? std::min<int64_t>(4, w.rows - 4 * block) : 4;
-  float* sum = sums.memory + 4 * (block - sums.first) * sums.step;
+  float* sum = sums.of(4 * block);
   vf acc[4][V];
   for (int64_t r = 0; r < 4; ++r)
     for (int v = 0; v < V; ++v) {
@@ -139,7 +142,7 @@ int64_t vectors_of(int64_t pixels) { return (pixels + kLanes - 1) / kLanes; }
 int64_t pieces_of(int64_t pixels) { return (vectors_of(pixels) + kMost - 1) / kMost; }
 
 // Piece `number` of the map x [cols, pixels] for rows [from, to) (blocks of four rows where `blocks`). Where all tiles of
-// x fit into the first-level cache, a row meets them one after the other; else a tile stays while as many weights pass
+// x fit into the first-level cache, a block meets them one after the other; else a tile stays while as many weights pass
 // by as the second-level cache holds.
 template <class T>
 void run_piece(const Job<T>& job, bool blocks, const float* map, int64_t number, int64_t from, int64_t to) {
@@ -167,8 +170,7 @@ void run_piece(const Job<T>& job, bool blocks, const float* map, int64_t number,
   const int64_t row_bytes = w.pointer[job.panels * segment_rows] * entry_bytes / segment_rows + 1;
   const bool fits = w.cols * held * kLanes * static_cast<int64_t>(sizeof(float)) <= kFirstLevel;
   if (blocks && fits && job.panels == 1) return blocks_by_count(job, tiles, count, from, to);
-  int64_t step = fits ? 1 : std::max<int64_t>(1, kWeights / row_bytes);
-  if (count == 1 && job.panels == 1) step = to - from;
+  const int64_t step = count == 1 && job.panels == 1 ? to - from : std::max<int64_t>(1, kWeights / row_bytes);
   const int64_t most_sums = std::min(step, to - from) * (blocks ? 4 : 1) * most * kLanes;
   float* memory_of_sums = job.panels > 1 ? scratch_of<float>(most_sums, 1) : nullptr;
   for (int64_t first = from; first < to; first += step)
@@ -177,7 +179,7 @@ void run_piece(const Job<T>& job, bool blocks, const float* map, int64_t number,
         const Tile& tile = tiles[t];
         const int64_t last = std::min(to, first + step);
         const float* x = tile.x + panel * w.panel * tile.vectors * kLanes;
-        const Sums sums{panel, memory_of_sums, tile.vectors * kLanes, first};
+        const Sums sums{panel, memory_of_sums, tile.vectors * kLanes, first * (blocks ? 4 : 1)};
         with_vectors(tile.vectors, [&](auto number_of) {
           constexpr int V = decltype(number_of)::value;
           if (!blocks) {
