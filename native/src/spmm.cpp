@@ -17,7 +17,7 @@ namespace zoo {
 namespace {
 
 constexpr int64_t kRowCost = 2;    // an empty row costs about as much as two entries
-constexpr int64_t kPrefetch = 8;  // entries ahead (16 and none are slower at 8 to 128 features)
+constexpr int64_t kPrefetch = 8;  // entries ahead
 constexpr int64_t kCacheLine = 64;
 
 // The entries of a CSR matrix. Weight of entry e: 1, weight[e] or weight[order[e]].

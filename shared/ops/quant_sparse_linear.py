@@ -23,7 +23,7 @@ from shared.errors import OpError
 from shared.ops import _native, dispatch, triton
 from shared.ops._cache import DerivedCache
 from shared.ops.derived import Checked
-from shared.ops.settled import Run, Settled, dense_run
+from shared.ops.settled import Settled, dense_run, native_run
 
 __all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference"]
 
@@ -218,7 +218,10 @@ def case(x: Tensor, weight: QuantGroups) -> tuple[tuple[str, ...], str, tuple[fl
 def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
     backend = plan(x, weight, bias).backend
     if backend == "native" and x.numel() and weight.shape[0]:
-        run = _native_product(weight, (*x.shape[:-1], weight.shape[0]))
+        function = _native.function("zoo_quant_sparse_linear", "ppppppppiiiii")
+        y_shape = (*x.shape[:-1], weight.shape[0])
+        sizes = (math.prod(y_shape[:-1]), *weight.shape, weight.group)
+        run = native_run(function, weight.parts, y_shape, sizes)
         weight.settled.keep(x, run, *weight.parts)
         return run(x, bias)
     if backend == "dense":
@@ -231,22 +234,6 @@ def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
 
         return quant.quant_sparse_linear(x, weight, bias)
     return reference(x, weight, bias)
-
-
-def _native_product(weight: QuantGroups, y_shape: tuple[int, ...]) -> Run:
-    """The native product with all that does not change from call to call made ready."""
-    function = _native.function("zoo_quant_sparse_linear", "ppppppppiiiii")
-    addresses = tuple(part.data_ptr() for part in weight.parts)
-    sizes = (math.prod(y_shape[:-1]), *weight.shape, weight.group)
-
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        flat, y = _native.plain(x), torch.empty(y_shape, dtype=torch.float32)
-        wide_bias = None if bias is None else _native.plain(bias)
-        at_bias = None if wide_bias is None else wide_bias.data_ptr()
-        function(flat.data_ptr(), *addresses, at_bias, y.data_ptr(), *sizes, _native.threads())
-        return y if x.dtype is torch.float32 else y.to(x.dtype)
-
-    return run
 
 
 @torch.library.custom_op(

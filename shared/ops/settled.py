@@ -7,13 +7,13 @@ the content of the weight's index: while none of that has changed, their outcome
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared.ops import dispatch
+from shared.ops import _native, dispatch
 from shared.ops.derived import version
 
 Run = Callable[[Tensor, "Tensor | None"], Tensor]  # of x and the bias
@@ -26,6 +26,26 @@ def dense_run(weight: Tensor) -> Run:
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    return run
+
+
+def native_run(
+    function: Callable[..., None], parts: Sequence[Tensor], y_shape: tuple[int, ...], numbers: Sequence[int]
+) -> Run:
+    """The run of a kernel that takes x, the parts of a weight, a bias, y, numbers and threads, in that order.
+
+    All is made ready that stays from call to call. The parts are kept alive.
+    """
+    held = (tuple(parts), tuple(part.data_ptr() for part in parts))
+    plain, empty, float32 = _native.plain, torch.empty, torch.float32
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        flat, y = plain(x), empty(y_shape, dtype=float32)
+        wide_bias = None if bias is None else plain(bias)
+        at_bias = None if wide_bias is None else wide_bias.data_ptr()
+        function(flat.data_ptr(), *held[1], at_bias, y.data_ptr(), *numbers, _native.threads())
+        return y if x.dtype is float32 else y.to(x.dtype)
 
     return run
 

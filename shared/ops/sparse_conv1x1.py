@@ -22,7 +22,7 @@ from shared.errors import OpError
 from shared.ops import _native, dispatch
 from shared.ops.derived import Derived
 from shared.ops.layout import LAYOUTS, PANEL, VALUE_TYPES
-from shared.ops.settled import Run
+from shared.ops.settled import native_run
 from shared.ops.sparse_linear import csr_index, narrow_form, sparse_linear
 from shared.ops.sparse_linear import reference as linear_reference
 from shared.ops.weights import SparseWeight, pack
@@ -137,34 +137,13 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: 
     if not final:
         form = narrow_form(*form[:3], weight.shape, NARROW)
         final = form[3] == NARROW
-    run = _native_product(form, layout, weight.shape, x.shape, relu)
+    function = _native.function("zoo_sparse_conv1x1", "ppppppiiiiiiiii")
+    kind = (LAYOUTS.index(layout), VALUE_TYPES.index(weight.values.dtype), int(relu))
+    sizes = (x.shape[0], math.prod(x.shape[2:]), *weight.shape, form[3], *kind)
+    run = native_run(function, form[:3], (x.shape[0], weight.shape[0], *x.shape[2:]), sizes)
     if final:
         weight.settled.keep(x, run, weight.values, weight.index, weight.pointer, kind=("maps", relu))
     return run(x, bias)
-
-
-def _native_product(
-    form: tuple[Tensor, Tensor, Tensor, int],
-    layout: str,
-    shape: tuple[int, int],
-    x_shape: torch.Size,
-    relu: bool,
-) -> Run:
-    """The native product, with all made ready that stays from call to call; it keeps `form` alive."""
-    function = _native.function("zoo_sparse_conv1x1", "ppppppiiiiiiiii")
-    parts = tuple(part.data_ptr() for part in form[:3])
-    kind = (LAYOUTS.index(layout), VALUE_TYPES.index(form[0].dtype), relu)
-    y_shape, sizes = (x_shape[0], shape[0], *x_shape[2:]), (x_shape[0], math.prod(x_shape[2:]), *shape)
-    plain, empty, float32 = _native.plain, torch.empty, torch.float32
-
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        maps, y = plain(x), empty(y_shape, dtype=float32)
-        wide_bias = None if bias is None else plain(bias)
-        at_bias = None if wide_bias is None else wide_bias.data_ptr()
-        function(maps.data_ptr(), *parts, at_bias, y.data_ptr(), *sizes, form[3], *kind, _native.threads())
-        return y if x.dtype is float32 else y.to(x.dtype)
-
-    return run
 
 
 @torch.library.custom_op(

@@ -9,7 +9,6 @@ A dropped weight takes no part in the sum: an infinite or NaN x meets only the w
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -24,7 +23,7 @@ from shared.ops._cache import DerivedCache
 from shared.ops.derived import Derived
 from shared.ops.layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, columns_of_bits
 from shared.ops.memory import on_huge_pages
-from shared.ops.settled import Run, dense_run
+from shared.ops.settled import dense_run, native_run
 from shared.ops.weights import SparseWeight, pack
 
 __all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_linear"]
@@ -197,34 +196,14 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
     form = (weight.values, index, weight.pointer, PANEL)
     kind = (LAYOUTS.index(layout), weight.width, VALUE_TYPES.index(weight.values.dtype))
     y_shape = (*x.shape[:-1], weight.shape[0])
-    if layout == "csr" and batch >= NARROW_BATCH and cols > 2 * NARROW:
+    narrow = layout == "csr" and batch >= NARROW_BATCH and cols > 2 * NARROW
+    if narrow:
         form = narrow_form(*form[:3], weight.shape, NARROW)
-        return _native_product(form, kind, weight.shape, y_shape)(x, bias)
-    run = _native_product(form, kind, weight.shape, y_shape)
-    weight.settled.keep(x, run, weight.values, weight.index, weight.pointer)
-    return run(x, bias)
-
-
-def _native_product(
-    form: tuple[Tensor, Tensor, Tensor, int],
-    kind: tuple[int, int, int],
-    shape: tuple[int, int],
-    y_shape: tuple[int, ...],
-) -> Run:
-    """The native product, with all made ready that stays from call to call; it keeps `form` alive."""
     function = _native.function("zoo_sparse_linear", "ppppppiiiiiiii")
-    parts = tuple(part.data_ptr() for part in form[:3])
-    sizes = (math.prod(y_shape[:-1]), *shape)
-    plain, empty, float32 = _native.plain, torch.empty, torch.float32
-
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        flat, y = plain(x), empty(y_shape, dtype=float32)
-        wide_bias = None if bias is None else plain(bias)
-        at_bias = None if wide_bias is None else wide_bias.data_ptr()
-        function(flat.data_ptr(), *parts, at_bias, y.data_ptr(), *sizes, form[3], *kind, _native.threads())
-        return y if x.dtype is float32 else y.to(x.dtype)
-
-    return run
+    run = native_run(function, form[:3], y_shape, (batch, *weight.shape, form[3], *kind))
+    if not narrow:
+        weight.settled.keep(x, run, weight.values, weight.index, weight.pointer)
+    return run(x, bias)
 
 
 def _triton_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
