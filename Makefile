@@ -45,8 +45,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/zoo bench all
 
 sanitize: $(VENV)/.installed-test
-	$(BIN)/python -m shared.ops.build --sanitize address --test
-	$(BIN)/python -m shared.ops.build --sanitize thread --test
+	$(BIN)/python -m zoo.shared.ops.build --sanitize address --test
+	$(BIN)/python -m zoo.shared.ops.build --sanitize thread --test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check zoo shared tests benchmarks

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from shared.ops.csr import csr_from_edges
-from shared.random_graphs import rmat
 from zoo.errors import DataError
 from zoo.graph.data import load_graph
+from zoo.shared.bench.random_graphs import rmat
+from zoo.shared.ops.csr import csr_from_edges
 
 
 def named(*names: str) -> Iterator[tuple[str, int, Tensor, Tensor]]:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils import mkldnn
 
-from shared.bench import Rotation
-from shared.bench.machine import last_level_cache
-from shared.ops.memory import on_huge_pages
-from shared.ops.weights import SparseWeight
+from zoo.shared.bench import Rotation
+from zoo.shared.bench.machine import last_level_cache
+from zoo.shared.ops.memory import on_huge_pages
+from zoo.shared.ops.weights import SparseWeight
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
 Call = Callable[[], object]

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from shared import ops
-from shared.bench import Cell, Goal, Later, main
-from shared.ops.sparse_linear import sparse_linear
-from shared.ops.weights import SparseWeight, pack
+from zoo.shared import ops
+from zoo.shared.bench import Cell, Goal, Later, main
+from zoo.shared.ops.sparse_linear import sparse_linear
+from zoo.shared.ops.weights import SparseWeight, pack
 
 # (out, in). Below these a call takes as long as Python's own part of it: `auto` adds some microseconds.
 SHAPES = ((768, 768), (3072, 768), (1024, 1024), (2048, 2048), (4096, 4096), (1024, 4096), (4096, 1024))

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.bench import Cell, Goal, Later, main
-from shared.masks import masks_of
-from zoo.bundles import load
-from zoo.catalog import find, list_models
+from zoo.bundles.catalog import find, list_models
+from zoo.bundles.store import load
 from zoo.errors import DataError
 from zoo.graph import models
 from zoo.graph.data import load_graph
+from zoo.shared.bench import Cell, Goal, Later, main
+from zoo.shared.masks import masks_of
 from zoo.vision.data import load_images
 from zoo.vision.mobilenet import norms_folded
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.bench import Bound, Cell, Goal, Later, main
+from zoo.shared.bench import Bound, Cell, Goal, Later, main
 from zoo.vision.lidar.data import real_frame
 from zoo.vision.lidar.detector import ENCODERS
 from zoo.vision.lidar.dsvt import DSVT
@@ -25,14 +25,22 @@ LIMIT, PADDED = f"{1e3 * BUDGET:.0f} ms of work", "padded"
 FRAMES = {
     "nuScenes": ("lidar-nuscenes-1", "sample_ca9a282c", [-54.0, -54, -5, 54, 54, 3], [0.3, 0.3, 8.0]),
     "KITTI": ("lidar-kitti-mini", "000008", [0.0, -39.68, -3, 69.12, 39.68, 1], [0.32, 0.32, 4.0]),
-}  # fmt: skip
+}
 # The released settings: sets of 90 in windows of 30 for nuScenes, of 36 in windows of 12 and 24 for Waymo.
 SETTINGS = {
-    "nuScenes": {"window_shape": [[30, 30, 1]], "set_info": [[90, 4]], "hybrid_factor": [1, 1, 1],
-                 "shifts_list": [[[0, 0, 0], [15, 15, 0]]]},
-    "KITTI": {"window_shape": [[12, 12, 1]], "set_info": [[36, 4]], "hybrid_factor": [2, 2, 1],
-              "shifts_list": [[[0, 0, 0], [6, 6, 0]]]},
-}  # fmt: skip
+    "nuScenes": {
+        "window_shape": [[30, 30, 1]],
+        "set_info": [[90, 4]],
+        "hybrid_factor": [1, 1, 1],
+        "shifts_list": [[[0, 0, 0], [15, 15, 0]]],
+    },
+    "KITTI": {
+        "window_shape": [[12, 12, 1]],
+        "set_info": [[36, 4]],
+        "hybrid_factor": [2, 2, 1],
+        "shifts_list": [[[0, 0, 0], [6, 6, 0]]],
+    },
+}
 
 
 def work_for(seconds: float) -> None:
@@ -183,5 +191,10 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("sets without padding beat padded ones, and finding them costs next to nothing", cells,
-                  block_seconds=0.1))
+    sys.exit(
+        main(
+            "sets without padding beat padded ones, and finding them costs next to nothing",
+            cells,
+            block_seconds=0.1,
+        )
+    )

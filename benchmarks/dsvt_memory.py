@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from shared.bench import machine
-from shared.bench.processes import in_own_process
-from shared.io import write_json
+from zoo.shared.bench import machine
+from zoo.shared.bench.processes import in_own_process
+from zoo.shared.store.io import write_json
 from zoo.vision.lidar.dsvt import DSVT, DSVTConfig
 
 SIZES, QUICK = (25_000, 50_000, 100_000, 200_000), (10_000, 40_000)
@@ -36,9 +36,14 @@ def measure(count: int) -> dict[str, float]:
     """One forward pass: seconds and bytes above those held before."""
     torch.manual_seed(0)
     config = DSVTConfig(
-        (SIDE, SIDE, 1), ((12, 12, 1),), ((36, 4),), (WIDTH,), (8,), (2 * WIDTH,),
+        (SIDE, SIDE, 1),
+        ((12, 12, 1),),
+        ((36, 4),),
+        (WIDTH,),
+        (8,),
+        (2 * WIDTH,),
         shifts_list=(((0, 0, 0), (6, 6, 0)),),
-    )  # fmt: skip
+    )
     model = DSVT(config).eval()
     cells = torch.randperm(SIDE * SIDE)[:count]
     zero = torch.zeros_like(cells)
@@ -72,17 +77,26 @@ def main() -> int:
         rows.append(row)
         print(
             f"{count:>9,} {row['seconds']:>8.2f} {row['bytes'] / 2**20:>7.0f} "
-            f"{row['bytes'] / 2**10 / count:>10.2f}", flush=True,
-        )  # fmt: skip
+            f"{row['bytes'] / 2**10 / count:>10.2f}",
+            flush=True,
+        )
     first, last = rows[0], rows[-1]
     slope = math.log(last["bytes"] / first["bytes"]) / math.log(last["voxels"] / first["voxels"])
     met = slope <= MOST
     print(f"Memory grows as voxels^{slope:.2f}; linear (at most {MOST:g}): {'met' if met else 'MISSED'}")
     if options.json:
-        write_json(options.json, {
-            "benchmark": "dsvt_memory", "machine": machine(), "threads": options.threads, "width": WIDTH,
-            "rows": rows, "slope": slope, "met": met,
-        })  # fmt: skip
+        write_json(
+            options.json,
+            {
+                "benchmark": "dsvt_memory",
+                "machine": machine(),
+                "threads": options.threads,
+                "width": WIDTH,
+                "rows": rows,
+                "slope": slope,
+                "met": met,
+            },
+        )
     return 0 if met else 1
 
 

@@ -11,10 +11,10 @@ import torch
 from _linear import DensePeers, in_turn, layers
 from torch import Tensor
 
-from shared import ops
-from shared.bench import Bound, Cell, Goal, Later, main
-from shared.ops.dense_rows import DenseRows, store_rows
-from shared.ops.gather_linear import gather_linear, gather_linear_rows
+from zoo.shared import ops
+from zoo.shared.bench import Bound, Cell, Goal, Later, main
+from zoo.shared.ops.dense_rows import DenseRows, store_rows
+from zoo.shared.ops.gather_linear import gather_linear, gather_linear_rows
 
 SHAPES = ((4096, 4096), (4096, 11008))
 GOALS = {0.5: 1.9, 0.75: 3.5, 0.9: 8.0}

@@ -27,18 +27,18 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from shared.activations import ActivationThreshold  # noqa: E402
-from shared.bench import Bound, Cell, Goal, main  # noqa: E402
-from shared.io import read_json, write_json  # noqa: E402
-from shared.masks import MaskSet, set_masks  # noqa: E402
-from shared.ops import quantise_groups  # noqa: E402
-from shared.topk import topk_mask  # noqa: E402
 from zoo.llm.blocks import find_blocks  # noqa: E402
 from zoo.llm.chess import chess_thresholds  # noqa: E402
 from zoo.llm.gate_statistics import gate_statistics  # noqa: E402
 from zoo.llm.quantised import PackedGroupLinear, replace_module  # noqa: E402
 from zoo.llm.serving import pack_model  # noqa: E402
 from zoo.llm.thresholds import attach, held_out_shares, skipped_share  # noqa: E402
+from zoo.shared.bench import Bound, Cell, Goal, main  # noqa: E402
+from zoo.shared.masks import MaskSet, set_masks  # noqa: E402
+from zoo.shared.masks.topk import topk_mask  # noqa: E402
+from zoo.shared.measure.activations import ActivationThreshold  # noqa: E402
+from zoo.shared.ops import quantise_groups  # noqa: E402
+from zoo.shared.store.io import read_json, write_json  # noqa: E402
 
 CONTEXT = 32  # tokens in the cache
 SKIPPED = 16  # tokens over which the skipped share is measured
@@ -193,9 +193,12 @@ class Variants:
             for block in find_blocks(self.dense)
             for name in block.weight_names()
         }
-        return MaskSet({
-            name: topk_mask(torch.rand(weight.shape), weight.numel() // 2) for name, weight in weights.items()
-        })
+        return MaskSet(
+            {
+                name: topk_mask(torch.rand(weight.shape), weight.numel() // 2)
+                for name, weight in weights.items()
+            }
+        )
 
     def bound(self, skipped: float, kept: float = 1.0) -> Bound:
         """Bytes of the weights that a token cannot do without: a mask bit and a value for each kept one."""

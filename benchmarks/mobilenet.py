@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import mkldnn
 
-from shared import packing
-from shared.account import count
-from shared.bench import Bound, Cell, Goal, Later, main
-from shared.ops import SparseConv1x1
-from shared.sparsifier import sparsify
+from zoo.shared.bench import Bound, Cell, Goal, Later, main
+from zoo.shared.measure.account import count
+from zoo.shared.ops import SparseConv1x1, packing
+from zoo.shared.pruning.sparsifier import sparsify
 from zoo.vision.mobilenet import norms_folded, pointwise_weights, random_example
 
 SIDE = 224

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from _linear import DensePeers, beyond_cache, copy_of, in_turn, layers
 
-from shared import ops
-from shared.bench import Bound, Cell, Later, main
-from shared.ops.nm_linear import PATTERNS, NMWeight, nm_linear, pack_nm
+from zoo.shared import ops
+from zoo.shared.bench import Bound, Cell, Later, main
+from zoo.shared.ops.nm_linear import PATTERNS, NMWeight, nm_linear, pack_nm
 
 SIZE = 4096
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from _linear import DensePeers, beyond_cache, in_turn, layers
 
-from shared import ops
-from shared.bench import Bound, Cell, Later, main
-from shared.ops.quant_sparse_linear import QuantGroups, quant_sparse_linear, quantise_groups
+from zoo.shared import ops
+from zoo.shared.bench import Bound, Cell, Later, main
+from zoo.shared.ops.quant_sparse_linear import QuantGroups, quant_sparse_linear, quantise_groups
 
 SIZE = 4096
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.bench import Bound, Cell, Goal, main
-from shared.ops.select import apply_mask_, keep_largest_, threshold_and_ties
+from zoo.shared.bench import Bound, Cell, Goal, main
+from zoo.shared.ops.select import apply_mask_, keep_largest_, threshold_and_ties
 
 # Entries in all: TEDDY's GCN on Cora (0.74 M), a ResNet-50 (25 M), twice that.
 SIZES = (740_000, 25_000_000, 50_000_000)
@@ -41,7 +41,8 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
         if threshold != partition():
             raise AssertionError(f"{threshold} is not the {kept}-th largest magnitude, {partition()}")
         yield Cell(
-            label | {"what": "threshold"}, lambda t=tensors, k=kept: threshold_and_ties(t, k),
+            label | {"what": "threshold"},
+            lambda t=tensors, k=kept: threshold_and_ties(t, k),
             {
                 "torch.topk": lambda k=kept: torch.topk(joined(), k, sorted=False),
                 "torch.kthvalue": lambda n=total, k=kept: torch.kthvalue(joined(), n - k + 1),
@@ -77,8 +78,11 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
                 tensor.masked_fill_(tensor.abs() < value, 0)
 
         yield Cell(
-            label | {"what": "copy and project"}, ours, {"numpy": by_numpy, "torch.topk": by_topk},
-            Bound((8 + 4 + 8) * total), Goal(1, over=("numpy",)),
+            label | {"what": "copy and project"},
+            ours,
+            {"numpy": by_numpy, "torch.topk": by_topk},
+            Bound((8 + 4 + 8) * total),
+            Goal(1, over=("numpy",)),
         )
 
         masks = [torch.rand(tensor.shape) < KEPT for tensor in tensors]
@@ -100,8 +104,11 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
                     tensor.masked_fill_(~mask, 0)
 
         yield Cell(
-            label | {"what": "mask weight and two moments"}, ours_masked,
-            {"mul_": multiplied, "masked_fill_": filled}, Bound((1 + 3 * 8) * total), Goal(1),
+            label | {"what": "mask weight and two moments"},
+            ours_masked,
+            {"mul_": multiplied, "masked_fill_": filled},
+            Bound((1 + 3 * 8) * total),
+            Goal(1),
         )
 
 

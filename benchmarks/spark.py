@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from shared.account import count
-from shared.bench import Bound, Cell, Goal, Later, main
+from zoo.shared.bench import Bound, Cell, Goal, Later, main
+from zoo.shared.measure.account import count
 from zoo.vision.models import ResNet
 from zoo.vision.spark.encoder import SparKEncoder, outputs_of
 from zoo.vision.spark.masking import Choice, Visible, draw_cells
@@ -95,9 +95,13 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
         labels: dict[str, object] = {"network": name, "cell": cell or 32, "images": f"{batch} of {side} px"}
 
         def make(
-            build: Callable[[], nn.Module] = build, side: int = side, cell: int | None = cell,
-            batch: int = batch, labels: dict[str, object] = labels, goal: float = goal,
-        ) -> Cell:  # fmt: skip
+            build: Callable[[], nn.Module] = build,
+            side: int = side,
+            cell: int | None = cell,
+            batch: int = batch,
+            labels: dict[str, object] = labels,
+            goal: float = goal,
+        ) -> Cell:
             return Problem(build, side, cell, batch).cell(dict(labels), goal)
 
         yield Later(labels, make)

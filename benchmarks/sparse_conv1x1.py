@@ -9,16 +9,23 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from shared import ops
-from shared.bench import Bound, Cell, Goal, main
-from shared.ops.sparse_conv1x1 import sparse_conv1x1
-from shared.ops.weights import SparseWeight, pack
+from zoo.shared import ops
+from zoo.shared.bench import Bound, Cell, Goal, main
+from zoo.shared.ops.sparse_conv1x1 import sparse_conv1x1
+from zoo.shared.ops.weights import SparseWeight, pack
 
 # (in channels, out channels, side of the map)
 LAYERS = (
-    (32, 64, 112), (64, 128, 56), (128, 128, 56), (128, 256, 28), (256, 256, 28), (256, 512, 14),
-    (512, 512, 14), (512, 1024, 7), (1024, 1024, 7),
-)  # fmt: skip
+    (32, 64, 112),
+    (64, 128, 56),
+    (128, 128, 56),
+    (128, 256, 28),
+    (256, 256, 28),
+    (256, 512, 14),
+    (512, 512, 14),
+    (512, 1024, 7),
+    (1024, 1024, 7),
+)
 # zeros -> goal for the geometric mean over the layers
 GOALS = {
     "unstructured": {0.7: 1.3, 0.8: 1.8, 0.9: 3.2, 0.95: 4.8},

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 from _linear import DensePeers, SparsePeers, beyond_cache, copy_of, in_turn, layers
 
-from shared import ops
-from shared.bench import Bound, Cell, Goal, Later, main
-from shared.ops.sparse_linear import sparse_linear
-from shared.ops.weights import SparseWeight, pack
+from zoo.shared import ops
+from zoo.shared.bench import Bound, Cell, Goal, Later, main
+from zoo.shared.ops.sparse_linear import sparse_linear
+from zoo.shared.ops.weights import SparseWeight, pack
 
 SIZE = 4096
 # (zeros, batch) -> times as fast as the best dense product of the run; half precision is storage only.

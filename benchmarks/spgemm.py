@@ -14,9 +14,9 @@ import scipy.sparse
 import torch
 from _graphs import named, torch_csr
 
-from shared import ops
-from shared.bench import Bound, Cell, Goal, main
-from shared.ops.spgemm import CSR, multiplications, spgemm, spgemm_reference
+from zoo.shared import ops
+from zoo.shared.bench import Bound, Cell, Goal, main
+from zoo.shared.ops.spgemm import CSR, multiplications, spgemm, spgemm_reference
 
 # Entries of the result: 9e4, 4e4 and 1e6 (citations), 2e7, 2e8 and 1e9 (R-MAT).
 GRAPHS = ("cora", "citeseer", "pubmed", "rmat-14-250000", "rmat-16-1000000", "rmat-18-4000000")
@@ -63,13 +63,19 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
 
         yield Cell(
             {"graph": name, "columns": "any order", **size},
-            unsorted, {"scipy": lambda a=sparse: a @ a}, bound, Goal(2),
+            unsorted,
+            {"scipy": lambda a=sparse: a @ a},
+            bound,
+            Goal(2),
         )
         peers = {"scipy": by_scipy, "MKL int32": lambda a=csr32: a @ a, "MKL int64": lambda a=csr64: a @ a}
         if products <= PRODUCTS:
             peers["sort-merge"] = lambda a=matrix: spgemm_reference(a, a)
         yield Cell(
-            {"graph": name, "columns": "sorted", **size}, ours, peers, bound,
+            {"graph": name, "columns": "sorted", **size},
+            ours,
+            peers,
+            bound,
             Goal(1, over=("MKL int32", "MKL int64")),
         )
 

@@ -11,10 +11,10 @@ from _graphs import named, torch_csr
 from torch import Tensor
 from torch.nn import functional
 
-from shared import ops
-from shared.bench import Bound, Cell, Goal, main
-from shared.ops.csr import entry_rows
-from shared.ops.spmm import spmm
+from zoo.shared import ops
+from zoo.shared.bench import Bound, Cell, Goal, main
+from zoo.shared.ops.csr import entry_rows
+from zoo.shared.ops.spmm import spmm
 
 GRAPHS = ("cora", "citeseer", "rmat-14-250000", "rmat-18-4000000")
 WIDTHS = (16, 64, 128, 512)
@@ -82,25 +82,31 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
                 labels = {"graph": name, "features": width, "pass": way}
                 bound = least if way == "forward" else Bound(2 * least.bytes, 2 * least.flops)
                 yield Cell(
-                    {**labels, "against": "torch"}, timed(ours, x),
+                    {**labels, "against": "torch"},
+                    timed(ours, x),
                     {
                         "torch csr int32": timed(lambda x, a=csr32: a @ x, x),
                         "torch csr int64": timed(lambda x, a=csr64: a @ x, x),
                         "embedding_bag": timed(bag, x),
                     },
-                    bound, Goal(1.2, over=("torch csr int32", "torch csr int64")),
+                    bound,
+                    Goal(1.2, over=("torch csr int32", "torch csr int64")),
                 )
                 if col.numel() * width * 4 <= MESSAGES:
                     yield Cell(
                         {**labels, "against": "gather-scatter"},
-                        timed(ours, x), {"gather-scatter": timed(gather_scatter, x)}, bound, Goal(3),
+                        timed(ours, x),
+                        {"gather-scatter": timed(gather_scatter, x)},
+                        bound,
+                        Goal(3),
                     )
             if col.numel() * width * 4 <= MESSAGES // 4:
                 yield Cell(
                     {**labels, "pass": "edge weights too", "against": "gather-scatter"},
                     weight_gradients(ours, x, weight),
                     {"gather-scatter": weight_gradients(gather_scatter, x, weight)},
-                    Bound(3 * least.bytes, 3 * least.flops), Goal(3),
+                    Bound(3 * least.bytes, 3 * least.flops),
+                    Goal(3),
                 )
 
 

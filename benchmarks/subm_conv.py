@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shared import ops
-from shared.bench import Bound, Cell, Goal, Later, main
-from shared.ops.rulebook import submanifold_rulebook
-from shared.ops.sparse_conv import subm_conv
-from shared.ops.sparse_tensor import SparseConvTensor
+from zoo.shared import ops
+from zoo.shared.bench import Bound, Cell, Goal, Later, main
+from zoo.shared.ops.rulebook import submanifold_rulebook
+from zoo.shared.ops.sparse_conv import subm_conv
+from zoo.shared.ops.sparse_tensor import SparseConvTensor
 
 CONV = {2: functional.conv2d, 3: functional.conv3d}
 SPCONV = importlib.util.find_spec("spconv") is not None

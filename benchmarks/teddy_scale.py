@@ -18,12 +18,12 @@ import time
 
 import torch
 
-from shared.bench import machine
-from shared.bench.processes import in_own_process
-from shared.io import write_json
-from shared.random_graphs import rmat
 from zoo.graph.edges import check_undirected
 from zoo.graph.teddy import edge_scores, keep_highest
+from zoo.shared.bench import machine
+from zoo.shared.bench.processes import in_own_process
+from zoo.shared.bench.random_graphs import rmat
+from zoo.shared.store.io import write_json
 
 # (nodes, directed entries), each four times the last but one; the largest is the one that is promised.
 SIZES = ((125_000, 3_750_000), (500_000, 15_000_000), (2_000_000, 60_000_000))

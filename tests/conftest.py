@@ -13,7 +13,7 @@ import jaxtyping  # noqa: E402
 # Only tests marked `traced` run without: torch.compile cannot trace the checks themselves.
 _CHECKED = "ZOO_TEST_UNCHECKED" not in os.environ
 if _CHECKED:
-    jaxtyping.install_import_hook(["shared", "zoo"], "beartype.beartype")
+    jaxtyping.install_import_hook(["zoo"], "beartype.beartype")
 
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -36,8 +36,11 @@ def pytest_pyfunc_call(pyfuncitem):
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", pyfuncitem.nodeid]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
-        command, cwd=pyfuncitem.config.rootpath, env={**environment, "ZOO_TEST_UNCHECKED": "1"},
-        capture_output=True, text=True,
+        command,
+        cwd=pyfuncitem.config.rootpath,
+        env={**environment, "ZOO_TEST_UNCHECKED": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return True
@@ -52,4 +55,4 @@ def _private_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def packs_all(monkeypatch) -> None:
     """Packing replaces every sparse linear layer, whichever is faster on this machine."""
-    monkeypatch.setattr("shared.packing._runs_dense", lambda weight: False)
+    monkeypatch.setattr("zoo.shared.ops.packing._runs_dense", lambda weight: False)

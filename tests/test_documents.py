@@ -10,7 +10,7 @@ import pytest
 
 import zoo
 from zoo import demo, registry
-from zoo.catalog import select
+from zoo.bundles.catalog import select
 from zoo.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]

@@ -15,17 +15,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shared.sparsifier import sparsify
-    from zoo.bundles import info, load, save
-    from zoo.catalog import card, list_models
+    from zoo.bundles.catalog import card, list_models
+    from zoo.bundles.hub import pull, push
+    from zoo.bundles.store import info, load, save
     from zoo.finetuning import finetune
     from zoo.harness.compare import compare
     from zoo.harness.experiments import reproduce
     from zoo.harness.runner import evaluate
     from zoo.harness.tasks import register_task
     from zoo.harness.verify import verify
-    from zoo.hub import pull, push
     from zoo.registry import register_architecture, register_experiment, register_method
+    from zoo.shared.pruning.sparsifier import sparsify
 
 __all__ = [
     "card",
@@ -48,22 +48,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "card": "zoo.catalog",
+    "card": "zoo.bundles.catalog",
     "compare": "zoo.harness.compare",
     "evaluate": "zoo.harness.runner",
     "finetune": "zoo.finetuning",
-    "info": "zoo.bundles",
-    "list_models": "zoo.catalog",
-    "load": "zoo.bundles",
-    "pull": "zoo.hub",
-    "push": "zoo.hub",
+    "info": "zoo.bundles.store",
+    "list_models": "zoo.bundles.catalog",
+    "load": "zoo.bundles.store",
+    "pull": "zoo.bundles.hub",
+    "push": "zoo.bundles.hub",
     "register_architecture": "zoo.registry",
     "register_experiment": "zoo.registry",
     "register_method": "zoo.registry",
     "register_task": "zoo.harness.tasks",
     "reproduce": "zoo.harness.experiments",
-    "save": "zoo.bundles",
-    "sparsify": "shared.sparsifier",
+    "save": "zoo.bundles.store",
+    "sparsify": "zoo.shared.pruning.sparsifier",
     "verify": "zoo.harness.verify",
 }
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from shared.io import atomic_write
 from zoo.errors import ConfigError
+from zoo.shared.store.io import atomic_write
 
 FILE = "state.safetensors"
 

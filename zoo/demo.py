@@ -44,7 +44,7 @@ def count_zeros(before: str, after: Path) -> None:
         StepFailed: a zero was lost.
     """
     import zoo
-    from shared.masks import masks_of
+    from zoo.shared.masks import masks_of
 
     masks = masks_of(zoo.load(before))
     weights = dict(zoo.load(str(after)).named_parameters())
@@ -60,7 +60,7 @@ def count_zeros(before: str, after: Path) -> None:
 
 def bytes_on_disk(names: list[str]) -> None:
     """Print the sizes of the files that the names load, and of their weights as dense tensors."""
-    from zoo.catalog import find
+    from zoo.bundles.catalog import find
 
     print("\nBytes on disk:")
     for name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.errors import SparseError
+from zoo.shared.errors import SparseError
 
 
 class ZooError(SparseError):

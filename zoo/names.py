@@ -43,8 +43,11 @@ def split_version(reference: str) -> tuple[str, str | None]:
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which `w8` comes before `w80` and `w80` before `w100`."""
-    return tuple((0, int(part), "") if part[0] in "0123456789" else (1, 0, part)
-                 for part in re.split(r"([0-9]+)", text) if part)
+    return tuple(
+        (0, int(part), "") if part[0] in "0123456789" else (1, 0, part)
+        for part in re.split(r"([0-9]+)", text)
+        if part
+    )
 
 
 def is_glob(text: str) -> bool:

@@ -181,7 +181,7 @@ class Registry(Generic[T]):
             for part in attribute.split("."):
                 target = getattr(target, part)
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] in ("zoo", "shared"):
+            if error.name is None or error.name.partition(".")[0] == "zoo":
                 raise
             extra = name.partition("/")[0]
             remedy = f"'sparse-model-zoo[{extra}]'" if extra in DOMAINS else error.name
@@ -216,7 +216,7 @@ def _distribution(entry: EntryPoint) -> str:
 
 
 ARCHITECTURES: Registry[Callable[..., Any]] = Registry("architecture", "zoo.architectures")
-METHODS: Registry[Any] = Registry("method", "zoo.methods", needs=("sparsify",))
+METHODS: Registry[Any] = Registry("method", "zoo.methods.contract", needs=("sparsify",))
 TASKS: Registry[Any] = Registry("task", "zoo.tasks", needs=("evaluate",), factories=True)
 EXPERIMENTS: Registry[Any] = Registry("experiment", "zoo.experiments", needs=("run",))
 FINETUNERS: Registry[Any] = Registry("fine-tuner", "zoo.finetuners", needs=("run",))
@@ -230,4 +230,4 @@ register_method = METHODS.register
 register_task = TASKS.register
 register_experiment = EXPERIMENTS.register
 
-METHODS.register("prune", "zoo.methods:Prune")  # belongs to no domain
+METHODS.register("prune", "zoo.methods.contract:Prune")  # belongs to no domain

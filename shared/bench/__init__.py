@@ -9,9 +9,9 @@ its load are recorded.
 
 from __future__ import annotations
 
-from shared.bench.machine import Bound, Limits, bandwidth, limits, machine, peak_flops
-from shared.bench.runner import Cell, Goal, Later, main
-from shared.bench.timing import Ratio, Rotation, Timing, compare, ratio, threads
+from .machine import Bound, Limits, bandwidth, limits, machine, peak_flops
+from .runner import Cell, Goal, Later, main
+from .timing import Ratio, Rotation, Timing, compare, ratio, threads
 
 __all__ = [
     "Bound",

@@ -11,11 +11,29 @@ from typing import Any
 
 import torch
 
-from shared.bench.timing import Clock, threads
+from .timing import Clock, threads
 
 # Instruction sets that decide which kernels can run.
-_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16",
-          "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve")
+_FLAGS = (
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "bf16",
+    "i8mm",
+    "sve",
+)
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -96,7 +114,7 @@ def bandwidth(
     One of the products is this project's own, which reads four rows at a time: several streams bring more
     than one does.
     """
-    from shared import ops  # which itself measures with this package
+    from .. import ops  # which itself measures with this package
 
     data = torch.ones(megabytes << 6, 4096)
     vector, rows = torch.ones(4096), ops.store_rows(data)
@@ -113,7 +131,11 @@ def bandwidth(
 
 
 def peak_flops(
-    count: int = 1, *, size: int = 1024, dtype: torch.dtype = torch.float32, clock: Clock = time.perf_counter,
+    count: int = 1,
+    *,
+    size: int = 1024,
+    dtype: torch.dtype = torch.float32,
+    clock: Clock = time.perf_counter,
     seconds: float | int = 0.5,
 ) -> float:
     """FLOPs per second of `count` threads in a square matrix product, the best that torch reaches."""

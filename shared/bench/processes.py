@@ -24,8 +24,10 @@ def in_own_process(script: str | Path, arguments: Sequence[object], threads: int
     command = [sys.executable, str(script), *map(str, arguments), "--threads", str(threads)]
     path = [str(Path(script).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {
-        **os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, path)),
-    }  # fmt: skip
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+    }
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found

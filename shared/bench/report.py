@@ -1,4 +1,4 @@
-"""`python -m shared.bench.report FILES`: the JSON results of benchmark scripts as Markdown tables."""
+"""`python -m zoo.shared.bench.report FILES`: the JSON results of benchmark scripts as Markdown tables."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.bench.runner import verdict
-from shared.io import read_json
+from ..store.io import read_json
+from .runner import verdict
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -33,16 +33,20 @@ def markdown(results: Mapping[str, Any]) -> str:
         goal, bound = row.get("goal"), row.get("bound")
         over = goal["over"] if goal else row["best_peer"]
         reached = goal["reached"] if goal else row["ratio"]["value"]
-        text.append(_line([
-            *(str(row["labels"].get(key, "")) for key in labels),
-            f"{1e3 * row['seconds']['ours']['median']:.3f}",
-            over,
-            f"{1e3 * row['seconds'][over]['median']:.3f}",
-            f"{reached:.2f}x",
-            f"{1e3 * bound['seconds']:.3f}" if bound else "",
-            f"{bound['share']:.0%}" if bound else "",
-            verdict(goal),
-        ]))
+        text.append(
+            _line(
+                [
+                    *(str(row["labels"].get(key, "")) for key in labels),
+                    f"{1e3 * row['seconds']['ours']['median']:.3f}",
+                    over,
+                    f"{1e3 * row['seconds'][over]['median']:.3f}",
+                    f"{reached:.2f}x",
+                    f"{1e3 * bound['seconds']:.3f}" if bound else "",
+                    f"{bound['share']:.0%}" if bound else "",
+                    verdict(goal),
+                ]
+            )
+        )
     if results["groups"]:
         text += ["", _line(["geometric mean over", "ratio", "goal"]), _line(["---"] * 3)]
         for name, group in results["groups"].items():

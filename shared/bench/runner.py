@@ -1,13 +1,13 @@
 """What every script in benchmarks/ shares: flags, table, goals, JSON, exit code.
 
-    def cells(quick: bool, threads: int) -> Iterator[Cell]:
-        for sparsity in (0.5, 0.9):
-            ...
-            yield Cell({"zeros": f"{sparsity:.0%}"}, ours, {"torch": dense, "mkl": csr}, Bound(nbytes, flops),
-                       Goal(1.6, over=("torch",)))
+def cells(quick: bool, threads: int) -> Iterator[Cell]:
+    for sparsity in (0.5, 0.9):
+        ...
+        yield Cell({"zeros": f"{sparsity:.0%}"}, ours, {"torch": dense, "mkl": csr}, Bound(nbytes, flops),
+                   Goal(1.6, over=("torch",)))
 
-    if __name__ == "__main__":
-        sys.exit(main("sparse_linear is faster than dense from 50 % zeros", cells))
+if __name__ == "__main__":
+    sys.exit(main("sparse_linear is faster than dense from 50 % zeros", cells))
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.bench.machine import Bound, Limits, limits, machine, others_busy
-from shared.bench.timing import Clock, Ratio, Timing, compare, ratio, threads
-from shared.io import read_json, write_json
+from ..store.io import read_json, write_json
+from .machine import Bound, Limits, limits, machine, others_busy
+from .timing import Clock, Ratio, Timing, compare, ratio, threads
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,16 @@ class Cell:
 
     def __post_init__(self) -> None:
         if not self.peers or "ours" in self.peers:
-            raise ValueError(f"cell {dict(self.labels)}: needs peers, none of them named 'ours'; "
-                             f"received {list(self.peers)}")
+            raise ValueError(
+                f"cell {dict(self.labels)}: needs peers, none of them named 'ours'; "
+                f"received {list(self.peers)}"
+            )
         unknown = set(self.goal.over if self.goal else ()) - set(self.peers)
         if unknown:
-            raise ValueError(f"cell {dict(self.labels)}: the goal names {sorted(unknown)}, the peers are "
-                             f"{list(self.peers)}")
+            raise ValueError(
+                f"cell {dict(self.labels)}: the goal names {sorted(unknown)}, the peers are "
+                f"{list(self.peers)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -100,21 +104,31 @@ class Row:
         cell, goal = self.cell, self.cell.goal
         result: dict[str, Any] = {
             "labels": _plain(cell.labels),
-            "seconds": {name: {"median": t.median, "p10": t.p10, "p90": t.p90, "samples": len(t.samples)}
-                        for name, t in self.timings.items()},
+            "seconds": {
+                name: {"median": t.median, "p10": t.p10, "p90": t.p90, "samples": len(t.samples)}
+                for name, t in self.timings.items()
+            },
             "best_peer": self.best(),
             "ratio": asdict(self.against()),
             "group": cell.group,
         }
         if cell.bound is not None:
             seconds = cell.bound.seconds(self.limits)
-            result["bound"] = {"bytes": cell.bound.bytes, "flops": cell.bound.flops, "seconds": seconds,
-                               "kind": cell.bound.kind(self.limits),
-                               "share": seconds / self.timings["ours"].median}
+            result["bound"] = {
+                "bytes": cell.bound.bytes,
+                "flops": cell.bound.flops,
+                "seconds": seconds,
+                "kind": cell.bound.kind(self.limits),
+                "share": seconds / self.timings["ours"].median,
+            }
         if goal is not None:
             over = self.best(goal.over)
-            result["goal"] = {"ratio": goal.ratio, "over": over, "reached": self.against(goal.over).value,
-                              "met": self.met}
+            result["goal"] = {
+                "ratio": goal.ratio,
+                "over": over,
+                "reached": self.against(goal.over).value,
+                "met": self.met,
+            }
             if cell.bound is not None and not self.met:
                 most = self.timings[over].median / cell.bound.seconds(self.limits)
                 result["goal"] |= {"most": most, "bounded": most < goal.ratio}
@@ -171,8 +185,18 @@ class Table:
         names = dict.fromkeys(name for row in records for name in row["seconds"])
         peers = [name for name in names if name != "ours"]
         labels = list(dict.fromkeys(key for row in records for key in row["labels"]))
-        lines = [[*labels, "ours ms", *(f"{name} ms" for name in peers), "bound ms", "of bound", "ratio",
-                  "best peer", "goal"]]
+        lines = [
+            [
+                *labels,
+                "ours ms",
+                *(f"{name} ms" for name in peers),
+                "bound ms",
+                "of bound",
+                "ratio",
+                "best peer",
+                "goal",
+            ]
+        ]
         for row in records:
             bound, goal = row.get("bound"), row.get("goal")
             times = {name: f"{timing['median'] * 1e3:.3f}" for name, timing in row["seconds"].items()}
@@ -180,15 +204,17 @@ class Table:
             reached = str(Ratio(**row["ratio"]))
             if goal is not None and over != row["best_peer"]:
                 reached = f"{goal['reached']:.2f}x"
-            lines.append([
-                *(str(row["labels"].get(key, "")) for key in labels),
-                *(times.get(name, "") for name in ("ours", *peers)),
-                "" if bound is None else f"{bound['seconds'] * 1e3:.3f}",
-                "" if bound is None else f"{bound['share']:.0%}",
-                reached,
-                over,
-                verdict(goal),
-            ])
+            lines.append(
+                [
+                    *(str(row["labels"].get(key, "")) for key in labels),
+                    *(times.get(name, "") for name in ("ours", *peers)),
+                    "" if bound is None else f"{bound['seconds'] * 1e3:.3f}",
+                    "" if bound is None else f"{bound['share']:.0%}",
+                    reached,
+                    over,
+                    verdict(goal),
+                ]
+            )
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [self.claim]
         text += ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
@@ -215,10 +241,20 @@ def _arguments(claim: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=claim)
     parser.add_argument("--quick", action="store_true", help="fewer cells and shorter blocks")
     parser.add_argument("--threads", type=count, default=1, help="threads of every program (default 1)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE",
-                        help="also write the results and the machine they are from (or print them)")
-    parser.add_argument("--only", metavar="TEXT", action="append", default=[],
-                        help="only cells whose labels, as 'name value, name value', hold this; repeatable")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="also write the results and the machine they are from (or print them)",
+    )
+    parser.add_argument(
+        "--only",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="only cells whose labels, as 'name value, name value', hold this; repeatable",
+    )
     parser.add_argument("--resume", action="store_true", help="keep the cells that FILE of --json has")
     parser.add_argument("--seconds", type=count, help="begin no cell after this time; go on with --resume")
     options = parser.parse_args(argv)
@@ -262,12 +298,21 @@ def main(
     def report(left: int) -> dict[str, Any]:
         others = (others_busy() - busy) / (time.perf_counter() - start)
         return {
-            "claim": claim, "machine": before, "threads": options.threads, "quick": options.quick,
-            "clock": getattr(tick, "__name__", "custom"), "limits": asdict(ceiling), "others_busy": others,
-            "under_load": others > 0.1 or earlier.get("under_load", False), "rows": table.records,
-            "groups": {name: {"ratio": mean, "goal": table.group_goals[name].ratio, "met": met}
-                       for name, (mean, met) in table.group_results().items()},
-            "missed": table.missed, "left": left,
+            "claim": claim,
+            "machine": before,
+            "threads": options.threads,
+            "quick": options.quick,
+            "clock": getattr(tick, "__name__", "custom"),
+            "limits": asdict(ceiling),
+            "others_busy": others,
+            "under_load": others > 0.1 or earlier.get("under_load", False),
+            "rows": table.records,
+            "groups": {
+                name: {"ratio": mean, "goal": table.group_goals[name].ratio, "met": met}
+                for name, (mean, met) in table.group_results().items()
+            },
+            "missed": table.missed,
+            "left": left,
         }
 
     with threads(options.threads):
@@ -284,8 +329,12 @@ def main(
                 continue
             if isinstance(cell, Later):
                 cell = cell.build()
-            timings = compare({"ours": cell.ours, **cell.peers}, rounds=3 if options.quick else 30,
-                              block_seconds=0.03 if options.quick else block_seconds, clock=tick)
+            timings = compare(
+                {"ours": cell.ours, **cell.peers},
+                rounds=3 if options.quick else 30,
+                block_seconds=0.03 if options.quick else block_seconds,
+                clock=tick,
+            )
             row = Row(cell, timings, ceiling)
             table.rows.append(row)
             print(f"{shown}: {row.against()}", file=sys.stderr, flush=True)
@@ -293,11 +342,13 @@ def main(
                 write_json(options.json, report(left=1))
     print(table)
     final = report(left)
-    print(f"{before['cpu']}, {options.threads} thread(s); {ceiling.bytes_per_second / 1e9:.1f} GB/s, "
-          f"{ceiling.flops_per_second / 1e9:.0f} GFLOP/s measured; other programs used "
-          f"{final['others_busy']:.2f} cores"
-          + (", UNDER LOAD: repeat on an idle machine" if final["under_load"] else "")
-          + (f"; {left} cells left for --resume" if left else ""))
+    print(
+        f"{before['cpu']}, {options.threads} thread(s); {ceiling.bytes_per_second / 1e9:.1f} GB/s, "
+        f"{ceiling.flops_per_second / 1e9:.0f} GFLOP/s measured; other programs used "
+        f"{final['others_busy']:.2f} cores"
+        + (", UNDER LOAD: repeat on an idle machine" if final["under_load"] else "")
+        + (f"; {left} cells left for --resume" if left else "")
+    )
     if options.json == "-":
         print(json.dumps(final))
     elif options.json:

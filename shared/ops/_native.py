@@ -20,7 +20,7 @@ ABI_VERSION = 3  # zoo_abi_version() in native/src/runtime.cpp
 LEVELS = ("portable", "avx2", "avx512")  # in the order of zoo_cpu_level()
 FOLDER = Path(__file__).parent
 
-_log = logging.getLogger("shared.ops")
+_log = logging.getLogger("zoo.shared.ops")
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 
 
@@ -90,7 +90,7 @@ def missing() -> str | None:
     except NativeMissing as reason:
         _log.warning(
             "native kernels are off, the plain PyTorch reference runs instead (slower, same results): %s. "
-            "With a C++ compiler, `python -m shared.ops.build` builds them.",
+            "With a C++ compiler, `python -m zoo.shared.ops.build` builds them.",
             reason,
         )
         return str(reason)

@@ -1,4 +1,4 @@
-"""`python -m shared.ops.build`: build the native kernels of a source checkout in place, with CMake.
+"""`python -m zoo.shared.ops.build`: build the native kernels of a source checkout in place, with CMake.
 
 Installing the package does the same by itself; this is for working on the kernels. `--sanitize address` (or
 `thread`) builds a library with that sanitizer into build/native-<sanitizer>; `--test` then runs the tests of
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shared.ops._native import FOLDER, LEVELS
+from ._native import FOLDER, LEVELS
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +67,15 @@ def main() -> None:
     if options.level:
         environment["ZOO_ISA"] = options.level
     # Compiled models are left out: their code comes from a compiler that the sanitizer does not know.
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not traced", *(options.tests or ["tests/ops"])]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not traced",
+        *(options.tests or ["tests/shared/ops"]),
+    ]
     if options.tests is None:
         settings = " ".join(f"{name}='{value}'" for name, value in environment.items())
         print(f"run the tests on it: {settings} {' '.join(command)}")

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native
-from shared.ops._cache import DerivedCache
-from shared.ops.derived import Checked
+from ..errors import OpError
+from . import _native
+from ._cache import DerivedCache
+from .derived import Checked
 
 
 class Transposed(NamedTuple):
@@ -84,7 +84,13 @@ def check_values(crow: Tensor, col: Tensor, cols: int) -> None:
     if crow.device.type == "cpu" and crow.is_contiguous() and col.is_contiguous() and _native.available():
         problem = torch.zeros(1, dtype=torch.int64)
         _native.function("zoo_csr_check", "ppiiiiip")(
-            crow.data_ptr(), col.data_ptr(), rows, cols, entries, crow.element_size(), _native.threads(),
+            crow.data_ptr(),
+            col.data_ptr(),
+            rows,
+            cols,
+            entries,
+            crow.element_size(),
+            _native.threads(),
             problem.data_ptr(),
         )
         bad_rows, bad_cols = problem.item() == 1, problem.item() == 2
@@ -116,8 +122,12 @@ def _transpose(crow: Tensor, col: Tensor, cols: int) -> Transposed:
         crow, col = crow.contiguous(), col.contiguous()
         result = Transposed(crow.new_empty(cols + 1), torch.empty_like(col), torch.empty_like(col))
         _native.function("zoo_csr_transpose", "pppppiii")(
-            crow.data_ptr(), col.data_ptr(), *(tensor.data_ptr() for tensor in result),
-            crow.numel() - 1, cols, crow.element_size(),
+            crow.data_ptr(),
+            col.data_ptr(),
+            *(tensor.data_ptr() for tensor in result),
+            crow.numel() - 1,
+            cols,
+            crow.element_size(),
         )
         return result
     order = col.argsort(stable=True)

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops.derived import Derived
-from shared.ops.memory import on_huge_pages
+from ..errors import OpError
+from .derived import Derived
+from .memory import on_huge_pages
 
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4")  # in the order of `enum Kind` in gather_linear.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)

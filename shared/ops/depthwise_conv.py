@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native, dispatch
+from ..errors import OpError
+from . import _native, dispatch
 
 
 def depthwise_conv(

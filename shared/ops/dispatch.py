@@ -30,10 +30,10 @@ from typing import Any
 
 import torch
 
-from shared.bench.timing import compare
-from shared.errors import OpError
-from shared.io import read_json, write_json
-from shared.ops import _native
+from ..bench.timing import compare
+from ..errors import OpError
+from ..store.io import read_json, write_json
+from . import _native
 
 BACKENDS = ("auto", "reference", "native", "vendor", "dense", "triton")
 # A call is only near a measured case: what is faster there by less than this may be slower here.

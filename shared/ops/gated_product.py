@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native, dispatch, triton
-from shared.ops.dense_rows import ALIGN, DenseRows, linear, product, store_rows
-from shared.ops.derived import Derived
-from shared.ops.gather_linear import MOST_BATCH
-from shared.ops.layout import PANEL, VALUE_TYPES
-from shared.ops.sparse_linear import sparse_linear
-from shared.ops.weights import SparseWeight, pack
+from ..errors import OpError
+from . import _native, dispatch, triton
+from .dense_rows import ALIGN, DenseRows, linear, product, store_rows
+from .derived import Derived
+from .gather_linear import MOST_BATCH
+from .layout import PANEL, VALUE_TYPES
+from .sparse_linear import sparse_linear
+from .weights import SparseWeight, pack
 
 __all__ = ["DenseRows", "SparseWeight", "gated_product", "pack", "plan", "reference", "store_rows"]
 
@@ -168,7 +168,7 @@ def _forward(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor | None)
     if backend == "reference":
         return reference(x, g, up, down, up_bias)
     if backend == "triton" and isinstance(up, DenseRows) and isinstance(down, DenseRows):
-        from shared.ops.triton import gather
+        from .triton import gather
 
         return gather.gated_product(x, g, up, down, up_bias)
     return _dense_product(x, g, up, down, up_bias)

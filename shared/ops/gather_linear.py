@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native, dispatch, triton
-from shared.ops.dense_rows import KINDS, DenseRows, store_rows
+from ..errors import OpError
+from . import _native, dispatch, triton
+from .dense_rows import KINDS, DenseRows, store_rows
 
 __all__ = ["DenseRows", "gather_linear", "gather_linear_rows", "plan", "plan_rows", "reference", "store_rows"]
 
@@ -175,7 +175,7 @@ def _forward(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
         y = x.to(matrix.dtype) @ matrix if x.dtype != torch.float64 else x @ matrix.double()
         return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
     if backend == "triton":
-        from shared.ops.triton import gather
+        from .triton import gather
 
         return gather.gather_linear(x, weight, bias)
     return reference(x, weight, bias)
@@ -230,7 +230,7 @@ def _forward_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | N
         y = torch.nn.functional.linear(x, matrix, None if bias is None else bias.to(x.dtype))
         return torch.where(active, y, 0)
     if backend == "triton":
-        from shared.ops.triton import gather
+        from .triton import gather
 
         return gather.gather_linear_rows(x, weight, active, bias)
     return reference_rows(x, weight, active, bias)

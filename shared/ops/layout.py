@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops.derived import Derived, version
+from ..errors import OpError
+from .derived import Derived, version
 
 LAYOUTS = (
     "bitmask",

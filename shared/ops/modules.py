@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from shared.errors import OpError
-from shared.ops.depthwise_conv import depthwise_conv
-from shared.ops.sparse_conv1x1 import sparse_conv1x1
-from shared.ops.sparse_linear import sparse_linear
-from shared.ops.weights import SparseWeight, pack
+from ..errors import OpError
+from .depthwise_conv import depthwise_conv
+from .sparse_conv1x1 import sparse_conv1x1
+from .sparse_linear import sparse_linear
+from .weights import SparseWeight, pack
 
 
 class SparseLinear(nn.Module):
@@ -42,7 +42,7 @@ class SparseLinear(nn.Module):
 
         Args:
             mask: True where kept; the non-zero weights by default.
-            layout: as in `shared.ops.weights.pack`.
+            layout: as in `zoo.shared.ops.weights.pack`.
 
         Raises:
             OpError: a layer that is not a plain nn.Linear, or what `pack` refuses.
@@ -91,8 +91,8 @@ class SparseLinear(nn.Module):
 
 
 class SparseConv1x1(SparseLinear):
-    """A 1x1 convolution with stride 1 that stores and multiplies its kept weights only, see `SparseLinear`.
-    """
+    """A 1x1 convolution with stride 1 that stores and multiplies its kept weights only, see
+    `SparseLinear`."""
 
     @classmethod
     def from_convolution(

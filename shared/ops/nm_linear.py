@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import dispatch
-from shared.ops.derived import Derived
-from shared.ops.sparse_linear import plan as sparse_plan
-from shared.ops.sparse_linear import reference as sparse_reference
-from shared.ops.sparse_linear import sparse_linear
-from shared.ops.weights import SparseWeight, pack
+from ..errors import OpError
+from . import dispatch
+from .derived import Derived
+from .sparse_linear import plan as sparse_plan
+from .sparse_linear import reference as sparse_reference
+from .sparse_linear import sparse_linear
+from .weights import SparseWeight, pack
 
 __all__ = ["NMWeight", "nm_linear", "pack_nm", "plan", "reference"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.ops import _native
-from shared.ops.pair_ops import _BACK, _PAIRS, _arguments, _check, _offset_of_pair, _pointer, plan
-from shared.ops.rulebook import Pairs
+from . import _native
+from .pair_ops import _BACK, _PAIRS, _arguments, _check, _offset_of_pair, _pointer, plan
+from .rulebook import Pairs
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs, flipped: bool) -> Tensor:
@@ -28,8 +28,18 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs, fli
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(pairs.targets, channels)
     _native.function("zoo_sparse_depthwise", "pppppppiiiiiii")(
-        *_arguments(*pairs[:3]), x.data_ptr(), weight.data_ptr(), _pointer(bias), y.data_ptr(),
-        pairs.targets, offsets, pairs.tile, channels, int(flipped), x.element_size(), _native.threads(),
+        *_arguments(*pairs[:3]),
+        x.data_ptr(),
+        weight.data_ptr(),
+        _pointer(bias),
+        y.data_ptr(),
+        pairs.targets,
+        offsets,
+        pairs.tile,
+        channels,
+        int(flipped),
+        x.element_size(),
+        _native.threads(),
     )
     return y
 
@@ -113,8 +123,16 @@ def _grad_weight(
         of_pair = _offset_of_pair(Pairs(source, target, start, x.shape[0], targets, tile), offsets)
         return result.index_add(0, of_pair, grad[target.long()] * x[source.long()])
     _native.function("zoo_sparse_depthwise_grad_weight", "ppppppiiiiii")(
-        *_arguments(source, target, start), x.data_ptr(), grad.data_ptr(), result.data_ptr(), targets,
-        offsets, tile, x.shape[1], x.element_size(), _native.threads(),
+        *_arguments(source, target, start),
+        x.data_ptr(),
+        grad.data_ptr(),
+        result.data_ptr(),
+        targets,
+        offsets,
+        tile,
+        x.shape[1],
+        x.element_size(),
+        _native.threads(),
     )
     return result
 
@@ -182,8 +200,16 @@ def max_pool_op(
     x = x.contiguous()
     y, arg = x.new_empty(targets, channels), torch.empty(targets, channels, dtype=torch.int32)
     _native.function("zoo_sparse_max_pool", "ppppppiiiiii")(
-        *_arguments(source, target, start), x.data_ptr(), y.data_ptr(), arg.data_ptr(), targets, offsets,
-        tile, channels, x.element_size(), _native.threads(),
+        *_arguments(source, target, start),
+        x.data_ptr(),
+        y.data_ptr(),
+        arg.data_ptr(),
+        targets,
+        offsets,
+        tile,
+        channels,
+        x.element_size(),
+        _native.threads(),
     )
     return y, arg
 
@@ -219,8 +245,16 @@ def _max_pool_grad(
         return grad.new_zeros(targets, grad.shape[1]).index_add(0, target.long(), flow)
     result = grad.new_empty(targets, grad.shape[1])
     _native.function("zoo_sparse_max_pool_grad", "ppppppiiiiii")(
-        *_arguments(source, target, start), grad.data_ptr(), arg.data_ptr(), result.data_ptr(), targets,
-        offsets, tile, grad.shape[1], grad.element_size(), _native.threads(),
+        *_arguments(source, target, start),
+        grad.data_ptr(),
+        arg.data_ptr(),
+        result.data_ptr(),
+        targets,
+        offsets,
+        tile,
+        grad.shape[1],
+        grad.element_size(),
+        _native.threads(),
     )
     return result
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native, dispatch
-from shared.ops.derived import Checked
-from shared.ops.rulebook import Pairs
+from ..errors import OpError
+from . import _native, dispatch
+from .derived import Checked
+from .rulebook import Pairs
 
 _NATIVE_TYPES = (torch.float32, torch.float64)
 _PAIRS = "Tensor source, Tensor target, Tensor start, int targets, int tile"
@@ -99,8 +99,19 @@ def convolve(
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(pairs.targets, channels if transposed else out)
     _native.function("zoo_sparse_conv", "pppppppiiiiiiiii")(
-        *_arguments(*pairs[:3]), x.data_ptr(), weight.data_ptr(), _pointer(bias), y.data_ptr(),
-        pairs.targets, offsets, pairs.tile, out, channels, int(transposed), int(flipped), x.element_size(),
+        *_arguments(*pairs[:3]),
+        x.data_ptr(),
+        weight.data_ptr(),
+        _pointer(bias),
+        y.data_ptr(),
+        pairs.targets,
+        offsets,
+        pairs.tile,
+        out,
+        channels,
+        int(transposed),
+        int(flipped),
+        x.element_size(),
         _native.threads(),
     )
     return y
@@ -190,8 +201,17 @@ def _grad_weight(
             result[:, k] = grad[target[at].long()].T @ x[source[at].long()]
         return result
     _native.function("zoo_sparse_conv_grad_weight", "ppppppiiiiiii")(
-        *_arguments(source, target, start), x.data_ptr(), grad.data_ptr(), result.data_ptr(), targets,
-        offsets, tile, out, channels, x.element_size(), _native.threads(),
+        *_arguments(source, target, start),
+        x.data_ptr(),
+        grad.data_ptr(),
+        result.data_ptr(),
+        targets,
+        offsets,
+        tile,
+        out,
+        channels,
+        x.element_size(),
+        _native.threads(),
     )
     return result
 

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native, dispatch, triton
-from shared.ops._cache import DerivedCache
-from shared.ops.derived import Checked
-from shared.ops.settled import Settled, dense_run, native_run
+from ..errors import OpError
+from . import _native, dispatch, triton
+from ._cache import DerivedCache
+from .derived import Checked
+from .settled import Settled, dense_run, native_run
 
 __all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference"]
 
@@ -230,7 +230,7 @@ def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
         weight.settled.keep(x, run, *weight.parts)
         return run(x, bias)
     if backend == "triton":
-        from shared.ops.triton import quant
+        from .triton import quant
 
         return quant.quant_sparse_linear(x, weight, bias)
     return reference(x, weight, bias)

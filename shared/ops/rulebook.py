@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native
-from shared.ops._cache import DerivedCache
-from shared.ops.sparse_tensor import check_sites, site_keys, sites_of_keys
+from ..errors import OpError
+from . import _native
+from ._cache import DerivedCache
+from .sparse_tensor import check_sites, site_keys, sites_of_keys
 
 # Pairs per (tile, offset) to aim at: eight groups of six rows read each panel of weights, and the sums of a
 # tile stay in the second-level cache (benchmarks/subm_conv.py).
@@ -107,7 +107,10 @@ def geometry(dims: int, kernel: Any, stride: Any = 1, padding: Any = 0, dilation
     """
     values = []
     for name, value, least in (
-        ("kernel size", kernel, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
+        ("kernel size", kernel, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
     ):
         each = (value,) * dims if isinstance(value, int) else tuple(value)
         if len(each) != dims or min(each) < least:
@@ -217,8 +220,14 @@ def _submanifold_neighbours(indices: Tensor, shape: tuple[int, ...], batch: int,
         extents, numbers = torch.tensor(shape, dtype=torch.int64), shaped.numbers()
         place = indices.contiguous()
         _native.function("zoo_submanifold_neighbours", "piiippip")(
-            place.data_ptr(), sites, len(shape), batch, extents.data_ptr(), numbers.data_ptr(),
-            _native.threads(), table.data_ptr(),
+            place.data_ptr(),
+            sites,
+            len(shape),
+            batch,
+            extents.data_ptr(),
+            numbers.data_ptr(),
+            _native.threads(),
+            table.data_ptr(),
         )
         return table
     keys, rows = site_keys(indices, shape).sort()
@@ -258,7 +267,13 @@ def _conv_neighbours(
         extents, numbers = torch.tensor(out_shape, dtype=torch.int64), shaped.numbers()
         place = indices.contiguous()
         _native.function("zoo_conv_sites", "piiipppp")(
-            place.data_ptr(), sites, dims, batch, extents.data_ptr(), numbers.data_ptr(), keys.data_ptr(),
+            place.data_ptr(),
+            sites,
+            dims,
+            batch,
+            extents.data_ptr(),
+            numbers.data_ptr(),
+            keys.data_ptr(),
             count.data_ptr(),
         )
         keys = keys[: int(count)].clone()
@@ -278,8 +293,17 @@ def _native_neighbours(
     extents, numbers = torch.tensor(out_shape, dtype=torch.int64), shaped.numbers()
     place = indices.contiguous()
     _native.function("zoo_conv_neighbours", "pipiiippipp")(
-        place.data_ptr(), sites, keys.data_ptr(), outputs, len(out_shape), batch, extents.data_ptr(),
-        numbers.data_ptr(), _native.threads(), forward.data_ptr(), backward.data_ptr(),
+        place.data_ptr(),
+        sites,
+        keys.data_ptr(),
+        outputs,
+        len(out_shape),
+        batch,
+        extents.data_ptr(),
+        numbers.data_ptr(),
+        _native.threads(),
+        forward.data_ptr(),
+        backward.data_ptr(),
     )
     return forward, backward
 
@@ -337,8 +361,14 @@ def _pairs(neighbours: Tensor, sources: int) -> Pairs:
         start.cumsum_(0)
         source, target = neighbours.new_empty(found), neighbours.new_empty(found)
         _native.function("zoo_pairs_fill", "piiipipp")(
-            neighbours.data_ptr(), targets, offsets, tile, start.data_ptr(), _native.threads(),
-            source.data_ptr(), target.data_ptr(),
+            neighbours.data_ptr(),
+            targets,
+            offsets,
+            tile,
+            start.data_ptr(),
+            _native.threads(),
+            source.data_ptr(),
+            target.data_ptr(),
         )
         return Pairs(source, target, start, sources, targets, tile)
     row, offset = (neighbours >= 0).nonzero(as_tuple=True)

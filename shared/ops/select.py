@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native, dispatch
+from ..errors import OpError
+from . import _native, dispatch
 
 # Magnitude of infinity as an integer: larger keys are NaN.
 _INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
@@ -227,7 +227,10 @@ def _largest_masks(tensors: Sequence[Tensor], kept: int) -> list[Tensor]:
     pointers = _Pointers(tensors)
     joined = torch.empty(int(pointers.counts.sum()), dtype=torch.bool)
     _native.function("zoo_mark_selected", "ppiiiiiip")(
-        *pointers.arguments(), *_select(pointers, kept), pointers.bytes, _native.threads(),
+        *pointers.arguments(),
+        *_select(pointers, kept),
+        pointers.bytes,
+        _native.threads(),
         joined.data_ptr(),
     )
     if len(tensors) == 1:
@@ -258,7 +261,11 @@ def _apply_mask(tensors: Sequence[Tensor], mask: Tensor) -> None:
     addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
     widths = torch.tensor(sizes, dtype=torch.int64)
     _native.function("zoo_apply_mask", "ppipii")(
-        addresses.data_ptr(), widths.data_ptr(), len(tensors), mask.data_ptr(), mask.numel(),
+        addresses.data_ptr(),
+        widths.data_ptr(),
+        len(tensors),
+        mask.data_ptr(),
+        mask.numel(),
         _native.threads(),
     )
 

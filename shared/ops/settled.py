@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.ops import _native, dispatch
-from shared.ops.derived import version
+from . import _native, dispatch
+from .derived import version
 
 Run = Callable[[Tensor, "Tensor | None"], Tensor]  # of x and the bias
 _CAPACITY = 64  # shapes of x; a batch size per call would fill memory
@@ -84,8 +84,8 @@ class Settled:
         return run
 
     def keep(self, x: Tensor, run: Run, *parts: Tensor, kind: Hashable = None) -> None:
-        """Let later calls like this one go straight to `run`, while the parts of the weight stay as they are.
-        """
+        """Let later calls like this one go straight to `run`, while the parts of the weight stay as they
+        are."""
         if len(self._calls) >= _CAPACITY:
             self._calls.clear()
         held = [(part, version(part), part.data_ptr()) for part in parts]

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import dispatch
-from shared.ops.pair_channel_ops import depthwise_op, max_pool_op
-from shared.ops.pair_ops import convolve, plan, sparse_conv_op
-from shared.ops.rulebook import Pairs, Rulebook, conv_rulebook, submanifold_rulebook
-from shared.ops.sparse_tensor import like
+from ..errors import OpError
+from . import dispatch
+from .pair_channel_ops import depthwise_op, max_pool_op
+from .pair_ops import convolve, plan, sparse_conv_op
+from .rulebook import Pairs, Rulebook, conv_rulebook, submanifold_rulebook
+from .sparse_tensor import like
 
 Weight = Float[Tensor, "out ..."]
 

@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native, dispatch
-from shared.ops.derived import Derived
-from shared.ops.layout import LAYOUTS, PANEL, VALUE_TYPES
-from shared.ops.settled import native_run
-from shared.ops.sparse_linear import csr_index, narrow_form, sparse_linear
-from shared.ops.sparse_linear import reference as linear_reference
-from shared.ops.weights import SparseWeight, pack
+from ..errors import OpError
+from . import _native, dispatch
+from .derived import Derived
+from .layout import LAYOUTS, PANEL, VALUE_TYPES
+from .settled import native_run
+from .sparse_linear import csr_index, narrow_form, sparse_linear
+from .sparse_linear import reference as linear_reference
+from .weights import SparseWeight, pack
 
 __all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_conv1x1"]
 
@@ -212,8 +212,15 @@ _sparse_conv1x1.register_autograd(_backward, setup_context=_setup_context)
 
 # Channels out and in, and sides of maps, as MobileNet-v1 has them at 224 pixels.
 _QUICK_CASE = (256, 256, 14)
-_CASES = ((64, 32, 112), (128, 64, 56), (128, 128, 56), (256, 256, 28), (512, 256, 14), (512, 512, 14),
-          (1024, 1024, 7))  # fmt: skip
+_CASES = (
+    (64, 32, 112),
+    (128, 64, 56),
+    (128, 128, 56),
+    (256, 256, 28),
+    (512, 256, 14),
+    (512, 512, 14),
+    (1024, 1024, 7),
+)
 
 
 def calibrate(quick: bool) -> list[dispatch.Entry]:

@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native, dispatch, triton
-from shared.ops._cache import DerivedCache
-from shared.ops.derived import Derived
-from shared.ops.layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, columns_of_bits
-from shared.ops.memory import on_huge_pages
-from shared.ops.settled import dense_run, native_run
-from shared.ops.weights import SparseWeight, pack
+from ..errors import OpError
+from . import _native, dispatch, triton
+from ._cache import DerivedCache
+from .derived import Derived
+from .layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, columns_of_bits
+from .memory import on_huge_pages
+from .settled import dense_run, native_run
+from .weights import SparseWeight, pack
 
 __all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_linear"]
 
@@ -207,7 +207,7 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
 
 
 def _triton_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
-    from shared.ops.triton import bitmask, csr
+    from .triton import bitmask, csr
 
     rows, flat = weight.shape[0], x.reshape(-1, x.shape[-1]).contiguous()
     batch, multiply, index = flat.shape[0], csr.multiply, weight.index

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native
+from ..errors import OpError
+from . import _native
 
 DIMENSIONS = (1, 2, 3)
 
@@ -95,7 +95,11 @@ def _find_problem(indices: Tensor, shape: Sequence[int], batch: int) -> tuple[in
         extents = torch.tensor(tuple(shape), dtype=torch.int64)
         place = indices.contiguous()
         _native.function("zoo_sites_check", "piiipp")(
-            place.data_ptr(), indices.shape[0], len(shape), batch, extents.data_ptr(),
+            place.data_ptr(),
+            indices.shape[0],
+            len(shape),
+            batch,
+            extents.data_ptr(),
             result.data_ptr(),
         )
         problem, row, other = result.tolist()

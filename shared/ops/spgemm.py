@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native, dispatch
-from shared.ops.csr import check_layout, check_values, entry_rows, transposed
+from ..errors import OpError
+from . import _native, dispatch
+from .csr import check_layout, check_values, entry_rows, transposed
 
 # Products of at most this many multiplications (8 to 16 MB of them) are written in one pass and then packed.
 _ONE_PASS = 1 << 20
@@ -125,9 +125,7 @@ def _explain(a: CSR, b: CSR, *, sort: bool = True) -> dispatch.Plan:
     return _plan(a.crow, a.col, a.values, True)
 
 
-def _native_product(
-    matrices: tuple[Tensor, ...], cols: int, sort: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _native_product(matrices: tuple[Tensor, ...], cols: int, sort: bool) -> tuple[Tensor, Tensor, Tensor]:
     matrices = tuple(tensor.contiguous() for tensor in matrices)
     crow, col, values = matrices[:3]
     rows, threads, index = crow.numel() - 1, _native.threads(), col.element_size()
@@ -141,8 +139,18 @@ def _native_product(
 
     def multiply(start: int | None, out_col: int | None, out_values: int | None, counts: int | None) -> None:
         _native.function("zoo_spgemm", "pppppppppppiiiiii")(
-            *addresses, work.data_ptr(), start, out_col, out_values, counts, rows, cols, int(sort),
-            values.element_size(), index, threads,
+            *addresses,
+            work.data_ptr(),
+            start,
+            out_col,
+            out_values,
+            counts,
+            rows,
+            cols,
+            int(sort),
+            values.element_size(),
+            index,
+            threads,
         )
 
     if products <= _ONE_PASS:
@@ -264,8 +272,13 @@ def _sampled(
     tensors = [t.contiguous() for t in (crow, col, g_crow, g_col, g_values, b_crow, b_col, b_values)]
     out = g_values.new_empty(col.numel())
     _native.function("zoo_spgemm_sampled", "pppppppppiiiii")(
-        *(tensor.data_ptr() for tensor in tensors), out.data_ptr(), rows, cols, g_values.element_size(),
-        col.element_size(), _native.threads(),
+        *(tensor.data_ptr() for tensor in tensors),
+        out.data_ptr(),
+        rows,
+        cols,
+        g_values.element_size(),
+        col.element_size(),
+        _native.threads(),
     )
     return out
 
@@ -309,8 +322,15 @@ def _grad_b(
     at, bt = transposed(a_crow, a_col, inner), transposed(b_crow, b_col, cols)
     gt = transposed(g_crow, g_col, cols)
     turned = _sampled(
-        bt.crow, bt.col, gt.crow, gt.col, g_values[gt.order.long()],
-        at.crow, at.col, a_values[at.order.long()], rows,
+        bt.crow,
+        bt.col,
+        gt.crow,
+        gt.col,
+        g_values[gt.order.long()],
+        at.crow,
+        at.col,
+        a_values[at.order.long()],
+        rows,
     )
     return torch.empty_like(turned).index_copy_(0, bt.order.long(), turned)
 

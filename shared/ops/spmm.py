@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops import _native, dispatch
-from shared.ops.csr import check_layout, check_values, entry_rows, transposed
-from shared.ops.derived import Checked
+from ..errors import OpError
+from . import _native, dispatch
+from .csr import check_layout, check_values, entry_rows, transposed
+from .derived import Checked
 
 REDUCTIONS = ("sum", "mean", "max")
 _HALF = (torch.float16, torch.bfloat16)
@@ -202,8 +202,19 @@ def _native_spmm(
     rows, features = crow.numel() - 1, x.shape[1]
     out = x.new_empty(rows, features)
     _native.function("zoo_spmm", "pppppppiiiiiii")(
-        crow.data_ptr(), col.data_ptr(), _address(weight), _address(order), x.data_ptr(), out.data_ptr(),
-        _address(arg), rows, features, col.numel(), mode, x.element_size(), crow.element_size(),
+        crow.data_ptr(),
+        col.data_ptr(),
+        _address(weight),
+        _address(order),
+        x.data_ptr(),
+        out.data_ptr(),
+        _address(arg),
+        rows,
+        features,
+        col.numel(),
+        mode,
+        x.element_size(),
+        crow.element_size(),
         _native.threads(),
     )
     return out
@@ -272,8 +283,16 @@ def _sddmm(crow: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
     crow, col, a, b = crow.contiguous(), col.contiguous(), a.contiguous(), b.contiguous()
     out = a.new_empty(col.numel())
     _native.function("zoo_sddmm", "pppppiiiii")(
-        crow.data_ptr(), col.data_ptr(), a.data_ptr(), b.data_ptr(), out.data_ptr(),
-        crow.numel() - 1, a.shape[1], a.element_size(), crow.element_size(), _native.threads(),
+        crow.data_ptr(),
+        col.data_ptr(),
+        a.data_ptr(),
+        b.data_ptr(),
+        out.data_ptr(),
+        crow.numel() - 1,
+        a.shape[1],
+        a.element_size(),
+        crow.element_size(),
+        _native.threads(),
     )
     return out
 
@@ -369,9 +388,20 @@ def _spmm_max_backward(
     weight = None if weight is None else weight.contiguous()
     grad_x = torch.empty_like(x)
     _native.function("zoo_spmm_max_backward", "ppppppppiiiiii")(
-        crow.data_ptr(), col.data_ptr(), _address(weight), x.data_ptr(), grad.data_ptr(), arg.data_ptr(),
-        grad_x.data_ptr(), 0 if weight is None else grad_weight.data_ptr(),
-        crow.numel() - 1, x.shape[0], x.shape[1], x.element_size(), crow.element_size(), _native.threads(),
+        crow.data_ptr(),
+        col.data_ptr(),
+        _address(weight),
+        x.data_ptr(),
+        grad.data_ptr(),
+        arg.data_ptr(),
+        grad_x.data_ptr(),
+        0 if weight is None else grad_weight.data_ptr(),
+        crow.numel() - 1,
+        x.shape[0],
+        x.shape[1],
+        x.element_size(),
+        crow.element_size(),
+        _native.threads(),
     )
     return grad_x, grad_weight
 

@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.ops.derived import version
-from shared.ops.layout import (
+from ..errors import OpError
+from .derived import version
+from .layout import (
     BLOCK_WIDTHS,
     LAYOUTS,
     OVERREAD,
@@ -35,8 +35,8 @@ from shared.ops.layout import (
     dense_of,
     pack_bits,
 )
-from shared.ops.memory import on_huge_pages
-from shared.ops.settled import Settled
+from .memory import on_huge_pages
+from .settled import Settled
 
 # Above this share of zeros 16-bit columns are faster than bits at batch 1 (benchmarks/sparse_linear.py): bits
 # cost the same work however few are set. Values of 16 bits are spread with fewer instructions.

@@ -7,9 +7,9 @@ on threads.
 
 from __future__ import annotations
 
-from shared.sites.coordinates import SiteSet, Unique, pack_keys, quantize, unique_sites, unpack_keys
-from shared.sites.groups import Padding, Windows, gather_rows, rank_in_group, scatter_rows, windows
-from shared.sites.rulebook import Rulebook, convolve, neighbour_table, strided_rulebook, submanifold_rulebook
+from .coordinates import SiteSet, Unique, pack_keys, quantize, unique_sites, unpack_keys
+from .groups import Padding, Windows, gather_rows, rank_in_group, scatter_rows, windows
+from .rulebook import Rulebook, convolve, neighbour_table, strided_rulebook, submanifold_rulebook
 
 __all__ = [
     "Padding",

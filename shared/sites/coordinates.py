@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from shared.errors import OpError
+from ..errors import OpError
 
 
 def _check_extent(extent: Sequence[int]) -> tuple[int, ...]:
@@ -27,7 +27,7 @@ def _inside(coords: Tensor, extent: tuple[int, ...]) -> Tensor:
 
 
 def _strides(extent: tuple[int, ...]) -> list[int]:
-    return [math.prod(extent[axis + 1:]) for axis in range(len(extent))]
+    return [math.prod(extent[axis + 1 :]) for axis in range(len(extent))]
 
 
 def _pack(coords: Tensor, extent: tuple[int, ...]) -> Tensor:
@@ -37,16 +37,20 @@ def _pack(coords: Tensor, extent: tuple[int, ...]) -> Tensor:
 def _checked(coords: Tensor, extent: tuple[int, ...]) -> Tensor:
     """Coordinates as int64, known to lie on the grid."""
     if coords.dim() != 2 or coords.shape[1] != len(extent):
-        raise OpError(f"coordinates of shape {list(coords.shape)} do not fit a grid of extent "
-                      f"{list(extent)}; give one row per site and one column per dimension")
+        raise OpError(
+            f"coordinates of shape {list(coords.shape)} do not fit a grid of extent "
+            f"{list(extent)}; give one row per site and one column per dimension"
+        )
     if coords.dtype.is_floating_point or coords.dtype.is_complex or coords.dtype == torch.bool:
         raise OpError(f"coordinates are integers, received {coords.dtype}; see quantize for points")
     coords = coords.long()
     inside = _inside(coords, extent)
     if not bool(inside.all()):
         row = int((~inside).nonzero()[0])
-        raise OpError(f"site {row} at {coords[row].tolist()} lies outside of the grid of extent "
-                      f"{list(extent)} ({int((~inside).sum())} such sites); drop it or enlarge the grid")
+        raise OpError(
+            f"site {row} at {coords[row].tolist()} lies outside of the grid of extent "
+            f"{list(extent)} ({int((~inside).sum())} such sites); drop it or enlarge the grid"
+        )
     return coords
 
 
@@ -73,10 +77,14 @@ def unpack_keys(keys: Int64[Tensor, " sites"], extent: Sequence[int]) -> Int64[T
     checked = _check_extent(extent)
     cells = math.prod(checked)
     if keys.numel() and not (int(keys.min()) >= 0 and int(keys.max()) < cells):
-        raise OpError(f"keys from {int(keys.min())} to {int(keys.max())} for a grid of {cells} cells; "
-                      "unpack with the extent they were packed with")
-    columns = [keys.div(stride, rounding_mode="floor") % max(side, 1)
-               for stride, side in zip((max(s, 1) for s in _strides(checked)), checked, strict=True)]
+        raise OpError(
+            f"keys from {int(keys.min())} to {int(keys.max())} for a grid of {cells} cells; "
+            "unpack with the extent they were packed with"
+        )
+    columns = [
+        keys.div(stride, rounding_mode="floor") % max(side, 1)
+        for stride, side in zip((max(s, 1) for s in _strides(checked)), checked, strict=True)
+    ]
     return torch.stack(columns, 1)
 
 
@@ -141,8 +149,9 @@ class SiteSet:
             OpError: the sets lie on different grids.
         """
         if self.extent != other.extent:
-            raise OpError(f"sets on grids of extent {list(self.extent)} and {list(other.extent)}; "
-                          "bring them to one")
+            raise OpError(
+                f"sets on grids of extent {list(self.extent)} and {list(other.extent)}; bring them to one"
+            )
         there = other.lookup_keys(self.keys)
         here = (there >= 0).nonzero().squeeze(1)
         return here, there[here]
@@ -196,14 +205,18 @@ def quantize(
     """
     checked = _check_extent(extent)
     if not len(lower) == len(cell) == len(checked) == points.shape[1] or not all(size > 0 for size in cell):
-        raise OpError(f"lower {list(lower)}, cell {list(cell)} and extent {list(extent)} must have "
-                      f"{points.shape[1]} entries, and cells a positive size")
+        raise OpError(
+            f"lower {list(lower)}, cell {list(cell)} and extent {list(extent)} must have "
+            f"{points.shape[1]} entries, and cells a positive size"
+        )
     finite = points.isfinite().all(1)
     if not bool(finite.all()):
-        raise OpError(f"{int((~finite).sum())} of {len(points)} points are NaN or infinite, the first in row "
-                      f"{int((~finite).nonzero()[0])}; remove them")
+        raise OpError(
+            f"{int((~finite).sum())} of {len(points)} points are NaN or infinite, the first in row "
+            f"{int((~finite).nonzero()[0])}; remove them"
+        )
     # In float64, so that a float32 point on the edge of a cell falls to the same side everywhere.
-    offset = (points.double() - torch.tensor(lower, dtype=torch.float64, device=points.device))
+    offset = points.double() - torch.tensor(lower, dtype=torch.float64, device=points.device)
     place = torch.floor(offset / torch.tensor(cell, dtype=torch.float64, device=points.device))
     coords = place.clamp(-1, max(checked)).long()
     return coords, _inside(coords, checked)

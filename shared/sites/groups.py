@@ -11,19 +11,21 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.sites.coordinates import SiteSet
+from ..errors import OpError
+from .coordinates import SiteSet
 
 
 def _check_index(index: Tensor, size: int, least: int = 0) -> None:
     if index.numel() and not (least <= int(index.min()) and int(index.max()) < size):
-        raise OpError(f"indices from {int(index.min())} to {int(index.max())} where {least} to {size - 1} "
-                      "are allowed; check what they index")
+        raise OpError(
+            f"indices from {int(index.min())} to {int(index.max())} where {least} to {size - 1} "
+            "are allowed; check what they index"
+        )
 
 
 def gather_rows(
-    values: Shaped[Tensor, rows *features], index: Int64[Tensor, " out"]
-) -> Shaped[Tensor, out *features]:
+    values: Shaped[Tensor, rows * features], index: Int64[Tensor, " out"]
+) -> Shaped[Tensor, out * features]:
     """`values[index]`, with rows of zeros where the index is -1 (no such site).
 
     Raises:
@@ -38,11 +40,11 @@ def gather_rows(
 
 
 def scatter_rows(
-    values: Shaped[Tensor, rows *features],
+    values: Shaped[Tensor, rows * features],
     index: Int64[Tensor, " rows"],
     size: int,
     reduce: Literal["sum", "mean", "max"] = "sum",
-) -> Shaped[Tensor, size *features]:
+) -> Shaped[Tensor, size * features]:
     """Reduce the rows of each group; differentiable. Groups without rows are zero.
 
     Args:
@@ -106,7 +108,7 @@ class Padding:
         """Which places of the block hold a row."""
         return torch.arange(self.length, device=self.sizes.device) < self.sizes[:, None]
 
-    def pad(self, values: Shaped[Tensor, rows *features], fill: float | int = 0) -> Tensor:
+    def pad(self, values: Shaped[Tensor, rows * features], fill: float | int = 0) -> Tensor:
         """The rows as a block (groups, length, *features), in their order, `fill` in the places left over.
 
         Raises:
@@ -117,7 +119,7 @@ class Padding:
         block = values.new_full((self.groups * self.length, *values.shape[1:]), fill)
         return block.index_copy(0, self._place, values).unflatten(0, (self.groups, self.length))
 
-    def unpad(self, block: Shaped[Tensor, "groups length *features"]) -> Shaped[Tensor, rows *features]:
+    def unpad(self, block: Shaped[Tensor, "groups length *features"]) -> Shaped[Tensor, rows * features]:
         """The rows of a block in their original order.
 
         Raises:
@@ -158,13 +160,15 @@ def windows(sites: SiteSet, size: Sequence[int], shift: Sequence[int] | None = N
     shift = tuple(shift) if shift is not None else (0,) * len(size)
     fits = len(size) == len(shift) == len(sites.extent) - 1
     if not fits or not all(s > 0 and 0 <= t < s for s, t in zip(size, shift, strict=True)):
-        raise OpError(f"windows of {list(size)} shifted by {list(shift)} on a grid of extent "
-                      f"{list(sites.extent)}: give {len(sites.extent) - 1} positive sizes and smaller shifts")
+        raise OpError(
+            f"windows of {list(size)} shifted by {list(shift)} on a grid of extent "
+            f"{list(sites.extent)}: give {len(sites.extent) - 1} positive sizes and smaller shifts"
+        )
     moved = sites.coords[:, 1:] + sites.coords.new_tensor(shift)
     side = moved.new_tensor(size)
     box = torch.cat([sites.coords[:, :1], moved.div(side, rounding_mode="floor")], 1)
     spatial = zip(sites.extent[1:], size, shift, strict=True)
     boxes = [sites.extent[0], *(-(-(side + by) // length) for side, length, by in spatial)]
-    strides = moved.new_tensor([math.prod(boxes[axis + 1:]) for axis in range(len(boxes))])
+    strides = moved.new_tensor([math.prod(boxes[axis + 1 :]) for axis in range(len(boxes))])
     keys, group = torch.unique((box * strides).sum(1), return_inverse=True)
     return Windows(group, len(keys), moved % side)

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from shared.errors import OpError
-from shared.sites.coordinates import SiteSet, unique_sites
+from ..errors import OpError
+from .coordinates import SiteSet, unique_sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +107,10 @@ def strided_rulebook(
     spatial = zip(sites.extent[1:], sizes, strides, pads, steps, strict=True)
     extent = [(side + 2 * pad - step * (size - 1) - 1) // by + 1 for side, size, by, pad, step in spatial]
     if any(side < 1 for side in extent):
-        raise OpError(f"a kernel of {list(sizes)} with dilation {list(steps)} is larger than the padded grid "
-                      f"of extent {list(sites.extent[1:])}; enlarge the padding or the grid")
+        raise OpError(
+            f"a kernel of {list(sizes)} with dilation {list(steps)} is larger than the padded grid "
+            f"of extent {list(sites.extent[1:])}; enlarge the padding or the grid"
+        )
     space, inputs, targets, counts = sites.coords[:, 1:], [], [], []
     by, limit = space.new_tensor(strides), space.new_tensor(extent)
     for offset in _offsets(sizes):
@@ -128,8 +130,9 @@ def _sorted_pairs(
     inputs: Tensor, outputs: Tensor, counts: list[int], source: SiteSet, target: SiteSet
 ) -> Rulebook:
     """Pairs with rising outputs within each offset, so that the input rows' order does not decide theirs."""
-    offset = torch.repeat_interleave(torch.arange(len(counts), device=inputs.device),
-                                     torch.tensor(counts, device=inputs.device))
+    offset = torch.repeat_interleave(
+        torch.arange(len(counts), device=inputs.device), torch.tensor(counts, device=inputs.device)
+    )
     order = torch.argsort(offset * max(len(target), 1) + outputs)
     return Rulebook(inputs[order], outputs[order], tuple(counts), source, target)
 
@@ -150,8 +153,10 @@ def convolve(
         OpError: features or weights that do not fit the rulebook.
     """
     if len(features) != len(rulebook.input_sites) or len(weight) != len(rulebook.counts):
-        raise OpError(f"{len(features)} rows of features and {len(weight)} offsets for a rulebook of "
-                      f"{len(rulebook.input_sites)} sites and {len(rulebook.counts)} offsets")
+        raise OpError(
+            f"{len(features)} rows of features and {len(weight)} offsets for a rulebook of "
+            f"{len(rulebook.input_sites)} sites and {len(rulebook.counts)} offsets"
+        )
     out = features.new_zeros(len(rulebook.output_sites), weight.shape[2])
     inputs, outputs = rulebook.inputs.split(rulebook.counts), rulebook.outputs.split(rulebook.counts)
     for rows, targets, matrix in zip(inputs, outputs, weight, strict=True):

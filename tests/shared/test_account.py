@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared import account
-from shared.account import Counting, Macs, count, register_counter
-from shared.errors import MaskError
-from shared.formats import save_packed
-from shared.masks import Mask, MaskSet, set_masks
-from shared.patterns import NM, Block, Group, Pattern, Unstructured
+from zoo.shared.errors import MaskError
+from zoo.shared.masks import Mask, MaskSet, set_masks
+from zoo.shared.masks.patterns import NM, Block, Group, Pattern, Unstructured
+from zoo.shared.measure import account
+from zoo.shared.measure.account import Counting, Macs, count, register_counter
+from zoo.shared.store.formats import save_packed
 
 
 def random_masks(model: nn.Module, density: float, pattern: Pattern | None = None) -> MaskSet:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from shared.activations import (
+from zoo.shared.errors import BudgetError
+from zoo.shared.measure.activations import (
     ActivationError,
     ActivationThreshold,
     Gram,
@@ -19,7 +20,6 @@ from shared.activations import (
     counting_sparsity,
     realised_sparsity,
 )
-from shared.errors import BudgetError
 
 
 @pytest.fixture(autouse=True)

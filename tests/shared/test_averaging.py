@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from shared.averaging import average_models, recalibrate_norms
-from shared.errors import MaskError
-from shared.masks import MaskSet, masks_of, set_masks
-from shared.sparsifier import sparsify
+from zoo.shared.errors import MaskError
+from zoo.shared.masks import MaskSet, masks_of, set_masks
+from zoo.shared.pruning.sparsifier import sparsify
+from zoo.shared.structure.averaging import average_models, recalibrate_norms
 
 
 def net(seed: int = 0) -> nn.Sequential:

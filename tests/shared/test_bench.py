@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from shared.bench import (
+from zoo.shared.bench import (
     Bound,
     Cell,
     Goal,
@@ -23,9 +23,9 @@ from shared.bench import (
     peak_flops,
     report,
 )
-from shared.bench.machine import _caches, last_level_cache
-from shared.bench.runner import Row, Table
-from shared.bench.timing import ratio, threads
+from zoo.shared.bench.machine import _caches, last_level_cache
+from zoo.shared.bench.runner import Row, Table
+from zoo.shared.bench.timing import ratio, threads
 
 
 class FakeClock:
@@ -257,7 +257,7 @@ def script(clock: FakeClock, goal: float):
 
 @pytest.fixture
 def known_limits(monkeypatch):
-    monkeypatch.setattr("shared.bench.runner.limits", lambda *_, **__: Limits(1e9, 1e9))
+    monkeypatch.setattr("zoo.shared.bench.runner.limits", lambda *_, **__: Limits(1e9, 1e9))
 
 
 def test_script_that_meets_its_goals(tmp_path, capsys, known_limits) -> None:
@@ -304,7 +304,7 @@ def test_time_limit_leaves_cells_unbuilt(tmp_path, capsys, known_limits) -> None
     file = str(tmp_path / "out.json")
     ticks = iter(range(0, 10**9, 100))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shared.bench.runner.time.perf_counter", lambda: float(next(ticks)))
+        patch.setattr("zoo.shared.bench.runner.time.perf_counter", lambda: float(next(ticks)))
         assert main("later", cells, argv=["--seconds", "50", "--json", file]) == 1
     assert json.loads((tmp_path / "out.json").read_text())["left"] == 2
     assert "2 cells left for --resume" in capsys.readouterr().out

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from shared.constraints import decaying_ste, finish_bidirectional, make_bidirectional
-from shared.errors import MaskError, PatternError
-from shared.masks import masks_of
-from shared.patterns import NM
+from zoo.shared.errors import MaskError, PatternError
+from zoo.shared.learned.constraints import decaying_ste, finish_bidirectional, make_bidirectional
+from zoo.shared.masks import masks_of
+from zoo.shared.masks.patterns import NM
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(16, 8), nn.Conv2d(16, 8, 3, stride=2, padding=1)])

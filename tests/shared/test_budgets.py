@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.budgets import (
+from zoo.shared.errors import BudgetError, PatternError
+from zoo.shared.masks.patterns import NM, Block, Group, Unstructured, Whole
+from zoo.shared.pruning.budgets import (
     BUDGETS,
     ErdosRenyi,
     Floor,
@@ -21,8 +23,6 @@ from shared.budgets import (
     check_sparsity,
     kept_count,
 )
-from shared.errors import BudgetError, PatternError
-from shared.patterns import NM, Block, Group, Unstructured, Whole
 
 SHAPES = {"conv1": (16, 3, 3, 3), "conv2": (32, 16, 3, 3), "fc": (10, 32), "tiny": (2, 2)}
 NUMEL = {name: math.prod(shape) for name, shape in SHAPES.items()}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from shared.activations import ActivationThreshold, ChunkedKth, check_share
-from shared.errors import BudgetError
+from zoo.shared.errors import BudgetError
+from zoo.shared.measure.activations import ActivationThreshold, ChunkedKth, check_share
 
 
 @pytest.mark.parametrize(("exact", "rtol"), [(1 << 22, 0.0), (100, 2**-13)])

@@ -12,7 +12,8 @@ from scipy.optimize import minimize, minimize_scalar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from shared.constraints import (
+from zoo.shared.errors import BudgetError, PatternError
+from zoo.shared.learned.constraints import (
     ADMM,
     SRSTE,
     AugmentedLagrangian,
@@ -34,8 +35,7 @@ from shared.constraints import (
     sr_ste,
     straight_through,
 )
-from shared.errors import BudgetError, PatternError
-from shared.patterns import NM, Group, Unstructured
+from zoo.shared.masks.patterns import NM, Group, Unstructured
 
 
 @pytest.fixture(autouse=True)

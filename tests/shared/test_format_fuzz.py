@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from shared.errors import FormatError
-from shared.formats import PackedContents, load_packed, save_packed
-from shared.masks import Mask
-from shared.patterns import NM, Block, Group, Unstructured
+from zoo.shared.errors import FormatError
+from zoo.shared.masks import Mask
+from zoo.shared.masks.patterns import NM, Block, Group, Unstructured
+from zoo.shared.store.formats import PackedContents, load_packed, save_packed
 
 # FUZZ_SCALE=10 in the environment makes ten times as many trials.
 SCALE = int(os.environ.get("FUZZ_SCALE", "1"))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from shared.formats import save_packed
-from shared.masks import Mask
-from shared.patterns import NM, Block, Group, Pattern, Unstructured
+from zoo.shared.masks import Mask
+from zoo.shared.masks.patterns import NM, Block, Group, Pattern, Unstructured
+from zoo.shared.store.formats import save_packed
 
 DOC = Path(__file__).parents[2] / "docs" / "format.md"
 EXAMPLE = "".join(re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL))
@@ -26,8 +26,12 @@ def read():
 
 
 def test_example_imports_numpy_and_the_standard_library_only() -> None:
-    imported = {alias.name for node in ast.walk(ast.parse(EXAMPLE)) if isinstance(node, ast.Import)
-                for alias in node.names}
+    imported = {
+        alias.name
+        for node in ast.walk(ast.parse(EXAMPLE))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     assert imported == {"itertools", "json", "struct", "numpy"}
     assert "ImportFrom" not in ast.dump(ast.parse(EXAMPLE))
 

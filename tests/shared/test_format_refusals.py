@@ -17,11 +17,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from shared.errors import FormatError
-from shared.formats import load_packed, open_packed, save_packed
-from shared.formats.coding import decode_mask
-from shared.masks import Mask
-from shared.patterns import NM
+from zoo.shared.errors import FormatError
+from zoo.shared.masks import Mask
+from zoo.shared.masks.patterns import NM
+from zoo.shared.store.formats import load_packed, open_packed, save_packed
+from zoo.shared.store.formats.coding import decode_mask
 
 
 def container(header: object, data: bytes = b"", size: int | None = None) -> bytes:

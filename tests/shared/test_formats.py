@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shared.errors import FormatError, MaskError
-from shared.formats import load_packed, open_packed, save_packed
-from shared.formats.coding import decode_mask, encode_mask
-from shared.formats.container import DTYPE_NAMES, DTYPES
-from shared.masks import Mask, MaskSet
-from shared.patterns import NM, Block, Group, Pattern, Unstructured, Whole
+from zoo.shared.errors import FormatError, MaskError
+from zoo.shared.masks import Mask, MaskSet
+from zoo.shared.masks.patterns import NM, Block, Group, Pattern, Unstructured, Whole
+from zoo.shared.store.formats import load_packed, open_packed, save_packed
+from zoo.shared.store.formats.coding import decode_mask, encode_mask
+from zoo.shared.store.formats.container import DTYPE_NAMES, DTYPES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -366,7 +366,7 @@ def test_one_tensor_reads_only_its_own_bytes(tmp_path, monkeypatch) -> None:
     }
     report = save_packed(tmp_path / "f", tensors, {"small": mask})
     counted = CountedReads()
-    monkeypatch.setattr("shared.formats.container.open", counted, raising=False)
+    monkeypatch.setattr("zoo.shared.store.formats.container.open", counted, raising=False)
     opened = open_packed(tmp_path / "f")
     assert counted.bytes <= report.header_bytes + 32
     counted.bytes = 0
@@ -464,7 +464,7 @@ def test_full_disk_leaves_the_old_file(tmp_path) -> None:
     before = target.read_bytes()
     code = (
         "import resource, signal, sys, torch\n"
-        "from shared.formats import save_packed\n"
+        "from zoo.shared.store.formats import save_packed\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try:\n"

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from shared.constraints import DecayingSTE
-from shared.errors import BudgetError, MaskError
-from shared.gates import (
+from zoo.shared.errors import BudgetError, MaskError
+from zoo.shared.learned.constraints import DecayingSTE
+from zoo.shared.learned.gates import (
     GumbelCategorical,
     GumbelTopK,
     HardConcrete,
@@ -29,8 +29,8 @@ from shared.gates import (
     polarization,
     top_k_gate,
 )
-from shared.masks import MaskSet, masks_of
-from shared.patterns import NM, Unstructured
+from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.masks.patterns import NM, Unstructured
 
 SAMPLES = 40_000
 SIGMAS = 4.5  # two-sided probability of a false alarm: 7e-6 per comparison
@@ -62,8 +62,8 @@ class TestHardConcrete:
         )
 
     def test_gradient_is_unbiased_for_the_expected_loss(self):
-        """d/d logits E[(z - 0.3)^2] from samples against the same expectation by quadrature over the noise.
-        """
+        """d/d logits E[(z - 0.3)^2] from samples against the same expectation by quadrature over the
+        noise."""
 
         def loss(z):
             return (z - 0.3).square()
@@ -292,7 +292,7 @@ class TestHarden:
         assert first.equal(harden(twin)) and not net[0].weight.requires_grad
 
     def test_intersects_with_masks_carried_before(self):
-        from shared.masks import set_masks
+        from zoo.shared.masks import set_masks
 
         net = _net()
         old = MaskSet({"0.weight": torch.rand(8, 6) > 0.3, "2.weight": torch.rand(3, 8) > 0.5})

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shared.constraints import envelope_factors, group_soft_factors
-from shared.errors import GroupError
-from shared.gates import HardConcrete, HardGate, harden
-from shared.groups import GroupMap, trace_groups
-from shared.groups.labels import FIXED, Unions, factor_shapes, reshape_labels
-from shared.masks import MaskSet, set_masks
+from zoo.shared.errors import GroupError
+from zoo.shared.learned.constraints import envelope_factors, group_soft_factors
+from zoo.shared.learned.gates import HardConcrete, HardGate, harden
+from zoo.shared.masks import MaskSet, set_masks
+from zoo.shared.structure.groups import GroupMap, trace_groups
+from zoo.shared.structure.groups.labels import FIXED, Unions, factor_shapes, reshape_labels
 
 
 @pytest.fixture(autouse=True)

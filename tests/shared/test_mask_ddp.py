@@ -15,9 +15,9 @@ import sys
 import torch
 from accelerate import Accelerator
 from torch import nn
-from shared.masks import Mask, MaskSet, masks_of
-from shared.regrow import SET, RigL
-from shared.sparsifier import Sparsifier
+from zoo.shared.masks import Mask, MaskSet, masks_of
+from zoo.shared.pruning.regrow import SET, RigL
+from zoo.shared.pruning.sparsifier import Sparsifier
 
 accelerator = Accelerator(cpu=True)
 rank, out = accelerator.process_index, sys.argv[1]

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shared.enforce import OTHER_STATE, PER_WEIGHT_STATE
-from shared.errors import MaskError, OptimizerStateError
-from shared.masks import Mask, MaskSet, masks_of
-from shared.patterns import NM
+from zoo.shared.errors import MaskError, OptimizerStateError
+from zoo.shared.masks import Mask, MaskSet, masks_of
+from zoo.shared.masks.hold import OTHER_STATE, PER_WEIGHT_STATE
+from zoo.shared.masks.patterns import NM
 
 NAMES = ("0.weight", "3.weight")
 
@@ -365,7 +365,7 @@ def test_unknown_optimizer_state_is_refused_not_guessed(monkeypatch):
     with pytest.raises(OptimizerStateError, match=message):
         some_masks(model).attach(model, optimizer)
     assert not model[0].weight._backward_hooks, "a refused attach leaves nothing behind"
-    monkeypatch.setattr("shared.enforce.PER_WEIGHT_STATE", PER_WEIGHT_STATE | {"secret"})
+    monkeypatch.setattr("zoo.shared.masks.hold.PER_WEIGHT_STATE", PER_WEIGHT_STATE | {"secret"})
     with some_masks(model).attach(model, optimizer):
         train(model, optimizer, steps=1)
         assert (optimizer.state[model[0].weight]["secret"][~some_masks(model)["0.weight"].keep] == 0).all()

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from shared.errors import MaskError, PatternError
-from shared.masks import Mask, MaskSet, masks_of, set_masks
-from shared.patterns import NM, Block, Group, Unstructured
+from zoo.shared.errors import MaskError, PatternError
+from zoo.shared.masks import Mask, MaskSet, masks_of, set_masks
+from zoo.shared.masks.patterns import NM, Block, Group, Unstructured
 
 
 def flags(text: str) -> torch.Tensor:

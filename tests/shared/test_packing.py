@@ -8,20 +8,23 @@ import pytest
 import torch
 from torch import nn
 
-from shared import ops, packing
-from shared.errors import MaskError
-from shared.masks import Mask, MaskSet, masks_of
-from shared.ops import SparseLinear
-from shared.packing import pack
-from shared.patterns import NM
+from zoo.shared import ops
+from zoo.shared.errors import MaskError
+from zoo.shared.masks import Mask, MaskSet, masks_of
+from zoo.shared.masks.patterns import NM
+from zoo.shared.ops import SparseLinear, packing
+from zoo.shared.ops.packing import pack
 
 
 def masked(model: nn.Module, sparsity: float) -> tuple[nn.Module, MaskSet]:
     generator = torch.Generator().manual_seed(0)
-    masks = MaskSet({
-        name: torch.rand(p.shape, generator=generator) >= sparsity
-        for name, p in model.named_parameters() if p.dim() == 2
-    })
+    masks = MaskSet(
+        {
+            name: torch.rand(p.shape, generator=generator) >= sparsity
+            for name, p in model.named_parameters()
+            if p.dim() == 2
+        }
+    )
     masks.apply_(model)
     return model.eval(), masks
 
@@ -164,11 +167,13 @@ def test_composites_are_packed_after_their_parts_and_take_their_masks() -> None:
         return PackedPair(module) if isinstance(module, Pair) else None
 
     model = nn.Sequential(Pair(), nn.Linear(8, 8))
-    masks = MaskSet({
-        "0.first.weight": torch.rand(8, 8) < 0.2,
-        "0.second.weight": torch.ones(8, 8, dtype=torch.bool),
-        "1.weight": torch.ones(8, 8, dtype=torch.bool),
-    })
+    masks = MaskSet(
+        {
+            "0.first.weight": torch.rand(8, 8) < 0.2,
+            "0.second.weight": torch.ones(8, 8, dtype=torch.bool),
+            "1.weight": torch.ones(8, 8, dtype=torch.bool),
+        }
+    )
     masks.apply_(model)
     packing.register_composite_packer(convert)
     try:

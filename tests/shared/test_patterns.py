@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.errors import PatternError
-from shared.patterns import (
+from zoo.shared.errors import PatternError
+from zoo.shared.masks.patterns import (
     NM,
     Block,
     Channel,

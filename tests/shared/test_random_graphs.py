@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.random_graphs import rmat
+from zoo.shared.bench.random_graphs import rmat
 
 
 @pytest.mark.parametrize("nodes, edges", [(0, 0), (1, 1), (2, 3), (100, 900), (1000, 8000), (4096, 1 << 16)])

@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 
-from shared.errors import ScheduleError
-from shared.schedules import Cosine, Cubic, Exponential, Linear, OneShot, Ramp, Steps
+from zoo.shared.errors import ScheduleError
+from zoo.shared.pruning.schedules import Cosine, Cubic, Exponential, Linear, OneShot, Ramp, Steps
 
 RAMPS = [Linear, Cubic, Cosine, Exponential]
 

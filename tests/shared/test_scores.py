@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from shared.errors import MaskError
-from shared.masks import Mask, MaskSet
-from shared.scores import (
+from zoo.shared.errors import MaskError
+from zoo.shared.masks import Mask, MaskSet
+from zoo.shared.pruning.scores import (
     LAMP,
     OBS,
     SCORES,

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.errors import OpError
-from shared.sites import (
+from zoo.shared.errors import OpError
+from zoo.shared.sites import (
     Padding,
     SiteSet,
     convolve,

@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from shared import scores
-from shared.budgets import (
+from zoo.shared.errors import BudgetError, MaskError, PatternError, ScheduleError
+from zoo.shared.masks import Mask, MaskSet, masks_of, set_masks
+from zoo.shared.masks.patterns import NM, Block, Group, Unstructured, Whole
+from zoo.shared.pruning import scores
+from zoo.shared.pruning.budgets import (
     BUDGETS,
     ErdosRenyi,
     Floor,
@@ -23,13 +26,10 @@ from shared.budgets import (
     Uniform,
     kept_count,
 )
-from shared.errors import BudgetError, MaskError, PatternError, ScheduleError
-from shared.masks import Mask, MaskSet, masks_of, set_masks
-from shared.patterns import NM, Block, Group, Unstructured, Whole
-from shared.regrow import SET, RigL
-from shared.schedules import Cosine, Cubic, Exponential, Linear, OneShot, Steps
-from shared.scores import SCORES, ScoreContext
-from shared.sparsifier import Sparsifier, prunable_parameters, sparsify
+from zoo.shared.pruning.regrow import SET, RigL
+from zoo.shared.pruning.schedules import Cosine, Cubic, Exponential, Linear, OneShot, Steps
+from zoo.shared.pruning.scores import SCORES, ScoreContext
+from zoo.shared.pruning.sparsifier import Sparsifier, prunable_parameters, sparsify
 
 
 def net(seed: int = 0) -> nn.Sequential:

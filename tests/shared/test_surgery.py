@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shared.errors import GroupError, OptimizerStateError
-from shared.gates import HardGate
-from shared.groups import GroupMap, trace_groups
-from shared.masks import MaskSet, masks_of, set_masks
-from shared.surgery import cut, drop_layers
+from zoo.shared.errors import GroupError, OptimizerStateError
+from zoo.shared.learned.gates import HardGate
+from zoo.shared.masks import MaskSet, masks_of, set_masks
+from zoo.shared.structure.groups import GroupMap, trace_groups
+from zoo.shared.structure.surgery import cut, drop_layers
 
 
 @pytest.fixture(autouse=True)
@@ -379,11 +379,18 @@ class TestDeclaredSurgery:
         model, x = GatedBlock("sdpa"), torch.randn(2, 5, 16)
         groups = GroupMap.declare(
             model,
-            {"heads": [("attn.q.weight", 0, "out"), ("attn.k.weight", 0, "out"), ("attn.v.weight", 0, "out"),
-                       ("attn.v.bias", 0, "out"), ("attn.o.weight", 1, "in")]},
+            {
+                "heads": [
+                    ("attn.q.weight", 0, "out"),
+                    ("attn.k.weight", 0, "out"),
+                    ("attn.v.weight", 0, "out"),
+                    ("attn.v.bias", 0, "out"),
+                    ("attn.o.weight", 1, "in"),
+                ]
+            },
             units={"heads": 2},
             attributes={"heads": {"attn.num_heads": 2, "attn.num_kv_heads": 1}},
-        )  # fmt: skip
+        )
         cut(model, groups, {"heads": torch.tensor([False, True])}, check=(x,))
         assert (model.attn.num_heads, model.attn.num_kv_heads) == (2, 1)
 
@@ -473,7 +480,7 @@ class TestHeadPrunedAttention:
         with torch.no_grad():
             masked.in_proj_weight[0:4] = masked.in_proj_weight[12:16] = masked.in_proj_weight[24:28] = 0
             masked.out_proj.weight[:, 0:4] = 0
-        from shared.groups.families import Family, Member
+        from zoo.shared.structure.groups.families import Family, Member
 
         rows = torch.arange(36).view(3, 3, 4).transpose(0, 1).reshape(3, 12)
         family = Family(

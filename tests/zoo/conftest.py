@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shared.masks import MaskSet, set_masks
 from zoo.registry import ARCHITECTURES
+from zoo.shared.masks import MaskSet, set_masks
 
 
 class TinyNet(nn.Module):
@@ -50,10 +50,13 @@ def tiny_model() -> nn.Module:
     with torch.no_grad():
         for value in [*model.parameters(), model.norm.running_mean, model.norm.running_var]:
             value.copy_(torch.rand(value.shape, generator=generator) + 0.1)
-    masks = MaskSet({
-        name: torch.rand(value.shape, generator=generator) >= 0.8
-        for name, value in model.named_parameters() if value.dim() == 2
-    })
+    masks = MaskSet(
+        {
+            name: torch.rand(value.shape, generator=generator) >= 0.8
+            for name, value in model.named_parameters()
+            if value.dim() == 2
+        }
+    )
     masks.apply_(model)
     set_masks(model, masks)
     return model
@@ -72,12 +75,26 @@ _FIELDS: dict[str, Any] = {
     "architecture": {"name": "test/tiny", "args": {"width": 8, "scale": 0.5}},
     "method": {"name": "graph/magnitude", "hyperparameters": {"sparsity": 0.8}, "seed": 0},
     "cost": {"flops": {"dense": 1000, "sparse": 250}},
-    "metrics": [{
-        "task": "graph/cora", "metric": "accuracy", "split": "test", "protocol": "public", "value": 0.8,
-        "stderr": 0.01, "per_seed": {0: 0.8}, "mean": 0.8, "spread": 0.0,
-        "dense": {"name": "graph/tiny-dense", "value": 0.81, "per_seed": {0: 0.81}, "mean": 0.81,
-                  "spread": 0.0},
-    }],
+    "metrics": [
+        {
+            "task": "graph/cora",
+            "metric": "accuracy",
+            "split": "test",
+            "protocol": "public",
+            "value": 0.8,
+            "stderr": 0.01,
+            "per_seed": {0: 0.8},
+            "mean": 0.8,
+            "spread": 0.0,
+            "dense": {
+                "name": "graph/tiny-dense",
+                "value": 0.81,
+                "per_seed": {0: 0.81},
+                "mean": 0.81,
+                "spread": 0.0,
+            },
+        }
+    ],
     "dense_twin": "graph/tiny-dense",
     "training": {"command": "zoo sparsify tiny", "seconds": 1.0},
     "data": {"name": "Cora", "source": "https://example.org", "licence": "CC0"},
@@ -95,7 +112,7 @@ def tiny_fields() -> dict[str, Any]:
 @pytest.fixture
 def save_tiny(tiny_model, tiny_extras) -> Callable[..., Path]:
     """Writes the tiny model's bundle; keywords replace fields of the card."""
-    from zoo.bundles import save
+    from zoo.bundles.store import save
 
     def write(folder: Path, overwrite: bool = False, **changes: Any) -> Path:
         fields = {**copy.deepcopy(_FIELDS), **changes}

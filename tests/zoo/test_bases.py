@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shared.formats import load_packed, save_packed
-from shared.io import sha256_file
-from shared.masks import MaskSet, masks_of, set_masks
-from shared.patterns import NM
-from zoo import bases, bundles, catalog
-from zoo.bundles import info, load, save
-from zoo.cards import read_card
+from zoo.bundles import base as bases
+from zoo.bundles import catalog
+from zoo.bundles import store as bundles
+from zoo.bundles.card import read_card
+from zoo.bundles.store import info, load, save
 from zoo.cli import main
 from zoo.errors import BundleError, CardError
 from zoo.harness.subjects import twin_of
+from zoo.shared.masks import MaskSet, masks_of, set_masks
+from zoo.shared.masks.patterns import NM
+from zoo.shared.store.formats import load_packed, save_packed
+from zoo.shared.store.io import sha256_file
 
 DENSE = "graph/tiny-dense"
 
@@ -38,8 +40,9 @@ def dense_model(tiny_model: nn.Module) -> nn.Module:
 
 
 @pytest.fixture
-def dense(dense_model: nn.Module, tiny_extras: dict[str, Tensor], tiny_fields: dict[str, Any],
-          tmp_path: Path) -> Path:
+def dense(
+    dense_model: nn.Module, tiny_extras: dict[str, Tensor], tiny_fields: dict[str, Any], tmp_path: Path
+) -> Path:
     """The base's bundle."""
     metric = tiny_fields["metrics"][0] | {"dense": None}
     fields = tiny_fields | {"name": DENSE, "dense_twin": None, "method": {"name": "dense", "seed": 0}}
@@ -94,7 +97,9 @@ def test_the_card_is_honest(on_dense, save_tiny, dense: Path, tmp_path: Path) ->
     assert card.schema_version == 2 and whole.schema_version == base.schema_version == 1
     assert "base" not in whole.to_dict() and "base:" not in whole.to_yaml(), "old readers read it"
     assert card.base.model_dump() == {
-        "name": DENSE, "version": "1.0.0", "sha256": sha256_file(dense / "weights.safetensors"),
+        "name": DENSE,
+        "version": "1.0.0",
+        "sha256": sha256_file(dense / "weights.safetensors"),
         "bytes": (dense / "weights.safetensors").stat().st_size,
     }
     own = (folder / "weights.safetensors").stat().st_size
@@ -199,17 +204,23 @@ def test_one_level_is_enough(on_dense, tiny_model, tiny_fields, dense: Path, tmp
         on_dense(folder="itself", fields={"name": DENSE})
 
 
-@pytest.mark.parametrize("change,message", [
-    (lambda record: record.update(sha256="0" * 64), "base is not the one that its weights were saved on"),
-    (lambda record: record.clear(), "base is not the one"),
-    (lambda record: record.update(tensors=None), "do not say what they take"),
-    (lambda record: record["tensors"].append("first.weight"), "'first.weight' to their base"),
-    (lambda record: record["tensors"].append("nowhere"), "'nowhere' to their base, which cannot give it"),
-    (lambda record: record["masked"].update({"first.bias": None}), "mask of 'first.bias' does not fit"),
-    (lambda record: record["masked"].update({"first.weight": {"kind": "?"}}), "mask of .* is not one"),
-    (lambda record: record["masked"].update({"first.weight": "2:4"}), "mask of 'first.weight' is not one"),
-    (lambda record: record["tensors"].remove("first.bias"), "lack 'first.bias'"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda record: record.update(sha256="0" * 64), "base is not the one that its weights were saved on"),
+        (lambda record: record.clear(), "base is not the one"),
+        (lambda record: record.update(tensors=None), "do not say what they take"),
+        (lambda record: record["tensors"].append("first.weight"), "'first.weight' to their base"),
+        (lambda record: record["tensors"].append("nowhere"), "'nowhere' to their base, which cannot give it"),
+        (lambda record: record["masked"].update({"first.bias": None}), "mask of 'first.bias' does not fit"),
+        (lambda record: record["masked"].update({"first.weight": {"kind": "?"}}), "mask of .* is not one"),
+        (
+            lambda record: record["masked"].update({"first.weight": "2:4"}),
+            "mask of 'first.weight' is not one",
+        ),
+        (lambda record: record["tensors"].remove("first.bias"), "lack 'first.bias'"),
+    ],
+)
 def test_weights_that_contradict_their_card(on_dense, change, message: str) -> None:
     folder = on_dense()
     contents = stored(folder)
@@ -225,11 +236,14 @@ def test_weights_that_contradict_their_card(on_dense, change, message: str) -> N
         load(folder)
 
 
-@pytest.mark.parametrize("fields,message", [
-    ({"schema_version": 1}, "a card with a base has schema_version 2"),
-    ({"base": None}, "a card with a base has schema_version 2"),
-    ({"base": {"name": "x"}}, "base.name"),
-])
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"schema_version": 1}, "a card with a base has schema_version 2"),
+        ({"base": None}, "a card with a base has schema_version 2"),
+        ({"base": {"name": "x"}}, "base.name"),
+    ],
+)
 def test_cards_with_a_base(on_dense, fields: dict[str, Any], message: str) -> None:
     card = read_card(on_dense() / "card.yaml").to_dict()
     with pytest.raises(CardError, match=message):

@@ -20,12 +20,13 @@ import pytest
 import torch
 import yaml
 
-from shared.errors import MaskError
-from shared.formats import load_packed, save_packed
-from shared.masks import MaskSet
-from zoo import bundles, folders
-from zoo.bundles import load, save
+from zoo.bundles import folders
+from zoo.bundles import store as bundles
+from zoo.bundles.store import load, save
 from zoo.errors import BundleError, CardError, ZooError
+from zoo.shared.errors import MaskError
+from zoo.shared.masks import MaskSet
+from zoo.shared.store.formats import load_packed, save_packed
 
 WEIGHTS = "weights.safetensors"
 
@@ -148,16 +149,20 @@ def plain_safetensors(state: dict) -> bytes:
     return save_plain({name: value.clone() for name, value in state.items()})
 
 
-@pytest.mark.parametrize("content,message", [
-    (a_pickle, "pickle"),
-    (a_torch_file, "torch.save"),
-    (a_zip, "zip archive"),
-    (plain_safetensors, "not a zoo-packed file"),
-    (lambda _: b"<html>503</html>", "web page"),
-    (lambda _: b"x", "too few"),
-    (lambda _: bytes(1000), "header of 0 bytes"),
-    (lambda _: b"\xff" * 1000, "truncated or not a safetensors file"),
-], ids=["pickle", "torch", "zip", "plain", "html", "one byte", "zeros", "ones"])
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (a_pickle, "pickle"),
+        (a_torch_file, "torch.save"),
+        (a_zip, "zip archive"),
+        (plain_safetensors, "not a zoo-packed file"),
+        (lambda _: b"<html>503</html>", "web page"),
+        (lambda _: b"x", "too few"),
+        (lambda _: bytes(1000), "header of 0 bytes"),
+        (lambda _: b"\xff" * 1000, "truncated or not a safetensors file"),
+    ],
+    ids=["pickle", "torch", "zip", "plain", "html", "one byte", "zeros", "ones"],
+)
 def test_something_else_in_place_of_the_weights(
     tiny_bundle: Path, tiny_model, monkeypatch, content: Callable[[dict], bytes], message: str
 ) -> None:
@@ -217,17 +222,20 @@ def strange_architecture(tensors: dict, masks: dict, metadata: dict) -> None:
     metadata["architecture"] = [1, 2]
 
 
-@pytest.mark.parametrize("change,message", [
-    (drop_tensor, "the weights lack 'first.bias'"),
-    (add_tensor, "'third.bias', which the architecture lacks"),
-    (other_shape, r"'first.bias' has the shape \(9,\), the architecture \(8,\)"),
-    (other_mask_shape, r"'first.weight' has the shape \(9, 4\)"),
-    (mask_of_a_buffer, "no parameter 'norm.running_mean'"),
-    (other_type, "stored as torch.int32, the architecture has torch.float32"),
-    (other_architecture, "not the one that its weights were saved with"),
-    (no_architecture, "not the one that its weights were saved with"),
-    (strange_architecture, "not the one that its weights were saved with"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (drop_tensor, "the weights lack 'first.bias'"),
+        (add_tensor, "'third.bias', which the architecture lacks"),
+        (other_shape, r"'first.bias' has the shape \(9,\), the architecture \(8,\)"),
+        (other_mask_shape, r"'first.weight' has the shape \(9, 4\)"),
+        (mask_of_a_buffer, "no parameter 'norm.running_mean'"),
+        (other_type, "stored as torch.int32, the architecture has torch.float32"),
+        (other_architecture, "not the one that its weights were saved with"),
+        (no_architecture, "not the one that its weights were saved with"),
+        (strange_architecture, "not the one that its weights were saved with"),
+    ],
+)
 def test_weights_of_another_model(tiny_bundle: Path, change, message: str) -> None:
     rewrite(tiny_bundle, change)
     with pytest.raises(BundleError, match=message):
@@ -263,8 +271,16 @@ def test_masks_of_another_shape_are_not_saved(tiny_model, tiny_fields, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-STEPS = ["os.fsync", "os.replace", "pathlib.Path.rename", "pathlib.Path.write_text", "pathlib.Path.chmod",
-         "tempfile.mkdtemp", "tempfile.mkstemp", "os.fdopen"]
+STEPS = [
+    "os.fsync",
+    "os.replace",
+    "pathlib.Path.rename",
+    "pathlib.Path.write_text",
+    "pathlib.Path.chmod",
+    "tempfile.mkdtemp",
+    "tempfile.mkstemp",
+    "os.fdopen",
+]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
@@ -311,8 +327,8 @@ SAVE_IN_CHILD = """
     sys.path[:0] = [{root!r}]
     import torch
     from torch import nn
-    from zoo import bundles, folders
-    from zoo.cards import read_card
+    from zoo.bundles import store as bundles, folders
+    from zoo.bundles.card import read_card
     from zoo.errors import ZooError
 
     folder = Path(sys.argv[1])
@@ -331,20 +347,30 @@ SAVE_IN_CHILD = """
 def child(body: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     root = str(Path(bundles.__file__).parents[1])
     code = textwrap.dedent(SAVE_IN_CHILD).format(root=root) + textwrap.dedent(body)
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_a_disk_that_is_really_full(tiny_bundle: Path) -> None:
     """The kernel refuses every byte beyond 16 KiB of a file; the weights need 40 kB."""
     before = snapshot(tiny_bundle)
-    done = child("""
+    done = child(
+        """
         resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, 16 << 10))
         try:
             save()
         except ZooError as error:
             print(type(error).__name__, error)
-    """, tiny_bundle, 0, "2.0.0")
+    """,
+        tiny_bundle,
+        0,
+        "2.0.0",
+    )
     assert done.stdout.startswith("BundleError") and "File too large" in done.stdout, done.stderr
     assert "intact" in done.stdout and done.stdout.count("\n") == 1
     assert snapshot(tiny_bundle) == before and os.listdir(tiny_bundle.parent) == [tiny_bundle.name]
@@ -354,7 +380,8 @@ def test_a_disk_that_is_really_full(tiny_bundle: Path) -> None:
 def test_a_kill_at_any_step_leaves_the_old_or_the_new(tiny_bundle: Path, tmp_path: Path) -> None:
     """Dies, as by kill -9, right before and right after each step that changes the disk."""
     before = snapshot(tiny_bundle)
-    done = child("""
+    done = child(
+        """
         steps = [(os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "write_text")]
         steps.append((folders, "_exchange"))
         count, fatal = 0, -1
@@ -388,7 +415,11 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(tiny_bundle: Path, tmp_pat
             if not died:
                 break
         print(json.dumps([outcomes, died]))
-    """, tiny_bundle, 0, "2.0.0")
+    """,
+        tiny_bundle,
+        0,
+        "2.0.0",
+    )
     assert done.returncode == 0, done.stderr
     outcomes, died = json.loads(done.stdout)
     assert not died and len(outcomes) > 10, "the last run was left alone"

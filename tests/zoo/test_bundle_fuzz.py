@@ -16,11 +16,11 @@ import jaxtyping
 import pytest
 import torch
 
-from shared.errors import SparseError
-from shared.formats import PackedContents, load_packed
-from shared.masks import masks_of
-from zoo import catalog
-from zoo.bundles import load
+from zoo.bundles import catalog
+from zoo.bundles.store import load
+from zoo.shared.errors import SparseError
+from zoo.shared.masks import masks_of
+from zoo.shared.store.formats import PackedContents, load_packed
 
 WEIGHTS = "weights.safetensors"
 CARD = "card.yaml"
@@ -36,7 +36,7 @@ def flip_bit(data: bytes, rng: random.Random) -> bytes:
 def set_bytes(data: bytes, rng: random.Random) -> bytes:
     start, count = rng.randrange(len(data)), rng.randint(1, 8)
     filling = rng.choice([bytes(count), b"\xff" * count, rng.randbytes(count)])
-    return data[:start] + filling + data[start + count:]
+    return data[:start] + filling + data[start + count :]
 
 
 def truncate(data: bytes, rng: random.Random) -> bytes:
@@ -50,7 +50,7 @@ def insert(data: bytes, rng: random.Random) -> bytes:
 
 def delete(data: bytes, rng: random.Random) -> bytes:
     start = rng.randrange(len(data))
-    return data[:start] + data[start + rng.randint(1, 64):]
+    return data[:start] + data[start + rng.randint(1, 64) :]
 
 
 def repeat(data: bytes, rng: random.Random) -> bytes:
@@ -69,18 +69,49 @@ def change_number(data: bytes, rng: random.Random) -> bytes:
     spots = list(re.finditer(rb"\d+(?:\.\d+)?", data[:20_000]))
     spot = rng.choice(spots)
     old = spot.group()
-    new = rng.choice([b"0", b"-1", b"1", old + b"0", old[:-1] or b"7", b"9" * 30, b"1e400", b".nan", b"0x10",
-                      str(rng.randrange(1 << 40)).encode()])
-    return data[: spot.start()] + new + data[spot.end():]
+    new = rng.choice(
+        [
+            b"0",
+            b"-1",
+            b"1",
+            old + b"0",
+            old[:-1] or b"7",
+            b"9" * 30,
+            b"1e400",
+            b".nan",
+            b"0x10",
+            str(rng.randrange(1 << 40)).encode(),
+        ]
+    )
+    return data[: spot.start()] + new + data[spot.end() :]
 
 
 def change_word(data: bytes, rng: random.Random) -> bytes:
     """Another word or sign where a word stands."""
     spots = list(re.finditer(rb"[A-Za-z_/.-]{2,}", data[:20_000]))
     a, b = rng.choice(spots), rng.choice(spots)
-    new = rng.choice([b.group(), b"null", b"true", b"[]", b"{}", b"&a", b"*a", b"!!x", b"../x",
-                      b"'", b":", b"- ", b"\n", b"\t", b"\x00", "\u2028".encode(), b"\xed\xa0\x80"])
-    return data[: a.start()] + new + data[a.end():]
+    new = rng.choice(
+        [
+            b.group(),
+            b"null",
+            b"true",
+            b"[]",
+            b"{}",
+            b"&a",
+            b"*a",
+            b"!!x",
+            b"../x",
+            b"'",
+            b":",
+            b"- ",
+            b"\n",
+            b"\t",
+            b"\x00",
+            "\u2028".encode(),
+            b"\xed\xa0\x80",
+        ]
+    )
+    return data[: a.start()] + new + data[a.end() :]
 
 
 def move_line(data: bytes, rng: random.Random) -> bytes:
@@ -100,7 +131,15 @@ def move_line(data: bytes, rng: random.Random) -> bytes:
 
 
 BYTES: list[Mutation] = [
-    flip_bit, set_bytes, truncate, insert, delete, repeat, swap, change_number, change_word
+    flip_bit,
+    set_bytes,
+    truncate,
+    insert,
+    delete,
+    repeat,
+    swap,
+    change_number,
+    change_word,
 ]
 TEXT: list[Mutation] = [*BYTES, move_line, move_line, change_number, change_word]
 
@@ -124,8 +163,9 @@ class Fuzzer:
 
     def agreeing_card(self, weights: bytes) -> bytes:
         """The card with hash and size of damaged weights, so that the reader behind the hash is reached."""
-        card = self.card.replace(hashlib.sha256(self.weights).hexdigest().encode(),
-                                 hashlib.sha256(weights).hexdigest().encode())
+        card = self.card.replace(
+            hashlib.sha256(self.weights).hexdigest().encode(), hashlib.sha256(weights).hexdigest().encode()
+        )
         size, old = str(len(weights)).encode(), str(len(self.weights)).encode()
         return re.sub(rb"(bytes|on_disk): " + old, rb"\1: " + size, card)
 
@@ -201,9 +241,9 @@ def test_the_fuzzer_would_notice(fuzzer: Fuzzer, monkeypatch) -> None:
         raise RuntimeError("not an error of this project")
 
     fuzzer.try_loading(fuzzer.card, fuzzer.weights)
-    monkeypatch.setattr("zoo.bundles.load_packed", other_tensors)
+    monkeypatch.setattr("zoo.bundles.store.load_packed", other_tensors)
     with pytest.raises(AssertionError):
         fuzzer.try_loading(fuzzer.card, fuzzer.weights)
-    monkeypatch.setattr("zoo.bundles.load_packed", other_error)
+    monkeypatch.setattr("zoo.bundles.store.load_packed", other_error)
     with pytest.raises(RuntimeError):
         fuzzer.try_loading(fuzzer.card, fuzzer.weights)

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from shared.formats import load_packed
-from shared.masks import MaskSet, masks_of
-from shared.ops import SparseLinear
-from zoo import bundles, catalog
-from zoo.bundles import ModelInfo, info, load, save
-from zoo.cards import read_card
+from zoo.bundles import catalog
+from zoo.bundles import store as bundles
+from zoo.bundles.card import read_card
+from zoo.bundles.store import ModelInfo, info, load, save
 from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
+from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.ops import SparseLinear
+from zoo.shared.store.formats import load_packed
 
 
 def test_what_is_saved_is_loaded(tiny_bundle, tiny_model, tiny_extras) -> None:
@@ -58,8 +59,10 @@ def test_a_card_tells_what_was_measured(tiny_bundle, tiny_model) -> None:
 
 
 def test_a_card_cannot_lie_through_save(tiny_model, tiny_fields, tmp_path: Path) -> None:
-    tiny_fields["sparsity"] = {"overall": 0.99, "parts": {
-        "weights": {"kept": 1, "total": 100, "sparsity": 0.99, "pattern": "2:4"}}}
+    tiny_fields["sparsity"] = {
+        "overall": 0.99,
+        "parts": {"weights": {"kept": 1, "total": 100, "sparsity": 0.99, "pattern": "2:4"}},
+    }
     tiny_fields["weights"] = {"file": "../x", "sha256": "0", "bytes": 3}
     tiny_fields["cost"] |= {"parameters": {"kept": 1}, "bytes": {"sparse": 1, "on_disk": 1}}
     honest = read_card(save(tiny_model, tmp_path / "b", card=tiny_fields) / "card.yaml")
@@ -249,17 +252,20 @@ def test_names_are_listed_and_filtered(shelf: Path) -> None:
     assert catalog.list_models(every[0], max_bytes=size - 1) == []
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda: catalog.find("graph/tiny-tset"), "Unknown model .*tset'. Did you mean 'graph/tiny-test'"),
-    (lambda: catalog.find("tiny-w80"), "Did you mean 'graph/tiny-w80'"),
-    (lambda: catalog.find("graph/tiny-*"), "Did you mean"),
-    (lambda: catalog.find("graph/../shelf/old"), "Unknown model"),
-    (lambda: catalog.list_models("grahp/tiny-t*"), "No model matches 'grahp.*Did you mean 'graph/tiny"),
-    (lambda: catalog.list_models("graph/tiny-test@9*"), "Did you mean 'graph/tiny-test@1.9.0'"),
-    (lambda: catalog.list_models(domain="graf"), "No model has the domain 'graf'. Did you mean 'graph'"),
-    (lambda: catalog.list_models(method="magnitud"), "Did you mean 'graph/magnitude'"),
-    (lambda: catalog.list_models(task="coar"), "Did you mean 'graph/cora'"),
-])
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: catalog.find("graph/tiny-tset"), "Unknown model .*tset'. Did you mean 'graph/tiny-test'"),
+        (lambda: catalog.find("tiny-w80"), "Did you mean 'graph/tiny-w80'"),
+        (lambda: catalog.find("graph/tiny-*"), "Did you mean"),
+        (lambda: catalog.find("graph/../shelf/old"), "Unknown model"),
+        (lambda: catalog.list_models("grahp/tiny-t*"), "No model matches 'grahp.*Did you mean 'graph/tiny"),
+        (lambda: catalog.list_models("graph/tiny-test@9*"), "Did you mean 'graph/tiny-test@1.9.0'"),
+        (lambda: catalog.list_models(domain="graf"), "No model has the domain 'graf'. Did you mean 'graph'"),
+        (lambda: catalog.list_models(method="magnitud"), "Did you mean 'graph/magnitude'"),
+        (lambda: catalog.list_models(task="coar"), "Did you mean 'graph/cora'"),
+    ],
+)
 def test_a_typo_brings_near_misses(shelf: Path, call, message: str) -> None:
     with pytest.raises(UnknownNameError, match=message):
         call()

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.cardfile import MAX_BYTES, dump_yaml, load_yaml, read_yaml
-from zoo.cards import mean_and_spread, parse_card, read_card
+from zoo.bundles.card import mean_and_spread, parse_card, read_card
+from zoo.bundles.cardfile import MAX_BYTES, dump_yaml, load_yaml, read_yaml
 from zoo.errors import CardError
 
 
@@ -26,19 +26,50 @@ def fields() -> dict[str, Any]:
         "version": "1.0.0",
         "domain": "graph",
         "summary": "A ticket of a two-layer graph convolution.\nIt has two lines.",
-        "architecture": {"name": "graph/gcn", "args": {"in_features": 1433, "hidden": 512, "dropout": 0.5,
-                                                       "bias": True, "norm": None, "sizes": [1, 2]}},
+        "architecture": {
+            "name": "graph/gcn",
+            "args": {
+                "in_features": 1433,
+                "hidden": 512,
+                "dropout": 0.5,
+                "bias": True,
+                "norm": None,
+                "sizes": [1, 2],
+            },
+        },
         "method": {"name": "graph/teddy", "hyperparameters": {"lr": 1e-3, "pattern": "2:4"}, "seed": 0},
-        "sparsity": {"overall": 1 - 270 / 1100, "parts": {
-            "weights": {"kept": 200, "total": 1000, "sparsity": 0.8, "pattern": "unstructured"},
-            "edges": {"kept": 70, "total": 100, "sparsity": 0.3, "pattern": "unstructured"}}},
-        "cost": {"parameters": {"dense": 1010, "kept": 210}, "flops": {"dense": 5000, "sparse": 1000},
-                 "bytes": {"dense": 4040, "sparse": 900, "on_disk": 1500}},
-        "metrics": [{"task": "graph/cora", "metric": "accuracy", "split": "test", "protocol": "public split",
-                     "value": 0.81, "stderr": 0.012, "per_seed": accuracy,
-                     "mean": mean_and_spread(accuracy)[0], "spread": mean_and_spread(accuracy)[1],
-                     "dense": {"name": "graph/dense-gcn-cora", "value": 0.815, "per_seed": dense,
-                               "mean": mean_and_spread(dense)[0], "spread": mean_and_spread(dense)[1]}}],
+        "sparsity": {
+            "overall": 1 - 270 / 1100,
+            "parts": {
+                "weights": {"kept": 200, "total": 1000, "sparsity": 0.8, "pattern": "unstructured"},
+                "edges": {"kept": 70, "total": 100, "sparsity": 0.3, "pattern": "unstructured"},
+            },
+        },
+        "cost": {
+            "parameters": {"dense": 1010, "kept": 210},
+            "flops": {"dense": 5000, "sparse": 1000},
+            "bytes": {"dense": 4040, "sparse": 900, "on_disk": 1500},
+        },
+        "metrics": [
+            {
+                "task": "graph/cora",
+                "metric": "accuracy",
+                "split": "test",
+                "protocol": "public split",
+                "value": 0.81,
+                "stderr": 0.012,
+                "per_seed": accuracy,
+                "mean": mean_and_spread(accuracy)[0],
+                "spread": mean_and_spread(accuracy)[1],
+                "dense": {
+                    "name": "graph/dense-gcn-cora",
+                    "value": 0.815,
+                    "per_seed": dense,
+                    "mean": mean_and_spread(dense)[0],
+                    "spread": mean_and_spread(dense)[1],
+                },
+            }
+        ],
         "dense_twin": "graph/dense-gcn-cora",
         "training": {"command": "zoo finetune graph --seed 0", "seconds": 12.5},
         "data": {"name": "Cora", "source": "https://example.org", "licence": "unknown"},
@@ -105,43 +136,106 @@ def test_a_card_that_lies(fields, path: str, value: Any, message: str) -> None:
         parse_card(fields, "x/card.yaml")
 
 
-@pytest.mark.parametrize("path", [
-    "schema_version", "name", "version", "domain", "summary", "architecture", "method", "method.seed",
-    "sparsity",
-    "cost", "cost.flops", "cost.bytes.on_disk", "metrics", "metrics.0.value", "metrics.0.per_seed",
-    "metrics.0.mean", "metrics.0.spread", "metrics.0.stderr", "metrics.0.protocol", "metrics.0.split",
-    "dense_twin",
-    "metrics.0.dense", "metrics.0.dense.value", "metrics.0.dense.per_seed", "metrics.0.dense.mean",
-    "metrics.0.dense.spread", "training", "training.command", "data.licence", "license", "citation",
-    "weights",
-    "weights.sha256", "weights.bytes",
-])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "schema_version",
+        "name",
+        "version",
+        "domain",
+        "summary",
+        "architecture",
+        "method",
+        "method.seed",
+        "sparsity",
+        "cost",
+        "cost.flops",
+        "cost.bytes.on_disk",
+        "metrics",
+        "metrics.0.value",
+        "metrics.0.per_seed",
+        "metrics.0.mean",
+        "metrics.0.spread",
+        "metrics.0.stderr",
+        "metrics.0.protocol",
+        "metrics.0.split",
+        "dense_twin",
+        "metrics.0.dense",
+        "metrics.0.dense.value",
+        "metrics.0.dense.per_seed",
+        "metrics.0.dense.mean",
+        "metrics.0.dense.spread",
+        "training",
+        "training.command",
+        "data.licence",
+        "license",
+        "citation",
+        "weights",
+        "weights.sha256",
+        "weights.bytes",
+    ],
+)
 def test_what_a_card_must_have(fields, path: str) -> None:
     put(fields, path, ...)
     with pytest.raises(CardError, match=path.split(".")[-1]):
         parse_card(fields)
 
 
-@pytest.mark.parametrize("path,value", [
-    ("surprise", 1), ("weights.url", "http://x"), ("schema_version", 2), ("schema_version", "1"),
-    ("name", "graph/../etc"), ("name", "GRAPH/x"), ("name", 3), ("version", 1.0), ("version", "1.0"),
-    ("method.seed", -1), ("method.seed", True), ("method.seed", 1.5), ("method.seed", 1 << 64),
-    ("cost.parameters.dense", "1010"), ("cost.parameters.kept", -1), ("cost.flops.dense", float("nan")),
-    ("metrics.0.value", float("nan")), ("metrics.0.value", float("inf")), ("metrics.0.value", "0.81"),
-    ("metrics.0.value", True), ("metrics.0.stderr", -0.1), ("metrics.0.per_seed", {}), ("metrics", []),
-    ("metrics.0.per_seed", {"a": 0.81}), ("metrics.0.per_seed", {0: float("nan")}), ("metrics.0.per_seed",
-    [0.81]),
-    ("sparsity.overall", -0.1), ("sparsity.overall", 1.1), ("sparsity.parts.weights.pattern", ""),
-    ("training.command", ""), ("training.seconds", -1.0), ("training.seconds", float("inf")),
-    ("weights.bytes", 0), ("weights.sha256", "0" * 63), ("weights.sha256", "G" * 64), ("weights.sha256",
-    "A" * 64),
-    ("weights.sha256", "0" * 64 + "\n"), ("architecture.args", {"x": float("nan")}),
-    ("architecture.args", {"x": [{"y": float("inf")}]}), ("architecture.args", {1: 2}),
-    ("architecture.args", {"x": b"bytes"}), ("architecture.args", {"x": object()}), ("summary", ""),
-    ("metrics.0", None), ("data", []), ("evidence", "/etc/passwd"), ("evidence", "../x"), ("evidence",
-    "C:/x"),
-    ("evidence", "a\\b"), ("evidence", "a//b"),
-])
+@pytest.mark.parametrize(
+    "path,value",
+    [
+        ("surprise", 1),
+        ("weights.url", "http://x"),
+        ("schema_version", 2),
+        ("schema_version", "1"),
+        ("name", "graph/../etc"),
+        ("name", "GRAPH/x"),
+        ("name", 3),
+        ("version", 1.0),
+        ("version", "1.0"),
+        ("method.seed", -1),
+        ("method.seed", True),
+        ("method.seed", 1.5),
+        ("method.seed", 1 << 64),
+        ("cost.parameters.dense", "1010"),
+        ("cost.parameters.kept", -1),
+        ("cost.flops.dense", float("nan")),
+        ("metrics.0.value", float("nan")),
+        ("metrics.0.value", float("inf")),
+        ("metrics.0.value", "0.81"),
+        ("metrics.0.value", True),
+        ("metrics.0.stderr", -0.1),
+        ("metrics.0.per_seed", {}),
+        ("metrics", []),
+        ("metrics.0.per_seed", {"a": 0.81}),
+        ("metrics.0.per_seed", {0: float("nan")}),
+        ("metrics.0.per_seed", [0.81]),
+        ("sparsity.overall", -0.1),
+        ("sparsity.overall", 1.1),
+        ("sparsity.parts.weights.pattern", ""),
+        ("training.command", ""),
+        ("training.seconds", -1.0),
+        ("training.seconds", float("inf")),
+        ("weights.bytes", 0),
+        ("weights.sha256", "0" * 63),
+        ("weights.sha256", "G" * 64),
+        ("weights.sha256", "A" * 64),
+        ("weights.sha256", "0" * 64 + "\n"),
+        ("architecture.args", {"x": float("nan")}),
+        ("architecture.args", {"x": [{"y": float("inf")}]}),
+        ("architecture.args", {1: 2}),
+        ("architecture.args", {"x": b"bytes"}),
+        ("architecture.args", {"x": object()}),
+        ("summary", ""),
+        ("metrics.0", None),
+        ("data", []),
+        ("evidence", "/etc/passwd"),
+        ("evidence", "../x"),
+        ("evidence", "C:/x"),
+        ("evidence", "a\\b"),
+        ("evidence", "a//b"),
+    ],
+)
 def test_what_a_card_may_not_say(fields, path: str, value: Any) -> None:
     put(fields, path, value)
     with pytest.raises(CardError) as caught:
@@ -150,13 +244,30 @@ def test_what_a_card_may_not_say(fields, path: str, value: Any) -> None:
     assert message.startswith("x/card.yaml: ") and len(message) < 300 and "\n" not in message
 
 
-@pytest.mark.parametrize("name", [
-    "../weights.safetensors", "/etc/weights.safetensors", "a/weights.safetensors", "..\\weights.safetensors",
-    "C:weights.safetensors", "weights.safetensors\0", "weights\0.safetensors", "weights.safetensors\n",
-    "..safetensors", ".safetensors", ".hidden.safetensors", "weights..safetensors", "weights.pt",
-    "weights.bin",
-    "~root.safetensors", "", "weights.safetensors/", "%2e%2e%2fx.safetensors", "wéights.safetensors",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../weights.safetensors",
+        "/etc/weights.safetensors",
+        "a/weights.safetensors",
+        "..\\weights.safetensors",
+        "C:weights.safetensors",
+        "weights.safetensors\0",
+        "weights\0.safetensors",
+        "weights.safetensors\n",
+        "..safetensors",
+        ".safetensors",
+        ".hidden.safetensors",
+        "weights..safetensors",
+        "weights.pt",
+        "weights.bin",
+        "~root.safetensors",
+        "",
+        "weights.safetensors/",
+        "%2e%2e%2fx.safetensors",
+        "wéights.safetensors",
+    ],
+)
 def test_a_weights_file_is_a_bare_name(fields, name: str) -> None:
     put(fields, "weights.file", name)
     with pytest.raises(CardError, match="bare file name"):
@@ -225,8 +336,19 @@ def test_bad_yaml(text: str | bytes, message: str) -> None:
 
 def test_values_are_what_they_look_like() -> None:
     text = "a: 2:4\nb: no\nc: 2026-01-01\nd: 1e-3\ne: 010\nf: 0x10\ng: .5\nh: ~\ni: true\nj: 1_000\n<<: x"
-    assert load_yaml(text, "x") == {"a": "2:4", "b": "no", "c": "2026-01-01", "d": 1e-3, "e": 10, "f": "0x10",
-                                    "g": 0.5, "h": None, "i": True, "j": "1_000", "<<": "x"}
+    assert load_yaml(text, "x") == {
+        "a": "2:4",
+        "b": "no",
+        "c": "2026-01-01",
+        "d": 1e-3,
+        "e": 10,
+        "f": "0x10",
+        "g": 0.5,
+        "h": None,
+        "i": True,
+        "j": "1_000",
+        "<<": "x",
+    }
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -237,10 +359,14 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-10**30,
-    10**30) | st.floats(allow_nan=False) | st.text(max_size=20)
-    | st.sampled_from(["2:4", "1e5", "no", "~", "null", "0x1", "1_0", "<<", "=", " x ", "a\nb", "a\n", "\n",
-    "- a"]),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=20)
+    | st.sampled_from(
+        ["2:4", "1e5", "no", "~", "null", "0x1", "1_0", "<<", "=", " x ", "a\nb", "a\n", "\n", "- a"]
+    ),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )

@@ -21,7 +21,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 
-from zoo import bundles, catalog, hub
+from zoo.bundles import catalog, hub
+from zoo.bundles import store as bundles
 from zoo.errors import BundleError, CardError, HubError
 
 
@@ -137,15 +138,28 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_json({"url": f"{hub_server.url}/owner/tiny", "id": "owner/tiny"})
         if "/preupload/" in path:
             files = json.loads(body)["files"]
-            return self.send_json({"files": [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files
-            ]})
+            return self.send_json(
+                {
+                    "files": [
+                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for file in files
+                    ]
+                }
+            )
         lines = [json.loads(line) for line in body.splitlines()]
-        files = {line["value"]["path"]: base64.b64decode(line["value"]["content"])
-                 for line in lines if line["key"] == "file"}
+        files = {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"])
+            for line in lines
+            if line["key"] == "file"
+        }
         commit = hub_server.publish(files)
-        self.send_json({"commitUrl": f"{hub_server.url}/owner/tiny/commit/{commit}", "commitOid": commit,
-                        "success": True})
+        self.send_json(
+            {
+                "commitUrl": f"{hub_server.url}/owner/tiny/commit/{commit}",
+                "commitOid": commit,
+                "success": True,
+            }
+        )
 
 
 @pytest.fixture
@@ -178,9 +192,12 @@ def test_a_model_from_the_hub(server: FakeHub, tiny_bundle, tiny_model) -> None:
     commit = server.publish_folder(tiny_bundle)
     model = bundles.load("hf://owner/tiny")
     assert torch.equal(model.first.weight, tiny_model.first.weight)
-    assert cached_files() == ["owner--tiny/lock", "owner--tiny/refs/main",
-                              f"owner--tiny/snapshots/{commit}/card.yaml",
-                              f"owner--tiny/snapshots/{commit}/weights.safetensors"]
+    assert cached_files() == [
+        "owner--tiny/lock",
+        "owner--tiny/refs/main",
+        f"owner--tiny/snapshots/{commit}/card.yaml",
+        f"owner--tiny/snapshots/{commit}/weights.safetensors",
+    ]
     bundles.load("hf://owner/tiny@main")
     assert server.downloads("weights.safetensors") == 1, "the second time it comes from the cache"
     assert catalog.find("graph/tiny-test").folder == model.zoo_info.folder, "and it is found by its name"
@@ -263,14 +280,28 @@ def test_a_card_that_lies_about_the_size(server: FakeHub, tiny_bundle) -> None:
     assert_nothing_half_written()
 
 
-@pytest.mark.parametrize("change,error,message", [
-    (lambda files: files.pop("card.yaml"), HubError, "has no card.yaml, so it holds no bundle"),
-    (lambda files: files.pop("weights.safetensors"), HubError, "lacks 'weights.safetensors'"),
-    (lambda files: files.update({"card.yaml": b"a: &a [*a]"}), CardError, "^hf:.*/card.yaml:1: a YAML alias"),
-    (lambda files: files.update({"card.yaml": b"x" * (1 << 20)}), HubError, "1048576 bytes. Is it a card"),
-    (lambda files: files.update({"card.yaml": files["card.yaml"].replace(b"file: ", b"file: ../")}),
-     CardError, "bare file name"),
-])
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        (lambda files: files.pop("card.yaml"), HubError, "has no card.yaml, so it holds no bundle"),
+        (lambda files: files.pop("weights.safetensors"), HubError, "lacks 'weights.safetensors'"),
+        (
+            lambda files: files.update({"card.yaml": b"a: &a [*a]"}),
+            CardError,
+            "^hf:.*/card.yaml:1: a YAML alias",
+        ),
+        (
+            lambda files: files.update({"card.yaml": b"x" * (1 << 20)}),
+            HubError,
+            "1048576 bytes. Is it a card",
+        ),
+        (
+            lambda files: files.update({"card.yaml": files["card.yaml"].replace(b"file: ", b"file: ../")}),
+            CardError,
+            "bare file name",
+        ),
+    ],
+)
 def test_a_repository_that_is_no_bundle(server: FakeHub, tiny_bundle, change, error, message: str) -> None:
     files = {path.name: path.read_bytes() for path in tiny_bundle.iterdir()}
     change(files)
@@ -290,11 +321,27 @@ def test_what_is_not_there(server: FakeHub, tiny_bundle) -> None:
         bundles.load("hf://owner/tiny", version="2.0.0")
 
 
-@pytest.mark.parametrize("text", [
-    "hf://", "hf://owner", "hf://owner/", "hf://owner/a/b", "hf://../x", "hf://owner/..", "hf://owner/a..b",
-    "hf://owner/x@", "hf://owner/x@../y", "hf://owner/x@a..b", "hf://owner/x y", "hf://owner/x\n", "https://x/y",
-    "hf://owner/x@/etc", "hf://owner\\x/y", "hf://o/" + "a" * 200,
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf://",
+        "hf://owner",
+        "hf://owner/",
+        "hf://owner/a/b",
+        "hf://../x",
+        "hf://owner/..",
+        "hf://owner/a..b",
+        "hf://owner/x@",
+        "hf://owner/x@../y",
+        "hf://owner/x@a..b",
+        "hf://owner/x y",
+        "hf://owner/x\n",
+        "https://x/y",
+        "hf://owner/x@/etc",
+        "hf://owner\\x/y",
+        "hf://o/" + "a" * 200,
+    ],
+)
 def test_no_hub_reference(text: str) -> None:
     with pytest.raises(HubError, match="no hub reference. Write hf://owner/name"):
         hub.parse_reference(text)
@@ -363,7 +410,7 @@ def test_two_processes_at_once(server: FakeHub, tiny_bundle) -> None:
     server.publish_folder(tiny_bundle)
     code = textwrap.dedent("""
         import sys, time
-        from zoo import hub
+        from zoo.bundles import hub
         import huggingface_hub, filelock
         print("ready", flush=True)
         sys.stdin.readline()
@@ -371,8 +418,14 @@ def test_two_processes_at_once(server: FakeHub, tiny_bundle) -> None:
     """)
     environment = {**os.environ, "PYTHONPATH": str(Path(hub.__file__).parents[1])}
     workers = [
-        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         for _ in range(3)
     ]
     assert all(worker.stdout.readline() == "ready\n" for worker in workers)
@@ -412,7 +465,7 @@ def test_a_cache_that_cannot_be_written(server: FakeHub, tiny_bundle, monkeypatc
     hub.fetch("hf://owner/tiny")
     with monkeypatch.context() as patched:  # what is cached can be used without writing
         patched.setattr(Path, "mkdir", refuse)
-        patched.setattr("zoo.hub.atomic_write", refuse)
+        patched.setattr("zoo.bundles.hub.atomic_write", refuse)
         assert hub.fetch("hf://owner/tiny").card.name == "graph/tiny-test"
         bundles.load("hf://owner/tiny")
 
@@ -485,7 +538,9 @@ def test_a_base_comes_along(server: FakeHub, on_base: Path, tiny_bundle: Path, t
     assert torch.equal(bundles.load_bundle(bundle).first.weight, tiny_model.first.weight)
     there = f"owner--tiny/snapshots/{commit}"
     assert [name for name in cached_files() if "/base/" in name] == [
-        f"{there}/base/card.yaml", f"{there}/base/weights.safetensors"]
+        f"{there}/base/card.yaml",
+        f"{there}/base/weights.safetensors",
+    ]
     (bundle.folder / "base" / "weights.safetensors").write_bytes(b"x")
     with pytest.raises(BundleError, match="truncated"):
         bundles.load_bundle(bundle)

@@ -22,13 +22,16 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("code", [
-    "import zoo",
-    "import zoo; zoo.list_models()",
-    "import zoo.registry as r; r.TASKS.names(); r.METHODS.names(); r.EXPERIMENTS.names()",
-    "import zoo; zoo.register_method; dir(zoo)",
-    "import zoo.graph, zoo.llm, zoo.vision, zoo.diffusion, zoo.neural3d",
-])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import zoo",
+        "import zoo; zoo.list_models()",
+        "import zoo.registry as r; r.TASKS.names(); r.METHODS.names(); r.EXPERIMENTS.names()",
+        "import zoo; zoo.register_method; dir(zoo)",
+        "import zoo.graph, zoo.llm, zoo.vision, zoo.diffusion, zoo.neural3d",
+    ],
+)
 def test_light_things_import_nothing_heavy(code: str) -> None:
     done = run(code)
     assert done.returncode == 0, done.stderr

@@ -139,12 +139,24 @@ def make_distribution(folder: Path, name: str, code: str, entries: str) -> None:
 
 
 def test_plugins_of_other_packages(tmp_path: Path, monkeypatch, caplog) -> None:
-    make_distribution(tmp_path, "good-plugin", "class Thing:\n    def run(self): ...\n",
-                      "[zoo.testthings]\nthing/good = good_plugin:Thing\n")
-    make_distribution(tmp_path, "broken-plugin", "raise RuntimeError('half installed')",
-                      "[zoo.testthings]\nthing/broken = broken_plugin:Thing\n")
-    make_distribution(tmp_path, "rude-plugin", "class Thing:\n    def run(self): ...\n",
-                      "[zoo.testthings]\nthing/ours = rude_plugin:Thing\n")
+    make_distribution(
+        tmp_path,
+        "good-plugin",
+        "class Thing:\n    def run(self): ...\n",
+        "[zoo.testthings]\nthing/good = good_plugin:Thing\n",
+    )
+    make_distribution(
+        tmp_path,
+        "broken-plugin",
+        "raise RuntimeError('half installed')",
+        "[zoo.testthings]\nthing/broken = broken_plugin:Thing\n",
+    )
+    make_distribution(
+        tmp_path,
+        "rude-plugin",
+        "class Thing:\n    def run(self): ...\n",
+        "[zoo.testthings]\nthing/ours = rude_plugin:Thing\n",
+    )
     monkeypatch.syspath_prepend(tmp_path)
     registry = Registry("thing", "zoo.testthings", needs=("run",))
     registry.register("thing/ours", Runs)
@@ -169,11 +181,29 @@ def test_legal_names(name: str) -> None:
     assert names.is_model_name(name)
 
 
-@pytest.mark.parametrize("name", [
-    "", "graph", "graph/", "/x", "graph/..", "graph/a..b", "../x", "graph/../x", "graph/a/b", "Graph/x",
-    "graph/.x", "graph/x.", "graph/a b", "graph/a\n", "graph/a\0", "graph\\a", "graph/ä",
-    "graph/" + "a" * 130,
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "graph",
+        "graph/",
+        "/x",
+        "graph/..",
+        "graph/a..b",
+        "../x",
+        "graph/../x",
+        "graph/a/b",
+        "Graph/x",
+        "graph/.x",
+        "graph/x.",
+        "graph/a b",
+        "graph/a\n",
+        "graph/a\0",
+        "graph\\a",
+        "graph/ä",
+        "graph/" + "a" * 130,
+    ],
+)
 def test_illegal_names(name: str) -> None:
     assert not names.is_model_name(name)
 

@@ -108,8 +108,8 @@ def _report(error: Exception, *, as_json: bool) -> int:
 
 
 def _classify(error: Exception) -> tuple[int, str]:
-    from shared.errors import SparseError
     from zoo.errors import HubError
+    from zoo.shared.errors import SparseError
 
     if isinstance(error, HubError):
         return ENVIRONMENT, str(error)

@@ -66,13 +66,13 @@ def bench_command(argv: Sequence[str]) -> int:
 
 
 def _calibrate(options: Bench) -> int:
-    """Measure the table of `shared.ops` with each number of threads."""
+    """Measure the table of `zoo.shared.ops` with each number of threads."""
     if options.names:
         raise ConfigError("--calibrate measures the operations and runs no benchmark: give no names with it")
     import torch
 
-    from shared import ops
-    from shared.bench import threads
+    from zoo.shared import ops
+    from zoo.shared.bench import threads
 
     for count in sorted({1, torch.get_num_threads()} if options.threads is None else {options.threads}):
         with threads(count):

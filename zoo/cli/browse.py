@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from zoo.cards import Card
+from zoo.bundles.card import Card
 from zoo.cli.console import print_json, stdout
 from zoo.cli.parsing import Positional, metavar, parse
 from zoo.report import numbers
@@ -57,7 +57,7 @@ def list_command(argv: Sequence[str]) -> int:
     options = parse(List, argv, "list")
     if options.kind != "models":
         return _list_names(options)
-    from zoo.catalog import select
+    from zoo.bundles.catalog import select
 
     bundles = select(
         options.glob,
@@ -97,7 +97,7 @@ def list_command(argv: Sequence[str]) -> int:
 def show_command(argv: Sequence[str]) -> int:
     """`zoo show`."""
     options = parse(Show, argv, "show")
-    from zoo.catalog import find
+    from zoo.bundles.catalog import find
 
     bundle = find(options.name)
     card = bundle.card

@@ -100,7 +100,7 @@ def sparsify_command(argv: Sequence[str]) -> int:
         f"The options include those of --method {method_name}; methods: {', '.join(METHODS.names())}."
     )
     options, method = parse_with(Sparsify, method_class, rest, "sparsify", description)
-    from zoo.catalog import find
+    from zoo.bundles.catalog import find
     from zoo.harness.making import Origin, make_bundle
 
     source = find(options.model)
@@ -127,8 +127,8 @@ def rebase_command(argv: Sequence[str]) -> int:
     options = parse(Rebase, argv, "rebase")
     if options.whole and options.base is not None:
         raise ConfigError("--whole stores everything: leave --base out")
-    from zoo.bundles import load_bundle, save
-    from zoo.catalog import find
+    from zoo.bundles.catalog import find
+    from zoo.bundles.store import load_bundle, save
     from zoo.harness.subjects import twin_of
 
     bundle = find(options.model)
@@ -197,8 +197,8 @@ def reproduce_command(argv: Sequence[str]) -> int:
         show_experiment(stdout(), done.result)
     files = list(done.files)
     if options.report is not None:
-        from shared.io import atomic_write
         from zoo.report.html import experiment_page
+        from zoo.shared.store.io import atomic_write
 
         facts = {"Command": command_line("reproduce", argv), "Time": f"{done.seconds:.0f} s"}
         page = experiment_page(experiment.title, f"Paper: {experiment.paper}", done.result, facts)
@@ -210,7 +210,7 @@ def reproduce_command(argv: Sequence[str]) -> int:
 
 def _show_new(path: Path, as_json: bool, before: Any = None) -> int:
     """Print what became of a model: its figures beside those of where it came from and of its dense twin."""
-    from zoo.catalog import find
+    from zoo.bundles.catalog import find
     from zoo.report import numbers
     from zoo.report.terminal import show_table
 
@@ -245,6 +245,6 @@ def _figures(model: Any) -> dict[tuple[str, str], float]:
     """Figures on the card of the model that the work started from."""
     if model is None:
         return {}
-    from zoo.catalog import find
+    from zoo.bundles.catalog import find
 
     return {(metric.task, metric.metric): metric.value for metric in find(model).card.metrics}

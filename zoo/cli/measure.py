@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from shared.io import atomic_write
 from zoo.cli import CHECK_FAILED, OK
 from zoo.cli.console import note, print_json, stdout
 from zoo.cli.parsing import Positional, metavar, parse
 from zoo.errors import ConfigError
 from zoo.progress import progress_bar
+from zoo.shared.store.io import atomic_write
 
 Execution = Literal["masked", "packed"]
 

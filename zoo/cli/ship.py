@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from shared.io import atomic_write, write_json
 from zoo.cli import OK
 from zoo.cli.console import note, print_json
 from zoo.cli.parsing import Positional, metavar, parse
 from zoo.errors import ConfigError
 from zoo.report import numbers
+from zoo.shared.store.io import atomic_write, write_json
 
 PREFIX = "hf://"
 
@@ -72,7 +72,7 @@ def pull_command(argv: Sequence[str]) -> int:
     """`zoo pull`."""
     options = parse(Pull, argv, "pull")
     _require_hub(options.reference)
-    from zoo.hub import pull
+    from zoo.bundles.hub import pull
 
     bundle = pull(options.reference, offline=True if options.offline else None)
     card = bundle.card
@@ -88,7 +88,7 @@ def push_command(argv: Sequence[str]) -> int:
     """`zoo push`."""
     options = parse(Push, argv, "push")
     _require_hub(options.reference)
-    from zoo.hub import push
+    from zoo.bundles.hub import push
 
     pushed = push(options.model, options.reference, private=options.private, dry_run=options.dry_run)
     if options.json:
@@ -111,7 +111,7 @@ def export_command(argv: Sequence[str]) -> int:
         raise ConfigError(f"{weights} is there already; give another place, or --overwrite")
     from safetensors.torch import save
 
-    from zoo.bundles import info, load
+    from zoo.bundles.store import info, load
 
     model = load(options.model)
     card = info(model).card

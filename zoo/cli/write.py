@@ -45,7 +45,7 @@ class Generate:
 def generate_command(argv: Sequence[str]) -> int:
     """`zoo generate MODEL --prompt TEXT ...`."""
     options = parse(Generate, argv, "generate")
-    from zoo.catalog import find
+    from zoo.bundles.catalog import find
 
     bundle = find(options.model)
     from zoo.registry import GENERATORS
@@ -57,7 +57,7 @@ def generate_command(argv: Sequence[str]) -> int:
         )
     import torch
 
-    from zoo.bundles import load_bundle
+    from zoo.bundles.store import load_bundle
 
     generate = GENERATORS.get(bundle.card.domain)
 

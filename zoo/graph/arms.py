@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch_geometric.data import Data
 
-from shared.io import atomic_write
 from zoo.errors import UnknownNameError
 from zoo.graph.models import GAT, GCN, GIN, GraphModel
 from zoo.graph.teddy import Order, released_level, ticket_mask
 from zoo.graph.train import Best, Constraint, Fit, FixedMasks, L0Ball, TrainConfig, accuracy_of
 from zoo.graph.ugs import UGSConfig, ugs
 from zoo.harness.experiments import CellCache
+from zoo.shared.store.io import atomic_write
 
 # Raise it when a change to the training code changes what a cell means.
 CELL_VERSION = 1

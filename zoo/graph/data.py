@@ -25,12 +25,12 @@ from torch_geometric.data import Data
 from torch_geometric.datasets import Coauthor, Planetoid
 from torch_geometric.transforms import NormalizeFeatures
 
-from shared.io import sha256_file
-from zoo.catalog import cache_folder
+from zoo.bundles.catalog import cache_folder
+from zoo.bundles.sources import Source
 from zoo.errors import DataError
 from zoo.graph.digits import digits_graph
 from zoo.graph.splits import split_per_class
-from zoo.sources import Source
+from zoo.shared.store.io import sha256_file
 
 NAMES = ("cora", "citeseer", "pubmed", "cs", "digits")
 

@@ -16,10 +16,9 @@ import torch
 from accelerate import Accelerator
 from torch_geometric.data import Data
 
-from shared.masks import masks_of
-from zoo.bundles import load_bundle
-from zoo.cards import Card
-from zoo.catalog import Bundle, find
+from zoo.bundles.card import Card
+from zoo.bundles.catalog import Bundle, find
+from zoo.bundles.store import load_bundle
 from zoo.errors import ConfigError, UnknownNameError
 from zoo.graph.checkpoint import Checkpoint
 from zoo.graph.data import SOURCES, load_graph
@@ -39,6 +38,7 @@ from zoo.harness.tuning import (
     zero_count,
 )
 from zoo.progress import progress_bar
+from zoo.shared.masks import masks_of
 
 
 @dataclass

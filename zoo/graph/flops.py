@@ -1,4 +1,5 @@
-"""What graph convolutions cost, told to `shared.account`: projections of all nodes and messages along all
+"""What graph convolutions cost, told to `zoo.shared.measure.account`: projections of all nodes and
+messages along all
 edges.
 
 A self-loop costs a message and is never dropped. GIN's linear map is counted before the sum, where it is
@@ -15,10 +16,10 @@ import torch_geometric.nn as pyg
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from shared.account import Account, Counting, Macs, count, register_counter
-from shared.masks import masks_of, set_masks
 from zoo.graph.adjacency import Adjacency
 from zoo.graph.models import GINLayer, GraphModel
+from zoo.shared.masks import masks_of, set_masks
+from zoo.shared.measure.account import Account, Counting, Macs, count, register_counter
 
 
 def count_graph(

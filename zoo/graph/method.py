@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch_geometric.data import Data
 
-from shared.masks import MaskSet, set_masks
 from zoo.errors import ConfigError
 from zoo.graph.data import load_graph
 from zoo.graph.models import GAT, GraphModel
 from zoo.graph.teddy import check_sparsity, ticket_mask
 from zoo.graph.ticket import EdgeTicket
 from zoo.graph.train import Fit, L0Ball, TrainConfig
-from zoo.methods import Sparsified
+from zoo.methods.contract import Sparsified
+from zoo.shared.masks import MaskSet, set_masks
 
 
 @dataclasses.dataclass

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from shared.masks import Mask
-from shared.ops import SparseLinear, pack
-from shared.ops.derived import Derived
-from shared.packing import MIN_SPARSITY, register_packer
 from zoo.errors import DataError
 from zoo.graph import sparse
 from zoo.graph.adjacency import Adjacency, attention, weighted_gcn_value
 from zoo.graph.edges import check_features, check_ids
 from zoo.graph.sparse import SparseMatrix
 from zoo.graph.ticket import EdgeTicket
+from zoo.shared.masks import Mask
+from zoo.shared.ops import SparseLinear, pack
+from zoo.shared.ops.derived import Derived
+from zoo.shared.ops.packing import MIN_SPARSITY, register_packer
 
 Features = Tensor | SparseMatrix
 
@@ -290,7 +290,7 @@ _transposed = Derived()
 
 @register_packer(pyg.Linear)
 def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
-    """`shared.ops.SparseLinear` for torch-geometric's own linear layer."""
+    """`zoo.shared.ops.SparseLinear` for torch-geometric's own linear layer."""
     keep = masks.get("weight")
     if not isinstance(module, pyg.Linear) or keep is None or keep.sparsity < MIN_SPARSITY:
         return None

@@ -23,11 +23,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch_geometric.data import Data
 
-from shared.io import atomic_write
-from shared.masks import MaskSet, set_masks
-from zoo.bundles import save as save_bundle
-from zoo.cards import mean_and_spread
-from zoo.catalog import cache_folder, open_bundle
+from zoo.bundles.card import mean_and_spread
+from zoo.bundles.catalog import cache_folder, open_bundle
+from zoo.bundles.store import save as save_bundle
 from zoo.errors import TaskError
 from zoo.graph.arms import ARCHITECTURES, edge_mask, new_model
 from zoo.graph.data import SOURCES, load_graph
@@ -37,6 +35,8 @@ from zoo.graph.train import Best, Fit, L0Ball, TrainConfig, accuracy_of
 from zoo.harness.evidence import record_evidence
 from zoo.harness.tasks import get_task
 from zoo.progress import progress_bar
+from zoo.shared.masks import MaskSet, set_masks
+from zoo.shared.store.io import atomic_write
 
 CITATION = (
     "Hyunjin Seo, Jihun Yun, Eunho Yang. "

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.data import Data
 
-from shared.constraints import project_l0_
 from zoo.errors import ConfigError
 from zoo.graph.models import Features, GraphModel
+from zoo.shared.learned.constraints import project_l0_
 
 # Called after each optimiser step; returns the mask of each parameter, by name.
 Constraint = Callable[[GraphModel], dict[str, Tensor]]

@@ -8,13 +8,13 @@ import math
 import torch
 from torch_geometric.data import Data
 
-from shared.masks import MaskSet, masks_of, set_masks
-from shared.patterns import Unstructured
 from zoo.graph.edges import fingerprint
 from zoo.graph.method import reinitialised
 from zoo.graph.models import GAT, GraphModel
 from zoo.graph.teddy import ticket_mask
 from zoo.graph.ticket import EdgeTicket
+from zoo.shared.masks import MaskSet, masks_of, set_masks
+from zoo.shared.masks.patterns import Unstructured
 
 
 def transferred(model: GraphModel, data: Data, seed: int) -> tuple[GraphModel, list[str]]:

@@ -165,11 +165,21 @@ def _method_verdicts(rows: Rows, dataset: str, architecture: str) -> list[Verdic
     )
     bars = (
         (f"{where}: TEDDY at level 5 is not below dense minus 1 point", "teddy", "dense", "k5", -1.0),
-        (f"{where}: TEDDY at level 20 is 5 points above random edges without distillation", "teddy",
-         "random, no distillation", "k20", 5.0),
-        (f"{where}: 90 % of the weights zero by l0 projection cost at most 1 point", "l0 weights", "dense",
-         "weights 90 %", -1.0),
-    )  # fmt: skip
+        (
+            f"{where}: TEDDY at level 20 is 5 points above random edges without distillation",
+            "teddy",
+            "random, no distillation",
+            "k20",
+            5.0,
+        ),
+        (
+            f"{where}: 90 % of the weights zero by l0 projection cost at most 1 point",
+            "l0 weights",
+            "dense",
+            "weights 90 %",
+            -1.0,
+        ),
+    )
     for claim, first, second, level, bar in bars:
         found.append(judge(claim, NOT_STATED, paired(rows, first, second, [level]), at_least=bar))
     return [*found, _time_verdict(rows, where, levels)]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from zoo.bundles import Execution
+from zoo.bundles.store import Execution
 from zoo.errors import ConfigError, TaskError
 from zoo.harness.records import Record
 from zoo.harness.runner import evaluate

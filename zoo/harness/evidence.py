@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from shared.io import read_json, write_json
+from zoo.shared.store.io import read_json, write_json
 
 
 def record_evidence(

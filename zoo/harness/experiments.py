@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from shared.io import atomic_write, write_json
 from zoo.errors import ConfigError
 from zoo.harness.tables import Plot, Series, Table, Verdict
 from zoo.registry import EXPERIMENTS
+from zoo.shared.store.io import atomic_write, write_json
 
 try:
     import fcntl
@@ -244,7 +244,7 @@ def reproduce(
         UnknownNameError: no such experiment.
         ConfigError: an option that the experiment does not have, or a config of another class.
     """
-    from zoo.catalog import cache_folder
+    from zoo.bundles.catalog import cache_folder
 
     experiment = get_experiment(name)
     config = _config(experiment, config, options)

@@ -7,16 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zoo.bundles import load_bundle, save
-from zoo.cards import Card, Metric, mean_and_spread
-from zoo.catalog import Bundle, base_of
+from zoo.bundles.card import Card, Metric, mean_and_spread
+from zoo.bundles.catalog import Bundle, base_of
+from zoo.bundles.store import load_bundle, save
 from zoo.errors import ConfigError
 from zoo.harness.records import Record
 from zoo.harness.runner import evaluate
 from zoo.harness.subjects import twin_of
 from zoo.harness.tasks import Progress, get_task
 from zoo.harness.workers import workers
-from zoo.methods import Method, Sparsified
+from zoo.methods.contract import Method, Sparsified
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def make_bundle(
 
     Args:
         source: the bundle to start from; if it is sparse itself, its own dense twin stays the twin.
-        method: see `zoo.methods`.
+        method: see `zoo.methods.contract`.
         origin: name, method's name and command for the card.
         folder: where to write.
         share: whether to store only what differs from the source, or from the base that it has itself.
@@ -121,10 +121,12 @@ def _card(
     was_cut = parameters < twin.cost.parameters.dense
     fields["cost"] = {
         "parameters": {"dense": max(parameters, twin.cost.parameters.dense)},
-        "flops": {"dense": max(flops.dense, known) if flops else known,
-                  "sparse": flops.sparse if flops else known},
+        "flops": {
+            "dense": max(flops.dense, known) if flops else known,
+            "sparse": flops.sparse if flops else known,
+        },
         "bytes": {"dense": twin.cost.bytes.dense} if was_cut else {},
-    }  # fmt: skip
+    }
     return fields
 
 

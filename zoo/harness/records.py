@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shared.io import atomic_write
 from zoo.errors import DataError
+from zoo.shared.store.io import atomic_write
 
 SCHEMA_VERSION = 1
 

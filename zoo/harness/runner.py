@@ -17,10 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from shared.io import sha256_file
-from shared.masks import MaskSet, masks_of
-from zoo.bundles import Execution
-from zoo.catalog import cache_folder
+from zoo.bundles.catalog import cache_folder
+from zoo.bundles.store import Execution
 from zoo.errors import DataError, TaskError, UnknownNameError
 from zoo.harness.records import (
     Cost,
@@ -38,6 +36,8 @@ from zoo.harness.tasks import Progress, Task, TaskResult, get_task
 from zoo.harness.workers import workers
 from zoo.names import is_glob
 from zoo.registry import TASKS
+from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.store.io import sha256_file
 
 Tasks = str | Task | Iterable[str | Task]
 

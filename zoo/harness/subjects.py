@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.masks import MaskSet, masks_of
-from zoo.bundles import Execution, ModelInfo, load_bundle
-from zoo.cards import CARD_FILE, Card
-from zoo.catalog import Bundle, base_of, find, list_models
+from zoo.bundles.card import CARD_FILE, Card
+from zoo.bundles.catalog import Bundle, base_of, find, list_models
+from zoo.bundles.store import Execution, ModelInfo, load_bundle
 from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
 from zoo.names import is_glob
+from zoo.shared.masks import MaskSet, masks_of
 
 Models = str | Path | nn.Module | Iterable[str | Path | nn.Module]
 _REFERENCE = re.compile(r"(?:[A-Za-z_][\w.]*|[^:*?]+\.py):[A-Za-z_]\w*")

@@ -124,7 +124,7 @@ class Task(ABC):
 
     def flops(self, model: nn.Module) -> Flops | None:
         """Operations of one pass over the task's input, if the task can count them (see
-        `shared.account.count`)."""
+        `zoo.shared.measure.account.count`)."""
         return None
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shared.masks import MaskSet, masks_of, set_masks
-from zoo.bundles import save
-from zoo.cards import Card, mean_and_spread
-from zoo.catalog import Bundle
+from zoo.bundles.card import Card, mean_and_spread
+from zoo.bundles.catalog import Bundle
+from zoo.bundles.store import save
 from zoo.errors import ConfigError
 from zoo.harness.tables import Table
 from zoo.harness.tasks import Task
+from zoo.shared.masks import MaskSet, masks_of, set_masks
 
 # Options that say where the work is done and where the result goes, not what it is.
 _PLACES = ("model", "out", "overwrite", "name", "device")
@@ -107,8 +107,11 @@ def finetuned_card(
     cost["flops"] = {"dense": flops.dense, "sparse": flops.sparse}
     if sum(parameter.numel() for parameter in model.parameters()) < source.cost.parameters.dense:
         # The source was cut: what it cost before cannot be counted on it any more.
-        for kind, known in (("parameters", source.cost.parameters), ("bytes", source.cost.bytes),
-                            ("flops", source.cost.flops)):  # fmt: skip
+        for kind, known in (
+            ("parameters", source.cost.parameters),
+            ("bytes", source.cost.bytes),
+            ("flops", source.cost.flops),
+        ):
             cost[kind]["dense"] = known.dense
     if twin is not None:
         own = next(m for m in twin.card.metrics if m.task == task.name)

@@ -12,19 +12,19 @@ from typing import Any
 
 from torch import nn
 
-from shared.errors import SparseError
-from shared.formats import save_packed
-from shared.io import read_json, sha256_file
-from shared.masks import MaskSet, masks_of
-from zoo.bundles import PART_MASK, info, load_bundle
-from zoo.cards import Card, Metric, mean_and_spread, share_dropped
-from zoo.catalog import Bundle, base_of
+from zoo.bundles.card import Card, Metric, mean_and_spread, share_dropped
+from zoo.bundles.catalog import Bundle, base_of
+from zoo.bundles.store import PART_MASK, info, load_bundle
 from zoo.harness.records import Record
 from zoo.harness.runner import count_parameters, evaluate
 from zoo.harness.subjects import Models, find_bundles, twin_of
 from zoo.harness.tables import Table
 from zoo.harness.tasks import Progress, get_task
 from zoo.report import numbers
+from zoo.shared.errors import SparseError
+from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.store.formats import save_packed
+from zoo.shared.store.io import read_json, sha256_file
 
 REPOSITORY = Path(__file__).parents[2]
 _OUTCOMES = {True: "ok", False: "failed", None: "not checked"}

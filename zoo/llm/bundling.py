@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from zoo.bundles import save
+from zoo.bundles.store import save
 from zoo.errors import ConfigError, TaskError
 from zoo.harness.evidence import record_evidence
 from zoo.harness.tasks import get_task

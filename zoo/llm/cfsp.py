@@ -24,12 +24,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from shared.groups import GroupMap
-from shared.masks import MaskSet, masks_of
-from shared.surgery import cut
-from shared.topk import topk_mask
-from zoo.bundles import PART_MASK
-from zoo.cards import share_dropped
+from zoo.bundles.card import share_dropped
+from zoo.bundles.store import PART_MASK
 from zoo.errors import ConfigError, DataError
 from zoo.harness.workers import workers
 from zoo.llm.blocks import Block, find_blocks
@@ -37,7 +33,11 @@ from zoo.llm.blockwise import Forward, RunningBlock, default_forward, walk_block
 from zoo.llm.calibration import Calibrated, extras_of
 from zoo.llm.models import architecture_of, float32
 from zoo.llm.pruning import input_norms
-from zoo.methods import Sparsified
+from zoo.methods.contract import Sparsified
+from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.masks.topk import topk_mask
+from zoo.shared.structure.groups import GroupMap
+from zoo.shared.structure.surgery import cut
 
 FineScore = Literal["repaired", "released", "wanda", "magnitude", "random"]
 Coarse = Literal["angular", "uniform"]
@@ -255,9 +255,14 @@ class CFSP(Calibrated):
         with float32(model):
             statistics = ffn_statistics(model, self.batches(model))
             keep = choose_channels(
-                model, statistics, self.ratio, score=self.score, coarse=self.coarse, multiple=self.multiple,
+                model,
+                statistics,
+                self.ratio,
+                score=self.score,
+                coarse=self.coarse,
+                multiple=self.multiple,
                 seed=self.seed,
-            )  # fmt: skip
+            )
         widths = [int(kept.sum()) for kept in keep.values()]
         architecture = architecture_of(model)
         if architecture["name"] != "llm/llama" and len(set(widths)) > 1:

@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shared.activations import channel_thresholds, check_share
-from shared.masks import MaskSet, masks_of
 from zoo.llm.calibration import Calibrated, extras_of
 from zoo.llm.gate_statistics import GateStatistics, gate_statistics
 from zoo.llm.models import float32
 from zoo.llm.thresholds import attach, to_extras
-from zoo.methods import Sparsified
+from zoo.methods.contract import Sparsified
+from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.measure.activations import channel_thresholds, check_share
 
 Attention = Literal["selective", "none", "all"]
 _PROJECTIONS: dict[str, tuple[str, ...]] = {

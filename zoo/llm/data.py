@@ -21,9 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.io import sha256_file
 from zoo.errors import DataError, UnknownNameError
 from zoo.names import suggestion
+from zoo.shared.store.io import sha256_file
 
 EMBEDDED = Path(__file__).parent / "texts" / "shakespeare.txt.xz"
 

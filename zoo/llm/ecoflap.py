@@ -22,11 +22,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shared.allocation import Slot, proportional
-from shared.budgets import kept_count
-from shared.calibration import LossFn, collect_gradients
-from shared.modes import eval_mode
-from shared.patterns import Unstructured
 from zoo.errors import ConfigError, DataError
 from zoo.harness.workers import workers
 from zoo.llm.blockwise import block_chains
@@ -35,7 +30,12 @@ from zoo.llm.models import float32
 from zoo.llm.pruning import block_weights, open_sparsity, prune_blocks
 from zoo.llm.sparsegpt import sparsegpt_pruner
 from zoo.llm.wanda import wanda_pruner
-from zoo.methods import Sparsified
+from zoo.methods.contract import Sparsified
+from zoo.shared.masks.patterns import Unstructured
+from zoo.shared.measure.calibration import LossFn, collect_gradients
+from zoo.shared.measure.modes import eval_mode
+from zoo.shared.pruning.allocation import Slot, proportional
+from zoo.shared.pruning.budgets import kept_count
 
 
 def language_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:

@@ -18,10 +18,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from shared.masks import masks_of
-from zoo.bundles import info, load_bundle
-from zoo.cards import Card
-from zoo.catalog import Bundle, find
+from zoo.bundles.card import Card
+from zoo.bundles.catalog import Bundle, find
+from zoo.bundles.store import info, load_bundle
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError, DataError
 from zoo.harness.subjects import twin_of
@@ -43,6 +42,7 @@ from zoo.llm.tasks import TextTask
 from zoo.llm.tokenization import END, tokenizer_of
 from zoo.llm.train import Fit, TrainConfig, Windows, adamw, distillation, token_stream
 from zoo.progress import progress_bar
+from zoo.shared.masks import masks_of
 
 Measured = dict[str, dict[str, Measure]]
 

@@ -10,7 +10,8 @@ multiple of four, for 128-bit loads, with zeros that sit at places of the tile w
 `offsets` counts in fours, and its last entry is repeated, an empty tile for prefetching.
 
 Here the format is packed, checked, unpacked and multiplied by definition. The product that runs in a model is
-`shared.ops.sparse_linear`, whose bitmask layout on CPUs also expands what it loads and multiplies densely.
+`zoo.shared.ops.sparse_linear`, whose bitmask layout on CPUs also expands what it loads and multiplies
+densely.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from shared.errors import FormatError, OpError
+from zoo.shared.errors import FormatError, OpError
 
 TILE_ROWS, TILE_COLUMNS = 128, 64
 _PLACES = TILE_ROWS * TILE_COLUMNS

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from shared.activations import Accumulator, ChunkedKth, Moments, Tap, calibrate
 from zoo.errors import ConfigError
 from zoo.llm.blocks import find_blocks
 from zoo.llm.thresholds import thresholds_of
+from zoo.shared.measure.activations import Accumulator, ChunkedKth, Moments, Tap, calibrate
 
 
 @dataclass(frozen=True)

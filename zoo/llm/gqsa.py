@@ -23,16 +23,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from shared.budgets import kept_count
-from shared.calibration import LossFn, LossModule
-from shared.ops.quant_sparse_linear import QuantGroups
-from shared.patterns import NM, topk_mask
 from zoo.errors import ConfigError
 from zoo.llm.blocks import find_blocks
 from zoo.llm.blockwise import Forward, RunningBlock, default_forward, walk_blocks
 from zoo.llm.ecoflap import language_loss
 from zoo.llm.pruning import input_hessians
 from zoo.llm.quantised import GroupQuantLinear, check_group, replace_module
+from zoo.shared.masks.patterns import NM, topk_mask
+from zoo.shared.measure.calibration import LossFn, LossModule
+from zoo.shared.ops.quant_sparse_linear import QuantGroups
+from zoo.shared.pruning.budgets import kept_count
 
 Spread = Literal["row", "layer"]
 #: Chooses which weights of a layer stay, [out, in], from the weight and H = 2/n X^T X.
@@ -98,7 +98,7 @@ class Quantiser:
         cls, weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"], group: int, bits: int
     ) -> Quantiser:
         """Scale = (max - min) / (2^b - 1) over each group and zero, zero = round(-min / scale); a group of
-        zeros has scale 1 (as `shared.ops.quantise_groups`)."""
+        zeros has scale 1 (as `zoo.shared.ops.quantise_groups`)."""
         check_group(weight.shape[1], group)
         shape = (weight.shape[0], weight.shape[1] // group, group)
         kept = keep.reshape(shape)

@@ -7,16 +7,16 @@ import dataclasses
 import torch
 from torch import nn
 
-from shared.masks import MaskSet, masks_of, set_masks
-from zoo.bundles import PART_MASK
-from zoo.cards import share_dropped
+from zoo.bundles.card import share_dropped
+from zoo.bundles.store import PART_MASK
 from zoo.errors import ConfigError
 from zoo.llm.calibration import Calibrated, extras_of
 from zoo.llm.gqsa import Tuning, choose_groups, pack_model, quantise_blocks, tune_model
 from zoo.llm.models import architecture_of, float32
 from zoo.llm.pruning import open_sparsity
 from zoo.llm.quantised import quantise_head
-from zoo.methods import Sparsified
+from zoo.methods.contract import Sparsified
+from zoo.shared.masks import MaskSet, masks_of, set_masks
 
 
 @dataclasses.dataclass

@@ -28,8 +28,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from shared.io import write_json
-from shared.patterns import parse_pattern
 from zoo.errors import ConfigError
 from zoo.llm.blocks import find_blocks
 from zoo.llm.calibration import random_windows
@@ -40,21 +38,33 @@ from zoo.llm.tokenization import tokenizer_in
 from zoo.llm.train import token_stream
 from zoo.llm.wanda import wanda_pruner
 from zoo.progress import progress_bar
+from zoo.shared.masks.patterns import parse_pattern
+from zoo.shared.store.io import write_json
 
 _INDEX = "model.safetensors.index.json"
 #: Shapes for `--random`: arguments of LlamaConfig.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
         "max_position_embeddings": 131072,
     },
     "tiny": {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
         "max_position_embeddings": 512,
     },
-}  # fmt: skip
+}
 
 
 class Shards:

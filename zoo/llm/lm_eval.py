@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from shared.io import sha256_file
 from zoo.errors import ConfigError, TaskError, UnknownNameError
 from zoo.harness.tasks import Measure, Progress, Task, TaskResult
 from zoo.llm.models import float32
 from zoo.llm.scoring import context_of
 from zoo.llm.tokenization import tokenizer_of
 from zoo.names import suggestion
+from zoo.shared.store.io import sha256_file
 
 
 class LmEvalTask(Task):

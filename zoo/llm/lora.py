@@ -20,10 +20,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from shared.errors import MaskError
-from shared.masks import Mask, MaskSet, masks_of
 from zoo.errors import ConfigError
 from zoo.llm.blocks import find_blocks
+from zoo.shared.errors import MaskError
+from zoo.shared.masks import Mask, MaskSet, masks_of
 
 
 class MaskedLowRank(nn.Module):
@@ -110,7 +110,7 @@ def attach_lora(
     """Freeze a model and give the projections of its blocks low-rank updates with their masks.
 
     Args:
-        model: its masks (`shared.masks.masks_of`) say which zeros stay.
+        model: its masks (`zoo.shared.masks.masks_of`) say which zeros stay.
         rank: r.
         alpha: by default 2 r.
         names: globs over the names of weights; by default all seven projections of every block.

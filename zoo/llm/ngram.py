@@ -16,12 +16,12 @@ from pathlib import Path
 
 import tyro
 
-from shared.io import read_json, write_json
 from zoo.errors import ConfigError
 from zoo.llm.data import corpus
 from zoo.llm.scoring import encode
 from zoo.llm.tasks import perplexity_result
 from zoo.llm.tokenization import packaged
+from zoo.shared.store.io import read_json, write_json
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "llm-ngram.json"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shared.activations import check_share
 from zoo.llm.blocks import find_blocks
+from zoo.shared.measure.activations import check_share
 
 
 class TopInput(nn.Module):

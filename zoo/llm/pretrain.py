@@ -24,7 +24,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from zoo.catalog import cache_folder
+from zoo.bundles.catalog import cache_folder
 from zoo.checkpoints import CheckpointFile, part
 from zoo.errors import ConfigError
 from zoo.llm.bundling import save_dense

@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from shared.budgets import kept_count
-from shared.calibration import collect_activations, collect_hessians
-from shared.errors import PatternError
-from shared.masks import Mask, MaskSet, set_masks
-from shared.patterns import NM, Pattern, Unstructured
-from shared.topk import topk_mask
 from zoo.errors import ConfigError, DataError
 from zoo.harness.workers import workers
 from zoo.llm.blockwise import Forward, Opened, RunningBlock, block_chains, default_forward, walk_blocks
+from zoo.shared.errors import PatternError
+from zoo.shared.masks import Mask, MaskSet, set_masks
+from zoo.shared.masks.patterns import NM, Pattern, Unstructured
+from zoo.shared.masks.topk import topk_mask
+from zoo.shared.measure.calibration import collect_activations, collect_hessians
+from zoo.shared.pruning.budgets import kept_count
 
 #: Chooses the masks of a block's linear weights, by their name in the block; may change the weights, too.
 Prune = Callable[[RunningBlock], Mapping[str, Mask]]

@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.account import Counting, Macs, register_counter
-from shared.masks import Mask
-from shared.ops.quant_sparse_linear import QuantGroups, quant_sparse_linear, quantise_groups
-from shared.packing import register_packer
 from zoo.errors import ConfigError
 from zoo.llm.blockwise import block_chains
+from zoo.shared.masks import Mask
+from zoo.shared.measure.account import Counting, Macs, register_counter
+from zoo.shared.ops.packing import register_packer
+from zoo.shared.ops.quant_sparse_linear import QuantGroups, quant_sparse_linear, quantise_groups
 
 
 class GroupQuantLinear(nn.Module):
@@ -23,7 +23,7 @@ class GroupQuantLinear(nn.Module):
 
     Codes, zero points and places are buffers; the scales are the only weights that train, so that fine-tuning
     tunes the quantiser, and neither a zero nor a code can be lost. The forward multiplies by the dequantised
-    weight; `shared.packing.pack` makes it a `PackedGroupLinear`.
+    weight; `zoo.shared.ops.packing.pack` makes it a `PackedGroupLinear`.
 
     Args:
         groups: the weight.
@@ -107,7 +107,8 @@ class GroupQuantLinear(nn.Module):
 
 
 class PackedGroupLinear(nn.Module):
-    """The same product by `shared.ops.quant_sparse_linear`, which reads the kept groups only; for inference.
+    """The same product by `zoo.shared.ops.quant_sparse_linear`, which reads the kept groups only; for
+    inference.
 
     Args:
         groups: the weight.

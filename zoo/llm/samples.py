@@ -14,11 +14,11 @@ from typing import Any
 
 import tyro
 
-from shared.io import atomic_write, write_json
-from zoo.bundles import load_bundle
-from zoo.catalog import find
+from zoo.bundles.catalog import find
+from zoo.bundles.store import load_bundle
 from zoo.errors import ConfigError
 from zoo.llm.generate import generate
+from zoo.shared.store.io import atomic_write, write_json
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "llm-samples.json"
 

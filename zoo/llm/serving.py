@@ -3,9 +3,9 @@
     model = pack_model(attach(model, thresholds))
 
 - A gated FFN computes its gate as before, then reads only the rows of W_up and W_down whose gate is open, in
-  one call of `shared.ops.gated_product`; W_down is stored by its inputs.
+  one call of `zoo.shared.ops.gated_product`; W_down is stored by its inputs.
 - A projection with a threshold on its input is stored by its inputs and reads those that are not zero
-  (`shared.ops.gather_linear`).
+  (`zoo.shared.ops.gather_linear`).
 - Where the weights are sparse, too, the gate is a packed product and the other two are packed by mask bits.
 
 Up to 8 tokens at a time (a decoding batch) use the union of their active sets; more, as in a prompt, take the
@@ -21,14 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shared import packing
-from shared.account import Counting, Macs, register_counter
-from shared.masks import Mask, MaskSet, masks_of
-from shared.ops import DenseRows, SparseLinear, SparseWeight, gather_linear, pack, store_rows
-from shared.ops.dense_rows import product
-from shared.ops.gated_product import gated_product
-from shared.ops.gather_linear import MOST_BATCH
 from zoo.llm.thresholds import ThresholdedActivation, ThresholdedLinear, attach
+from zoo.shared.masks import Mask, MaskSet, masks_of
+from zoo.shared.measure.account import Counting, Macs, register_counter
+from zoo.shared.ops import DenseRows, SparseLinear, SparseWeight, gather_linear, pack, packing, store_rows
+from zoo.shared.ops.dense_rows import product
+from zoo.shared.ops.gated_product import gated_product
+from zoo.shared.ops.gather_linear import MOST_BATCH
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 

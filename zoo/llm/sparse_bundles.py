@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import tyro
 
-from zoo.bundles import load_bundle, save
-from zoo.cards import mean_and_spread
-from zoo.catalog import base_of, find, open_bundle
+from zoo.bundles.card import mean_and_spread
+from zoo.bundles.catalog import base_of, find, open_bundle
+from zoo.bundles.store import load_bundle, save
 from zoo.errors import ConfigError
 from zoo.harness.evidence import record_evidence
 from zoo.harness.making import Origin, make_bundle

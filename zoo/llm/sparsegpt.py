@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from shared.masks import Mask
-from shared.patterns import NM, Pattern, Unstructured, parse_pattern, topk_mask
 from zoo.errors import ConfigError
 from zoo.llm.blockwise import RunningBlock
 from zoo.llm.calibration import Calibrated, extras_of
 from zoo.llm.models import float32
 from zoo.llm.pruning import input_hessians, kept_of, nm_pattern, prune_blocks, resolve_sparsity
-from zoo.methods import Sparsified
+from zoo.methods.contract import Sparsified
+from zoo.shared.masks import Mask
+from zoo.shared.masks.patterns import NM, Pattern, Unstructured, parse_pattern, topk_mask
 
 
 def inverse_factor(

@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from shared.account import count
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
 from zoo.llm.data import corpus, words
 from zoo.llm.scoring import Scored, context_of, document_nats, encode, first_tokens, sequence_nats
 from zoo.llm.tokenization import tokenizer_of
+from zoo.shared.measure.account import count
 
 
 class TextTask(Task):

@@ -16,15 +16,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from shared.activations import MagnitudeHistogram, Tap, calibrate, check_share
-from shared.masks import MaskSet, masks_of
 from zoo.errors import ConfigError
 from zoo.llm.blocks import find_blocks
 from zoo.llm.blockwise import RunningBlock, walk_blocks
 from zoo.llm.calibration import Calibrated, extras_of
 from zoo.llm.models import float32
 from zoo.llm.thresholds import ThresholdedLinear, attach, detach, thresholds_of, to_extras
-from zoo.methods import Sparsified
+from zoo.methods.contract import Sparsified
+from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.measure.activations import MagnitudeHistogram, Tap, calibrate, check_share
 
 _MOST = 0.99  # sparsity of one projection
 _LAST = 0.25  # share of each window, at its end, on which the error is taken

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from shared.activations import ActivationThreshold, counting_sparsity, realised_sparsity
-from shared.masks import near_misses
-from shared.modes import eval_mode
 from zoo.errors import ConfigError, DataError
 from zoo.llm.blocks import Block, find_blocks
+from zoo.shared.masks import near_misses
+from zoo.shared.measure.activations import ActivationThreshold, counting_sparsity, realised_sparsity
+from zoo.shared.measure.modes import eval_mode
 
 PREFIX = "thresholds"
 
@@ -200,4 +200,3 @@ def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     module.training = model.get_submodule(name).training
     setattr(model.get_submodule(parent), child, module)
-

@@ -133,9 +133,14 @@ def score_bpe(pieces: list[tuple[bytes, float]]) -> PreTrainedTokenizerFast:
         models.BPE(vocab=ids, merges=ranked, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
-    ])  # fmt: skip
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     return wrap(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 

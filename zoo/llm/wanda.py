@@ -12,8 +12,6 @@ from collections.abc import Callable
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from shared.masks import Mask
-from shared.patterns import NM, Pattern, Unstructured, parse_pattern
 from zoo.llm.blockwise import RunningBlock
 from zoo.llm.calibration import Calibrated, extras_of
 from zoo.llm.models import float32
@@ -25,7 +23,9 @@ from zoo.llm.pruning import (
     resolve_sparsity,
     rowwise_mask,
 )
-from zoo.methods import Sparsified
+from zoo.methods.contract import Sparsified
+from zoo.shared.masks import Mask
+from zoo.shared.masks.patterns import NM, Pattern, Unstructured, parse_pattern
 
 
 def wanda_score(weight: Float[Tensor, "out in"], norms: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:

@@ -115,10 +115,14 @@ def _table(table: Table) -> str:
         for i, column in enumerate(table.columns)
     )
     rows = "".join(
-        "<tr>" + "".join(f"<td{_class(_cell_class(cell, numeric[i]))}>{escape(str(cell))}</td>"
-                         for i, cell in enumerate(row)) + "</tr>"
+        "<tr>"
+        + "".join(
+            f"<td{_class(_cell_class(cell, numeric[i]))}>{escape(str(cell))}</td>"
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
         for row in table.rows
-    )  # fmt: skip
+    )
     caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     # tabindex: a table wider than the screen scrolls, also by keyboard.

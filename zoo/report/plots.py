@@ -153,9 +153,15 @@ def _draw_series(axes: Axes, series: Series, colour: str, marker: str) -> None:
     dashed = series.kind == "reference"
     linestyle = "none" if series.kind == "points" else (0, (5, 3)) if dashed else "-"
     axes.plot(
-        series.x, series.y, color=colour, linestyle=linestyle, linewidth=1.6,
-        marker=None if dashed else marker, markersize=6, label=series.label,
-    )  # fmt: skip
+        series.x,
+        series.y,
+        color=colour,
+        linestyle=linestyle,
+        linewidth=1.6,
+        marker=None if dashed else marker,
+        markersize=6,
+        label=series.label,
+    )
     if series.spread is not None:
         if series.kind == "points":
             axes.errorbar(

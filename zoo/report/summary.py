@@ -32,13 +32,23 @@ class _Axis:
 
 
 AXES = (
-    _Axis("sparsity", "sparsity", "sparsity (% of masked entries that are zero)",
-          lambda r: None if r.sparsity is None else 100 * r.sparsity, False),
+    _Axis(
+        "sparsity",
+        "sparsity",
+        "sparsity (% of masked entries that are zero)",
+        lambda r: None if r.sparsity is None else 100 * r.sparsity,
+        False,
+    ),
     _Axis("bytes", "size on disk", "size on disk (bytes)", lambda r: r.cost.bytes_on_disk, True),
-    _Axis("flops", "FLOPs", "operations per pass that are not skipped (FLOPs)",
-          lambda r: r.cost.flops.sparse if r.cost.flops else None, True),
+    _Axis(
+        "flops",
+        "FLOPs",
+        "operations per pass that are not skipped (FLOPs)",
+        lambda r: r.cost.flops.sparse if r.cost.flops else None,
+        True,
+    ),
     _Axis("seconds", "time", "wall time of the evaluation (s)", lambda r: r.seconds, True),
-)  # fmt: skip
+)
 
 
 def summarise(records: Sequence[Record]) -> list[TaskSummary]:

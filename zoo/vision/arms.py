@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file, save
 
-from shared.io import atomic_write
-from shared.masks import MaskSet, masks_of
 from zoo.harness.experiments import CellCache
+from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.store.io import atomic_write
 from zoo.vision.base import VisionMethod, clone
 from zoo.vision.bip import BiP
 from zoo.vision.data import Images, Split, load_images
@@ -113,9 +113,7 @@ def _soup(sparsity: float, setting: Setting, seed: int) -> VisionMethod:
 
 def _ticket(sparsity: float, setting: Setting, seed: int) -> VisionMethod:
     """Each round is as long as the dense training, as the method has it: the cost says so."""
-    return LotteryTicket(
-        sparsity, epochs=setting.dense_epochs, lr=setting.lr, batch=setting.batch, seed=seed
-    )  # fmt: skip
+    return LotteryTicket(sparsity, epochs=setting.dense_epochs, lr=setting.lr, batch=setting.batch, seed=seed)
 
 
 FLOOR = 0.0005

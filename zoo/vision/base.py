@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from shared.budgets import check_sparsity
-from shared.choose import prunable_parameters
-from shared.masks import MaskSet, masks_of, set_masks
 from zoo.errors import ConfigError
-from zoo.methods import Sparsified
+from zoo.methods.contract import Sparsified
+from zoo.shared.masks import MaskSet, masks_of, set_masks
+from zoo.shared.pruning.budgets import check_sparsity
+from zoo.shared.pruning.choose import prunable_parameters
 from zoo.vision.data import load_images
 from zoo.vision.models import Classifier, device_of
 from zoo.vision.train import Recipe, Trainer
@@ -85,9 +85,13 @@ class VisionMethod(ABC):
         made = back_on_cpu(made)
         options = self.options() | {"dataset": dataset, "training_flops": trainer.cost.flops}
         return Sparsified(
-            made.eval(), masks_of(made) or MaskSet({}), extras, options, arguments=made.current_arguments(),
+            made.eval(),
+            masks_of(made) or MaskSet({}),
+            extras,
+            options,
+            arguments=made.current_arguments(),
             parts={"channels": {"pattern": "channel"}} if "channels/keep" in extras else {},
-        )  # fmt: skip
+        )
 
     @abstractmethod
     def prune(self, model: Classifier, trainer: Trainer) -> Pruned:
@@ -140,8 +144,12 @@ def back_on_cpu(model: Model) -> Model:
 def clone(model: Classifier) -> Classifier:
     """A copy in float32 on the same device, without masks and without what the zoo knows of the original."""
     copy = type(model)(**model.current_arguments()).to(device_of(model))
-    copy.load_state_dict({name: value.float() if value.is_floating_point() else value
-                          for name, value in model.state_dict().items()})  # fmt: skip
+    copy.load_state_dict(
+        {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in model.state_dict().items()
+        }
+    )
     set_masks(copy, None)
     return copy
 

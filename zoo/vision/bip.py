@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shared.budgets import Global
-from shared.gates import harden
+from zoo.shared.learned.gates import harden
+from zoo.shared.pruning.budgets import Global
 from zoo.vision.base import Pruned, VisionMethod
 from zoo.vision.jackpots import gate_all, magnitude_masks, search_macs
 from zoo.vision.models import Classifier

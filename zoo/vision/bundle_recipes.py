@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from shared.masks import set_masks
-from zoo.sources import Source
+from zoo.bundles.sources import Source
+from zoo.shared.masks import set_masks
 from zoo.vision import superres
 from zoo.vision.base import VisionMethod
 from zoo.vision.bip import BiP
@@ -109,24 +109,40 @@ def _edsr(**arguments: Any) -> EDSR:
 
 
 DIGITS: dict[str, Any] = {
-    "tasks": ("vision/digits",), "protocol": "500 test images, last epoch", "source": SOURCES["digits"],
+    "tasks": ("vision/digits",),
+    "protocol": "500 test images, last epoch",
+    "source": SOURCES["digits"],
     "dataset": "digits",
-}  # fmt: skip
+}
 CONVNET = Family(
-    "convnet-digits", "net of four convolutions on scikit-learn's digits", "vision/convnet", ConvNet,
-    {"epochs": 20, "lr": 0.1, "batch": 64, "weight_decay": 5e-4}, _dense_classifier, **DIGITS,
-)  # fmt: skip
+    "convnet-digits",
+    "net of four convolutions on scikit-learn's digits",
+    "vision/convnet",
+    ConvNet,
+    {"epochs": 20, "lr": 0.1, "batch": 64, "weight_decay": 5e-4},
+    _dense_classifier,
+    **DIGITS,
+)
 MOBILENET = Family(
-    "mobilenet-digits", "MobileNet-v1 of an eighth of the width on scikit-learn's digits",
-    "vision/mobilenet", _mobilenet, {"epochs": 40, "lr": 0.02, "batch": 64, "weight_decay": 5e-4},
-    _dense_classifier, **DIGITS,
-)  # fmt: skip
+    "mobilenet-digits",
+    "MobileNet-v1 of an eighth of the width on scikit-learn's digits",
+    "vision/mobilenet",
+    _mobilenet,
+    {"epochs": 40, "lr": 0.02, "batch": 64, "weight_decay": 5e-4},
+    _dense_classifier,
+    **DIGITS,
+)
 EDSR_X2 = Family(
-    "edsr-x2", "EDSR of 4 blocks of 16 channels, twice the size", "vision/edsr", _edsr, UPSCALING,
+    "edsr-x2",
+    "EDSR of 4 blocks of 16 channels, twice the size",
+    "vision/edsr",
+    _edsr,
+    UPSCALING,
     _dense_upscaler,
-    ("vision/set5-x2", "vision/set14-x2"), "whole images, luma, borders of 2 pixels cropped, last step",
+    ("vision/set5-x2", "vision/set14-x2"),
+    "whole images, luma, borders of 2 pixels cropped, last step",
     superres.SOURCE,
-)  # fmt: skip
+)
 FAMILIES = (CONVNET, MOBILENET, EDSR_X2)
 
 
@@ -164,73 +180,112 @@ def _share(level: str) -> float:
 
 ENTRIES: dict[str, Entry] = {
     "global-magnitude": Entry(
-        "magnitude", "Gupta et al. Is Complexity Required for Neural Network Pruning? arXiv 2209.14624.",
-        CONVNET, ("90", "98"), lambda level, seed: MagnitudePruning(_share(level), floor=0.0005, seed=seed),
+        "magnitude",
+        "Gupta et al. Is Complexity Required for Neural Network Pruning? arXiv 2209.14624.",
+        CONVNET,
+        ("90", "98"),
+        lambda level, seed: MagnitudePruning(_share(level), floor=0.0005, seed=seed),
     ),
     "lamp": Entry(
-        "magnitude", "Lee et al. Layer-adaptive Sparsity for the Magnitude-based Pruning. ICLR 2021.",
-        CONVNET, ("90", "98"),
+        "magnitude",
+        "Lee et al. Layer-adaptive Sparsity for the Magnitude-based Pruning. ICLR 2021.",
+        CONVNET,
+        ("90", "98"),
         lambda level, seed: MagnitudePruning(_share(level), allocation="lamp", seed=seed),
     ),
     "random-erk": Entry(
-        "random-pruning", "Liu et al. The Unreasonable Effectiveness of Random Pruning. ICLR 2022.",
-        CONVNET, ("90", "98"), lambda level, seed: RandomPruning(_share(level), epochs=30, lr=0.1, seed=seed),
+        "random-pruning",
+        "Liu et al. The Unreasonable Effectiveness of Random Pruning. ICLR 2022.",
+        CONVNET,
+        ("90", "98"),
+        lambda level, seed: RandomPruning(_share(level), epochs=30, lr=0.1, seed=seed),
     ),
     "rigl": Entry(
-        "dynamic-sparse", "Evci et al. Rigging the Lottery: Making All Tickets Winners. ICML 2020.",
-        CONVNET, ("90", "98"), lambda level, seed: DynamicSparse(_share(level), epochs=30, lr=0.1, seed=seed),
+        "dynamic-sparse",
+        "Evci et al. Rigging the Lottery: Making All Tickets Winners. ICML 2020.",
+        CONVNET,
+        ("90", "98"),
+        lambda level, seed: DynamicSparse(_share(level), epochs=30, lr=0.1, seed=seed),
     ),
     "lottery-ticket": Entry(
-        "lottery-ticket", "Frankle et al. Linear Mode Connectivity and the Lottery Ticket Hypothesis. ICML "
-        "2020.", CONVNET, ("90", "98"),
+        "lottery-ticket",
+        "Frankle et al. Linear Mode Connectivity and the Lottery Ticket Hypothesis. ICML 2020.",
+        CONVNET,
+        ("90", "98"),
         lambda level, seed: LotteryTicket(_share(level), epochs=20, lr=0.1, seed=seed),
     ),
     "lottery-jackpot": Entry(
-        "lottery-jackpot", "Zhang et al. Lottery Jackpots Exist in Pre-trained Models. arXiv 2104.08700.",
-        CONVNET, ("90", "98"), lambda level, seed: LotteryJackpot(_share(level), seed=seed),
+        "lottery-jackpot",
+        "Zhang et al. Lottery Jackpots Exist in Pre-trained Models. arXiv 2104.08700.",
+        CONVNET,
+        ("90", "98"),
+        lambda level, seed: LotteryJackpot(_share(level), seed=seed),
     ),
     "bip": Entry(
-        "bip", "Zhang et al. Advancing Model Pruning via Bi-level Optimization. NeurIPS 2022.",
-        CONVNET, ("90", "95"), lambda level, seed: BiP(_share(level), seed=seed),
+        "bip",
+        "Zhang et al. Advancing Model Pruning via Bi-level Optimization. NeurIPS 2022.",
+        CONVNET,
+        ("90", "95"),
+        lambda level, seed: BiP(_share(level), seed=seed),
     ),
     "sparse-soup": Entry(
-        "sparse-soup", "Zimmer et al. Sparse Model Soups: A Recipe for Improved Pruning via Model Averaging. "
-        "ICLR 2024.", CONVNET, ("90", "98"), lambda level, seed: SparseSoup(_share(level), seed=seed),
+        "sparse-soup",
+        "Zimmer et al. Sparse Model Soups: A Recipe for Improved Pruning via Model Averaging. ICLR 2024.",
+        CONVNET,
+        ("90", "98"),
+        lambda level, seed: SparseSoup(_share(level), seed=seed),
     ),
     "pgf": Entry(
-        "pgf", "Bambhaniya et al. Progressive Gradient Flow for Robust N:M Sparsity Training in "
-        "Transformers. 2024.", CONVNET, ("2of8", "1of16"),
+        "pgf",
+        "Bambhaniya et al. Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers. 2024.",
+        CONVNET,
+        ("2of8", "1of16"),
         lambda level, seed: ProgressiveFlow(pattern=level.replace("of", ":"), epochs=20, seed=seed),
     ),
     "bdwp": Entry(
-        "bdwp", "Zhang et al. Bidirectional weight pruning for N:M sparse training. 2023.",
-        CONVNET, ("2of8", "1of8"),
+        "bdwp",
+        "Zhang et al. Bidirectional weight pruning for N:M sparse training. 2023.",
+        CONVNET,
+        ("2of8", "1of8"),
         lambda level, seed: BDWP(pattern=level.replace("of", ":"), epochs=20, seed=seed),
     ),
     "sparse-ift": Entry(
-        "sparse-ift", "Thangarasa et al. Sparse-IFT: Sparse Iso-FLOP Transformations for Maximizing Training "
-        "Efficiency. ICML 2024.", CONVNET, ("50", "75"),
+        "sparse-ift",
+        "Thangarasa et al. Sparse-IFT: Sparse Iso-FLOP Transformations for Maximizing Training "
+        "Efficiency. ICML 2024.",
+        CONVNET,
+        ("50", "75"),
         lambda level, seed: SparseIFT(_share(level), epochs=20, seed=seed),
     ),
     "mask-sparsity": Entry(
-        "mask-sparsity", "Jiang et al. Pruning-aware Sparse Regularization for Network Pruning. 2023.",
-        CONVNET, ("25", "50"),
+        "mask-sparsity",
+        "Jiang et al. Pruning-aware Sparse Regularization for Network Pruning. 2023.",
+        CONVNET,
+        ("25", "50"),
         lambda level, seed: MaskSparsity(_share(level), epochs=15, sparse_epochs=8, seed=seed),
     ),
     "wgsef": Entry(
-        "wgsef", "Sparse optimisation with the weighted group sparse envelope function.",
-        CONVNET, ("50", "75"),
+        "wgsef",
+        "Sparse optimisation with the weighted group sparse envelope function.",
+        CONVNET,
+        ("50", "75"),
         lambda level, seed: WGSEF(_share(level), penalty=1.0, epochs=15, sparse_epochs=8, seed=seed),
     ),
     "fast-convnet": Entry(
-        "fast-convnet", "Elsen et al. Fast Sparse ConvNets. CVPR 2020.", MOBILENET, ("80", "90"),
+        "fast-convnet",
+        "Elsen et al. Fast Sparse ConvNets. CVPR 2020.",
+        MOBILENET,
+        ("80", "90"),
         lambda level, seed: FastConvNet(_share(level), epochs=40, lr=0.02, seed=seed),
     ),
     "iss-p": Entry(
-        "iss-p", "Wang et al. Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution. ICCV "
-        "2023.", EDSR_X2, ("90", "95"), lambda level, seed: ISSP(_share(level), seed=seed, **UPSCALING),
+        "iss-p",
+        "Wang et al. Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution. ICCV 2023.",
+        EDSR_X2,
+        ("90", "95"),
+        lambda level, seed: ISSP(_share(level), seed=seed, **UPSCALING),
     ),
-}  # fmt: skip
+}
 
 
 def slug(name: str, level: str) -> str:

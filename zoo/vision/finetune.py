@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from shared.masks import masks_of, set_masks
-from zoo.bundles import info, load_bundle
-from zoo.catalog import find
+from zoo.bundles.catalog import find
+from zoo.bundles.sources import Source
+from zoo.bundles.store import info, load_bundle
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError
 from zoo.harness.subjects import twin_of
@@ -30,7 +30,7 @@ from zoo.harness.tuning import (
     zero_count,
 )
 from zoo.progress import progress_bar
-from zoo.sources import Source
+from zoo.shared.masks import masks_of, set_masks
 from zoo.vision.base import back_on_cpu, checked_device, clone, dataset_of
 from zoo.vision.data import SOURCES, load_images
 from zoo.vision.models import Classifier
@@ -118,11 +118,16 @@ class Finetune:
         require_zeros(back_on_cpu(model).eval(), masks)
         task = get_task(source.card.metrics[0].task)
         fields = finetuned_card(
-            self, source.card, twin_of(source) if source.card.dense_twin else None, model, task,
-            protocol=f"fine-tuned from {source.card.name}, last epoch", seconds=seconds,
+            self,
+            source.card,
+            twin_of(source) if source.card.dense_twin else None,
+            model,
+            task,
+            protocol=f"fine-tuned from {source.card.name}, last epoch",
+            seconds=seconds,
             data={"name": origin.title, "source": origin.origin, "licence": origin.licence},
             arguments=source.card.architecture.args,
-        )  # fmt: skip
+        )
         extras = info(loaded).extras
         path = publish(self, model, fields, extras)
         values = source.card.metrics[0].value, fields["metrics"][0]["value"]

@@ -9,12 +9,12 @@ from typing import Literal
 
 from torch import nn
 
-from shared.budgets import check_sparsity
-from shared.constraints import SoftShrinkage
-from shared.masks import MaskSet, masks_of, set_masks
-from shared.sparsifier import sparsify
 from zoo.errors import ConfigError
-from zoo.methods import Sparsified
+from zoo.methods.contract import Sparsified
+from zoo.shared.learned.constraints import SoftShrinkage
+from zoo.shared.masks import MaskSet, masks_of, set_masks
+from zoo.shared.pruning.budgets import check_sparsity
+from zoo.shared.pruning.sparsifier import sparsify
 from zoo.vision.base import back_on_cpu, checked_device, inner_weights
 from zoo.vision.models import device_of
 from zoo.vision.superres import PatchBatches, l1_loss, load_t91

@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from shared.budgets import Global
-from shared.choose import choose_masks, prunable_parameters
-from shared.gates import TopKGate, gate_weight, harden
-from shared.masks import MaskSet, set_masks
-from shared.patterns import Unstructured
+from zoo.shared.learned.gates import TopKGate, gate_weight, harden
+from zoo.shared.masks import MaskSet, set_masks
+from zoo.shared.masks.patterns import Unstructured
+from zoo.shared.pruning.budgets import Global
+from zoo.shared.pruning.choose import choose_masks, prunable_parameters
 from zoo.vision.base import Pruned, VisionMethod
 from zoo.vision.models import Classifier
 from zoo.vision.random_pruning import random_masks

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.budgets import BUDGETS, Budget, Floor
-from shared.schedules import Cubic, OneShot, Schedule
-from shared.scores import SCORES, Score
-from shared.sparsifier import Sparsifier
+from zoo.shared.pruning.budgets import BUDGETS, Budget, Floor
+from zoo.shared.pruning.schedules import Cubic, OneShot, Schedule
+from zoo.shared.pruning.scores import SCORES, Score
+from zoo.shared.pruning.sparsifier import Sparsifier
 from zoo.vision.base import Pruned, VisionMethod
 from zoo.vision.models import Classifier
 from zoo.vision.train import Trainer
@@ -53,8 +53,13 @@ class MagnitudePruning(VisionMethod):
         ramp_end = max(1, int(0.6 * fit.steps))
         schedule: Schedule = Cubic(self.sparsity, ramp_end) if self.gradual else OneShot(self.sparsity)
         with Sparsifier(
-            model, fit.optimizer, schedule=schedule, score=score, budget=budget, seed=self.seed,
+            model,
+            fit.optimizer,
+            schedule=schedule,
+            score=score,
+            budget=budget,
+            seed=self.seed,
             every=max(1, ramp_end // UPDATES),
-        ) as sparsifier:  # fmt: skip
+        ) as sparsifier:
             fit.run(sparsifier.step)
         return Pruned(model)

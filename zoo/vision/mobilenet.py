@@ -9,16 +9,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shared.averaging import recalibrate_norms
-from shared.folding import fold_norms
 from zoo.errors import ConfigError
+from zoo.shared.structure.averaging import recalibrate_norms
+from zoo.shared.structure.folding import fold_norms
 from zoo.vision.models import Classifier, seeded
 
 # (channels at width 1, stride) of each depthwise-separable block
 BLOCKS = (
-    (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1), (512, 1), (512, 1), (512, 1),
-    (512, 1), (1024, 2), (1024, 1),
-)  # fmt: skip
+    (64, 1),
+    (128, 2),
+    (128, 1),
+    (256, 2),
+    (256, 1),
+    (512, 2),
+    (512, 1),
+    (512, 1),
+    (512, 1),
+    (512, 1),
+    (512, 1),
+    (1024, 2),
+    (1024, 1),
+)
 
 
 class MobileNetV1(Classifier):
@@ -42,8 +53,11 @@ class MobileNetV1(Classifier):
                 f"{stem_stride}"
             )
         self.arguments = {
-            "width": width, "classes": classes, "channels": channels, "stem_stride": stem_stride,
-        }  # fmt: skip
+            "width": width,
+            "classes": classes,
+            "channels": channels,
+            "stem_stride": stem_stride,
+        }
         inputs = _channels(32, width)
         layers: list[nn.Module] = _convolution(channels, inputs, 3, stem_stride, 1)
         for base, stride in BLOCKS:

@@ -125,8 +125,12 @@ class ResNet(Classifier):
                 f"{outer} and {between}"
             )
         self.arguments = {
-            "depth": depth, "width": width, "classes": classes, "channels": channels, "shortcut": shortcut,
-        }  # fmt: skip
+            "depth": depth,
+            "width": width,
+            "classes": classes,
+            "channels": channels,
+            "shortcut": shortcut,
+        }
         if stages is not None:
             self.arguments["stages"] = outer
         if inner is not None:
@@ -190,13 +194,18 @@ class ConvNet(Classifier):
                 f"ConvNet needs as many strides as widths, all positive; received {widths}, {strides}"
             )
         self.arguments = {
-            "widths": list(widths), "strides": list(strides), "classes": classes, "channels": channels,
-        }  # fmt: skip
+            "widths": list(widths),
+            "strides": list(strides),
+            "classes": classes,
+            "channels": channels,
+        }
         layers: list[nn.Module] = []
         for inputs, outputs, stride in zip((channels, *widths), widths, strides, strict=False):
             layers += [
-                nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-            ]  # fmt: skip
+                nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+            ]
         self.features = nn.Sequential(*layers)
         self.linear = nn.Linear(widths[-1], classes)
         _initialise(self)
@@ -303,9 +312,15 @@ class ViT(Classifier):
         if size % patch or dim % heads:
             raise ConfigError(f"ViT: {patch} must divide {size} and {heads} heads must divide {dim}")
         self.arguments = {
-            "size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads, "hidden": hidden,
-            "classes": classes, "channels": channels,
-        }  # fmt: skip
+            "size": size,
+            "patch": patch,
+            "dim": dim,
+            "depth": depth,
+            "heads": heads,
+            "hidden": hidden,
+            "classes": classes,
+            "channels": channels,
+        }
         self.patches = nn.Conv2d(channels, dim, patch, patch)
         self.positions = nn.Parameter(torch.randn(1, (size // patch) ** 2, dim) * 0.02)
         self.blocks = nn.Sequential(*(EncoderBlock(dim, heads, hidden) for _ in range(depth)))

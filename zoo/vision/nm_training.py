@@ -11,19 +11,19 @@ from typing import Literal
 from torch import nn
 from torch.nn.utils import parametrize
 
-from shared.choose import resolve_patterns, select_parameters
-from shared.constraints import (
+from zoo.errors import ConfigError
+from zoo.shared.errors import BudgetError
+from zoo.shared.learned.constraints import (
     SRSTE,
     DecayingSTE,
     PatternSTE,
     finish_bidirectional,
     make_bidirectional,
 )
-from shared.errors import BudgetError
-from shared.gates import harden
-from shared.masks import MaskSet, set_masks
-from shared.patterns import NM, parse_pattern
-from zoo.errors import ConfigError
+from zoo.shared.learned.gates import harden
+from zoo.shared.masks import MaskSet, set_masks
+from zoo.shared.masks.patterns import NM, parse_pattern
+from zoo.shared.pruning.choose import resolve_patterns, select_parameters
 from zoo.vision.base import Pruned, VisionMethod, inner_weights
 from zoo.vision.models import Classifier, reinitialised
 from zoo.vision.train import Trainer, step_macs
@@ -179,4 +179,3 @@ class BDWP(NMMethod):
         trainer.fit(fresh, macs=lambda: macs).run()
         finish_bidirectional(fresh)
         return Pruned(fresh)
-

@@ -24,17 +24,17 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from shared.io import atomic_write
-from shared.masks import Mask, MaskSet, masks_of, set_masks
-from shared.patterns import pattern_from_dict
-from zoo.bundles import save
-from zoo.cards import Card, mean_and_spread
-from zoo.catalog import cache_folder, open_bundle
+from zoo.bundles.card import Card, mean_and_spread
+from zoo.bundles.catalog import cache_folder, open_bundle
+from zoo.bundles.store import save
 from zoo.errors import ConfigError, TaskError
 from zoo.harness.evidence import record_evidence
 from zoo.harness.tasks import get_task
 from zoo.names import suggestion
 from zoo.progress import progress_bar
+from zoo.shared.masks import Mask, MaskSet, masks_of, set_masks
+from zoo.shared.masks.patterns import pattern_from_dict
+from zoo.shared.store.io import atomic_write
 from zoo.vision.bundle_recipes import ENTRIES, FAMILIES, Entry, Family, Made, slug
 
 EVIDENCE = "benchmarks/results/vision-bundles.json"
@@ -58,9 +58,12 @@ def kept(file: Path, family: Family, stated: dict[str, Any], train: Callable[[],
         tensors |= {f"masks/{k}": m.keep for k, m in masks.items()}
         tensors |= {f"extras/{k}": v for k, v in made.extras.items()}
         facts = {
-            "arguments": made.model.current_arguments(), "options": made.options, "seconds": made.seconds,
-            "start": stated["start"], "patterns": {k: m.pattern.to_dict() for k, m in masks.items()},
-        }  # fmt: skip
+            "arguments": made.model.current_arguments(),
+            "options": made.options,
+            "seconds": made.seconds,
+            "start": stated["start"],
+            "patterns": {k: m.pattern.to_dict() for k, m in masks.items()},
+        }
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file.with_suffix(".json"), json.dumps(facts, default=str).encode())
         atomic_write(file, to_bytes({k: v.contiguous() for k, v in tensors.items()}))
@@ -120,10 +123,11 @@ class Pretrain:
         options = dataclasses.asdict(entry.at(level, seed))
         del options["device"]  # results do not depend on it
         return kept(
-            self.folder / f"{slug(name, level)}-{seed}.safetensors", entry.family,
+            self.folder / f"{slug(name, level)}-{seed}.safetensors",
+            entry.family,
             {"options": options, "start": entry.family.recipe},
             lambda: entry.run(level, seed, self.dense(entry.family, seed).model),
-        )  # fmt: skip
+        )
 
     @property
     def folder(self) -> Path:
@@ -149,14 +153,18 @@ class Pretrain:
         methods = [own for own, other in ENTRIES.items() if entry in (None, other) and other.family == family]
         options = "" if entry is None and family is FAMILIES[0] else f" --methods {methods[0]}"
         card = {
-            "name": f"vision/{name}", "version": "1.0.0", "domain": "vision",
+            "name": f"vision/{name}",
+            "version": "1.0.0",
+            "domain": "vision",
             "summary": _summary(first, family, entry),
             "architecture": {"name": family.architecture, "args": first.model.current_arguments()},
             "method": {
                 "name": entry.method if entry is not None else "dense",
-                "hyperparameters": first.options, "seed": 0,
+                "hyperparameters": first.options,
+                "seed": 0,
             },
-            "cost": cost, "metrics": [self._metric(name, task, made, family, twin) for task in family.tasks],
+            "cost": cost,
+            "metrics": [self._metric(name, task, made, family, twin) for task in family.tasks],
             "dense_twin": twin.name if twin is not None else None,
             "sparsity": {"parts": {"channels": {"pattern": "channel"}} if first.extras else {}},
             "training": {
@@ -164,9 +172,10 @@ class Pretrain:
                 "seconds": round(sum(one.seconds for one in made), 1),
             },
             "data": {"name": source.title, "source": source.origin, "licence": source.licence},
-            "license": "Apache-2.0", "citation": entry.citation if entry is not None else NO_PAPER,
+            "license": "Apache-2.0",
+            "citation": entry.citation if entry is not None else NO_PAPER,
             "evidence": EVIDENCE,
-        }  # fmt: skip
+        }
         save(first.model, self.out / name, card=card, extras=first.extras, overwrite=True)
 
     def _metric(
@@ -178,10 +187,16 @@ class Pretrain:
         per_seed = {seed: one.value for seed, one in enumerate(measured)}
         mean, spread = mean_and_spread(per_seed)
         metric: dict[str, Any] = {
-            "task": task_name, "metric": task.primary, "split": "test", "protocol": family.protocol,
-            "value": measured[0].value, "stderr": measured[0].stderr or 0.0, "per_seed": per_seed,
-            "mean": mean, "spread": spread,
-        }  # fmt: skip
+            "task": task_name,
+            "metric": task.primary,
+            "split": "test",
+            "protocol": family.protocol,
+            "value": measured[0].value,
+            "stderr": measured[0].stderr or 0.0,
+            "per_seed": per_seed,
+            "mean": mean,
+            "spread": spread,
+        }
         if twin is not None:
             own = next(m for m in twin.metrics if m.task == task_name)
             figure = {key: getattr(own, key) for key in ("value", "per_seed", "mean", "spread")}

@@ -11,12 +11,12 @@ from typing import Literal
 
 import torch
 
-from shared.budgets import Budget, ErdosRenyi, Floor, Uniform
-from shared.choose import prunable_parameters, select_parameters
-from shared.masks import Mask, MaskSet, set_masks
-from shared.patterns import topk_mask
-from shared.regrow import SET, RigL
-from shared.sparsifier import Sparsifier, sparsify
+from zoo.shared.masks import Mask, MaskSet, set_masks
+from zoo.shared.masks.patterns import topk_mask
+from zoo.shared.pruning.budgets import Budget, ErdosRenyi, Floor, Uniform
+from zoo.shared.pruning.choose import prunable_parameters, select_parameters
+from zoo.shared.pruning.regrow import SET, RigL
+from zoo.shared.pruning.sparsifier import Sparsifier, sparsify
 from zoo.vision.base import Pruned, VisionMethod, clone
 from zoo.vision.models import Classifier, device_of, reinitialised
 from zoo.vision.train import Trainer, cross_entropy, step_macs
@@ -105,10 +105,14 @@ def train_dynamic(model: Classifier, trainer: Trainer, options: DynamicSparse, b
     )
     rule = {"set": SET, "rigl": RigL}[options.growth](end, options.fraction)
     with Sparsifier(
-        model, fit.optimizer, sparsity=options.sparsity, score="random", budget=budget, regrow=rule,
-        every=every, seed=options.seed,
-    ) as sparsifier:  # fmt: skip
+        model,
+        fit.optimizer,
+        sparsity=options.sparsity,
+        score="random",
+        budget=budget,
+        regrow=rule,
+        every=every,
+        seed=options.seed,
+    ) as sparsifier:
         fit.run(sparsifier.step)
     return model
-
-

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from shared.budgets import check_sparsity
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, share
 from zoo.names import suggestion
+from zoo.shared.pruning.budgets import check_sparsity
 from zoo.vision import verdicts
 from zoo.vision.arms import ARMS, Setting, arm_cell, continued_cell, dense_cell
 from zoo.vision.base import checked_device
@@ -91,9 +91,18 @@ class BenchmarkConfig:
         """What the arms share, at a multiple of the width."""
         usual = 1.0 if self.dataset == "digits" else 16.0
         return Setting(
-            self.dataset, (self.width or usual) * factor, self.dense_epochs, self.epochs, self.lr,
-            self.lr / 2, self.batch, self.train_images, self.test_images, self.pretrained, self.device,
-        )  # fmt: skip
+            self.dataset,
+            (self.width or usual) * factor,
+            self.dense_epochs,
+            self.epochs,
+            self.lr,
+            self.lr / 2,
+            self.batch,
+            self.train_images,
+            self.test_images,
+            self.pretrained,
+            self.device,
+        )
 
 
 @dataclass(frozen=True)
@@ -154,8 +163,9 @@ class PruningBenchmark(Experiment):
     ) -> ExperimentResult:
         """Run what is missing and sum up."""
         checked_device(config.device)
-        work = [(f"{job.arm} {job.sparsity:g} seed {job.seed}", partial(job.run, cells))
-                for job in jobs(config)]  # fmt: skip
+        work = [
+            (f"{job.arm} {job.sparsity:g} seed {job.seed}", partial(job.run, cells)) for job in jobs(config)
+        ]
         rows = share(work, cells, progress)
         return verdicts.summarise(rows, config.dataset, config.levels, protocol(config))
 
@@ -176,4 +186,3 @@ def protocol(config: BenchmarkConfig) -> str:
         f"{tested}; {start}, {config.epochs} more epochs for every arm, batch {config.batch}, {config.seeds} "
         "seeds."
     )
-

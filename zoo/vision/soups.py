@@ -6,10 +6,10 @@ import copy
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.averaging import average_models, recalibrate_norms
-from shared.schedules import Exponential
-from shared.sparsifier import sparsify
 from zoo.errors import ConfigError
+from zoo.shared.pruning.schedules import Exponential
+from zoo.shared.pruning.sparsifier import sparsify
+from zoo.shared.structure.averaging import average_models, recalibrate_norms
 from zoo.vision.base import Pruned, VisionMethod
 from zoo.vision.models import Classifier
 from zoo.vision.train import Trainer, accuracy

@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from shared.account import count
-from shared.budgets import Budget, Uniform
-from shared.errors import BudgetError
-from shared.masks import set_masks
-from shared.regrow import SET, RigL
-from shared.sparsifier import Sparsifier
+from zoo.shared.errors import BudgetError
+from zoo.shared.masks import set_masks
+from zoo.shared.measure.account import count
+from zoo.shared.pruning.budgets import Budget, Uniform
+from zoo.shared.pruning.regrow import SET, RigL
+from zoo.shared.pruning.sparsifier import Sparsifier
 from zoo.vision.base import Pruned, VisionMethod, inner_weights
 from zoo.vision.models import Classifier, device_of, seeded
 from zoo.vision.random_pruning import random_masks
@@ -63,9 +63,16 @@ class SparseIFT(VisionMethod):
                 (1 - 1 / every) * step_macs(wide, example) + step_macs(wide, example, True) / every
             )
         with Sparsifier(
-            wide, fit.optimizer, sparsity=level, score="random", budget=budget, regrow=rules[self.growth],
-            names=names, every=every, seed=self.seed,
-        ) as sparsifier:  # fmt: skip
+            wide,
+            fit.optimizer,
+            sparsity=level,
+            score="random",
+            budget=budget,
+            regrow=rules[self.growth],
+            names=names,
+            every=every,
+            seed=self.seed,
+        ) as sparsifier:
             fit.run(sparsifier.step)
         return Pruned(wide)
 

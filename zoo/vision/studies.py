@@ -15,13 +15,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from shared.averaging import recalibrate_norms
-from shared.bench.timing import compare
-from shared.groups import GroupMap, trace_groups
-from shared.masks import MaskSet, masks_of
-from shared.patterns import NM
-from shared.sparsifier import sparsify
-from shared.surgery import cut
+from zoo.shared.bench.timing import compare
+from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.masks.patterns import NM
+from zoo.shared.pruning.sparsifier import sparsify
+from zoo.shared.structure.averaging import recalibrate_norms
+from zoo.shared.structure.groups import GroupMap, trace_groups
+from zoo.shared.structure.surgery import cut
 from zoo.vision.base import clone, inner_weights
 from zoo.vision.bip import BiP
 from zoo.vision.channels import WGSEF, ChannelMethod, MaskSparsity, Regularised
@@ -110,8 +110,9 @@ def jackpots(seed: int) -> Figures:
         out[f"search from {start}"] = _test(found)
         out[f"weights changed by the search from {start}"] = float(len(moved))
     untrained = reinitialised(dense, seed)
-    out["search on untrained weights"] = _test(_made(LotteryJackpot(0.95, epochs=TUNED, seed=seed),
-                                                     untrained, seed)[0])  # fmt: skip
+    out["search on untrained weights"] = _test(
+        _made(LotteryJackpot(0.95, epochs=TUNED, seed=seed), untrained, seed)[0]
+    )
     return out
 
 
@@ -167,8 +168,12 @@ def _random_nm(model: Classifier, pattern: str, names: Sequence[str], recipe: Re
 def _flows(model: Classifier, pattern: str, names: tuple[str, ...], epochs: int, seed: int) -> Figures:
     recipe = Recipe(epochs, 0.05)
     shared: dict[str, Any] = {
-        "pattern": pattern, "names": names, "epochs": epochs, "lr": recipe.lr, "seed": seed,
-    }  # fmt: skip
+        "pattern": pattern,
+        "names": names,
+        "epochs": epochs,
+        "lr": recipe.lr,
+        "seed": seed,
+    }
     out = {}
     for flow in ("ste", "sr-ste", "decay-linear", "decay-exp", "stepwise"):
         method = ProgressiveFlow(flow=flow, **shared)
@@ -194,8 +199,10 @@ def bdwp(seed: int) -> Figures:
     """BDWP at 2:8 beside SR-STE and dense, with the counted training cost."""
     out: Figures = {}
     shared: dict[str, Any] = {"pattern": "2:8", "epochs": 12, "seed": seed}
-    for name, method in (("BDWP 2:8", BDWP(**shared)),
-                         ("SR-STE 2:8", ProgressiveFlow(flow="sr-ste", **shared))):
+    for name, method in (
+        ("BDWP 2:8", BDWP(**shared)),
+        ("SR-STE 2:8", ProgressiveFlow(flow="sr-ste", **shared)),
+    ):
         made, trainer = _made(method, ConvNet(), seed)
         out[name] = _test(made)
         out[f"training GFLOPs of {name}"] = trainer.cost.flops / 1e9
@@ -271,9 +278,11 @@ def removed_channels(seed: int) -> Figures:
     cut(smaller, groups, {name: torch.arange(family.units) % 2 == 0 for name, family in inner.items()})
     with torch.no_grad():
         timings = compare(
-            {"whole": lambda: model(image), "cut": lambda: smaller(image)}, rounds=4, block_seconds=0.2,
+            {"whole": lambda: model(image), "cut": lambda: smaller(image)},
+            rounds=4,
+            block_seconds=0.2,
             clock=time.process_time,
-        )  # fmt: skip
+        )
     parameters = [sum(p.numel() for p in net.parameters()) for net in (model, smaller)]
     return {
         "times as fast as whole": timings["whole"].median / timings["cut"].median,
@@ -284,107 +293,198 @@ def removed_channels(seed: int) -> Figures:
 
 STUDIES: dict[str, Study] = {
     "jackpots": Study(
-        "Lottery jackpots, 95 % zeros", jackpots,
+        "Lottery jackpots, 95 % zeros",
+        jackpots,
         (
-            Claim("search lifts a one-shot magnitude mask by 10 points, weights untouched", BAR,
-                  "search from magnitude", "magnitude, no training", 10.0),
-            Claim("a search from magnitudes ends above one from a random mask", "needs fewer epochs",
-                  "search from magnitude", "search from random"),
-            Claim("a search on untrained weights fails", BAR, "search from magnitude",
-                  "search on untrained weights", 10.0),
+            Claim(
+                "search lifts a one-shot magnitude mask by 10 points, weights untouched",
+                BAR,
+                "search from magnitude",
+                "magnitude, no training",
+                10.0,
+            ),
+            Claim(
+                "a search from magnitudes ends above one from a random mask",
+                "needs fewer epochs",
+                "search from magnitude",
+                "search from random",
+            ),
+            Claim(
+                "a search on untrained weights fails",
+                BAR,
+                "search from magnitude",
+                "search on untrained weights",
+                10.0,
+            ),
         ),
         facts=("weights changed by the search from magnitude", "weights changed by the search from random"),
     ),
     "bip": Study(
-        "BiP with as many gradients as the others", bip,
+        "BiP with as many gradients as the others",
+        bip,
         (
             Claim("BiP is a point above one-shot magnitude at 95 %", BAR, "BiP 95%", "one-shot 95%", 1.0),
-            Claim("BiP is above gradual magnitude at 95 %", "above IMP in most settings (abstract)",
-                  "BiP 95%", "gradual 95%"),
+            Claim(
+                "BiP is above gradual magnitude at 95 %",
+                "above IMP in most settings (abstract)",
+                "BiP 95%",
+                "gradual 95%",
+            ),
             Claim("BiP is above training the scores alone at 95 %", BAR, "BiP 95%", "scores only 95%"),
-        ), facts=("IoU with the magnitude mask 95%", "IoU with the magnitude mask 98%"),
+        ),
+        facts=("IoU with the magnitude mask 95%", "IoU with the magnitude mask 98%"),
     ),
     "soups": Study(
-        "Sparse soups, 95 % zeros, one phase", soups,
+        "Sparse soups, 95 % zeros, one phase",
+        soups,
         (
             Claim("a soup is half a point above its mean member", BAR, "soup", "mean member", 0.5),
             Claim("a soup is above its best member", "above (abstract)", "soup", "best member"),
-            Claim("without new statistics of norms the soup is worse", BAR, "soup",
-                  "soup, norms not recalibrated"),
-            Claim("a soup is above one network trained three times as long", "above (paper)", "soup",
-                  "one network, three times as long"),
+            Claim(
+                "without new statistics of norms the soup is worse",
+                BAR,
+                "soup",
+                "soup, norms not recalibrated",
+            ),
+            Claim(
+                "a soup is above one network trained three times as long",
+                "above (paper)",
+                "soup",
+                "one network, three times as long",
+            ),
         ),
     ),
     "pgf-mlp": Study(
-        "N:M training, perceptron, 1:16", flow_mlp,
+        "N:M training, perceptron, 1:16",
+        flow_mlp,
         (
-            Claim("exponential decay is a point above SR-STE at 1:16", "up to 2 % (abstract)", "decay-exp",
-                  "sr-ste", 1.0),
+            Claim(
+                "exponential decay is a point above SR-STE at 1:16",
+                "up to 2 % (abstract)",
+                "decay-exp",
+                "sr-ste",
+                1.0,
+            ),
             Claim("exponential decay differs from plain straight-through", "above", "decay-exp", "ste"),
             Claim("exponential decay is above a random 1:16 mask", BAR, "decay-exp", "random mask"),
         ),
         version=2,
     ),
     "pgf-vit": Study(
-        "N:M training, feed-forward layers of a transformer, 1:16", flow_vit,
+        "N:M training, feed-forward layers of a transformer, 1:16",
+        flow_vit,
         (
-            Claim("exponential decay is a point above SR-STE at 1:16 in a transformer",
-                  "up to 2 % (abstract)", "decay-exp", "sr-ste", 1.0),
-            Claim("exponential decay differs from plain straight-through in a transformer", "above",
-                  "decay-exp", "ste"),
-            Claim("exponential decay is above a random 1:16 mask in a transformer", BAR, "decay-exp",
-                  "random mask"),
+            Claim(
+                "exponential decay is a point above SR-STE at 1:16 in a transformer",
+                "up to 2 % (abstract)",
+                "decay-exp",
+                "sr-ste",
+                1.0,
+            ),
+            Claim(
+                "exponential decay differs from plain straight-through in a transformer",
+                "above",
+                "decay-exp",
+                "ste",
+            ),
+            Claim(
+                "exponential decay is above a random 1:16 mask in a transformer",
+                BAR,
+                "decay-exp",
+                "random mask",
+            ),
         ),
         version=2,
     ),
     "bdwp": Study(
-        "BDWP, 2:8", bdwp,
+        "BDWP, 2:8",
+        bdwp,
         (
-            Claim("BDWP is within a point of dense at 2:8", "0.56 % below (abstract)", "BDWP 2:8", "dense",
-                  -1.0),
-            Claim("BDWP is within half a point of SR-STE at two thirds of its cost", BAR, "BDWP 2:8",
-                  "SR-STE 2:8", -0.5),
+            Claim(
+                "BDWP is within a point of dense at 2:8", "0.56 % below (abstract)", "BDWP 2:8", "dense", -1.0
+            ),
+            Claim(
+                "BDWP is within half a point of SR-STE at two thirds of its cost",
+                BAR,
+                "BDWP 2:8",
+                "SR-STE 2:8",
+                -0.5,
+            ),
             Claim("BDWP is above a random 2:8 mask", BAR, "BDWP 2:8", "random mask"),
         ),
         facts=("training GFLOPs of BDWP 2:8", "training GFLOPs of SR-STE 2:8", "training GFLOPs of dense"),
         version=2,
     ),
     "sparse-ift": Study(
-        "Sparse-IFT at equal inference FLOPs", sparse_ift,
+        "Sparse-IFT at equal inference FLOPs",
+        sparse_ift,
         (
-            Claim("Sparse-Wide with RigL is a point above dense at 75 %", "+3.5 % on ImageNet (abstract)",
-                  "wide, 75%, rigl", "dense", 1.0),
-            Claim("Sparse-Wide with RigL is a point above dense at 50 %", BAR, "wide, 50%, rigl", "dense",
-                  1.0),
+            Claim(
+                "Sparse-Wide with RigL is a point above dense at 75 %",
+                "+3.5 % on ImageNet (abstract)",
+                "wide, 75%, rigl",
+                "dense",
+                1.0,
+            ),
+            Claim(
+                "Sparse-Wide with RigL is a point above dense at 50 %", BAR, "wide, 50%, rigl", "dense", 1.0
+            ),
             Claim("RigL is above a static mask at 90 %", "above", "wide, 90%, rigl", "wide, 90%, static"),
         ),
     ),
     "mask-sparsity": Study(
-        "MaskSparsity, half of the channels", mask_sparsity,
+        "MaskSparsity, half of the channels",
+        mask_sparsity,
         (
-            Claim("the penalty on marked scales leaves a point more after removal than that on all", BAR,
-                  "marked: after removal", "all: after removal", 1.0),
+            Claim(
+                "the penalty on marked scales leaves a point more after removal than that on all",
+                BAR,
+                "marked: after removal",
+                "all: after removal",
+                1.0,
+            ),
             Claim("and far more than none", BAR, "marked: after removal", "none: after removal", 5.0),
-            Claim("MaskSparsity is above random channels after equal fine-tuning", BAR, "marked: fine-tuned",
-                  "random channels: fine-tuned"),
+            Claim(
+                "MaskSparsity is above random channels after equal fine-tuning",
+                BAR,
+                "marked: fine-tuned",
+                "random channels: fine-tuned",
+            ),
         ),
         version=2,
     ),
     "wgsef": Study(
-        "WGSEF, a quarter of the channels left", wgsef,
+        "WGSEF, a quarter of the channels left",
+        wgsef,
         (
-            Claim("the envelope leaves 5 points more after the cut than no penalty", BAR,
-                  "penalty 1: after the cut", "no penalty: after the cut", 5.0),
-            Claim("and is no worse by 0.3 points after equal fine-tuning", BAR, "penalty 1: fine-tuned",
-                  "no penalty: fine-tuned", -0.3),
-            Claim("WGSEF is above random channels after equal fine-tuning", BAR, "penalty 1: fine-tuned",
-                  "random channels: fine-tuned"),
+            Claim(
+                "the envelope leaves 5 points more after the cut than no penalty",
+                BAR,
+                "penalty 1: after the cut",
+                "no penalty: after the cut",
+                5.0,
+            ),
+            Claim(
+                "and is no worse by 0.3 points after equal fine-tuning",
+                BAR,
+                "penalty 1: fine-tuned",
+                "no penalty: fine-tuned",
+                -0.3,
+            ),
+            Claim(
+                "WGSEF is above random channels after equal fine-tuning",
+                BAR,
+                "penalty 1: fine-tuned",
+                "random channels: fine-tuned",
+            ),
         ),
         version=2,
     ),
     "removed-channels": Study(
-        "ResNet-20 without half of its inner channels", removed_channels,
+        "ResNet-20 without half of its inner channels",
+        removed_channels,
         (Claim("removed channels are really faster", BAR, "times as fast as whole", "whole"),),
-        unit="times", facts=("share of the weights",),
+        unit="times",
+        facts=("share of the weights",),
     ),
-}  # fmt: skip
+}

@@ -19,14 +19,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from shared.account import count
+from zoo.bundles.sources import Source
 from zoo.errors import ConfigError, DataError, TaskError
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
-from zoo.sources import Source
+from zoo.shared.measure.account import count
 from zoo.vision.upscalers import Upscaler
 
-SOURCE = Source("T91 (training), Set5 and Set14 (test)", "tegg89/SRCNN-Tensorflow, jbhuang0604/SelfExSR",
-                "not stated (repositories: MIT; not stated)")  # fmt: skip
+SOURCE = Source(
+    "T91 (training), Set5 and Set14 (test)",
+    "tegg89/SRCNN-Tensorflow, jbhuang0604/SelfExSR",
+    "not stated (repositories: MIT; not stated)",
+)
 Pair = tuple[Tensor, Tensor]
 
 
@@ -151,9 +154,7 @@ def luma(image: Float[Tensor, "3 H W"]) -> Float[Tensor, "H W"]:
     return 16 + (image * weights.view(3, 1, 1)).sum(0)
 
 
-def quality(
-    made: Float[Tensor, "3 H W"], true: UInt8[Tensor, "3 H W"], crop: int
-) -> tuple[float, float]:
+def quality(made: Float[Tensor, "3 H W"], true: UInt8[Tensor, "3 H W"], crop: int) -> tuple[float, float]:
     """PSNR in dB and SSIM of an image in 0..1 against bytes, on luma, without `crop` pixels at each border.
 
     Raises:
@@ -228,5 +229,3 @@ class Set14(SuperResolution):
     """Set14, twice the size: fourteen photos."""
 
     name, images = "vision/set14-x2", "Set14"
-
-

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from shared.account import count
 from zoo.errors import TaskError
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
+from zoo.shared.measure.account import count
 from zoo.vision.data import Images, load_images
 from zoo.vision.train import correct
 

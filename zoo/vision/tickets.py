@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.schedules import Exponential
-from shared.sparsifier import sparsify
 from zoo.errors import ConfigError
+from zoo.shared.pruning.schedules import Exponential
+from zoo.shared.pruning.sparsifier import sparsify
 from zoo.vision.base import Pruned, VisionMethod
 from zoo.vision.models import Classifier, reinitialised
 from zoo.vision.train import Trainer

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from shared.account import count
-from shared.errors import MaskError
-from shared.masks import masks_of
-from shared.modes import eval_mode
-from shared.schedules import Linear, Ramp
 from zoo.checkpoints import optimizer_tensors, part, restore_optimizer
 from zoo.errors import ConfigError
+from zoo.shared.errors import MaskError
+from zoo.shared.masks import masks_of
+from zoo.shared.measure.account import count
+from zoo.shared.measure.modes import eval_mode
+from zoo.shared.pruning.schedules import Linear, Ramp
 from zoo.vision.data import Images, Split, drawn_moves, shifted_and_mirrored
 
 Batch = tuple[Tensor, Tensor]
@@ -181,9 +181,12 @@ class Fit:
         self.optimizer: torch.optim.Optimizer
         if recipe.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(
-                trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
+                trained,
+                lr=recipe.lr,
+                momentum=recipe.momentum,
+                weight_decay=recipe.weight_decay,
                 nesterov=recipe.momentum > 0,
-            )  # fmt: skip
+            )
         else:
             self.optimizer = torch.optim.Adam(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
@@ -303,9 +306,15 @@ class Trainer:
         """
         recipe = dataclasses.replace(self.recipe, **changes)
         return Fit(
-            model, ImageBatches(self.data, recipe.batch), recipe, seed=self.seed if seed is None else seed,
-            parameters=parameters, penalty=penalty, macs=macs, cost=self.cost,
-        )  # fmt: skip
+            model,
+            ImageBatches(self.data, recipe.batch),
+            recipe,
+            seed=self.seed if seed is None else seed,
+            parameters=parameters,
+            penalty=penalty,
+            macs=macs,
+            cost=self.cost,
+        )
 
     def fit_masked(self, model: nn.Module, **options: Any) -> Fit:
         """Train a model to the end with the masks that it carries held in place; options as for `fit`.

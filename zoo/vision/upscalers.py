@@ -30,8 +30,10 @@ class Upscaler(nn.Module):
     def __init__(self, width: int, scale: int) -> None:
         super().__init__()
         if width < 1 or scale not in (2, 3, 4):
-            raise ConfigError(f"an upscaler needs a width of at least 1 and a scale of 2, 3 or 4; received "
-                              f"{width} and {scale}")  # fmt: skip
+            raise ConfigError(
+                f"an upscaler needs a width of at least 1 and a scale of 2, 3 or 4; received "
+                f"{width} and {scale}"
+            )
         self.scale = scale
         self.conv_first = nn.Conv2d(3, width, 3, 1, 1)
         self.body: nn.Module = nn.Sequential()
@@ -135,8 +137,12 @@ class SwinIR(Upscaler):
         if width % heads:
             raise ConfigError(f"SwinIR: {heads} heads do not divide the width {width}")
         self.arguments = {
-            "blocks": blocks, "width": width, "heads": heads, "window": window, "scale": scale,
-        }  # fmt: skip
+            "blocks": blocks,
+            "width": width,
+            "heads": heads,
+            "window": window,
+            "scale": scale,
+        }
         self.body = nn.Sequential(
             *(WindowBlock(width, heads, window, window // 2 * (index % 2)) for index in range(blocks))
         )

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from shared.budgets import check_sparsity
-from shared.masks import MaskSet, masks_of
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, share
 from zoo.harness.judging import deviation, judge, mean_cell
@@ -18,6 +16,8 @@ from zoo.harness.stats import Difference, paired_difference, seed_difference
 from zoo.harness.tables import Plot, Series, Table, Verdict
 from zoo.harness.tasks import get_task
 from zoo.names import suggestion
+from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.pruning.budgets import check_sparsity
 from zoo.vision.base import checked_device
 from zoo.vision.iss_p import ISSP
 from zoo.vision.upscalers import EDSR, SwinIR, Upscaler
@@ -85,9 +85,14 @@ class Arm:
         if self.arm != BICUBIC:
             choice: Choice = next((c for c in CHOICES if c == self.arm), "one-shot")
             method = ISSP(
-                self.sparsity, choice, epochs=config.epochs, steps=config.steps, batch=config.batch,
-                seed=self.seed, device=config.device,
-            )  # fmt: skip
+                self.sparsity,
+                choice,
+                epochs=config.epochs,
+                steps=config.steps,
+                batch=config.batch,
+                seed=self.seed,
+                device=config.device,
+            )
             made, cost = method.train(start)
             flops = cost.flops
         made = made.cpu().eval()
@@ -100,10 +105,16 @@ class Arm:
     def run(self, config: SuperresConfig, cells: CellCache) -> Row:
         """The measurements, from the cells if they are there."""
         key = {
-            "experiment": "superres-pruning", "version": VERSION, "epochs": config.epochs,
-            "steps": config.steps, "batch": config.batch, "network": self.network, "arm": self.arm,
-            "level": self.sparsity, "seed": self.seed,
-        }  # fmt: skip
+            "experiment": "superres-pruning",
+            "version": VERSION,
+            "epochs": config.epochs,
+            "steps": config.steps,
+            "batch": config.batch,
+            "network": self.network,
+            "arm": self.arm,
+            "level": self.sparsity,
+            "seed": self.seed,
+        }
         found = cells.cell(key, partial(self.measure, config))
         return {"network": self.network, "arm": self.arm, "level": self.sparsity, "seed": self.seed, **found}
 
@@ -132,8 +143,10 @@ class SuperresPruning(Experiment):
         self, config: SuperresConfig, cells: CellCache, progress: Callable[..., None] | None = None
     ) -> ExperimentResult:
         """Run what is missing and sum up."""
-        work = [(f"{a.network} {a.arm} {a.sparsity:g} seed {a.seed}", partial(a.run, config, cells))
-                for a in arms(config)]  # fmt: skip
+        work = [
+            (f"{a.network} {a.arm} {a.sparsity:g} seed {a.seed}", partial(a.run, config, cells))
+            for a in arms(config)
+        ]
         return summarise(share(work, cells, progress), config)
 
 
@@ -180,8 +193,12 @@ def _table(rows: Sequence[Row], network: str, config: SuperresConfig) -> Table:
         body.append([arm, f"{level:.0%}", *cells, f"{flops:.2f}"])
     count = sum(p.numel() for p in NETWORKS[network]().parameters())
     title = f"{network} ({count:,} parameters), twice the size"
-    columns = ["arm", "zeros", *(m.replace("psnr", "PSNR").replace("ssim", "SSIM") for m in metrics),
-               "training TFLOPs"]  # fmt: skip
+    columns = [
+        "arm",
+        "zeros",
+        *(m.replace("psnr", "PSNR").replace("ssim", "SSIM") for m in metrics),
+        "training TFLOPs",
+    ]
     return Table(title, columns, body)
 
 
@@ -218,22 +235,39 @@ def _verdicts(rows: Sequence[Row], network: str, config: SuperresConfig) -> list
         ("is above bicubic enlargement", BAR, BICUBIC, None),
     )
     return [
-        judge(f"{network}: ISS-P {text} at {level:.0%} zeros", published,
-              _over_seeds(rows, network, second, level), at_least=bar, unit="dB", digits=2)
-        for level in config.sparsities for text, published, second, bar in claims
-    ]  # fmt: skip
+        judge(
+            f"{network}: ISS-P {text} at {level:.0%} zeros",
+            published,
+            _over_seeds(rows, network, second, level),
+            at_least=bar,
+            unit="dB",
+            digits=2,
+        )
+        for level in config.sparsities
+        for text, published, second, bar in claims
+    ]
 
 
 def _plot(rows: Sequence[Row], network: str, config: SuperresConfig) -> Plot:
     curves = []
     for arm in CHOICES:
         runs = [means(chosen(rows, network, arm, level), "psnr Set5") for level in config.sparsities]
-        curves.append(Series(arm, [100 * level for level in config.sparsities],
-                             [statistics.fmean(r) for r in runs], [deviation(r) for r in runs]))  # fmt: skip
+        curves.append(
+            Series(
+                arm,
+                [100 * level for level in config.sparsities],
+                [statistics.fmean(r) for r in runs],
+                [deviation(r) for r in runs],
+            )
+        )
     for name in (DENSE, BICUBIC):
         level = statistics.fmean(means(chosen(rows, network, name, 0.0), "psnr Set5"))
         curves.append(Series(name, [], [level], kind="reference"))
     return Plot(
-        network, f"PSNR against sparsity, {network}, Set5", "zeros (%)", "PSNR on luma (dB)", curves,
+        network,
+        f"PSNR against sparsity, {network}, Set5",
+        "zeros (%)",
+        "PSNR on luma (dB)",
+        curves,
         alt="One curve per way of choosing, with bands of one standard deviation over seeds.",
-    )  # fmt: skip
+    )

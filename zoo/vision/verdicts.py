@@ -22,12 +22,27 @@ from zoo.vision.arms import unpacked
 Rows = Sequence[dict[str, Any]]
 CONTROL, LEADER = "random mask", "global magnitude"
 CURVES = (  # as many as a plot has distinct colours
-    "global magnitude", "uniform magnitude", "LAMP", "random mask", "BiP", "random, ERK", "RigL",
-)  # fmt: skip
+    "global magnitude",
+    "uniform magnitude",
+    "LAMP",
+    "random mask",
+    "BiP",
+    "random, ERK",
+    "RigL",
+)
 POINTS = (  # what differs in cost; the allocations among themselves hardly do
-    "global magnitude", "uniform magnitude", "random mask", "jackpot", "BiP", "soup of 3", "random, uniform",
-    "random, ERK", "SET", "RigL", "lottery ticket",
-)  # fmt: skip
+    "global magnitude",
+    "uniform magnitude",
+    "random mask",
+    "jackpot",
+    "BiP",
+    "soup of 3",
+    "random, uniform",
+    "random, ERK",
+    "SET",
+    "RigL",
+    "lottery ticket",
+)
 BAR = "this zoo's bar"
 SECONDS = {
     "cpu": "one processor thread",
@@ -149,8 +164,10 @@ def _paired_table(rows: Rows, arms: Sequence[str], levels: Sequence[float], agai
 def gaps(rows: Rows, width: float, arm: str = "random, ERK", level: float = 0.9) -> list[float]:
     """By seed, how far an arm stays below the dense network of the same width that was trained as long."""
     dense = chosen(rows, "dense, trained on", 0.0, width)
-    return [100 * (d["accuracy"] - r["accuracy"]) for d, r in
-            zip(dense, chosen(rows, arm, level, width), strict=False)]  # fmt: skip
+    return [
+        100 * (d["accuracy"] - r["accuracy"])
+        for d, r in zip(dense, chosen(rows, arm, level, width), strict=False)
+    ]
 
 
 def _width_table(rows: Rows, widths: Sequence[float]) -> Table:
@@ -167,42 +184,66 @@ def _verdicts(rows: Rows, levels: Sequence[float]) -> list[Verdict]:
     out = []
     for level in levels:
         if 0.9 <= level <= 0.95:
-            out.append(judge(
-                f"global magnitude is a point or more above uniform at {level:.0%}", BAR,
-                over_seeds(rows, LEADER, "uniform magnitude", level), at_least=1.0,
-            ))  # fmt: skip
+            out.append(
+                judge(
+                    f"global magnitude is a point or more above uniform at {level:.0%}",
+                    BAR,
+                    over_seeds(rows, LEADER, "uniform magnitude", level),
+                    at_least=1.0,
+                )
+            )
     top = levels[-1]
     empty = max((r["empty_layers"] for r in chosen(rows, LEADER, top)), default=0)
-    out.append(judge(
-        f"the minimum threshold repairs what the global one loses at {top:.0%} (layers empty there: {empty})",
-        "layers collapse without it (abstract)", over_seeds(rows, "global magnitude, floor", LEADER, top),
-    ))  # fmt: skip
+    out.append(
+        judge(
+            f"the minimum threshold repairs what the global one loses at {top:.0%} (layers empty there: "
+            f"{empty})",
+            "layers collapse without it (abstract)",
+            over_seeds(rows, "global magnitude, floor", LEADER, top),
+        )
+    )
     for level in levels:
         for first, second, claim, published in (
             ("random, ERK", "random, uniform", "ERK random is above uniform random", BAR),
             ("random, ERK", "random, SNIP ratio", "ERK random differs from the SNIP ratio", "they tie"),
             ("BiP", LEADER, "BiP is above one-shot global magnitude", "above IMP in most settings"),
             ("BiP", "global magnitude, gradual", "BiP is above gradual magnitude", "above IMP in most"),
-            ("jackpot", CONTROL, "a jackpot, whose weights are never trained, beats a trained random mask",
-             "not stated; " + BAR),
+            (
+                "jackpot",
+                CONTROL,
+                "a jackpot, whose weights are never trained, beats a trained random mask",
+                "not stated; " + BAR,
+            ),
             ("lottery ticket", "random, ERK", "a lottery ticket beats a random one", "tickets win (paper)"),
             ("RigL", "random, ERK", "moving the mask (RigL) beats holding it", "above static (abstract)"),
-            ("soup of 3", "global magnitude", "a soup is above one network of one-shot pruning",
-             "above its members (abstract)"),
-        ):  # fmt: skip
+            (
+                "soup of 3",
+                "global magnitude",
+                "a soup is above one network of one-shot pruning",
+                "above its members (abstract)",
+            ),
+        ):
             if level in (0.9, 0.95):
                 found = over_seeds(rows, first, second, level)
                 out.append(judge(f"{claim} at {level:.0%}", published, found))
         if level in (0.9, 0.95):
             for arm in (LEADER, "LAMP", "random, ERK"):
-                out.append(judge(f"{arm} beats a random mask of equal budget at {level:.0%}", BAR,
-                                 over_seeds(rows, arm, CONTROL, level)))  # fmt: skip
+                out.append(
+                    judge(
+                        f"{arm} beats a random mask of equal budget at {level:.0%}",
+                        BAR,
+                        over_seeds(rows, arm, CONTROL, level),
+                    )
+                )
     widths = sorted({r["width"] for r in rows})
     if len(widths) > 1 and (narrow := gaps(rows, widths[0])) and (wide := gaps(rows, widths[-1])):
-        out.append(judge(
-            f"the gap of random pruning to dense closes from width {widths[0]:g} to {widths[-1]:g}",
-            "it closes (abstract)", seed_difference(narrow, wide),
-        ))  # fmt: skip
+        out.append(
+            judge(
+                f"the gap of random pruning to dense closes from width {widths[0]:g} to {widths[-1]:g}",
+                "it closes (abstract)",
+                seed_difference(narrow, wide),
+            )
+        )
     return [verdict for verdict in out if verdict.verdict != "not measured"]
 
 
@@ -231,10 +272,22 @@ def _plots(rows: Rows, arms: Sequence[str], levels: Sequence[float], dataset: st
             label = f"{number}: {arm}"
             points.append(Series(label, [cost], [mean], [spread], kind="points", marks=[number]))
     return [
-        Plot("accuracy", f"Accuracy against weights left, {dataset}", "weights kept (%)",
-             "test accuracy (%)", curves, log_x=True,
-             alt="One curve per method, with bands of one standard deviation over seeds."),
-        Plot("cost", f"Accuracy at {level:.0%} zeros against total training cost, {dataset}",
-             "training cost (GFLOPs)", "test accuracy (%)", points, log_x=True,
-             alt="One point per method: what it reaches and what it costs, dense start included."),
-    ]  # fmt: skip
+        Plot(
+            "accuracy",
+            f"Accuracy against weights left, {dataset}",
+            "weights kept (%)",
+            "test accuracy (%)",
+            curves,
+            log_x=True,
+            alt="One curve per method, with bands of one standard deviation over seeds.",
+        ),
+        Plot(
+            "cost",
+            f"Accuracy at {level:.0%} zeros against total training cost, {dataset}",
+            "training cost (GFLOPs)",
+            "test accuracy (%)",
+            points,
+            log_x=True,
+            alt="One point per method: what it reaches and what it costs, dense start included.",
+        ),
+    ]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared.ops.layout import PANEL
+from ..layout import PANEL
 
 __all__ = ["MOST_PLAIN_BATCH", "multiply", "multiply_wide"]
 
@@ -35,9 +35,19 @@ def _ranks(byte):
 
 @triton.jit
 def _kernel(
-    x, values, bits, pointer, bias, out, rows, cols,
-    PANEL: tl.constexpr, S: tl.constexpr, B: tl.constexpr, BIASED: tl.constexpr,
-):  # fmt: skip
+    x,
+    values,
+    bits,
+    pointer,
+    bias,
+    out,
+    rows,
+    cols,
+    PANEL: tl.constexpr,
+    S: tl.constexpr,
+    B: tl.constexpr,
+    BIASED: tl.constexpr,
+):
     """out[b, r] = bias[r] + sum over c of x[b, c] * W[r, c], S bytes of the mask at a time."""
     r = tl.program_id(0)
     i = tl.arange(0, 8)
@@ -72,9 +82,21 @@ def _kernel(
 
 @triton.jit
 def _wide_kernel(
-    x, values, bits, pointer, bias, out, batch, rows, cols,
-    PANEL: tl.constexpr, R: tl.constexpr, S: tl.constexpr, B: tl.constexpr, BIASED: tl.constexpr,
-):  # fmt: skip
+    x,
+    values,
+    bits,
+    pointer,
+    bias,
+    out,
+    batch,
+    rows,
+    cols,
+    PANEL: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    B: tl.constexpr,
+    BIASED: tl.constexpr,
+):
     """The same for a block of B x R through the tensor cores (fp32 in full precision)."""
     r = tl.program_id(0) * R + tl.arange(0, R)
     b = tl.program_id(1) * B + tl.arange(0, B)
@@ -106,12 +128,23 @@ def _wide_kernel(
 def multiply(
     flat: Tensor, values: Tensor, index: Tensor, pointer: Tensor, rows: int, bias: Tensor | None
 ) -> Tensor:
-    """x W^T + bias for x [batch, in] and a weight in the bitmask layout of `shared.ops.layout`."""
+    """x W^T + bias for x [batch, in] and a weight in the bitmask layout of `zoo.shared.ops.layout`."""
     out = flat.new_empty(flat.shape[0], rows)
     for xs, to in zip(flat.split(MOST_PLAIN_BATCH), out.split(MOST_PLAIN_BATCH), strict=True):
         _kernel[(rows,)](
-            xs, values, index, pointer, flat if bias is None else bias, to, rows, flat.shape[1],
-            PANEL=PANEL, S=128, B=xs.shape[0], BIASED=bias is not None, num_warps=1,
+            xs,
+            values,
+            index,
+            pointer,
+            flat if bias is None else bias,
+            to,
+            rows,
+            flat.shape[1],
+            PANEL=PANEL,
+            S=128,
+            B=xs.shape[0],
+            BIASED=bias is not None,
+            num_warps=1,
         )
     return out
 
@@ -125,7 +158,20 @@ def multiply_wide(
     block = min(64, max(16, triton.next_power_of_2(batch)))
     out = flat.new_empty(batch, rows)
     _wide_kernel[(triton.cdiv(rows, 32), triton.cdiv(batch, block))](
-        flat, values, index, pointer, flat if bias is None else bias, out, batch, rows, cols,
-        PANEL=PANEL, R=32, S=16, B=block, BIASED=bias is not None, num_warps=4,
+        flat,
+        values,
+        index,
+        pointer,
+        flat if bias is None else bias,
+        out,
+        batch,
+        rows,
+        cols,
+        PANEL=PANEL,
+        R=32,
+        S=16,
+        B=block,
+        BIASED=bias is not None,
+        num_warps=4,
     )
     return out

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared.ops.layout import PANEL
+from ..layout import PANEL
 
 __all__ = ["multiply"]
 
@@ -20,9 +20,19 @@ _MOST_BATCH = 8
 
 @triton.jit
 def _kernel(
-    x, values, columns, pointer, bias, out, rows, cols,
-    PANEL: tl.constexpr, P: tl.constexpr, B: tl.constexpr, BIASED: tl.constexpr,
-):  # fmt: skip
+    x,
+    values,
+    columns,
+    pointer,
+    bias,
+    out,
+    rows,
+    cols,
+    PANEL: tl.constexpr,
+    P: tl.constexpr,
+    B: tl.constexpr,
+    BIASED: tl.constexpr,
+):
     """out[b, r] = bias[r] + sum over the kept weights of row r of their value times x[column, b]."""
     r = tl.program_id(0)
     b = tl.arange(0, B)
@@ -51,7 +61,7 @@ def _kernel(
 def multiply(
     flat: Tensor, values: Tensor, index: Tensor, pointer: Tensor, rows: int, bias: Tensor | None
 ) -> Tensor:
-    """x W^T + bias for x [batch, in] and a weight in the csr layout of `shared.ops.layout`."""
+    """x W^T + bias for x [batch, in] and a weight in the csr layout of `zoo.shared.ops.layout`."""
     batch, cols = flat.shape
     out = flat.new_empty(triton.cdiv(batch, _MOST_BATCH) * _MOST_BATCH, rows)
     for start in range(0, batch, _MOST_BATCH):
@@ -59,7 +69,18 @@ def multiply(
         size = triton.next_power_of_2(xs.shape[0])
         xs = torch.nn.functional.pad(xs, (0, 0, 0, size - xs.shape[0])).t().contiguous()
         _kernel[(rows,)](
-            xs, values, index, pointer, flat if bias is None else bias, out[start:], rows, cols,
-            PANEL=PANEL, P=512 if size == 1 else 128, B=size, BIASED=bias is not None, num_warps=1,
+            xs,
+            values,
+            index,
+            pointer,
+            flat if bias is None else bias,
+            out[start:],
+            rows,
+            cols,
+            PANEL=PANEL,
+            P=512 if size == 1 else 128,
+            B=size,
+            BIASED=bias is not None,
+            num_warps=1,
         )
     return out[:batch]

@@ -17,7 +17,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from shared.ops.dense_rows import DenseRows
+from ..dense_rows import DenseRows
 
 __all__ = ["gated_product", "gather_linear", "gather_linear_rows"]
 
@@ -39,9 +39,21 @@ def _part_of(raw, scale, kind: tl.constexpr, half: tl.constexpr):
 
 @triton.jit
 def _input_kernel(
-    x, data, scales, partial, inputs, outputs, width, groups, group,
-    kind: tl.constexpr, B: tl.constexpr, N: tl.constexpr, U: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    x,
+    data,
+    scales,
+    partial,
+    inputs,
+    outputs,
+    width,
+    groups,
+    group,
+    kind: tl.constexpr,
+    B: tl.constexpr,
+    N: tl.constexpr,
+    U: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """partial[part, b, n] = sum of x[b, k] * W[k, n] over the active k of ROWS consecutive ones."""
     PER: tl.constexpr = 2 if kind == 2 else 1  # values of a stored item
     n = tl.program_id(0) * N + tl.arange(0, N)
@@ -93,8 +105,15 @@ def _input_kernel(
 
 @triton.jit
 def _sum_kernel(
-    partial, bias, out, parts, outputs, BIASED: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
+    partial,
+    bias,
+    out,
+    parts,
+    outputs,
+    BIASED: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+):
     """out[b, n] = bias[n] + sum of partial[:, b, n], always in the same order."""
     n = tl.program_id(0) * N + tl.arange(0, N)
     b, batch = tl.program_id(1), tl.num_programs(1)
@@ -112,9 +131,23 @@ def _sum_kernel(
 
 @triton.jit
 def _output_kernel(
-    x, data, scales, gate, bias, out, inputs, outputs, width, groups, group,
-    kind: tl.constexpr, B: tl.constexpr, K: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
+    x,
+    data,
+    scales,
+    gate,
+    bias,
+    out,
+    inputs,
+    outputs,
+    width,
+    groups,
+    group,
+    kind: tl.constexpr,
+    B: tl.constexpr,
+    K: tl.constexpr,
+    BIASED: tl.constexpr,
+    GATED: tl.constexpr,
+):
     """out[b, r] = bias[r] + sum over k of x[b, k] * W[r, k], times gate[b, r] if GATED, 0 where that is 0."""
     PER: tl.constexpr = 2 if kind == 2 else 1
     r = tl.program_id(0)
@@ -156,7 +189,7 @@ def _output_kernel(
 def gather_linear(
     x: Float[Tensor, "*batch in"], weight: DenseRows, bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """See `shared.ops.gather_linear.gather_linear`, which has checked the arguments."""
+    """See `zoo.shared.ops.gather_linear.gather_linear`, which has checked the arguments."""
     flat = x.reshape(-1, weight.rows)
     return _input_side(flat, weight, bias, x.dtype).reshape(*x.shape[:-1], weight.cols)
 
@@ -167,7 +200,7 @@ def gather_linear_rows(
     active: Bool[Tensor, "*batch out"],
     bias: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
-    """See `shared.ops.gather_linear.gather_linear_rows`, which has checked the arguments."""
+    """See `zoo.shared.ops.gather_linear.gather_linear_rows`, which has checked the arguments."""
     flat, wanted = x.reshape(-1, weight.cols), active.reshape(-1, weight.rows).view(torch.uint8)
     return _output_side(flat, weight, wanted, bias, x.dtype, gated=False).reshape(active.shape)
 
@@ -179,7 +212,7 @@ def gated_product(
     down: DenseRows,
     up_bias: Float[Tensor, " hidden"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
-    """See `shared.ops.gated_product.gated_product`, which has checked the arguments."""
+    """See `zoo.shared.ops.gated_product.gated_product`, which has checked the arguments."""
     flat, gates = x.reshape(-1, up.cols), g.reshape(-1, up.rows)
     h = _output_side(flat, up, gates, up_bias, torch.float32, gated=True)
     return _input_side(h, down, None, x.dtype).reshape(*x.shape[:-1], down.cols)
@@ -207,12 +240,31 @@ def _input_side(x: Tensor, weight: DenseRows, bias: Tensor | None, dtype: torch.
         batch = xs.shape[0]
         partial = x.new_empty(parts, batch, weight.cols, dtype=torch.float32)
         _input_kernel[(triton.cdiv(weight.cols, width * values), parts)](
-            xs, data, scales, partial, weight.rows, weight.cols, items, groups, weight.group,
-            kind=kind, B=batch, N=width, U=unroll, ROWS=depth, num_warps=1,
+            xs,
+            data,
+            scales,
+            partial,
+            weight.rows,
+            weight.cols,
+            items,
+            groups,
+            weight.group,
+            kind=kind,
+            B=batch,
+            N=width,
+            U=unroll,
+            ROWS=depth,
+            num_warps=1,
         )
         _sum_kernel[(triton.cdiv(weight.cols, 64), batch)](
-            partial, xs if bias is None else bias, to, parts, weight.cols,
-            BIASED=bias is not None, P=_PARTS, N=64,
+            partial,
+            xs if bias is None else bias,
+            to,
+            parts,
+            weight.cols,
+            BIASED=bias is not None,
+            P=_PARTS,
+            N=64,
         )
     return out
 
@@ -228,8 +280,22 @@ def _output_side(
     for xs, marks, to in zip(*(piece.split(_MOST_BATCH) for piece in pieces), strict=True):
         batch = xs.shape[0]
         _output_kernel[(weight.rows,)](
-            xs, data, scales, marks, xs if bias is None else bias, to, weight.cols, weight.rows, items,
-            groups, weight.group, kind=kind, B=batch, K=_WIDTHS[batch], BIASED=bias is not None, GATED=gated,
+            xs,
+            data,
+            scales,
+            marks,
+            xs if bias is None else bias,
+            to,
+            weight.cols,
+            weight.rows,
+            items,
+            groups,
+            weight.group,
+            kind=kind,
+            B=batch,
+            K=_WIDTHS[batch],
+            BIASED=bias is not None,
+            GATED=gated,
             num_warps=1,
         )
     return out

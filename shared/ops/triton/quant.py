@@ -14,7 +14,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.ops.quant_sparse_linear import QuantGroups
+from ..quant_sparse_linear import QuantGroups
 
 __all__ = ["quant_sparse_linear"]
 
@@ -23,9 +23,21 @@ _MOST_BATCH = 8
 
 @triton.jit
 def _kernel(
-    x, codes, scales, zeros, columns, pointer, bias, out, rows, cols,
-    WORDS: tl.constexpr, B: tl.constexpr, G: tl.constexpr, BIASED: tl.constexpr,
-):  # fmt: skip
+    x,
+    codes,
+    scales,
+    zeros,
+    columns,
+    pointer,
+    bias,
+    out,
+    rows,
+    cols,
+    WORDS: tl.constexpr,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    BIASED: tl.constexpr,
+):
     """out[b, r] = bias[r] + sum over kept groups g, inputs j of scale[g] (q[g, j] - zero[g]) x[b, j]."""
     r = tl.program_id(0)
     j = tl.arange(0, 16)
@@ -59,15 +71,27 @@ def _kernel(
 def quant_sparse_linear(
     x: Float[Tensor, "*batch in"], weight: QuantGroups, bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """See `shared.ops.quant_sparse_linear.quant_sparse_linear`, which has checked the arguments."""
+    """See `zoo.shared.ops.quant_sparse_linear.quant_sparse_linear`, which has checked the arguments."""
     rows, cols = weight.shape
     flat = x.reshape(-1, cols).contiguous()
     out = x.new_empty(flat.shape[0], rows)
     words = weight.codes.view(torch.int64)
     for xs, to in zip(flat.split(_MOST_BATCH), out.split(_MOST_BATCH), strict=True):
         _kernel[(rows,)](
-            xs, words, weight.scales, weight.zeros, weight.columns, weight.pointer,
-            xs if bias is None else bias, to, rows, cols,
-            WORDS=weight.group // 16, B=xs.shape[0], G=32, BIASED=bias is not None, num_warps=1,
+            xs,
+            words,
+            weight.scales,
+            weight.zeros,
+            weight.columns,
+            weight.pointer,
+            xs if bias is None else bias,
+            to,
+            rows,
+            cols,
+            WORDS=weight.group // 16,
+            B=xs.shape[0],
+            G=32,
+            BIASED=bias is not None,
+            num_warps=1,
         )
     return out.reshape(*x.shape[:-1], rows)

@@ -14,12 +14,12 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from shared.masks import masks_of
 from zoo import cli
-from zoo.bundles import load
-from zoo.cards import read_card
+from zoo.bundles.card import read_card
+from zoo.bundles.store import load
 from zoo.cli import COMMANDS, main
 from zoo.errors import HubError
+from zoo.shared.masks import masks_of
 
 
 def run(capsys, *argv):

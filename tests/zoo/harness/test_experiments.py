@@ -79,8 +79,9 @@ def test_a_claim_ends_with_its_process(tmp_path):
         "with cells._claim({'cell': 0}):\n    print('claimed', flush=True)\n    time.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE,
-                              env=environment, text=True)  # fmt: skip
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True
+    )
     cells = CellCache(tmp_path)
     cells.sharing = True
     try:

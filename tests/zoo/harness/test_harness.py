@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from shared.masks import masks_of
-from zoo.bundles import load
+from zoo.bundles.store import load
 from zoo.errors import ConfigError, TaskError, UnknownNameError
 from zoo.harness.records import Record
 from zoo.harness.runner import evaluate
 from zoo.harness.tasks import Measure, Task, TaskResult, get_task, register_task
+from zoo.shared.masks import masks_of
 
 
 def test_result_from_samples_by_hand():

@@ -206,8 +206,13 @@ def test_runs_on_one_point_share_its_mark(records):
 
 @pytest.mark.parametrize(
     ("x", "log"),
-    [((5.0, 5.000000000000001), False), ((5.0, 5.000000000000001), True), ((0.0, 0.0), False),
-     ((3.0,), False), ((3.0,), True)],
+    [
+        ((5.0, 5.000000000000001), False),
+        ((5.0, 5.000000000000001), True),
+        ((0.0, 0.0), False),
+        ((3.0,), False),
+        ((3.0,), True),
+    ],
 )
 def test_points_of_one_place_are_drawn(x, log):
     points = Series("dense", x, [1.0] * len(x), kind="points")

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from zoo.bundles import load, save
-from zoo.cards import read_card
-from zoo.catalog import find
+from zoo.bundles.card import read_card
+from zoo.bundles.catalog import find
+from zoo.bundles.store import load, save
 from zoo.errors import ConfigError
 from zoo.harness import verify as verification
 from zoo.harness.evidence import record_evidence
@@ -44,12 +44,25 @@ def test_honest_cards_come_back(toy_zoo):
         assert report.ok, [check for check in report.checks if not check.ok]
     figures = [check.figure for check in reports[1].checks]
     for figure in (
-        "sha256", "parameters, dense", "parameters, kept", "bytes, dense", "bytes, packed", "bytes on disk",
-        "FLOPs, dense", "FLOPs, sparse", "weights, kept", "weights, sparsity", "sparsity, overall",
-        "zeros where masks drop", "toy/accuracy: accuracy", "toy/accuracy: accuracy, stderr",
-        "toy/accuracy: accuracy, dense twin", "toy/accuracy: accuracy, mean of 1 seeds",
-        "toy/accuracy: accuracy, spread", "toy/accuracy: accuracy, dense twin, spread",
-    ):  # fmt: skip
+        "sha256",
+        "parameters, dense",
+        "parameters, kept",
+        "bytes, dense",
+        "bytes, packed",
+        "bytes on disk",
+        "FLOPs, dense",
+        "FLOPs, sparse",
+        "weights, kept",
+        "weights, sparsity",
+        "sparsity, overall",
+        "zeros where masks drop",
+        "toy/accuracy: accuracy",
+        "toy/accuracy: accuracy, stderr",
+        "toy/accuracy: accuracy, dense twin",
+        "toy/accuracy: accuracy, mean of 1 seeds",
+        "toy/accuracy: accuracy, spread",
+        "toy/accuracy: accuracy, dense twin, spread",
+    ):
         assert figure in figures
 
 

@@ -85,13 +85,16 @@ class CfspExperiment(Experiment):
             sizes = "; ".join(f"{100 * r:.0f} %: {_size(bench, subject, r)}" for r in config.ratios)
             tables.append(
                 perplexity_table(
-                    bench.rows, subject, "word perplexity without recovery training", tuple(ARMS),
+                    bench.rows,
+                    subject,
+                    "word perplexity without recovery training",
+                    tuple(ARMS),
                     config.ratios,
                     f"Mean ± sample standard deviation over {config.seeds} calibration seeds. Columns: share "
                     "of FFN channels cut; magnitude has no seed. Parameters of the whole model left (CFSP, "
                     f"repaired), {sizes}.",
                 )
-            )  # fmt: skip
+            )
             for ratio in config.ratios:
                 verdicts += _verdicts(bench, subject, ratio)
             plots.append(
@@ -131,8 +134,13 @@ def _verdicts(bench: Bench, subject: str, ratio: float) -> list[Verdict]:
     own_bar = "not stated; this zoo's bar"
     return [
         lower(
-            bench.rows, subject, ratio, ours, other, f"{where}: CFSP (repaired) {what}",
+            bench.rows,
+            subject,
+            ratio,
+            ours,
+            other,
+            f"{where}: CFSP (repaired) {what}",
             own_bar if "released" in other or "repaired" in other else published,
         )
         for other, what in pairs
-    ]  # fmt: skip
+    ]

@@ -12,8 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from shared.activations import Tap, calibrate, check_share
-from shared.io import read_json
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.judging import judge, mean_cell
@@ -40,6 +38,8 @@ from zoo.llm.teal import greedy_thresholds, input_histograms, uniform_thresholds
 from zoo.llm.thresholds import attach, detach, held_out_shares, skipped_share
 from zoo.llm.tokenization import tokenizer_of
 from zoo.llm.train import token_stream
+from zoo.shared.measure.activations import Tap, calibrate, check_share
+from zoo.shared.store.io import read_json
 
 GATES = ("CATS", "CHESS")  # thresholds on gates only; their errors are compared block by block
 WITH_ATTENTION = ("CHESS + q, o at half", "CHESS + q, o")
@@ -355,11 +355,33 @@ def _speed_table(rows: Sequence[dict[str, Any]]) -> Table:
         bound = f"{1e3 * row['bound']['seconds']:.0f}" if "bound" in row else ""
         goal = f">= {row['goal']['ratio']:g}x" if "goal" in row else ""
         body.append(
-            [labels["shape"], labels["weights"], labels["batch"], labels["ours"], labels["skips"],
-             f"{1 / dense:.2f}", f"{1 / ours:.2f}", f"{dense / ours:.2f}x", f"{1e3 * ours:.0f}", bound, goal]
-        )  # fmt: skip
-    columns = ["shape", "weights", "batch", "model", "weights skipped", "dense calls/s", "calls/s", "ratio",
-               "ms", "bytes bound ms", "goal"]  # fmt: skip
+            [
+                labels["shape"],
+                labels["weights"],
+                labels["batch"],
+                labels["ours"],
+                labels["skips"],
+                f"{1 / dense:.2f}",
+                f"{1 / ours:.2f}",
+                f"{dense / ours:.2f}x",
+                f"{1e3 * ours:.0f}",
+                bound,
+                goal,
+            ]
+        )
+    columns = [
+        "shape",
+        "weights",
+        "batch",
+        "model",
+        "weights skipped",
+        "dense calls/s",
+        "calls/s",
+        "ratio",
+        "ms",
+        "bytes bound ms",
+        "goal",
+    ]
     return Table("Decoding, end to end, two threads", columns, body, "A call is one token (or one prompt).")
 
 
@@ -368,9 +390,10 @@ def _speed_plot(rows: Sequence[dict[str, Any]]) -> Plot:
     series = []
     for key in dict.fromkeys((row["labels"]["shape"], row["labels"]["weights"]) for row in rows):
         own = [
-            row for row in rows
+            row
+            for row in rows
             if (row["labels"]["shape"], row["labels"]["weights"]) == key and row["labels"]["batch"] == 1
-        ]  # fmt: skip
+        ]
         chess = [row for row in own if row["labels"]["ours"].startswith("CHESS")]
         if not chess:
             continue
@@ -391,8 +414,15 @@ def _speed_plot(rows: Sequence[dict[str, Any]]) -> Plot:
 def _speed_verdicts(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
     published = "up to 1.27x end to end on a CPU"
     if not rows:
-        return [Verdict("decoding with CHESS is faster than dense", published, "", "not measured",
-                        "run benchmarks/llm_decode.py --threads 2 --json")]  # fmt: skip
+        return [
+            Verdict(
+                "decoding with CHESS is faster than dense",
+                published,
+                "",
+                "not measured",
+                "run benchmarks/llm_decode.py --threads 2 --json",
+            )
+        ]
     found = []
     for row in rows:
         if "goal" not in row:

@@ -72,7 +72,7 @@ def dense_model(subject: str) -> PreTrainedModel:
         UnknownNameError: no such bundle.
     """
     if subject != STORIES:
-        from zoo.bundles import load
+        from zoo.bundles.store import load
 
         model: Any = load(subject)
         for parameter in model.parameters():
@@ -167,8 +167,15 @@ class Bench:
         """Perplexity after `apply`, and what it returns if that is a dictionary; it may return another model
         with it."""
         shared = {k: v for k, v in vars(self.protocol).items() if k in ("windows", "length", "documents")}
-        key = {"experiment": self.experiment, "version": CELL_VERSION, "subject": subject, "arm": arm,
-               "level": level, "seed": seed, **shared}  # fmt: skip
+        key = {
+            "experiment": self.experiment,
+            "version": CELL_VERSION,
+            "subject": subject,
+            "arm": arm,
+            "level": level,
+            "seed": seed,
+            **shared,
+        }
 
         def compute() -> dict[str, Any]:
             model = fresh(subject)
@@ -251,5 +258,11 @@ def perplexity_plot(
     series.append(Series("dense", [], [math.log10(dense)], kind="reference"))
     slug = subject.rpartition("/")[2]
     alt = f"Word perplexity of each arm on {subject} against sparsity; the table has the numbers."
-    return Plot(f"{name}-{slug}", f"{subject}: perplexity against sparsity", x_label,
-                "log10 of word perplexity", series, alt)  # fmt: skip
+    return Plot(
+        f"{name}-{slug}",
+        f"{subject}: perplexity against sparsity",
+        x_label,
+        "log10 of word perplexity",
+        series,
+        alt,
+    )

@@ -12,7 +12,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shared.patterns import Unstructured
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.judging import mean_cell
 from zoo.harness.tables import Table, Verdict
@@ -29,6 +28,7 @@ from zoo.llm.experiments.common import (
 from zoo.llm.experiments.ordering import arm as uniform_arm
 from zoo.llm.pruning import open_sparsity, prune_blocks
 from zoo.llm.wanda import wanda_pruner
+from zoo.shared.masks.patterns import Unstructured
 
 Coarse = Literal["zeroth", "first"]
 ARMS = ("ECoFLaP, zeroth order", "ECoFLaP, first order", "Wanda, uniform", "magnitude, uniform")
@@ -122,18 +122,26 @@ class EcoflapExperiment(Experiment):
         for subject in config.subjects:
             tables.append(
                 perplexity_table(
-                    bench.rows, subject, "word perplexity on held-out text", ARMS, config.sparsities,
+                    bench.rows,
+                    subject,
+                    "word perplexity on held-out text",
+                    ARMS,
+                    config.sparsities,
                     f"Mean ± sample standard deviation over {config.seeds} calibration seeds. "
                     + _shares_note(bench, subject, config.sparsities),
                 )
-            )  # fmt: skip
+            )
             verdicts += _verdicts(bench, subject, config.sparsities)
             plots.append(
                 perplexity_plot(
-                    bench.rows, subject, "perplexity", "zeros in the blocks' linear weights [%]", ARMS,
+                    bench.rows,
+                    subject,
+                    "perplexity",
+                    "zeros in the blocks' linear weights [%]",
+                    ARMS,
                     config.sparsities,
                 )
-            )  # fmt: skip
+            )
         if config.vision:
             rows = vision_language.rows(config.seeds, config.sparsities, cells, progress)
             tables.append(_vision_table(rows, config))
@@ -184,9 +192,7 @@ def _verdicts(bench: Bench, subject: str, sparsities: tuple[float, ...]) -> list
             published = "better than uniform Wanda on BLIP at 50 %" if "Wanda" in other else "not stated"
             found.append(lower(bench.rows, subject, sparsity, ARMS[0], other, claim, published))
         claim = f"{where}: forward passes alone are not worse than gradients by more than 0.01"
-        found.append(
-            lower(bench.rows, subject, sparsity, ARMS[0], ARMS[1], claim, "on par", at_least=-0.01)
-        )  # fmt: skip
+        found.append(lower(bench.rows, subject, sparsity, ARMS[0], ARMS[1], claim, "on par", at_least=-0.01))
     return found
 
 

@@ -12,13 +12,13 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from shared.bench import compare, ratio, threads
-from shared.ops import pack, sparse_linear
-from shared.ops.sparse_linear import plan
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.tables import Outcome, Plot, Series, Table, Verdict
 from zoo.llm.flash_llm import TILE_COLUMNS, TILE_ROWS, pack_tiled_csl, tiled_bytes, tiled_linear
+from zoo.shared.bench import compare, ratio, threads
+from zoo.shared.ops import pack, sparse_linear
+from zoo.shared.ops.sparse_linear import plan
 
 CSR, OURS, TILED, DENSE = "CSR (SciPy)", "sparse_linear", "Tiled-CSL, expanded then dense", "dense (torch)"
 # Rows: sparsity; entries: over Sputnik, SparTA, cuBLAS on an A100, from the README of the released code.
@@ -124,9 +124,15 @@ class FlashLLMExperiment(Experiment):
         """Measure what is missing and sum up."""
         rows: list[dict[str, Any]] = []
         for done, sparsity in enumerate(config.sparsities, start=1):
-            key = {"experiment": self.name, "version": 1, "level": sparsity,
-                   "shape": [config.rows, config.columns], "batches": list(config.batches),
-                   "threads": config.processors, "rounds": config.rounds}  # fmt: skip
+            key = {
+                "experiment": self.name,
+                "version": 1,
+                "level": sparsity,
+                "shape": [config.rows, config.columns],
+                "batches": list(config.batches),
+                "threads": config.processors,
+                "rounds": config.rounds,
+            }
             rows += cells.cell(key, functools.partial(measure, config, sparsity))
             if progress is not None:
                 progress(done, len(config.sparsities), f"sparsity {sparsity}")
@@ -238,7 +244,10 @@ def _plot(rows: list[dict[str, Any]], config: FlashConfig) -> Plot:
             )
     series.append(Series("dense", [], [1.0], kind="reference"))
     return Plot(
-        "speed", "Products with sparse weights on the CPU", "zeros in the weight [%]",
-        "times faster than dense", series,
+        "speed",
+        "Products with sparse weights on the CPU",
+        "zeros in the weight [%]",
+        "times faster than dense",
+        series,
         "Speed of sparse_linear and of SciPy's CSR over dense by batch size; the table has the numbers.",
-    )  # fmt: skip
+    )

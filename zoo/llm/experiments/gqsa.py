@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shared.masks import Mask
-from shared.patterns import NM
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.judging import judge, mean_cell
 from zoo.harness.stats import seed_difference
@@ -32,6 +30,8 @@ from zoo.llm.gqsa import (
 )
 from zoo.llm.pruning import input_hessians, prune_blocks
 from zoo.llm.quantised import quantise_head
+from zoo.shared.masks import Mask
+from zoo.shared.masks.patterns import NM
 
 GROUP = 16
 STAGES = ("W4S50, one shot", "W4S50, BQPO", "W4S50, BQPO + E2E-OQP")
@@ -257,6 +257,10 @@ def _plot(bench: Bench, subject: str, names: list[str]) -> Plot:
     alt = f"Word perplexity against stored bits per weight on {subject}; the table has the numbers."
     slug = subject.rpartition("/")[2]
     return Plot(
-        f"bits-{slug}", f"{subject}: perplexity against stored bits", "bits per weight of the blocks",
-        "log10 of word perplexity", series, alt,
-    )  # fmt: skip
+        f"bits-{slug}",
+        f"{subject}: perplexity against stored bits",
+        "bits per weight of the blocks",
+        "log10 of word perplexity",
+        series,
+        alt,
+    )

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shared.masks import Mask
-from shared.patterns import Pattern, Unstructured, parse_pattern
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.tables import Verdict
 from zoo.llm.blockwise import RunningBlock
@@ -27,6 +25,8 @@ from zoo.llm.experiments.common import (
 from zoo.llm.pruning import kept_of, nm_pattern, open_sparsity, prune_blocks, rowwise_mask
 from zoo.llm.sparsegpt import sparsegpt_pruner
 from zoo.llm.wanda import wanda_pruner
+from zoo.shared.masks import Mask
+from zoo.shared.masks.patterns import Pattern, Unstructured, parse_pattern
 
 ARMS = ("sparsegpt", "wanda", "magnitude", "random")
 
@@ -111,18 +111,26 @@ class Ordering(Experiment):
         for subject in config.subjects:
             tables.append(
                 perplexity_table(
-                    bench.rows, subject, "word perplexity on held-out text", ARMS, levels,
+                    bench.rows,
+                    subject,
+                    "word perplexity on held-out text",
+                    ARMS,
+                    levels,
                     f"Mean ± sample standard deviation over {config.seeds} calibration seeds "
                     f"({config.windows} windows of {config.length} tokens); magnitude has no seed.",
                 )
-            )  # fmt: skip
+            )
             verdicts += _verdicts(bench, subject, [level for level in (0.5, "2:4") if level in levels])
             plots.append(
                 perplexity_plot(
-                    bench.rows, subject, "perplexity", "zeros in the blocks' linear weights [%]", ARMS,
+                    bench.rows,
+                    subject,
+                    "perplexity",
+                    "zeros in the blocks' linear weights [%]",
+                    ARMS,
                     config.sparsities,
                 )
-            )  # fmt: skip
+            )
         notes = [
             "Linear weights of all blocks are pruned, embeddings and the output layer are not; blocks in "
             "order, each on the outputs of the pruned blocks before it. Wanda and the random control rank "

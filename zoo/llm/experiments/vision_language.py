@@ -17,8 +17,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from shared.masks import Mask
-from shared.patterns import Unstructured
 from zoo.harness.experiments import CellCache
 from zoo.harness.judging import judge
 from zoo.harness.stats import seed_difference
@@ -26,6 +24,8 @@ from zoo.harness.tables import Verdict
 from zoo.llm.ecoflap import tensor_counts, zeroth_order_scores
 from zoo.llm.pruning import kept_of, prune_blocks, rowwise_mask
 from zoo.llm.wanda import wanda_pruner
+from zoo.shared.masks import Mask
+from zoo.shared.masks.patterns import Unstructured
 
 _NUMBERS = tuple(str(number) for number in range(19))
 _WORDS = ("<image>", "<begin>", "left", "right", "equal", "sum", *_NUMBERS)
@@ -44,17 +44,30 @@ def new_model(seed: int) -> LlavaForConditionalGeneration:
     """The model before training."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=48, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=16,
-        patch_size=4, num_channels=1,
-    )  # fmt: skip
+        hidden_size=48,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        num_channels=1,
+    )
     text = LlamaConfig(
-        vocab_size=len(_WORDS), hidden_size=64, intermediate_size=160, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=len(_WORDS),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=_ID["<image>"], vision_feature_layer=-1,
-        vision_feature_select_strategy="default", image_seq_length=_IMAGE_TOKENS,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text,
+        image_token_index=_ID["<image>"],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=_IMAGE_TOKENS,
+    )
     return LlavaForConditionalGeneration(config)
 
 

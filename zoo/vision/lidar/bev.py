@@ -104,9 +104,13 @@ class BEVBackbone(nn.Module):
         super().__init__()
         self.blocks, self.deblocks = nn.ModuleList(), nn.ModuleList()
         levels = zip(
-            config.layer_nums, config.layer_strides, config.num_filters, config.upsample_strides,
-            config.num_upsample_filters, strict=True,
-        )  # fmt: skip
+            config.layer_nums,
+            config.layer_strides,
+            config.num_filters,
+            config.upsample_strides,
+            config.num_upsample_filters,
+            strict=True,
+        )
         for extra, stride, width, up, out in levels:
             blocks = [ResidualBlock(inputs, width, stride, project=True)]
             self.blocks.append(nn.Sequential(*blocks, *(ResidualBlock(width, width) for _ in range(extra))))

@@ -153,15 +153,23 @@ class CenterHead(nn.Module):
         radius = radius.clamp(min=self.config.least_radius)
         heat = self._heat(len(gt_boxes), shape, frame, label - 1, whole, radius, boxes.dtype)
         values = {
-            "center": place - whole, "center_z": boxes[:, 2:3], "dim": boxes[:, 3:6].log(),
+            "center": place - whole,
+            "center_z": boxes[:, 2:3],
+            "dim": boxes[:, 3:6].log(),
             "rot": torch.stack([boxes[:, 6].cos(), boxes[:, 6].sin()], 1),
-        }  # fmt: skip
+        }
         return Targets(heat, frame, whole[:, 1] * nx + whole[:, 0], boxes, values)
 
     def _heat(
-        self, batch: int, shape: tuple[int, int], frame: Tensor, label: Tensor, whole: Tensor,
-        radius: Tensor, dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
+        self,
+        batch: int,
+        shape: tuple[int, int],
+        frame: Tensor,
+        label: Tensor,
+        whole: Tensor,
+        radius: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """exp(-d^2 / (2 sigma^2)) around each centre, up to the radius, sigma = (2 r + 1) / 6."""
         ny, nx = shape
         classes = len(self.config.classes)

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from zoo.bundles.sources import Source
 from zoo.errors import DataError
-from zoo.sources import Source
 from zoo.vision.lidar.boxes import wrapped
 from zoo.vision.lidar.scenes import CLASSES, SceneConfig, make_scene
 

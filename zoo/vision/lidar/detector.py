@@ -49,8 +49,10 @@ def _sparse(grid: Grid, width: int, options: Mapping[str, Any]) -> SparseEncoder
 
 
 ENCODERS: dict[str, Callable[[Grid, int, Mapping[str, Any]], Any]] = {
-    "dsvt": _dsvt, "pillars": _pillars, "sparse-conv": _sparse,
-}  # fmt: skip
+    "dsvt": _dsvt,
+    "pillars": _pillars,
+    "sparse-conv": _sparse,
+}
 
 
 class Detector(nn.Module):
@@ -85,10 +87,15 @@ class Detector(nn.Module):
         if encoder not in ENCODERS:
             raise ConfigError(f"Unknown encoder {encoder!r}. {suggestion(encoder, ENCODERS)}")
         self.arguments: dict[str, Any] = {
-            "point_cloud_range": list(point_cloud_range), "voxel_size": list(voxel_size), "encoder": encoder,
-            "vfe": list(vfe), "backbone": dict(backbone), "bev": dict(bev), "head": dict(head),
+            "point_cloud_range": list(point_cloud_range),
+            "voxel_size": list(voxel_size),
+            "encoder": encoder,
+            "vfe": list(vfe),
+            "backbone": dict(backbone),
+            "bev": dict(bev),
+            "head": dict(head),
             "point_features": point_features,
-        }  # fmt: skip
+        }
         self.grid = Grid.of(point_cloud_range, voxel_size)
         self.vfe = VoxelEncoder(point_features, vfe, self.grid)
         try:

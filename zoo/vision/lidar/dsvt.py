@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from shared.sites import unpack_keys
 from zoo.errors import ConfigError, DataError
 from zoo.names import suggestion
+from zoo.shared.sites import unpack_keys
 from zoo.vision.lidar.options import as_tuples
 from zoo.vision.lidar.partition import Layout, Partition, Sets, partition
 from zoo.vision.lidar.set_attention import AttentionPooling, Block, Places, PositionEmbedding, places
@@ -92,10 +92,30 @@ class DSVTConfig:
         Raises:
             ConfigError: a missing key, an unknown one, or a setting that is not offered.
         """
-        known = {"NAME", "INPUT_LAYER", "block_name", "set_info", "d_model", "nhead", "dim_feedforward",
-                 "dropout", "activation", "reduction_type", "output_shape", "conv_out_channel"}  # fmt: skip
-        inner = {"sparse_shape", "downsample_stride", "d_model", "set_info", "window_shape", "hybrid_factor",
-                 "shifts_list", "normalize_pos"}  # fmt: skip
+        known = {
+            "NAME",
+            "INPUT_LAYER",
+            "block_name",
+            "set_info",
+            "d_model",
+            "nhead",
+            "dim_feedforward",
+            "dropout",
+            "activation",
+            "reduction_type",
+            "output_shape",
+            "conv_out_channel",
+        }
+        inner = {
+            "sparse_shape",
+            "downsample_stride",
+            "d_model",
+            "set_info",
+            "window_shape",
+            "hybrid_factor",
+            "shifts_list",
+            "normalize_pos",
+        }
         layer = dict(backbone.get("INPUT_LAYER") or {})
         for section, allowed, where in ((backbone, known, "BACKBONE_3D"), (layer, inner, "INPUT_LAYER")):
             for key in section:

@@ -18,11 +18,11 @@ from typing import Any, ClassVar, cast
 import torch
 from safetensors.torch import load_file, save
 
-from shared.io import atomic_write
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, share
 from zoo.names import suggestion
+from zoo.shared.store.io import atomic_write
 from zoo.vision.lidar import verdicts
 from zoo.vision.lidar.arms import ARMS, make_arm
 from zoo.vision.lidar.data import scene_frames
@@ -120,12 +120,16 @@ def trained_cell(
         measured = scores(found, [truth_of(frame) for frame in test])
         shutil.rmtree(checkpoint.folder, ignore_errors=True)
         return {
-            "arm": arm, "seed": seed, "epochs": epochs, "seconds": fit.cost.seconds,
-            "wall": time.perf_counter() - start, "loss": fit.last_loss,
+            "arm": arm,
+            "seed": seed,
+            "epochs": epochs,
+            "seconds": fit.cost.seconds,
+            "wall": time.perf_counter() - start,
+            "loss": fit.last_loss,
             "parameters": sum(p.numel() for p in model.parameters()),
             "metrics": {name: measure.value for name, measure in measured.items()},
             "stderr": {n: m.stderr for n, m in measured.items() if m.stderr is not None},
-        }  # fmt: skip
+        }
 
     value: dict[str, Any] = cells.cell(key, compute)
     return value
@@ -175,6 +179,9 @@ class DSVTExperiment(Experiment):
                     jobs.append((f"{arm}, seed {seed}, {plan[arm]} epochs", job))
         found = share(jobs, cells, progress)
         half = len(found) // 2
-        rows = [{**row, "equal": equal} for equal, part in (("epochs", found[:half]), ("time", found[half:]))
-                for row in part]  # fmt: skip
+        rows = [
+            {**row, "equal": equal}
+            for equal, part in (("epochs", found[:half]), ("time", found[half:]))
+            for row in part
+        ]
         return verdicts.summarise(rows, config, times)

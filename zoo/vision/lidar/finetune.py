@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zoo.bundles import info, load_bundle
-from zoo.catalog import find
+from zoo.bundles.catalog import find
+from zoo.bundles.store import info, load_bundle
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError
 from zoo.harness.subjects import twin_of
@@ -105,11 +105,16 @@ class FinetuneLidar:
         twin = twin_of(source) if source.card.dense_twin else None
         origin = SOURCE if self.data == "scenes" else KITTI
         fields = finetuned_card(
-            self, source.card, twin, model, task,
-            protocol=f"fine-tuned from {source.card.name}, last epoch", seconds=seconds,
+            self,
+            source.card,
+            twin,
+            model,
+            task,
+            protocol=f"fine-tuned from {source.card.name}, last epoch",
+            seconds=seconds,
             data={"name": origin.title, "source": origin.origin, "licence": origin.licence},
             arguments=model.current_arguments(),
-        )  # fmt: skip
+        )
         fields["training"]["command"] = command_of(self, "lidar")
         flops = fields["cost"]["flops"]
         parameters = sum(p.numel() for p in model.parameters())

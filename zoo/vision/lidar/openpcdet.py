@@ -53,9 +53,15 @@ def detector_from_openpcdet(
         options = as_lists(dsvt)
         shape = tuple(options.pop("sparse_shape"))
         detector = Detector(
-            bounds, voxel, "dsvt", vfe["NUM_FILTERS"], options, _lower(bev, LEVELS),
-            _head(head, classes), point_features,
-        )  # fmt: skip
+            bounds,
+            voxel,
+            "dsvt",
+            vfe["NUM_FILTERS"],
+            options,
+            _lower(bev, LEVELS),
+            _head(head, classes),
+            point_features,
+        )
     except (KeyError, StopIteration) as error:
         key = error.args[0] if error.args else "DATA_PROCESSOR with VOXEL_SIZE"
         raise ConfigError(f"the OpenPCDet configuration lacks {key!r}") from error
@@ -90,11 +96,16 @@ def _head(head: Mapping[str, Any], classes: list[str]) -> dict[str, Any]:
         raise ConfigError(f"the head's branches are center, center_z, dim, rot and iou; received {given}")
     target = head["TARGET_ASSIGNER_CONFIG"]
     return {
-        "classes": list(classes), "channels": head["SHARED_CONV_CHANNEL"], "overlap":
-        target["GAUSSIAN_OVERLAP"], "least_radius": target["MIN_RADIUS"], "most": after["MAX_OBJ_PER_SAMPLE"],
-        "rectify": list(after["IOU_RECTIFIER"]), "threshold": after["SCORE_THRESH"],
-        "nms": list(after["NMS_CONFIG"]["NMS_THRESH"]), "kept": max(after["NMS_CONFIG"]["NMS_POST_MAXSIZE"]),
-    }  # fmt: skip
+        "classes": list(classes),
+        "channels": head["SHARED_CONV_CHANNEL"],
+        "overlap": target["GAUSSIAN_OVERLAP"],
+        "least_radius": target["MIN_RADIUS"],
+        "most": after["MAX_OBJ_PER_SAMPLE"],
+        "rectify": list(after["IOU_RECTIFIER"]),
+        "threshold": after["SCORE_THRESH"],
+        "nms": list(after["NMS_CONFIG"]["NMS_THRESH"]),
+        "kept": max(after["NMS_CONFIG"]["NMS_POST_MAXSIZE"]),
+    }
 
 
 def load_openpcdet_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from shared.io import atomic_write
-from zoo.bundles import load
+from zoo.bundles.store import load
 from zoo.errors import ConfigError
+from zoo.shared.store.io import atomic_write
 from zoo.vision.lidar.average_precision import Detections
 from zoo.vision.lidar.boxes import Boxes, corners_bev
 from zoo.vision.lidar.data import LEAST_POINTS, Frame, real_frame, scene_frames

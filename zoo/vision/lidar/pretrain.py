@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import tyro
 
-from zoo.bundles import save
-from zoo.cards import Card, mean_and_spread
-from zoo.catalog import cache_folder, open_bundle
+from zoo.bundles.card import Card, mean_and_spread
+from zoo.bundles.catalog import cache_folder, open_bundle
+from zoo.bundles.store import save
 from zoo.errors import TaskError
 from zoo.harness.evidence import record_evidence
 from zoo.harness.experiments import CellCache
@@ -36,10 +36,11 @@ TWIN, MODEL = "vision/dense-pillars-scenes", "vision/dsvt-pillars-scenes"
 ENTRIES = {
     TWIN: ("dense pillars", "dense", "Lang et al. PointPillars. CVPR 2019."),
     MODEL: (
-        "dsvt", "dsvt",
+        "dsvt",
+        "dsvt",
         "Wang et al. DSVT: Dynamic Sparse Voxel Transformer with Rotated Sets. CVPR 2023.",
     ),
-}  # fmt: skip
+}
 SUMMARIES = {
     TWIN: "Boxes of cars, pedestrians and cyclists in generated LiDAR scenes, from dense pillars.",
     MODEL: "Boxes of cars, pedestrians and cyclists in generated LiDAR scenes; attention to occupied pillars "
@@ -100,10 +101,16 @@ def write(config: Pretrain, name: str, models: Sequence[Detector], seconds: floa
         per_seed = {seed: result.metrics[metric].value for seed, result in enumerate(results)}
         mean, spread = mean_and_spread(per_seed)
         figure: dict[str, Any] = {
-            "task": TASK, "metric": metric, "split": "test", "protocol": "200 test scenes, last epoch",
-            "value": results[0].metrics[metric].value, "stderr": results[0].metrics[metric].stderr or 0.0,
-            "per_seed": per_seed, "mean": mean, "spread": spread,
-        }  # fmt: skip
+            "task": TASK,
+            "metric": metric,
+            "split": "test",
+            "protocol": "200 test scenes, last epoch",
+            "value": results[0].metrics[metric].value,
+            "stderr": results[0].metrics[metric].stderr or 0.0,
+            "per_seed": per_seed,
+            "mean": mean,
+            "spread": spread,
+        }
         if twin is not None:
             own = next(m for m in twin.metrics if m.metric == metric)
             values = {key: getattr(own, key) for key in ("value", "per_seed", "mean", "spread")}
@@ -119,15 +126,22 @@ def write(config: Pretrain, name: str, models: Sequence[Detector], seconds: floa
     }
     parameters = sum(p.numel() for p in models[0].parameters())
     card: dict[str, Any] = {
-        "name": name, "version": "1.0.0", "domain": "vision", "summary": SUMMARIES[name],
+        "name": name,
+        "version": "1.0.0",
+        "domain": "vision",
+        "summary": SUMMARIES[name],
         "architecture": {"name": "vision/lidar-detector", "args": models[0].current_arguments()},
         "method": {"name": method, "hyperparameters": hyperparameters, "seed": 0},
-        "cost": cost_beside(twin, flops.dense, flops.sparse, parameters), "metrics": metrics,
-        "dense_twin": TWIN if twin is not None else None, "sparsity": {"parts": {}},
+        "cost": cost_beside(twin, flops.dense, flops.sparse, parameters),
+        "metrics": metrics,
+        "dense_twin": TWIN if twin is not None else None,
+        "sparsity": {"parts": {}},
         "training": {"command": "python -m zoo.vision.lidar.pretrain", "seconds": round(seconds, 1)},
         "data": {"name": SOURCE.title, "source": SOURCE.origin, "licence": SOURCE.licence},
-        "license": "Apache-2.0", "citation": citation, "evidence": EVIDENCE,
-    }  # fmt: skip
+        "license": "Apache-2.0",
+        "citation": citation,
+        "evidence": EVIDENCE,
+    }
     return save(models[0], folder, card=card, overwrite=True)
 
 

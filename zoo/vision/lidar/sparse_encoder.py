@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from shared.account import Counting, Macs, register_counter
-from shared.ops.rulebook import Rulebook, conv_rulebook, submanifold_rulebook
-from shared.ops.sparse_conv import sparse_conv, subm_conv
-from shared.ops.sparse_tensor import SparseConvTensor
 from zoo.errors import ConfigError
+from zoo.shared.measure.account import Counting, Macs, register_counter
+from zoo.shared.ops.rulebook import Rulebook, conv_rulebook, submanifold_rulebook
+from zoo.shared.ops.sparse_conv import sparse_conv, subm_conv
+from zoo.shared.ops.sparse_tensor import SparseConvTensor
 from zoo.vision.lidar.voxelise import NORM
 
 # Strided convolutions halve z and leave x and y as they are.

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from shared.account import count
-from shared.modes import eval_mode
 from zoo.errors import TaskError
 from zoo.harness.tasks import Flops, Measure, Progress, Task, TaskResult, register_task
+from zoo.shared.measure.account import count
+from zoo.shared.measure.modes import eval_mode
 from zoo.vision.lidar.average_precision import (
     Detections,
     Matches,

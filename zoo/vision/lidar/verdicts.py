@@ -14,9 +14,11 @@ from zoo.harness.tables import Plot, Series, Table, Verdict
 Rows = Sequence[dict[str, Any]]
 METRIC = "bev_ap_loose"
 METRICS = {
-    "bev_ap_loose": "BEV, IoU 0.5 / 0.25 / 0.25", "ap_3d_loose": "3D, IoU 0.5 / 0.25 / 0.25",
-    "bev_ap": "BEV, IoU 0.7 / 0.5 / 0.5", "ap_3d": "3D, IoU 0.7 / 0.5 / 0.5",
-}  # fmt: skip
+    "bev_ap_loose": "BEV, IoU 0.5 / 0.25 / 0.25",
+    "ap_3d_loose": "3D, IoU 0.5 / 0.25 / 0.25",
+    "bev_ap": "BEV, IoU 0.7 / 0.5 / 0.5",
+    "ap_3d": "3D, IoU 0.7 / 0.5 / 0.5",
+}
 PUBLISHED = {
     "dense pillars": "ahead; Waymo L2 73.2 mAP for DSVT on pillars, the baselines' figures were not at hand",
     "sparse convolution": "ahead, at a latency fit for real time; the baselines' figures were not at hand",
@@ -69,8 +71,10 @@ def difference(rows: Rows, first: str, second: str, equal: str, metric: str = ME
 def _verdict(rows: Rows, first: str, other: str, equal: str) -> Verdict:
     return judge(
         f"DSVT is ahead of {other} after the same {'training time' if equal == 'time' else 'epochs'}",
-        PUBLISHED.get(other, "not stated"), difference(rows, first, other, equal), unit="AP",
-    )  # fmt: skip
+        PUBLISHED.get(other, "not stated"),
+        difference(rows, first, other, equal),
+        unit="AP",
+    )
 
 
 def _ap_table(rows: Rows, arms: Sequence[str], equal: str) -> Table:
@@ -113,9 +117,11 @@ def _cost_table(rows: Rows, arms: Sequence[str], times: Mapping[str, float]) -> 
             [arm, parameters, f"{1e3 * times[arm]:.0f}", f"{times[arm] / times[arms[0]]:.2f}", seconds]
         )
     return Table(
-        "Size and time", ["arm", "parameters", "ms per step", f"of {arms[0]}", "seconds of training"], body,
+        "Size and time",
+        ["arm", "parameters", "ms per step", f"of {arms[0]}", "seconds of training"],
+        body,
         note="Processor time of one thread, or on a GPU the time of the wall.",
-    )  # fmt: skip
+    )
 
 
 def _plots(rows: Rows, arms: Sequence[str]) -> list[Plot]:
@@ -133,11 +139,14 @@ def _plots(rows: Rows, arms: Sequence[str]) -> list[Plot]:
     legend = ", ".join(f"{place} = {arm}" for place, arm in enumerate(arms))
     return [
         Plot(
-            "ap", "Average precision of the arms, mean and spread over seeds", f"arm ({legend})",
-            "BEV AP, IoU 0.5 / 0.25 / 0.25 (%)", series,
+            "ap",
+            "Average precision of the arms, mean and spread over seeds",
+            f"arm ({legend})",
+            "BEV AP, IoU 0.5 / 0.25 / 0.25 (%)",
+            series,
             alt="AP of DSVT and its baselines after equal epochs and after equal training time.",
         )
-    ]  # fmt: skip
+    ]
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from shared.sites import pack_keys, quantize, unpack_keys
 from zoo.errors import ConfigError, DataError
+from zoo.shared.sites import pack_keys, quantize, unpack_keys
 
 NORM: dict[str, Any] = {"eps": 1e-3, "momentum": 0.01}  # of every batch norm of the reference
 _MIX = (-7046029254386353131, -4417276706812531889)  # odd 64-bit constants of a multiplicative hash

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import tyro
 
-from zoo.bundles import save
-from zoo.cards import Card
-from zoo.catalog import cache_folder, open_bundle
+from zoo.bundles.card import Card
+from zoo.bundles.catalog import cache_folder, open_bundle
+from zoo.bundles.store import save
 from zoo.harness.evidence import record_evidence
 from zoo.harness.experiments import CellCache
 from zoo.harness.tasks import get_task
@@ -93,10 +93,14 @@ class Maker:
         if twin:
             seconds += sum(pretrained(self.setting, arm, s, self.cells)[1]["seconds"] for s in study.seeds)
         return self._save(
-            name, [model for model, _ in runs[tuning]], twin, seconds,
+            name,
+            [model for model, _ in runs[tuning]],
+            twin,
+            seconds,
             summary=f"ResNet-{self.setting.depth} {how} on {title}, {labelled}.",
-            protocol=f"{how} on {labelled}, last epoch", options=_options(self.setting, twin, tuning),
-        )  # fmt: skip
+            protocol=f"{how} on {labelled}, last epoch",
+            options=_options(self.setting, twin, tuning),
+        )
 
     def _probed(self, name: str, twin: Card) -> Card:
         data, models, seconds = self.setting.data(), [], 0.0
@@ -109,10 +113,15 @@ class Maker:
             seconds += found["seconds"]
         title = SOURCES[self.setting.dataset].title
         return self._save(
-            name, models, twin, seconds, protocol=PROBE, options=_options(self.setting, twin, None),
+            name,
+            models,
+            twin,
+            seconds,
+            protocol=PROBE,
+            options=_options(self.setting, twin, None),
             summary=f"ResNet-{self.setting.depth} pre-trained by SparK on {title} without labels, with a "
             "linear probe as its head.",
-        )  # fmt: skip
+        )
 
     def _save(
         self, name: str, models: Sequence[ResNet], twin: Card | None, seconds: float, **texts: Any
@@ -124,10 +133,18 @@ class Maker:
             for seed, model in zip(self.config.study.seeds, models, strict=True)
         }
         fields = card_fields(
-            models[0], self.setting.dataset, name=f"vision/{name}", seed=self.config.study.seeds[0],
-            per_seed=per_seed, twin=twin, command=_command(self.config.study), seconds=seconds,
-            citation=CITATION if twin else NO_PAPER, evidence=EVIDENCE, **texts,
-        )  # fmt: skip
+            models[0],
+            self.setting.dataset,
+            name=f"vision/{name}",
+            seed=self.config.study.seeds[0],
+            per_seed=per_seed,
+            twin=twin,
+            command=_command(self.config.study),
+            seconds=seconds,
+            citation=CITATION if twin else NO_PAPER,
+            evidence=EVIDENCE,
+            **texts,
+        )
         path = save(models[0], self.config.out / name, card=fields, overwrite=True)
         record_evidence(self.config.evidence, f"vision/{name}", task.name, task.primary, per_seed)
         return open_bundle(path).card

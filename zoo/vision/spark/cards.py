@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.cards import Card, mean_and_spread
+from zoo.bundles.card import Card, mean_and_spread
 from zoo.errors import ConfigError, TaskError
 from zoo.harness.tasks import get_task
 from zoo.vision.data import SOURCES
@@ -55,10 +55,16 @@ def card_fields(
     values = dict(per_seed) if per_seed is not None else {seed: value.value}
     mean, spread = mean_and_spread(values)
     metric: dict[str, Any] = {
-        "task": task.name, "metric": task.primary, "split": "test", "protocol": protocol,
-        "value": value.value, "stderr": value.stderr or 0.0, "per_seed": values, "mean": mean,
+        "task": task.name,
+        "metric": task.primary,
+        "split": "test",
+        "protocol": protocol,
+        "value": value.value,
+        "stderr": value.stderr or 0.0,
+        "per_seed": values,
+        "mean": mean,
         "spread": spread,
-    }  # fmt: skip
+    }
     if twin is not None:
         own = next((m for m in twin.metrics if m.task == task.name), None)
         if own is None:
@@ -67,17 +73,27 @@ def card_fields(
         metric["dense"] = {"name": twin.name, **figure}
     source = SOURCES[dataset]
     return {
-        "name": name, "version": "1.0.0", "domain": "vision", "summary": summary,
+        "name": name,
+        "version": "1.0.0",
+        "domain": "vision",
+        "summary": summary,
         "architecture": {"name": "vision/resnet", "args": model.arguments},
         "method": {
-            "name": "dense" if twin is None else "spark", "hyperparameters": dict(options), "seed": seed,
+            "name": "dense" if twin is None else "spark",
+            "hyperparameters": dict(options),
+            "seed": seed,
         },
         "sparsity": {},
         "cost": {
-            "parameters": {}, "flops": {"dense": flops.dense, "sparse": flops.sparse}, "bytes": {},
+            "parameters": {},
+            "flops": {"dense": flops.dense, "sparse": flops.sparse},
+            "bytes": {},
         },
-        "metrics": [metric], "dense_twin": None if twin is None else twin.name,
+        "metrics": [metric],
+        "dense_twin": None if twin is None else twin.name,
         "training": {"command": command, "seconds": round(seconds, 3)},
         "data": {"name": source.title, "source": source.origin, "licence": source.licence},
-        "license": "Apache-2.0", "citation": citation, "evidence": evidence,
-    }  # fmt: skip
+        "license": "Apache-2.0",
+        "citation": citation,
+        "evidence": evidence,
+    }

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from zoo.bundles import save
-from zoo.catalog import find
+from zoo.bundles.catalog import find
+from zoo.bundles.store import save
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError
 from zoo.harness.tuning import checkpoint_folder, command_of, options_of
@@ -159,10 +159,15 @@ class Pretrain:
         options = {k: v for k, v in asdict(self).items() if k not in places}
         title = SOURCES[self.dataset].title
         return card_fields(
-            model, self.dataset, name=self.name or f"vision/{self.out.name}",
+            model,
+            self.dataset,
+            name=self.name or f"vision/{self.out.name}",
             summary=f"ResNet-{self.depth} pre-trained by SparK on {title} without labels, with a linear "
             "probe as its head.",
-            options={**options, "pretraining": "SparK", "hidden_loss": loss}, seed=self.seed, protocol=PROBE,
+            options={**options, "pretraining": "SparK", "hidden_loss": loss},
+            seed=self.seed,
+            protocol=PROBE,
             twin=None if self.twin is None else find(self.twin).card,
-            command=command_of(self, "vision", verb="pretrain"), seconds=seconds,
-        )  # fmt: skip
+            command=command_of(self, "vision", verb="pretrain"),
+            seconds=seconds,
+        )

@@ -26,9 +26,7 @@ class Densify(nn.Module):
         context: of the encoder.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, norm: NormKind, kernel: int, context: MaskContext
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, norm: NormKind, kernel: int, context: MaskContext) -> None:
         super().__init__()
         self.norm = VisibleBatchNorm2d(inputs) if norm == "batch" else VisibleLayerNorm(inputs, eps=1e-6)
         self.norm.context = context
@@ -51,9 +49,12 @@ class UpBlock(nn.Module):
         super().__init__()
         self.up = nn.ConvTranspose2d(width, width, 4, 2, 1)
         self.conv = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU6(),
-            nn.Conv2d(width, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs),
-        )  # fmt: skip
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU6(),
+            nn.Conv2d(width, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
 
     def forward(self, x: Float[Tensor, "B D h w"]) -> Float[Tensor, "B E H W"]:
         return self.conv(self.up(x))

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from shared.modes import eval_mode
 from zoo.errors import ConfigError
+from zoo.shared.measure.modes import eval_mode
 from zoo.vision.models import ResNet
 from zoo.vision.spark.masking import Choice, MaskContext, Mode, Visible, draw_cells
 from zoo.vision.spark.modules import check_layers, convert
@@ -193,9 +193,7 @@ class SparKEncoder(nn.Module):
                     f"{str(error).splitlines()[0]}"
                 ) from error
         strides = tuple(self.size[0] // m.shape[2] for m in maps)
-        exact = all(
-            (m.shape[2] * s, m.shape[3] * s) == self.size for m, s in zip(maps, strides, strict=True)
-        )
+        exact = all((m.shape[2] * s, m.shape[3] * s) == self.size for m, s in zip(maps, strides, strict=True))
         if not exact or any(b != 2 * a for a, b in zip(strides, strides[1:], strict=False)):
             sides = ", ".join(f"{m.shape[2]}x{m.shape[3]}" for m in maps)
             raise ConfigError(

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from shared.modes import eval_mode
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, share
 from zoo.names import suggestion
+from zoo.shared.measure.modes import eval_mode
 from zoo.vision.base import checked_device
 from zoo.vision.data import SOURCES
 from zoo.vision.spark import summary
@@ -24,16 +24,34 @@ from zoo.vision.spark.study import ARMS, SCRATCH, Setting, Tuning, pretrained, p
 #: What is usual for each set: network, cells, labels.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
-        "depth": 8, "width": 16, "cell": 4, "ratio": 0.5, "decoder": 32, "pretrain_epochs": 30,
-        "pretrain_lr": 3e-3, "pretrain_batch": 64, "batch": 32, "few": 100, "few_epochs": 60,
+        "depth": 8,
+        "width": 16,
+        "cell": 4,
+        "ratio": 0.5,
+        "decoder": 32,
+        "pretrain_epochs": 30,
+        "pretrain_lr": 3e-3,
+        "pretrain_batch": 64,
+        "batch": 32,
+        "few": 100,
+        "few_epochs": 60,
         "all_epochs": 15,
     },
     "cifar10-jpeg": {
-        "depth": 20, "width": 32, "cell": 4, "ratio": 0.6, "decoder": 128, "pretrain_epochs": 60,
-        "pretrain_lr": 2e-3, "pretrain_batch": 512, "batch": 256, "few": 2000, "few_epochs": 120,
+        "depth": 20,
+        "width": 32,
+        "cell": 4,
+        "ratio": 0.6,
+        "decoder": 128,
+        "pretrain_epochs": 60,
+        "pretrain_lr": 2e-3,
+        "pretrain_batch": 512,
+        "batch": 256,
+        "few": 2000,
+        "few_epochs": 120,
         "all_epochs": 15,
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -93,12 +111,24 @@ class SparKConfig:
 
     def setting(self) -> Setting:
         """What the arms share."""
-        names = ("depth", "width", "cell", "ratio", "decoder", "pretrain_epochs", "pretrain_lr",
-                 "pretrain_batch", "batch")  # fmt: skip
+        names = (
+            "depth",
+            "width",
+            "cell",
+            "ratio",
+            "decoder",
+            "pretrain_epochs",
+            "pretrain_lr",
+            "pretrain_batch",
+            "batch",
+        )
         return Setting(
-            self.dataset, **{name: self.value(name) for name in names}, weight_decay=5e-4,
-            train_images=self.train_images, test_images=self.test_images,
-        )  # fmt: skip
+            self.dataset,
+            **{name: self.value(name) for name in names},
+            weight_decay=5e-4,
+            train_images=self.train_images,
+            test_images=self.test_images,
+        )
 
     def tunings(self, arm: str) -> Iterator[Tuning]:
         """The fine-tunings of an arm: with few labels, and but for the ablations with all."""
@@ -136,22 +166,23 @@ def _work(
     for seed in config.seeds:
         for arm in config.arms:
             if arm != SCRATCH:
-                yield f"pre-training {arm}, seed {seed}", partial(
-                    _pretraining_row, setting, arm, seed, cells, config.device
+                yield (
+                    f"pre-training {arm}, seed {seed}",
+                    partial(_pretraining_row, setting, arm, seed, cells, config.device),
                 )
             for labels in (config.value("few"), 0):
-                yield f"linear probe of {arm}, {labels or 'all'} labels, seed {seed}", partial(
-                    _probe_row, setting, arm, labels, seed, cells, config.device
+                yield (
+                    f"linear probe of {arm}, {labels or 'all'} labels, seed {seed}",
+                    partial(_probe_row, setting, arm, labels, seed, cells, config.device),
                 )
             for tuning in config.tunings(arm):
-                yield f"{arm}, {tuning.labels or 'all'} labels, seed {seed}", partial(
-                    _tuning_row, setting, arm, tuning, seed, cells, config.device
+                yield (
+                    f"{arm}, {tuning.labels or 'all'} labels, seed {seed}",
+                    partial(_tuning_row, setting, arm, tuning, seed, cells, config.device),
                 )
 
 
-def _pretraining_row(
-    setting: Setting, arm: str, seed: int, cells: CellCache, device: str
-) -> dict[str, Any]:
+def _pretraining_row(setting: Setting, arm: str, seed: int, cells: CellCache, device: str) -> dict[str, Any]:
     found = pretrained(setting, arm, seed, cells, device)[1]
     return {"what": "pre-training", "arm": arm, "seed": seed, **found}
 
@@ -168,9 +199,14 @@ def _tuning_row(
 ) -> dict[str, Any]:
     found = tuned(setting, arm, tuning, seed, cells, device)[1]
     return {
-        "what": "fine-tuning", "arm": arm, "seed": seed, "labels": tuning.labels, "epochs": tuning.epochs,
-        "lr": tuning.lr, **found,
-    }  # fmt: skip
+        "what": "fine-tuning",
+        "arm": arm,
+        "seed": seed,
+        "labels": tuning.labels,
+        "epochs": tuning.epochs,
+        "lr": tuning.lr,
+        **found,
+    }
 
 
 def occupancies(setting: Setting, images: int = 64) -> list[dict[str, Any]]:
@@ -182,9 +218,10 @@ def occupancies(setting: Setting, images: int = 64) -> list[dict[str, Any]]:
     shown = data.normalised(data.train.images[:images])
     cells = draw_cells(len(shown), encoder.grid, setting.ratio, torch.Generator().manual_seed(0))
     layers = [
-        name for name, module in encoder.model.named_modules()
+        name
+        for name, module in encoder.model.named_modules()
         if isinstance(module, VisibleConv2d) and module.kernel_size != (1, 1)
-    ]  # fmt: skip
+    ]
     rows = []
     with eval_mode(encoder):
         for label, mode in (("re-masked", "masked"), ("not re-masked", "plain")):

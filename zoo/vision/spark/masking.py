@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
-from shared.ops.rulebook import Rulebook, conv_rulebook_onto, geometry, submanifold_rulebook
-from shared.ops.sparse_tensor import SparseConvTensor
 from zoo.errors import ConfigError
+from zoo.shared.ops.rulebook import Rulebook, conv_rulebook_onto, geometry, submanifold_rulebook
+from zoo.shared.ops.sparse_tensor import SparseConvTensor
 
 #: How an encoder computes: `masked`, the definition, runs dense layers and zeroes what is hidden after each;
 #: `pairs` keeps the rows of visible sites only, with convolutions over pairs of sites; `grid` keeps the same
@@ -216,9 +216,7 @@ class Visible:
             return submanifold_rulebook(sites.indices, sites.shape, batch, kernel, dilation)
         out = geometry(2, kernel, stride, padding, dilation).out_shape(sites.shape)
         onto = self.sites(out[0], out[1]).indices
-        return conv_rulebook_onto(
-            sites.indices, sites.shape, batch, onto, kernel, stride, padding, dilation
-        )  # fmt: skip
+        return conv_rulebook_onto(sites.indices, sites.shape, batch, onto, kernel, stride, padding, dilation)
 
 
 def as_rows(matrix: Float[Tensor, "sites C"]) -> Float[Tensor, "sites C 1 1"]:

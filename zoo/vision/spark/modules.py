@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.ops.sparse_conv import sparse_avg_pool, sparse_conv, sparse_max_pool
 from zoo.errors import ConfigError
+from zoo.shared.ops.sparse_conv import sparse_avg_pool, sparse_conv, sparse_max_pool
 from zoo.vision.models import PadShortcut
 from zoo.vision.spark.masking import MaskContext, Visible, as_rows
 
@@ -173,13 +173,28 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
 
 _HANDLED = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.MaxPool2d, nn.AvgPool2d)
 _MIXING = (
-    nn.GroupNorm, nn.InstanceNorm2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ConvTranspose2d,
-    nn.MultiheadAttention, nn.Upsample, nn.LocalResponseNorm,
-)  # fmt: skip
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.ConvTranspose2d,
+    nn.MultiheadAttention,
+    nn.Upsample,
+    nn.LocalResponseNorm,
+)
 _SQUEEZES = (
-    "SEModule", "SqueezeExcite", "SqueezeExciteCl", "EffectiveSEModule", "EcaModule", "CecaModule",
-    "CbamModule", "GlobalContext", "GatherExcite", "GlobalResponseNorm", "GlobalResponseNormMlp",
-)  # fmt: skip
+    "SEModule",
+    "SqueezeExcite",
+    "SqueezeExciteCl",
+    "EffectiveSEModule",
+    "EcaModule",
+    "CecaModule",
+    "CbamModule",
+    "GlobalContext",
+    "GatherExcite",
+    "GlobalResponseNorm",
+    "GlobalResponseNormMlp",
+)
 
 
 def check_layers(module: nn.Module, more: Mapping[type[nn.Module], type[nn.Module]]) -> None:
@@ -192,9 +207,7 @@ def check_layers(module: nn.Module, more: Mapping[type[nn.Module], type[nn.Modul
         _refuse(name, layer, {**REPLACEMENTS, **more})
 
 
-def convert(
-    module: nn.Module, context: MaskContext, more: Mapping[type[nn.Module], type[nn.Module]]
-) -> None:
+def convert(module: nn.Module, context: MaskContext, more: Mapping[type[nn.Module], type[nn.Module]]) -> None:
     """Swap the layers below `module`, in place, for those that see visible sites only.
 
     Args:

@@ -12,9 +12,7 @@ from zoo.vision.spark.encoder import Execution, SparKEncoder
 EPS = 1e-6
 
 
-def patches(
-    images: Float[Tensor, "B C H W"], grid: tuple[int, int]
-) -> Float[Tensor, "B f g pixels"]:
+def patches(images: Float[Tensor, "B C H W"], grid: tuple[int, int]) -> Float[Tensor, "B f g pixels"]:
     """Cells of the images, each as one row of its values in the order row, column, channel."""
     batch, channels, height, width = images.shape
     f, g = grid
@@ -30,7 +28,7 @@ def unpatched(cells: Float[Tensor, "B f g pixels"], channels: int, cell: int) ->
 
 
 def normalised_patches(
-    cells: Float[Tensor, "B f g pixels"]
+    cells: Float[Tensor, "B f g pixels"],
 ) -> tuple[Float[Tensor, "B f g pixels"], Float[Tensor, "B f g 1"], Float[Tensor, "B f g 1"]]:
     """(t - mean) / sqrt(var + 1e-6) of each cell with the unbiased variance; with the mean and the root."""
     mean = cells.mean(-1, keepdim=True)
@@ -68,9 +66,14 @@ class SparK(nn.Module):
         super().__init__()
         self.encoder, self.execution = encoder, execution
         self.decoder = LightDecoder(
-            encoder.widths, encoder.strides, encoder.trunk.norm, width, encoder.channels, scales,
+            encoder.widths,
+            encoder.strides,
+            encoder.trunk.norm,
+            width,
+            encoder.channels,
+            scales,
             encoder.context,
-        )  # fmt: skip
+        )
 
     def forward(
         self, images: Float[Tensor, "B C H W"], cells: Bool[Tensor, "B f g"]

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.io import atomic_write
-from shared.modes import eval_mode
+from zoo.shared.measure.modes import eval_mode
+from zoo.shared.store.io import atomic_write
 from zoo.vision.data import Images
 from zoo.vision.spark.masking import draw_cells
 from zoo.vision.spark.objective import SparK

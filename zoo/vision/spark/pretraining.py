@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shared.modes import eval_mode
+from zoo.shared.measure.modes import eval_mode
 from zoo.vision.data import Images, Split
 from zoo.vision.spark.masking import draw_cells
 from zoo.vision.spark.objective import SparK, hidden_loss

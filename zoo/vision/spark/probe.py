@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.modes import eval_mode
 from zoo.errors import ConfigError
+from zoo.shared.measure.modes import eval_mode
 from zoo.vision.data import Images, Split
 from zoo.vision.models import ResNet
 

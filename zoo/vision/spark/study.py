@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from shared.io import atomic_write
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache
+from zoo.shared.store.io import atomic_write
 from zoo.vision.data import Images, load_images
 from zoo.vision.models import ResNet, reinitialised
 from zoo.vision.spark.encoder import Execution, SparKEncoder
@@ -120,7 +120,7 @@ def pretrained(
         spark = setting.spark(arm, seed).to(device)
         recipe = Recipe(
             setting.pretrain_epochs, setting.pretrain_lr, setting.pretrain_batch, 0.0, optimizer="adam"
-        )  # fmt: skip
+        )
         fit = pretraining(spark, data, recipe, setting.ratio, seed)
         checkpoint = CheckpointFile(cells.folder / f"{file.stem}-checkpoint", key)
         losses = {"0": held_out_loss(spark, data, data.val, setting.ratio)}
@@ -144,9 +144,11 @@ def pretrained(
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, save(weights))
         return {
-            "losses": losses, "execution": str(spark.execution), "seconds": fit.cost.seconds,
+            "losses": losses,
+            "execution": str(spark.execution),
+            "seconds": fit.cost.seconds,
             "device": device,
-        }  # fmt: skip
+        }
 
     if not file.exists():
         cells.path(key).unlink(missing_ok=True)
@@ -181,10 +183,13 @@ def tuned(
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, save({k: v.cpu().contiguous() for k, v in model.state_dict().items()}))
         return {
-            "accuracy": float(right.double().mean()), "images": len(right), "validation": validation,
+            "accuracy": float(right.double().mean()),
+            "images": len(right),
+            "validation": validation,
             "correct": np.packbits(right.numpy()).tobytes().hex(),
-            "seconds": fit.cost.seconds, "device": device,
-        }  # fmt: skip
+            "seconds": fit.cost.seconds,
+            "device": device,
+        }
 
     if not file.exists():
         cells.path(key).unlink(missing_ok=True)

@@ -120,7 +120,7 @@ def _occupancies(rows: Rows) -> Table:
     body = [
         [layer, f"{share['re-masked', layer]:.3f}", f"{share['not re-masked', layer]:.3f}"]
         for layer in layers
-    ]  # fmt: skip
+    ]
     return Table("Occupancy after each convolution", ["layer", "re-masked", "not re-masked"], body)
 
 
@@ -136,10 +136,13 @@ def _verdicts(rows: Rows, few: int) -> list[Verdict]:
     out.append(_occupancy_verdict(rows))
     for arm in ("no re-masking", "single scale"):
         found = gains(rows, "SparK", arm, few)
-        out.append(judge(
-            f"SparK is above the ablation '{arm}' at {few:,} labels", "above (ablation table)",
-            seed_difference(found, [0.0] * len(found)) if found else None,
-        ))  # fmt: skip
+        out.append(
+            judge(
+                f"SparK is above the ablation '{arm}' at {few:,} labels",
+                "above (ablation table)",
+                seed_difference(found, [0.0] * len(found)) if found else None,
+            )
+        )
     return [verdict for verdict in out if verdict.verdict != "not measured"]
 
 
@@ -186,27 +189,51 @@ def _plots(rows: Rows, few: int) -> list[Plot]:
             means, spreads = [statistics.fmean(v) for v in values], [deviation(v) for v in values]
             curves.append(Series(arm, epochs, means, spreads))
     plots = [
-        Plot("loss", "Loss on hidden cells of held-out images", "epoch", "loss (1: nothing learnt)", curves,
-             alt="One falling curve per pre-trained arm, with bands of one standard deviation over seeds."),
-    ]  # fmt: skip
+        Plot(
+            "loss",
+            "Loss on hidden cells of held-out images",
+            "epoch",
+            "loss (1: nothing learnt)",
+            curves,
+            alt="One falling curve per pre-trained arm, with bands of one standard deviation over seeds.",
+        ),
+    ]
     bars = []
     for place, arm in enumerate((SCRATCH, *ARMS)):
         reached = list(points(rows, arm, few).values())
         if reached:
-            bars.append(Series(
-                arm, [place], [statistics.fmean(reached)], [deviation(reached)], kind="points",
-            ))  # fmt: skip
-    plots.append(Plot(
-        "accuracy", f"Test accuracy with {few:,} labels", "arm", "test accuracy (%)", bars,
-        alt="One point per arm with one standard deviation over seeds.",
-    ))  # fmt: skip
+            bars.append(
+                Series(
+                    arm,
+                    [place],
+                    [statistics.fmean(reached)],
+                    [deviation(reached)],
+                    kind="points",
+                )
+            )
+    plots.append(
+        Plot(
+            "accuracy",
+            f"Test accuracy with {few:,} labels",
+            "arm",
+            "test accuracy (%)",
+            bars,
+            alt="One point per arm with one standard deviation over seeds.",
+        )
+    )
     shares = []
     for arm in ("re-masked", "not re-masked"):
         found = [r for r in rows if r["what"] == "occupancy" and r["arm"] == arm]
         if found:
             shares.append(Series(arm, [r["depth"] for r in found], [r["share"] for r in found]))
-    plots.append(Plot(
-        "occupancy", "Occupancy after each convolution", "convolution", "share of non-zero sites", shares,
-        alt="A level line with masks, a rising one without.",
-    ))  # fmt: skip
+    plots.append(
+        Plot(
+            "occupancy",
+            "Occupancy after each convolution",
+            "convolution",
+            "share of non-zero sites",
+            shares,
+            alt="A level line with masks, a rising one without.",
+        )
+    )
     return plots

@@ -28,8 +28,10 @@ def fastest_choice(encoder: SparKEncoder, images: Tensor, cells: Tensor) -> Choi
     choices = [Choice("masked"), Choice("grid")]
     if not images.is_cuda:  # on a GPU the convolutions over pairs are the plain reference
         choices += [Choice("pairs"), Choice("mixed", _faster_over_pairs(encoder, images, cells))]
-    times = {choice: _seconds(lambda c=choice: _step(encoder, images, cells, c), images.device)  # type: ignore[misc]
-             for choice in choices}  # fmt: skip
+    times = {
+        choice: _seconds(lambda c=choice: _step(encoder, images, cells, c), images.device)  # type: ignore[misc]
+        for choice in choices
+    }
     return min(choices, key=times.__getitem__)
 
 
@@ -44,9 +46,10 @@ def _faster_over_pairs(encoder: SparKEncoder, images: Tensor, cells: Tensor) -> 
     from zoo.vision.spark.encoder import inputs_of
 
     layers = {
-        name: layer for name, layer in encoder.model.named_modules()
+        name: layer
+        for name, layer in encoder.model.named_modules()
         if isinstance(layer, VisibleConv2d) and layer.has_pairs and not layer.is_pointwise
-    }  # fmt: skip
+    }
     visible = {mode: Visible(cells, mode) for mode in _ROW_MODES}
     with torch.no_grad(), inputs_of(encoder.model, layers) as inputs:
         encoder.stage_rows(images, visible["grid"])

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from shared.masks import masks_of
-from zoo.bundles import load, save
-from zoo.cards import mean_and_spread
+from zoo.bundles.card import mean_and_spread
+from zoo.bundles.store import load, save
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, Plot, Series, Table, Verdict
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
-from zoo.methods import Prune, Sparsified
+from zoo.methods.contract import Prune, Sparsified
+from zoo.shared.masks import masks_of
 
 IN, OUT = 12, 4
 
@@ -32,7 +32,7 @@ toy_param = zoo_toy:Parametrised
 [zoo.architectures]
 toy/mlp = zoo_toy:MLP
 
-[zoo.methods]
+[zoo.methods.contract]
 toy-half = zoo_toy:Half
 
 [zoo.experiments]
@@ -238,10 +238,16 @@ def metric_fields(model: nn.Module, seed: int, dense: dict[str, Any] | None = No
     per_seed = {seed: measure.value}
     mean, spread = mean_and_spread(per_seed)
     fields: dict[str, Any] = {
-        "task": "toy/accuracy", "metric": "accuracy", "split": "all", "protocol": "once",
-        "value": measure.value, "stderr": measure.stderr,
-        "per_seed": per_seed, "mean": mean, "spread": spread,
-    }  # fmt: skip
+        "task": "toy/accuracy",
+        "metric": "accuracy",
+        "split": "all",
+        "protocol": "once",
+        "value": measure.value,
+        "stderr": measure.stderr,
+        "per_seed": per_seed,
+        "mean": mean,
+        "spread": spread,
+    }
     if dense is not None:
         metric = dense["metrics"][0]
         if metric.get("dense"):
@@ -257,15 +263,19 @@ def make_bundles(folder: Path) -> dict[str, Path]:
     model = train(0)
     flops = Accuracy().flops(model)
     common: dict[str, Any] = {
-        "name": "toy/dense-mlp", "version": "1.0.0", "domain": "toy", "summary": "A toy.",
+        "name": "toy/dense-mlp",
+        "version": "1.0.0",
+        "domain": "toy",
+        "summary": "A toy.",
         "architecture": {"name": "toy/mlp", "args": {"width": 32}},
         "method": {"name": "dense", "hyperparameters": {}, "seed": 0},
         "cost": {"flops": {"dense": flops.dense, "sparse": flops.sparse}},
         "metrics": [metric_fields(model, 0)],
         "training": {"command": "python -m zoo_toy", "seconds": 1.0},
         "data": {"name": "toy", "source": "generated", "licence": "CC0-1.0"},
-        "license": "Apache-2.0", "citation": "Nobody, 2026",
-    }  # fmt: skip
+        "license": "Apache-2.0",
+        "citation": "Nobody, 2026",
+    }
     paths = {"dense": save(model, folder / "dense-mlp", card=common)}
     for name, sparsity in (("half", 0.5), ("tenth", 0.9)):
         model = train(0)

@@ -1,0 +1,1 @@
+"""Masks that are learned: gates in the forward pass, and constraints on the weights."""

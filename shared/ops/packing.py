@@ -1,0 +1,179 @@
+"""Modules that skip the zeros of those they replace, for inference.
+
+`pack(model, masks)` replaces each module whose weights are masked by what the converter of its type makes of
+it. Where there is no converter, or it declines, the module stays as it is: masked, with the same outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from ..masks import Mask, MaskSet, set_masks
+from ..masks.patterns import NM
+from ..structure.folding import fold_norms, fuse_relus
+from .modules import DepthwiseConv, SparseConv1x1, SparseLinear, is_depthwise, is_pointwise
+from .nm_linear import PATTERNS, pack_nm
+from .sparse_linear import plan
+from .weights import SparseWeight
+
+# Takes a module and the masks of its own parameters by their short names; None where the module should stay.
+Converter = Callable[[nn.Module, Mapping[str, Mask]], "nn.Module | None"]
+_CONVERTERS: dict[type[nn.Module], Converter] = {}
+_WITHOUT_MASKS: set[type[nn.Module]] = set()
+# Takes a module whose parts were packed; None where it should stay.
+CompositeConverter = Callable[[nn.Module], "nn.Module | None"]
+_COMPOSITES: list[CompositeConverter] = []
+
+
+def register_packer(module_type: type[nn.Module], masked: bool = True) -> Callable[[Converter], Converter]:
+    """Decorator: `convert(module, masks) -> module or None` packs modules of exactly this type.
+
+    With `masked=False` it also packs those without a mask, which keep their zeros out in another way.
+    """
+
+    def register(convert: Converter) -> Converter:
+        _CONVERTERS[module_type] = convert
+        if not masked:
+            _WITHOUT_MASKS.add(module_type)
+        return convert
+
+    return register
+
+
+def register_composite_packer(convert: CompositeConverter) -> CompositeConverter:
+    """Decorator: `convert(module) -> module or None` is offered every module that has parts, after these were
+    packed, the outermost first.
+    """
+    _COMPOSITES.append(convert)
+    return convert
+
+
+def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
+    """Replace, in place, the masked modules of a model by modules that skip the zeros.
+
+    A parameter shared with another module is left alone. Batch norms are folded into the convolutions before
+    them where `fold_norms` can, and sparse 1x1 convolutions take the ReLU that follows. The model carries the
+    masks of the modules that stayed. The result is for inference: packed modules have no trainable weight.
+
+    Args:
+        model: a model whose masked entries are zero.
+        masks: its masks by parameter name.
+
+    Returns:
+        The model; another object only if the model itself is a module that is replaced.
+
+    Raises:
+        MaskError: the masks do not fit the model.
+    """
+    masks.check(model)
+    if not model.training:
+        fold_norms(model, kept=masks)
+    owners: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    replaced: set[str] = set()
+    for name, module in list(model.named_modules()):
+        convert = _CONVERTERS.get(type(module))
+        prefix = f"{name}." if name else ""
+        own = {
+            key: masks[prefix + key]
+            for key, _ in module.named_parameters(recurse=False)
+            if prefix + key in masks
+        }
+        tied = any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False))
+        wanted = convert is not None and not tied and (own or type(module) in _WITHOUT_MASKS)
+        packed = convert(module, own) if convert is not None and wanted else None
+        if packed is None:
+            continue
+        packed.train(module.training)
+        replaced.update(prefix + key for key in own)
+        if name:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, packed)
+        else:
+            model = packed
+    if any(isinstance(module, SparseConv1x1) for module in model.modules()):
+        _pack_depthwise(model, masks)
+        fuse_relus(model)
+    model, taken = _pack_composites(model)
+    left = {name: mask for name, mask in masks.items() if name not in replaced and not name.startswith(taken)}
+    set_masks(model, MaskSet(left))
+    return model
+
+
+def _pack_depthwise(model: nn.Module, masks: MaskSet) -> None:
+    """The depthwise convolutions between sparse 1x1 convolutions, for the channel-major maps of those."""
+    for name, module in list(model.named_modules()):
+        if name and is_depthwise(module) and f"{name}.weight" not in masks:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, DepthwiseConv(module).train(module.training))
+
+
+def _pack_composites(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Replace modules that are packed as a whole; also returns the prefixes of the parameters they took."""
+    taken: tuple[str, ...] = ()
+    for name, module in list(model.named_modules()):
+        if f"{name}.".startswith(taken) or not _COMPOSITES or not list(module.children()):
+            continue
+        packed = next((made for convert in _COMPOSITES if (made := convert(module)) is not None), None)
+        if packed is None:
+            continue
+        packed.train(module.training)
+        if not name:
+            return packed, ("",)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, packed)
+        taken += (f"{name}.",)
+    return model, taken
+
+
+# Below this, storing where the weights are costs more than the zeros save, whatever the product costs.
+MIN_SPARSITY = 0.5
+
+
+@register_packer(nn.Linear)
+def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
+    """`zoo.shared.ops.SparseLinear`, which runs each product by the fastest backend for its shape, also
+    dense; in
+    the layout of `nm_linear` where the mask is of such a pattern. A layer that is never faster so stays.
+    """
+    keep = masks.get("weight")
+    if not isinstance(module, nn.Linear) or keep is None or set(masks) != {"weight"}:
+        return None
+    if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    if keep.sparsity < MIN_SPARSITY:
+        return None
+    pattern = keep.pattern
+    if (
+        isinstance(pattern, NM)
+        and pattern.dim == -1
+        and (pattern.n, pattern.m) in PATTERNS
+        and keep.kept * pattern.m == keep.numel * pattern.n  # a mask of the pattern may keep fewer
+    ):
+        weight = pack_nm(module.weight, keep.keep, pattern.n, pattern.m)
+        packed = SparseLinear(weight.packed, module.bias)
+    else:
+        packed = SparseLinear.from_dense(module, keep.keep)
+    return None if _runs_dense(packed.weight) else packed.requires_grad_(False)
+
+
+def _runs_dense(weight: SparseWeight) -> bool:
+    """Whether `auto` would multiply by the dense weight for one row of x, for some and for many: then a plain
+    layer does the same without a choice at each call, which takes longer than a small product."""
+    some_x = (weight.values.new_empty(rows, weight.shape[1]) for rows in (1, 64, 2048))
+    return all(plan(x, weight).backend == "dense" for x in some_x)
+
+
+@register_packer(nn.Conv2d)
+def _pack_pointwise(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
+    """`zoo.shared.ops.SparseConv1x1` for 1x1 convolutions with stride 1; other convolutions stay."""
+    keep = masks.get("weight")
+    if keep is None or not isinstance(module, nn.Conv2d) or keep.sparsity < MIN_SPARSITY:
+        return None
+    if not is_pointwise(module) or module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return SparseConv1x1.from_convolution(module, keep.keep).requires_grad_(False)

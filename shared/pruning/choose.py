@@ -1,0 +1,181 @@
+"""From names, patterns, scores and a budget to masks: what every way of sparsifying shares."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from ..errors import BudgetError, MaskError, PatternError, ScheduleError
+from ..masks import Mask, MaskSet, near_misses, unwrap
+from ..masks.patterns import NM, Pattern, parse_pattern
+from .budgets import BUDGETS, Budget, check_sparsity
+from .scores import SCORES, Score, ScoreContext
+
+Names = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+Patterns = str | Pattern | Mapping[str, Pattern]
+
+
+def prunable_parameters(model: nn.Module) -> list[str]:
+    """Names of the weight matrices and kernels: parameters of two or more dimensions whose own name begins
+    with or ends in "weight" (Linear, Conv, Embedding, attention, recurrent layers, and layers of other
+    libraries built alike), without norms; tied ones once, under their first name.
+
+    Raises:
+        MaskError: a parameter is not initialised yet.
+    """
+    model = unwrap(model)
+    norms = {
+        f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    }
+    names = []
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise MaskError(f"parameter {name!r} has no shape yet; run one forward pass first")
+        last = name.rpartition(".")[2]
+        if (
+            parameter.dim() >= 2
+            and name not in norms
+            and (last.startswith("weight") or last.endswith("weight"))
+        ):
+            names.append(name)
+    return names
+
+
+def choose_masks(
+    scores: Mapping[str, Tensor], sparsity: float, patterns: Mapping[str, Pattern], budget: Budget
+) -> MaskSet:
+    """The masks that keep the best units of each tensor, as many as the budget allots it.
+
+    Raises:
+        PatternError: a score is NaN (the tensor is named), or a shape its pattern does not allow.
+        BudgetError: a sparsity that cannot be met.
+    """
+    for name, score in scores.items():
+        if bool(score.isnan().any()):
+            raise PatternError(
+                f"{int(score.isnan().sum())} of {score.numel()} scores of {name!r} are NaN; "
+                "repair the weights or the measurements they come from"
+            )
+        try:
+            patterns[name].check_shape(tuple(score.shape))
+        except PatternError as error:
+            raise PatternError(f"{name!r}: {error}") from None
+    counts = budget.allocate(scores, sparsity, patterns)
+    return MaskSet(
+        {
+            name: Mask(patterns[name].keep(score, counts[name]), patterns[name])
+            for name, score in scores.items()
+        }
+    )
+
+
+def score_tensors(
+    weights: Mapping[str, nn.Parameter], score: Score, context: ScoreContext, before: MaskSet
+) -> dict[str, Tensor]:
+    """Scores of all tensors; entries dropped before rank last unless the score lets them return."""
+    scores = {}
+    for name, weight in weights.items():
+        value = score.score(name, weight, context)
+        if value.shape != weight.shape:
+            raise MaskError(
+                f"the score {type(score).__name__} of {name!r} has shape {tuple(value.shape)}, not "
+                f"{tuple(weight.shape)}"
+            )
+        if name in before and not score.may_regrow:
+            value = value.masked_fill(~before[name].keep.to(value.device), -torch.inf)
+        scores[name] = value
+    return scores
+
+
+def select_parameters(model: nn.Module, names: Names) -> dict[str, nn.Parameter]:
+    """The chosen parameters in the model's order, tied ones once, under their first name."""
+    known = dict(model.named_parameters())
+    if names is None:
+        chosen = prunable_parameters(model)
+    elif callable(names):
+        chosen = [name for name, parameter in known.items() if names(name, parameter)]
+    else:
+        aliases = dict(model.named_parameters(remove_duplicate=False))
+        matched: set[int] = set()
+        for wanted in [names] if isinstance(names, str) else names:
+            found = [name for name in aliases if name == wanted or fnmatch.fnmatchcase(name, wanted)]
+            if not found:
+                raise MaskError(f"no parameter matches {wanted!r}{near_misses(wanted, aliases)}")
+            matched |= {id(aliases[name]) for name in found}
+        chosen = [name for name, parameter in known.items() if id(parameter) in matched]
+    if not chosen:
+        raise MaskError(f"no parameters to sparsify{near_misses('weight', known)}; choose some with names=")
+    return {name: known[name] for name in chosen}
+
+
+def resolve_patterns(weights: Mapping[str, nn.Parameter], pattern: Patterns) -> dict[str, Pattern]:
+    """The pattern of each tensor, checked against its shape. A plain "n:m" runs along the input axis:
+    dimension 1 of convolutions, the last of matrices."""
+    if isinstance(pattern, Mapping):
+        unknown = sorted(set(pattern) ^ set(weights))
+        if unknown:
+            raise PatternError(f"one pattern per chosen parameter is needed; differing names: {unknown[:5]}")
+        return dict(pattern)
+    parsed = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+    patterns: dict[str, Pattern] = {}
+    for name, weight in weights.items():
+        if isinstance(pattern, str) and isinstance(parsed, NM) and "@" not in pattern and weight.dim() > 2:
+            patterns[name] = NM(parsed.n, parsed.m, dim=1)
+        else:
+            patterns[name] = parsed
+        try:
+            patterns[name].check_shape(tuple(weight.shape))
+        except PatternError as error:
+            raise PatternError(f"{name!r}: {error}") from None
+    return patterns
+
+
+def resolve_score(score: str | Score) -> Score:
+    """A score, or the one of that name."""
+    if not isinstance(score, str):
+        return score
+    if score not in SCORES:
+        raise MaskError(f"unknown score {score!r}{near_misses(score, SCORES)}")
+    return SCORES[score]()
+
+
+def resolve_budget(budget: str | Budget) -> Budget:
+    """A budget, or the one of that name."""
+    if not isinstance(budget, str):
+        return budget
+    if budget not in BUDGETS:
+        raise BudgetError(f"unknown budget {budget!r}{near_misses(budget, BUDGETS)}")
+    return BUDGETS[budget]()
+
+
+def goal_sparsity(sparsity: float | None, patterns: Mapping[str, Pattern]) -> float:
+    """The sparsity asked for, or the one that N:M patterns fix."""
+    if sparsity is not None:
+        return check_sparsity(sparsity)
+    densities = {pattern.fixed_density for pattern in patterns.values()}
+    only = densities.pop() if len(densities) == 1 else None
+    if only is None:
+        raise BudgetError("sparsity is needed: give a number in [0, 1), such as sparsity=0.9")
+    return float(1 - only)
+
+
+def check_goal(goal: float, sparsity: float | None, patterns: Mapping[str, Pattern]) -> None:
+    """The schedule's end, the sparsity asked for and what N:M patterns fix must agree."""
+    check_sparsity(goal)
+    if sparsity is not None and goal != sparsity:
+        raise ScheduleError(
+            f"the schedule ends at sparsity {goal}, but sparsity={sparsity} was given; give one of them"
+        )
+    densities = {pattern.fixed_density for pattern in patterns.values()}
+    only = densities.pop() if len(densities) == 1 else None
+    if only is not None and abs(float(1 - only) - goal) > 1e-6:
+        raise BudgetError(
+            f"{next(iter(patterns.values()))} fixes the sparsity at {float(1 - only):.6g}; received {goal}: "
+            "leave sparsity out, or choose another n:m"
+        )

@@ -1,0 +1,1 @@
+"""How tensors are stored: atomic files and the packed container."""

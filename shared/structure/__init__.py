@@ -1,0 +1,1 @@
+"""What is cut together, and how: groups of channels, surgery, folding, averaging."""

@@ -1,0 +1,190 @@
+"""Fine-tuning graph models: zeros, resuming after a kill, other graphs, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.bundles.catalog import find
+from zoo.bundles.store import load
+from zoo.errors import ConfigError
+from zoo.graph.data import load_graph
+from zoo.graph.finetune import Finetune
+from zoo.graph.models import GAT, GCN, GIN
+from zoo.graph.transfer import transferred
+from zoo.shared.masks import masks_of
+
+TICKET = "graph/teddy-gcn-digits-g60-w95"
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load(folder).state_dict()
+
+
+def test_zeros_stay_and_the_bundle_is_whole(tmp_path, capsys):
+    path = Finetune(TICKET, tmp_path / "tuned", epochs=4).run()
+    before, after = load(TICKET), load(path)
+    assert masks_of(before).equal(masks_of(after))
+    assert masks_of(before).zeros_intact(after) == []
+    changed = [
+        n for n, p in after.named_parameters() if not torch.equal(p, dict(before.named_parameters())[n])
+    ]
+    assert changed
+    card = find(path).card
+    assert card.dense_twin == "graph/dense-gcn-digits"
+    assert card.sparsity.parts == find(TICKET).card.sparsity.parts
+    assert card.method.hyperparameters["finetuned"]["epochs"] == 4
+    assert "test accuracy" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["tuned"]  # the checkpoint is gone
+
+
+def test_a_dense_model_stays_dense(tmp_path):
+    path = Finetune("graph/dense-gcn-digits", tmp_path / "tuned", epochs=2).run()
+    assert find(path).card.method.name == "dense"
+    assert len(masks_of(load(path)) or {}) == 0
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from zoo.graph.finetune import Finetune
+Finetune({ticket!r}, Path(sys.argv[1]), epochs=int(sys.argv[2]), checkpoint_every=3).run()
+"""
+
+
+def start(out: Path, epochs: int) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    code = COMMAND.format(ticket=TICKET)
+    command = [sys.executable, "-c", code, str(out), str(epochs)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    epochs = 60
+    assert start(tmp_path / "whole", epochs).wait() == 0
+    process = start(tmp_path / "killed", epochs)
+    checkpoint = tmp_path / ".killed.checkpoint" / "state.safetensors"
+    deadline = time.monotonic() + 400
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert checkpoint.exists()
+    assert not (tmp_path / "killed").exists()
+    resumed = start(tmp_path / "killed", epochs)
+    assert resumed.wait() == 0, resumed.stderr.read()
+    assert f"{epochs}/{epochs}" in resumed.stderr.read()
+    whole, killed = state_of(tmp_path / "whole"), state_of(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    for name in whole:
+        assert torch.equal(whole[name], killed[name]), name
+    cards = [find(tmp_path / name).card for name in ("whole", "killed")]
+    assert cards[0].metrics == cards[1].metrics
+    assert cards[0].weights.bytes == cards[1].weights.bytes
+
+
+def interrupted(tmp_path: Path, monkeypatch) -> Path:
+    """A checkpoint of a run of 6 epochs that was stopped after 2."""
+    from zoo.graph.checkpoint import Checkpoint
+
+    class Stop(Exception):
+        pass
+
+    save = Checkpoint.save
+
+    def save_and_stop(self, fit):
+        save(self, fit)
+        raise Stop
+
+    monkeypatch.setattr(Checkpoint, "save", save_and_stop)
+    with pytest.raises(Stop):
+        Finetune(TICKET, tmp_path / "tuned", epochs=6, checkpoint_every=2).run()
+    monkeypatch.setattr(Checkpoint, "save", save)
+    return tmp_path / ".tuned.checkpoint" / "state.safetensors"
+
+
+def test_a_checkpoint_of_other_options_is_refused(tmp_path, monkeypatch):
+    assert interrupted(tmp_path, monkeypatch).exists()
+    with pytest.raises(ConfigError, match="other options.*Delete"):
+        Finetune(TICKET, tmp_path / "tuned", epochs=6, checkpoint_every=2, lr=0.1).run()
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, monkeypatch):
+    file = interrupted(tmp_path, monkeypatch)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ConfigError, match="cannot be read.*Delete"):
+        Finetune(TICKET, tmp_path / "tuned", epochs=6, checkpoint_every=2).run()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"lr": float("nan")}, "lr must be finite"),
+        ({"twin": "graph/no-such-twin"}, "No dense twin 'graph/no-such-twin'"),
+    ],
+)
+def test_impossible_options_are_refused(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        Finetune(TICKET, tmp_path / "tuned", **options).run()
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_an_output_that_is_there_is_kept(tmp_path):
+    (tmp_path / "tuned").mkdir()
+    with pytest.raises(ConfigError, match="there already"):
+        Finetune(TICKET, tmp_path / "tuned").run()
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: GCN(12, 16, 3), lambda: GIN(12, 16, 3), lambda: GAT(12, 4, 3, heads=2)]
+)
+def test_transfer_to_another_graph_keeps_what_fits(graph, build):
+    from zoo.graph.teddy import ticket_mask
+    from zoo.graph.ticket import EdgeTicket
+    from zoo.graph.train import L0Ball
+    from zoo.shared.masks import MaskSet, set_masks
+
+    torch.manual_seed(0)
+    model = build()
+    masks = MaskSet(L0Ball.for_sparsity(model, 0.75)(model))
+    set_masks(model, masks)
+    loops = isinstance(model, GAT)
+    keep = ticket_mask(graph.edge_index, 60, 0.3, add_self_loops=loops)
+    model.ticket = EdgeTicket.draw(graph.edge_index, 60, keep)
+
+    same, changes = transferred(model, graph, seed=1)
+    assert changes == []
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), model.parameters(), strict=True))
+
+    digits = load_graph("digits")
+    moved, changes = transferred(model, digits, seed=1)
+    assert (moved.in_channels, moved.out_channels) == (64, 10)
+    assert "64 features and 10 classes, the model 12 and 3" in changes[0]
+    assert "another graph" in changes[1]
+    found = masks_of(moved)
+    assert found.zeros_intact(moved) == []
+    old = dict(model.named_parameters())
+    for name, parameter in moved.named_parameters():
+        if old[name].shape == parameter.shape:
+            assert torch.equal(parameter, old[name])
+            assert found[name].equal(masks[name])
+        else:
+            expected = parameter.numel() - -(-parameter.numel() * masks.sparsity() // 1)
+            assert abs(found[name].kept - expected) <= 1
+    entries = digits.edge_index.shape[1]
+    dropped = entries - int(moved.ticket.keep.sum())
+    assert abs(dropped / entries - (1 - int(keep.sum()) / len(keep))) < 1e-3
+    assert torch.isfinite(moved(digits.x, digits.edge_index)).all()
+    again, _ = transferred(model, digits, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(moved.parameters(), again.parameters(), strict=True))

@@ -1,0 +1,380 @@
+"""Training: rates and windows, exact resuming, zeros in full and low-rank fine-tuning, merges, generation."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.bundles.catalog import find
+from zoo.bundles.store import load
+from zoo.checkpoints import CheckpointFile
+from zoo.cli import main
+from zoo.errors import ConfigError, DataError
+from zoo.llm.blocks import find_blocks
+from zoo.llm.finetune import Finetune
+from zoo.llm.generate import generate
+from zoo.llm.lora import attach_lora, detach_lora
+from zoo.llm.models import llama
+from zoo.llm.train import Fit, TrainConfig, Windows, adamw
+from zoo.shared.errors import MaskError
+from zoo.shared.masks import masks_of
+from zoo.shared.pruning.sparsifier import sparsify
+
+DENSE = "llm/dense-shakespeare"
+
+
+def tiny(seed: int = 0, sparsity: float | None = None):
+    torch.manual_seed(seed)
+    model = llama(64, 32, 48, layers=2, heads=4, kv_heads=2, context=32)
+    if sparsity is not None:
+        sparsify(model, sparsity=sparsity, names=["model.layers.*_proj.weight"])
+    return model
+
+
+def text(length: int = 2000):
+    """Tokens that can be learnt: each follows from the one before."""
+    return (torch.arange(length) * 7) % 61
+
+
+def test_rates_rise_and_fall_to_zero():
+    config = TrainConfig(steps=100, lr=1.0, warmup=0.1)
+    rates = [config.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1.0
+    assert rates[9:] == sorted(rates[9:], reverse=True) and 0 < rates[-1] < 0.01
+    assert config.rate(54) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_pass_sees_each_window_once_and_passes_differ():
+    windows = Windows(torch.arange(1000), window=10, batch=7, seed=3)
+    again = Windows(torch.arange(1000), window=10, batch=7, seed=3)
+    steps = windows.per_pass // 7
+    first = torch.cat([windows(step) for step in range(steps)])
+    assert len(set(first[:, 0].tolist())) == len(first)
+    assert torch.equal(first[:, 1:] - first[:, :1], torch.arange(1, 11).expand(len(first), 10))
+    assert torch.equal(again(5), windows(5)) and torch.equal(windows(0), again(0))
+    assert not torch.equal(windows(windows.per_pass), windows(0))
+    with pytest.raises(DataError, match="fewer than two windows of 10"):
+        Windows(torch.arange(20), window=10, batch=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"steps": 0}, "steps must be"),
+        ({"lr": 0.0}, "lr and clip"),
+        ({"lr": float("nan")}, "lr and clip"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"warmup": 1.0}, "warmup"),
+    ],
+)
+def test_impossible_recipes_are_refused(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**{"steps": 5, **wrong})
+
+
+def test_training_learns_and_resumes_to_the_same_bits(tmp_path):
+    config = TrainConfig(steps=40, batch=4, window=16, lr=1e-2)
+    windows = Windows(text(), 16, 4, seed=0)
+    whole = Fit(tiny(), windows, config)
+    whole.advance()
+    first = whole.last_loss
+    whole.run()
+    assert whole.last_loss < first / 4
+    stopped = Fit(tiny(), windows, config)
+    file = CheckpointFile(tmp_path / "run", {"a": 1})
+    assert not stopped.restore(file)
+    for _ in range(17):
+        stopped.advance()
+    stopped.write(file)
+    resumed = Fit(tiny(seed=5), Windows(text(), 16, 4, seed=0), config)
+    assert resumed.restore(file) and resumed.step == 17
+    resumed.run()
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(ConfigError, match="other options"):
+        stopped.restore(CheckpointFile(tmp_path / "run", {"a": 2}))
+
+
+def test_shares_of_a_batch_add_up_to_it():
+    config, windows = TrainConfig(steps=1, batch=4, window=16), Windows(text(), 16, 4, seed=0)
+    gradients = []
+    for rank, processes in ((0, 1), (0, 2), (1, 2)):
+        model = tiny()
+        seen: list[torch.Tensor] = []
+
+        def keep(loss, model=model, seen=seen):
+            loss.backward()
+            seen.append(model.lm_head.weight.grad.clone())
+
+        Fit(model, windows, config, backward=keep, share=(rank, processes)).advance()
+        gradients.append(seen[0])
+    torch.testing.assert_close(gradients[0], (gradients[1] + gradients[2]) / 2)
+    with pytest.raises(ConfigError, match="multiple of the 3 processes"):
+        Fit(tiny(), windows, config, share=(0, 3))
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    model = tiny()
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(DataError, match="loss is nan at step 0"):
+        Fit(model, Windows(text(), 16, 4, seed=0), TrainConfig(steps=1, batch=4, window=16)).advance()
+
+
+def adapted(model, steps: int = 12):
+    """Train low-rank updates of a model; returns it before they are taken off."""
+    attach_lora(model, rank=4, seed=1)
+    config = TrainConfig(steps=steps, batch=4, window=16, lr=2e-2)
+    fit = Fit(model, Windows(text(), 16, 4, seed=0), config)
+    before = fit.model(input_ids=text(32)[None]).logits
+    fit.run()
+    return before
+
+
+def test_low_rank_updates_keep_every_zero_and_merge_to_the_same_model():
+    model = tiny(sparsity=0.6)
+    masks, start = masks_of(model), copy.deepcopy(model)
+    ids = text(32)[None]
+    before = adapted(model)
+    with torch.no_grad():
+        assert torch.equal(before, start(input_ids=ids).logits)  # B is zero: nothing changes at first
+        trained = model(input_ids=ids).logits
+        assert not torch.allclose(trained, start(input_ids=ids).logits, atol=0.1)
+        detach_lora(model, merge=True)
+        torch.testing.assert_close(model(input_ids=ids).logits, trained, rtol=1e-4, atol=1e-5)
+    assert masks.zeros_intact(model) == []
+    assert model.state_dict().keys() == start.state_dict().keys()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, start.get_parameter(n))}
+    assert changed == set(masks)
+    kept = sum(int((p != 0).sum()) for n, p in model.named_parameters() if n in masks)
+    assert kept == sum(mask.kept for mask in masks.values())
+
+
+def test_adapters_merge_only_onto_the_zeros_they_were_trained_on():
+    model = tiny(sparsity=0.6)
+    start = copy.deepcopy(model)
+    adapted(model, steps=3)
+    adapter = detach_lora(model, merge=False)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, start.get_parameter(name))
+    other, dense = tiny(sparsity=0.5), tiny()
+    for wrong in (other, dense):
+        unchanged = copy.deepcopy(wrong).state_dict()
+        with pytest.raises(MaskError, match="other zeros"):
+            adapter.merge_(wrong)
+        assert all(torch.equal(value, unchanged[name]) for name, value in wrong.state_dict().items())
+    with pytest.raises(MaskError, match="no weight"):
+        adapter.merge_(llama(64, 16, 32, layers=1, heads=4, context=32))
+    adapter.merge_(start)
+    assert masks_of(start).zeros_intact(start) == []
+    half = copy.deepcopy(model).half()
+    adapter.merge_(half)
+    assert masks_of(half).zeros_intact(half) == []
+
+
+def test_low_rank_options_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="rank must be between 1 and 16"):
+        attach_lora(tiny(), rank=17)
+    with pytest.raises(ConfigError, match="No projection matches"):
+        attach_lora(tiny(), rank=2, names=["*.c_proj.weight"])
+    with pytest.raises(ConfigError, match="no low-rank updates"):
+        detach_lora(tiny(), merge=True)
+    model = tiny()
+    names = attach_lora(model, rank=2, names=["*.down_proj.weight"])
+    assert names == [f"{block.mlp_name}.down_proj.weight" for block in find_blocks(model)]
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(n.endswith((".a", ".b")) and "down_proj" in n for n in trained)
+    assert len(adamw(model, TrainConfig(steps=1)).param_groups) == 1
+
+
+# What the command line does, on a toy model, since each run is a process of its own.
+TOY = Path(__file__).with_name("toy_task.py")
+RUN = (
+    TOY.read_text()
+    + """
+import sys
+from pathlib import Path
+from zoo.llm.finetune import Finetune
+out, steps = Path(sys.argv[1]), int(sys.argv[2])
+Finetune(sys.argv[3], out, steps=steps, batch=2, window=32, checkpoint_every=2).run()
+"""
+)
+
+
+@pytest.fixture
+def pruned(tmp_path, monkeypatch):
+    """A pruned toy bundle beside its dense twin, and the toy task in this process."""
+    from zoo.harness.tasks import get_task
+    from zoo.llm.bundling import save_dense
+    from zoo.methods.contract import Prune
+    from zoo.registry import TASKS
+
+    TASKS.names()
+    monkeypatch.setattr(TASKS, "_entries", dict(TASKS._entries))
+    from zoo.llm import data
+
+    monkeypatch.setattr(data, "_READERS", dict(data._READERS))
+    data.corpus.cache_clear()
+    runpy.run_path(str(TOY))
+    from zoo.harness.making import Origin, make_bundle
+
+    torch.manual_seed(0)
+    shape = {"layers": 2, "heads": 4, "kv_heads": 2, "context": 64, "tokenizer": "shakespeare"}
+    model = llama(1024, 32, 48, **shape).eval().half()
+    words = {"summary": "s", "command": "c", "seconds": 1.0, "text": "toy", "tasks": ["llm/toy"]}
+    dense = save_dense(model, tmp_path / "models" / "llm" / "toy-dense", name="llm/toy-dense", **words)
+    monkeypatch.setenv("ZOO_PATH", str(tmp_path / "models"))
+    method = Prune(sparsity=0.5, names=("model.layers.*_proj.weight",))
+    origin = Origin("llm/toy-half", "prune", "c")
+    path = make_bundle(find(dense), method, origin, tmp_path / "models" / "llm" / "toy-half")
+    assert get_task("llm/toy").evaluate(load(path)).n == 2
+    yield path
+    data.corpus.cache_clear()
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4, "lr": 5e-3, "distillation": 0.5}])
+def test_fine_tuning_recovers_and_keeps_every_zero(tmp_path, pruned, options, capsys):
+    settings = {"steps": 12, "batch": 4, "window": 32, "lr": 3e-3, **options}
+    path = Finetune(str(pruned), tmp_path / "tuned", **settings).run()
+    before, after = load(pruned), load(path)
+    assert masks_of(before).equal(masks_of(after)) and masks_of(before).zeros_intact(after) == []
+    assert after.dtype == torch.float16
+    old, new = find(pruned).card, find(path).card
+    assert new.metrics[0].value < old.metrics[0].value and new.metrics[0].dense == old.metrics[0].dense
+    assert new.sparsity == old.sparsity and new.dense_twin == "llm/toy-dense"
+    assert new.method.hyperparameters["finetuned"]["steps"] == 12
+    assert "pruned weights that are zero" in capsys.readouterr().err
+    assert not (tmp_path / ".tuned.checkpoint").exists()
+
+
+def test_impossible_fine_tunings_are_refused(tmp_path, pruned):
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xff")
+    for options, error, message in (
+        ({"checkpoint_every": 0}, ConfigError, "checkpoint_every"),
+        ({"lora_rank": -1}, ConfigError, "lora_rank"),
+        ({"lora_rank": 64}, ConfigError, "rank must be between"),
+        ({"distillation": float("inf")}, ConfigError, "distillation"),
+        ({"text": str(tmp_path / "short.txt")}, DataError, "fewer than two windows"),
+        ({"text": str(tmp_path / "latin.txt")}, DataError, "UTF-8"),
+        ({"text": str(tmp_path / "absent.txt")}, DataError, "absent.txt"),
+    ):
+        with pytest.raises(error, match=message):
+            Finetune(str(pruned), tmp_path / "tuned", steps=2, **options).run()
+        assert not (tmp_path / "tuned").exists()
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="is there already"):
+        Finetune(str(pruned), tmp_path / "there").run()
+    with pytest.raises(ConfigError, match="no model of the llm domain"):
+        Finetune("graph/dense-gcn-digits", tmp_path / "tuned").run()
+
+
+def start(out: Path, steps: int, model: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-c", RUN, str(out), str(steps), str(model)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, pruned):
+    steps = 30
+    process = start(tmp_path / "killed", steps, pruned)
+    checkpoint = tmp_path / ".killed.checkpoint" / "state.safetensors"
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert checkpoint.exists() and not (tmp_path / "killed").exists()
+    resumed = start(tmp_path / "killed", steps, pruned)
+    Finetune(str(pruned), tmp_path / "whole", steps=steps, batch=2, window=32, checkpoint_every=2).run()
+    assert resumed.wait() == 0, resumed.stderr.read()
+    left, right = load(tmp_path / "whole").state_dict(), load(tmp_path / "killed").state_dict()
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+    assert find(tmp_path / "whole").card.metrics == find(tmp_path / "killed").card.metrics
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return load(DENSE)
+
+
+def test_streamed_text_is_what_transformers_generates(dense):
+    pieces: list[str] = []
+    prompt = "KATHARINA:\nI pray you, sir"
+    done = generate(dense, prompt, max_new_tokens=24, on_text=pieces.append)
+    assert dense.dtype == torch.float16 and "".join(pieces) == done.text and done.new_tokens == 24
+    from zoo.llm.tokenization import tokenizer_of
+
+    tokenizer = tokenizer_of(dense)
+    ids = torch.tensor([[0, *tokenizer(prompt).input_ids]])
+    single = copy.deepcopy(dense).float()
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    out = single.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert tokenizer.decode(out[0, ids.shape[1] :]) == done.text
+    assert done.prompt_tokens == ids.shape[1] and done.decode_tokens_per_second > 0
+
+
+def test_sampling_follows_its_seed_and_leaves_torchs_alone(dense):
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    texts = [generate(dense, "KATE:\n", max_new_tokens=16, temperature=1.0, seed=s).text for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_impossible_prompts_are_refused(dense):
+    with pytest.raises(ConfigError, match="Shorten the prompt"):
+        generate(dense, "word " * 400)
+    for options in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}):
+        with pytest.raises(ConfigError, match="max_new_tokens must be"):
+            generate(dense, "x", **options)
+
+
+def test_texts_stand_side_by_side(tmp_path, dense):
+    from zoo.llm.samples import Samples
+
+    models, prompts = (DENSE, "llm/chess-30-shakespeare"), ("KATE:\nI", "A | B")
+    found = Samples(models, prompts, 6, tmp_path / "texts.json").run()
+    stored = json.loads((tmp_path / "texts.json").read_text())
+    assert stored == found and len(found["texts"]) == 2
+    own = found["texts"][find(DENSE).card.reference]
+    assert own[prompts[0]] == generate(dense, prompts[0], max_new_tokens=6).text
+    table = (tmp_path / "texts.md").read_text().splitlines()
+    assert len(table) == 4 and table[2].startswith("| **KATE:<br>I**") and table[3].count("A \\| B") == 2
+    with pytest.raises(ConfigError, match="at least one model"):
+        Samples((), prompts)
+
+
+@pytest.mark.parametrize("name", [DENSE, "llm/chess-30-shakespeare"])
+def test_packed_models_write_the_same_text(name, capsys):
+    texts = []
+    for execution in ("masked", "packed"):
+        arguments = ["--prompt", "KATE:\n", "--max-new-tokens", "12", "--execution", execution, "--json"]
+        assert main(["generate", name, *arguments]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] != ""
+
+
+def test_the_command_line_writes(capsys):
+    assert main(["generate", DENSE, "--prompt", "KATE:\n", "--max-new-tokens", "8"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("KATE:\n") and "tokens/s" in shown.err
+    assert main(["generate", DENSE, "--prompt", "KATE:\n", "--max-new-tokens", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "KATE:\n" + found["text"] == shown.out.rstrip("\n") and found["new_tokens"] == 8
+    assert main(["generate", "graph/dense-gcn-digits"]) == 2
+    assert "only language models write" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""The lidar bundles from training to fine-tuning, with detectors that hardly saw anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.bundles.store import load
+from zoo.errors import ConfigError
+from zoo.harness.experiments import CellCache
+from zoo.harness.verify import verify
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, TASKS
+from zoo.vision.lidar import data, experiment, finetune, pretrain
+from zoo.vision.lidar.arms import make_arm
+from zoo.vision.lidar.detector import Detector
+from zoo.vision.lidar.experiment import DSVTExperiment, DSVTExperimentConfig
+from zoo.vision.lidar.pictures import bev_picture, recall_text
+from zoo.vision.lidar.tasks import Scenes, detections
+from zoo.vision.lidar.train import DetectorRecipe
+
+
+@pytest.fixture(autouse=True)
+def _few_scenes(monkeypatch):
+    monkeypatch.setattr(Scenes, "frames", 2)
+    monkeypatch.setattr(experiment, "SPEED_FRAMES", 4)
+    monkeypatch.setattr(experiment, "SPEED_ROUNDS", 1)
+
+
+@pytest.fixture
+def bundles(tmp_path) -> Path:
+    """The dense-pillar twin and DSVT with fresh weights."""
+    config = pretrain.Pretrain(out=tmp_path / "cards", evidence=tmp_path / "evidence.json")
+    for name, (arm, _, _) in pretrain.ENTRIES.items():
+        pretrain.write(config, name, [make_arm(arm, 0)], 1.0)
+    return config.out
+
+
+def test_everything_is_registered():
+    assert ARCHITECTURES.get("vision/lidar-detector") is Detector
+    assert TASKS.get("vision/lidar-scenes") is Scenes
+    assert FINETUNERS.get("lidar") is finetune.FinetuneLidar
+    assert EXPERIMENTS.get("dsvt") is DSVTExperiment
+
+
+def failed(model: Path) -> list[str]:
+    """Figures that do not come back, but for those of the committed evidence, which is of other trainings."""
+    (found,) = verify([model])
+    return [check.figure for check in found.checks if check.ok is False and "evidence" not in check.figure]
+
+
+def test_bundles_verify_and_fine_tune(bundles, tmp_path, capsys):
+    for folder in sorted(bundles.iterdir()):
+        assert failed(folder) == []
+    own = bundles / "dsvt-pillars-scenes"
+    model = load(own)
+    assert isinstance(model, Detector)
+    assert sum(p.numel() for p in model.parameters()) < 200_000
+    assert (own / "weights.safetensors").stat().st_size < 700_000
+    options = {"scenes": 2, "epochs": 1, "batch": 2}
+    # Beside the twin, where it is found.
+    tuned = finetune.FinetuneLidar(str(own), bundles / "tuned", **options).run()
+    assert failed(tuned) == []
+    assert "zoo finetune lidar --model" in load(tuned).zoo_info.card.training.command
+    assert any(
+        not torch.equal(p, q) for p, q in zip(model.parameters(), load(tuned).parameters(), strict=True)
+    )
+    with pytest.raises(ConfigError, match="is there already"):
+        finetune.FinetuneLidar(str(own), bundles / "tuned", **options).run()
+    with pytest.raises(ConfigError, match="is no detector that this command can train"):
+        finetune.FinetuneLidar("vision/dense-convnet-digits", tmp_path / "x").run()
+
+
+def test_the_experiment_resumes_from_its_cells(tmp_path):
+    config = DSVTExperimentConfig(
+        arms=("dsvt", "dense pillars"), seeds=2, scenes=2, test_scenes=2, epochs=1, batch=2
+    )
+    cells = CellCache(tmp_path)
+    result = DSVTExperiment().run(config, cells)
+    assert len(result.verdicts) == 2 and len(result.rows) == 8
+    computed = cells.misses
+    again = DSVTExperiment().run(config, cells)
+    assert cells.misses == computed and again.rows == result.rows
+    assert {table.title for table in result.tables} >= {"Size and time"}
+    assert all(len(series.x) == 2 for series in result.plots[0].series)
+
+
+def test_pictures_show_points_and_boxes():
+    frame = data.scene_frames("test", 1)[0]
+    model = make_arm("dense pillars", 0).eval()
+    (found,) = detections(model, [frame])
+    assert bev_picture(frame, found, model, "a scene", least=0.0)[:4] == b"\x89PNG"
+    assert recall_text(frame, found, model.classes).count(" of ") == 3
+
+
+def test_devices_that_are_not_there_are_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="no device 'cuda' here; use --device cpu"):
+        DetectorRecipe(device="cuda")

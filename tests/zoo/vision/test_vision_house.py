@@ -1,0 +1,417 @@
+"""The vision domain inside the zoo: registry, data, tasks, training, cells, plug-ins and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import zoo.vision
+from zoo.bundles.store import info, load, save
+from zoo.cli import main
+from zoo.errors import ConfigError, DataError, TaskError
+from zoo.harness.experiments import CellCache
+from zoo.harness.tasks import get_task
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, TASKS, Registry
+from zoo.shared.errors import BudgetError, MaskError, PatternError
+from zoo.shared.masks import masks_of, set_masks
+from zoo.shared.pruning.sparsifier import sparsify
+from zoo.vision import claims, studies
+from zoo.vision.arms import ARMS, Setting, arm_cell, dense_cell, unpacked
+from zoo.vision.base import checked_device, clone
+from zoo.vision.data import drawn_moves, load_images, shifted_and_mirrored
+from zoo.vision.magnitude import MagnitudePruning
+from zoo.vision.models import MLP, ConvNet, ResNet, ViT, pretrained_resnet, reinitialised
+from zoo.vision.reproduce import BenchmarkConfig, PruningBenchmark, jobs
+from zoo.vision.train import Fit, ImageBatches, Recipe, accuracy, step_macs
+
+needs_data = pytest.mark.skipif(not os.environ.get("ZOO_DATA"), reason="needs the images below ZOO_DATA")
+
+
+def test_everything_is_registered_without_importing_torch():
+    code = (
+        "import sys, zoo.vision; from zoo.registry import TASKS; TASKS.names(); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+    for registry in (ARCHITECTURES, TASKS):
+        assert len([registry.get(name) for name in registry.names("vision/*")]) >= 5
+    for name in (
+        "magnitude",
+        "random-pruning",
+        "dynamic-sparse",
+        "lottery-ticket",
+        "lottery-jackpot",
+        "bip",
+        "sparse-soup",
+        "pgf",
+        "bdwp",
+        "sparse-ift",
+        "mask-sparsity",
+        "wgsef",
+        "iss-p",
+        "fast-convnet",
+    ):
+        assert METHODS.get(name).__module__.startswith("zoo.vision.")
+    assert EXPERIMENTS.get("pruning-benchmark") is PruningBenchmark
+    assert EXPERIMENTS.get("pruning-claims") is claims.PruningClaims
+    assert FINETUNERS.get("vision").__name__ == "Finetune"
+    assert zoo.vision.ResNet is ResNet
+    with pytest.raises(AttributeError):
+        _ = zoo.vision.nonsense
+
+
+def test_the_digits_are_split_once_and_for_all():
+    data = load_images("digits")
+    assert (len(data.train), len(data.val), len(data.test)) == (1167, 130, 500)
+    values = data.normalised(data.train.images)
+    assert values.mean().abs() < 1e-5 and (values.std() - 1).abs() < 1e-3
+    with pytest.raises(DataError, match="Unknown image set"):
+        load_images("cifar100")
+    with pytest.raises(DataError, match="1167"):
+        data.subset(2000)
+
+
+def test_augmentation_moves_images_by_up_to_four_pixels():
+    images = torch.zeros(64, 1, 32, 32, dtype=torch.uint8)
+    images[:, 0, 16, 10] = 255
+    moved = shifted_and_mirrored(images, drawn_moves(64, torch.Generator().manual_seed(0)))
+    places = moved.flatten(1).argmax(1)
+    rows, columns = places // 32, places % 32
+    assert set(rows.tolist()) <= set(range(12, 21)) and len(set(rows.tolist())) > 5
+    assert set(columns.tolist()) <= {*range(6, 15), *range(17, 26)}
+    assert (columns < 16).any() and (columns > 16).any()
+
+
+@needs_data
+def test_published_weights_have_their_published_accuracy():
+    data = load_images("cifar10-true")
+    model = pretrained_resnet(20)
+    first = data.test.take(torch.arange(300))
+    assert accuracy(model, data, first) == pytest.approx(0.92, abs=0.02)
+    assert (len(data.train), len(data.val), len(data.test)) == (7107, 790, 932)
+
+
+def test_relatives_are_built_from_arguments():
+    for model in (ConvNet((8, 16), (1, 2)), MLP(), ViT(), ResNet(8, 4, channels=1)):
+        wide = model.wider(2)
+        assert sum(p.numel() for p in wide.parameters()) > 2 * sum(p.numel() for p in model.parameters())
+        fresh = reinitialised(model, 3)
+        assert torch.equal(next(fresh.parameters()), next(reinitialised(model, 3).parameters()))
+    with pytest.raises(ConfigError, match="6 n"):
+        ResNet(21)
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(net, images):
+    masks = sparsify(net, sparsity=0.5)
+    recipe = Recipe(epochs=4, lr=0.05, batch=16)
+
+    def fit() -> Fit:
+        model = clone(net)
+        set_masks(model, masks)
+        return Fit(model, ImageBatches(images, 16), recipe, seed=1)
+
+    whole, first, second = fit(), fit(), fit()
+    with masks.attach(whole.model, whole.optimizer):
+        whole.run()
+    with masks.attach(first.model, first.optimizer):
+        first.run(until=2)
+    second.load_state({name: value.clone() for name, value in first.state().items()})
+    with masks.attach(second.model, second.optimizer):
+        second.run()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name])
+
+
+def test_training_cost_counts_kept_weights(net, images):
+    example = ImageBatches(images, 16).example()
+    dense = step_macs(net, example)
+    sparsify(net, sparsity=0.75, budget="uniform")
+    assert step_macs(net, example) == pytest.approx(dense / 4, rel=0.02)
+    with_dense = step_macs(net, example, dense_gradients=True)
+    assert with_dense == pytest.approx(dense / 3 + 2 * dense / 12, rel=0.02)
+
+
+def test_bad_recipes_and_diverging_training_are_refused(net, images):
+    with pytest.raises(ConfigError, match="epochs"):
+        Recipe(epochs=0)
+    with pytest.raises(ConfigError, match="lr"):
+        Recipe(lr=float("nan"))
+    with pytest.raises(ConfigError, match="lower the lr"):
+        Fit(net, ImageBatches(images, 16), Recipe(epochs=8, lr=1e30, batch=16)).run()
+
+
+@pytest.mark.parametrize("sparsity", [1.0, -0.1, float("nan")])
+def test_sparsities_out_of_range_are_refused(sparsity, net):
+    with pytest.raises(BudgetError, match="lie in"):
+        MagnitudePruning(sparsity, dataset="digits").sparsify(net)
+
+
+def test_models_that_cannot_be_pruned_are_refused(net):
+    with pytest.raises(ConfigError, match="no card"):
+        MagnitudePruning().sparsify(net)
+    with pytest.raises(ConfigError, match="image classifiers"):
+        MagnitudePruning(dataset="digits").sparsify(torch.nn.Linear(2, 2))
+    with torch.no_grad():
+        net.linear.weight[0, 0] = torch.nan
+    with pytest.raises(ConfigError, match="linear.weight"):
+        MagnitudePruning(dataset="digits").sparsify(net)
+
+
+def test_masks_of_another_model_and_tied_weights_are_refused(net):
+    masks = sparsify(net, sparsity=0.5)
+    with pytest.raises(MaskError, match="another model|no parameter"):
+        set_masks(reinitialised(ConvNet((8, 16), (1, 2), classes=4), 0), masks)
+    tied = reinitialised(MLP(64, (64, 64), 10), 0)
+    tied.layers[3].weight = tied.layers[1].weight
+    both = {"layers.1.weight": torch.ones(64, 64).bool(), "layers.3.weight": torch.zeros(64, 64).bool()}
+    with pytest.raises(MaskError, match="tied"):
+        set_masks(tied, type(masks)(both))
+    with pytest.raises(PatternError, match="multiple"):
+        sparsify(reinitialised(ConvNet((6, 10), (1, 2), classes=4), 0), pattern="2:8")
+
+
+def test_tasks_refuse_models_of_other_images(net):
+    with pytest.raises(TaskError, match="channels"):
+        get_task("vision/digits").evaluate(ResNet(8, 4))
+    with pytest.raises(TaskError, match="upscaler"):
+        get_task("vision/set5-x2").evaluate(net)
+
+
+SMALL = BenchmarkConfig(
+    arms=("global magnitude", "random mask"),
+    sparsities=(0.9,),
+    seeds=2,
+    widths=(),
+    dense_epochs=1,
+    epochs=1,
+    train_images=128,
+    test_images=100,
+)
+
+
+def test_the_benchmark_resumes_from_its_cells(tmp_path):
+    cells = CellCache(tmp_path)
+    result = PruningBenchmark().run(SMALL, cells)
+    assert len(result.rows) == len(list(jobs(SMALL))) == 8 and cells.misses == 8
+    again = CellCache(tmp_path)
+    assert PruningBenchmark().run(SMALL, again) == result and again.misses == 0
+    assert [t.title for t in result.tables][0] == "Accuracy (%)" and len(result.plots) == 2
+    row = arm_cell(SMALL.setting(), "global magnitude", 0.9, 0, again)
+    assert unpacked(row).mean() == pytest.approx(row["accuracy"]) and row["images"] == 100
+    model, dense = dense_cell(SMALL.setting(), 0, again)
+    assert dense["sparsity"] == 0 and row["flops"] == dense["flops"] + row["own_flops"]
+    assert masks_of(model) is None
+
+
+def test_outer_sparsities_are_for_the_main_arms(tmp_path):
+    config = dataclasses.replace(SMALL, arms=("global magnitude", "LAMP"), outer=(0.98,), seeds=1)
+    assert config.levels == (0.9, 0.98)
+    assert [job.arm for job in jobs(config) if job.sparsity == 0.98] == ["global magnitude"]
+    result = PruningBenchmark().run(config, CellCache(tmp_path))
+    lamp = next(row for row in result.tables[0].rows if row[0] == "LAMP")
+    assert lamp[1] and lamp[2] == ""
+    curves = {series.label: list(series.x) for series in result.plots[0].series}
+    assert curves["LAMP"] == [10.0] and curves["global magnitude"] == [10.0, 2.0]
+
+
+def test_cells_are_the_same_on_every_device():
+    there = dataclasses.replace(SMALL.setting(), device="cuda")
+    assert there.key(arm="BiP", seed=1) == SMALL.setting().key(arm="BiP", seed=1)
+    assert "device" not in MagnitudePruning(device="cuda").options()
+    for name in ("nonsense", "cuda:99", "xpu"):
+        with pytest.raises(ConfigError, match="device"):
+            checked_device(name)
+
+
+def test_unknown_arms_and_impossible_options_are_refused():
+    with pytest.raises(ConfigError, match="global magnitude"):
+        BenchmarkConfig(arms=("global magnitud",))
+    with pytest.raises(ConfigError, match="true pixels"):
+        BenchmarkConfig(dataset="cifar10-jpeg", pretrained=True)
+    with pytest.raises(BudgetError):
+        BenchmarkConfig(sparsities=(1.0,))
+    with pytest.raises(ConfigError, match="an epoch per phase; received 0, 3 and 0"):
+        BenchmarkConfig(epochs=0, arms=("soup of 3",))
+    with pytest.raises(ConfigError, match="jackpots"):
+        claims.ClaimsConfig(studies=("jackpot",))
+    for make in ARMS.values():
+        assert 0 < make(0.9, Setting(epochs=1), 0).sparsity < 1
+
+
+def test_studies_are_summed_up_by_their_claims():
+    runs = {
+        "soups": [
+            {
+                "soup": 90.0 + s,
+                "mean member": 88.0 + s,
+                "best member": 90.0 + s,
+                "greedy soup": 90.0,
+                "soup, norms not recalibrated": 20.0,
+                "one network, three times as long": 95.0 + s,
+            }
+            for s in range(3)
+        ]
+    }
+    result = claims.summarise(runs)
+    outcomes = {v.claim: v.verdict for v in result.verdicts}
+    assert list(outcomes.values()) == ["holds", "no difference seen", "holds", "does not hold"]
+    assert {c.first for s in studies.STUDIES.values() for c in s.claims}
+
+
+def test_a_toy_package_adds_a_method_by_entry_point(tmp_path, monkeypatch):
+    package = tmp_path / "toy_pruning"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from zoo.shared.pruning.sparsifier import sparsify\n"
+        "from zoo.methods.contract import Sparsified\n\n"
+        "@dataclass\nclass Toy:\n    sparsity: float = 0.5\n\n"
+        "    def sparsify(self, model):\n"
+        "        return Sparsified(model, sparsify(model, sparsity=self.sparsity))\n"
+    )
+    meta = tmp_path / "toy_pruning-1.0.dist-info"
+    meta.mkdir()
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-pruning\nVersion: 1.0\n")
+    (meta / "entry_points.txt").write_text("[zoo.methods.contract]\ntoy = toy_pruning:Toy\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert any(e.name == "toy" for e in importlib.metadata.entry_points(group="zoo.methods.contract"))
+    registry = Registry("method", "zoo.methods.contract", needs=("sparsify",))
+    method = registry.get("toy")(sparsity=0.75)
+    made = method.sparsify(reinitialised(ConvNet((8, 16), (1, 2)), 0))
+    assert made.masks.sparsity() == pytest.approx(0.75, abs=1e-3)
+
+
+@pytest.fixture
+def dense_bundle(tmp_path):
+    """An untrained small net on digits as a bundle."""
+    model = reinitialised(ConvNet((8, 16), (1, 2)), 0).eval()
+    task = get_task("vision/digits")
+    value, flops = task.evaluate(model).metrics["accuracy"], task.flops(model)
+    card = {
+        "name": "vision/tiny",
+        "version": "1.0.0",
+        "domain": "vision",
+        "summary": "A tiny net.",
+        "architecture": {"name": "vision/convnet", "args": model.current_arguments()},
+        "method": {"name": "dense", "seed": 0},
+        "dense_twin": None,
+        "cost": {"parameters": {}, "flops": {"dense": flops.dense, "sparse": flops.sparse}, "bytes": {}},
+        "metrics": [
+            {
+                "task": "vision/digits",
+                "metric": "accuracy",
+                "split": "test",
+                "protocol": "none",
+                "value": value.value,
+                "stderr": value.stderr,
+                "per_seed": {0: value.value},
+                "mean": value.value,
+                "spread": 0.0,
+            }
+        ],
+        "training": {"command": "none", "seconds": 0.0},
+        "data": {"name": "digits", "source": "scikit-learn", "licence": "CC BY 4.0"},
+        "license": "Apache-2.0",
+        "citation": "none",
+    }
+    return save(model, tmp_path / "tiny", card=card)
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "magnitude", "--sparsity", "0.8", "--epochs", "1"],
+        ["--method", "wgsef", "--sparsity", "0.5", "--epochs", "2", "--sparse-epochs", "1"],
+        ["--method", "sparse-ift", "--sparsity", "0.5", "--epochs", "1"],
+    ],
+    ids=["masked", "cut", "wider"],
+)
+def test_a_sparsified_model_is_saved_verified_and_tuned(options, dense_bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ZOO_PATH", str(tmp_path))
+    out = tmp_path / "made"
+    assert main(["sparsify", str(dense_bundle), "--out", str(out), *options]) == 0
+    assert main(["verify", str(out)]) == 0, capsys.readouterr().out
+    tuned = tmp_path / "tuned"
+    assert main(["finetune", "vision", "--model", str(out), "--out", str(tuned), "--epochs", "1"]) == 0
+    assert main(["verify", str(tuned)]) == 0, capsys.readouterr().out
+    if "magnitude" in options:
+        model = load(str(tuned))
+        assert masks_of(model).equal(masks_of(load(str(out)))) and not masks_of(model).zeros_intact(model)
+        assert info(model).card.dense_twin == "vision/tiny"
+        with pytest.raises(ConfigError, match="there already"):
+            FINETUNERS.get("vision")(model=str(out), out=tuned).run()
+
+
+OPTIONS = {
+    "random-pruning": (),
+    "dynamic-sparse": (),
+    "magnitude": (),
+    "lottery-jackpot": (),
+    "bip": (),
+    "lottery-ticket": ("--rounds", "1", "--rewind", "0"),
+    "sparse-soup": ("--members", "2", "--epochs", "2"),
+    "pgf": ("--sparsity", "0.75"),
+    "bdwp": ("--sparsity", "0.75"),
+    "sparse-ift": ("--sparsity", "0.5"),
+    "mask-sparsity": ("--sparse-epochs", "1", "--epochs", "2"),
+    "wgsef": ("--sparse-epochs", "1", "--epochs", "2"),
+}
+
+
+@pytest.mark.traced
+def test_zoo_sparsify_takes_every_classifier_method(tmp_path, capsys):
+    for method, options in OPTIONS.items():
+        own = [] if "--sparsity" in options else ["--sparsity", "0.6"]
+        epochs = [] if "--epochs" in options else ["--epochs", "1"]
+        command = [
+            "sparsify",
+            "vision/dense-convnet-digits",
+            "--method",
+            method,
+            "--out",
+            str(tmp_path / method),
+            *own,
+            *epochs,
+            *options,
+        ]
+        assert main(command) == 0, capsys.readouterr().err
+        card = load(str(tmp_path / method)).zoo_info.card
+        assert card.method.name == method and card.dense_twin == "vision/dense-convnet-digits"
+        wanted = float((own or options)[1])
+        assert card.sparsity.overall >= wanted - 0.01
+
+
+def test_unknown_options_are_refused(dense_bundle, tmp_path):
+    assert main(["sparsify", str(dense_bundle), "--method", "bip", "--sparsit", "0.5", "--out", "x"]) != 0
+    with pytest.raises(TypeError):
+        MagnitudePruning(sparsitty=0.5)
+
+
+def test_a_kept_training_is_made_again_for_another_recipe(tmp_path):
+    from zoo.vision.bundle_recipes import CONVNET, Made
+    from zoo.vision.pretrain import kept
+
+    trained = []
+
+    def train(epochs):
+        def make():
+            trained.append(epochs)
+            return Made(CONVNET.build(), {}, {"epochs": epochs, "training_flops": 1.0}, 0.1)
+
+        stated = {"options": {"epochs": epochs}, "start": {"epochs": 20}}
+        return kept(tmp_path / "one.safetensors", CONVNET, stated, make)
+
+    first = train(1)
+    again = train(1)
+    assert trained == [1]
+    assert all(map(torch.equal, first.model.state_dict().values(), again.model.state_dict().values()))
+    assert train(2).options["epochs"] == 2
+    assert trained == [1, 2]

@@ -1,0 +1,1 @@
+"""Bundles: cards, weights, where they are found, and how they are published."""

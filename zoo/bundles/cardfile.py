@@ -1,0 +1,155 @@
+"""YAML for cards: read without surprises and without danger, written so that a person can read it.
+
+Only what YAML 1.2 calls a plain value is understood: `2:4`, `no` and `2026-01-01` stay the strings that they
+look like, and `1e-3` is a number (YAML 1.1 reads 124, False, a date and a string). Aliases, tags, duplicate
+keys, deep nesting and large files are refused before anything is built, since a card needs none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zoo.errors import CardError
+
+MAX_BYTES = 256 << 10  # the largest real cards have a few kB
+MAX_DEPTH = 16
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+_PLAIN = [
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", [*"~nN", ""]),
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("tag:yaml.org,2002:int", r"[-+]?[0-9]{1,40}", [*"-+0123456789"]),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        [*"-+.0123456789"],
+    ),
+]
+
+
+class _CardLoader(_Loader):
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key, where = self.construct_object(key_node, deep=True), key_node.start_mark
+            if not isinstance(key, (str, int)) or isinstance(key, bool):
+                raise yaml.constructor.ConstructorError(None, None, "a key that is no name", where)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", where)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _CardDumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)  # list items stand below their key, not beside it
+
+
+def _decimal(loader: Any, node: Any) -> int:
+    return int(node.value)  # YAML 1.1 would read 010 as 8
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    style = "|" if "\n" in value else None
+    if not value.replace("\n", "").isprintable():
+        style = '"'  # escaped: the other styles lose U+0085 and its like
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+for _tag, _pattern, _first in _PLAIN:
+    for _class in (_CardLoader, _CardDumper):
+        _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
+_CardLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
+_CardDumper.add_representer(str, _text)
+
+
+def load_yaml(text: str | bytes, source: str) -> dict[str, Any]:
+    """Read one YAML mapping of plain values.
+
+    Args:
+        text: the document, UTF-8 if bytes.
+        source: what it is called in messages, e.g. its path.
+
+    Raises:
+        CardError: not UTF-8, not YAML, more than `MAX_BYTES` or `MAX_DEPTH`, an alias, a tag, a duplicate
+            key, more than one document, or not a mapping.
+    """
+    if len(text) > MAX_BYTES:
+        raise CardError(f"{source}: {len(text)} bytes, a card has at most {MAX_BYTES}. Is it a card at all?")
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        _refuse_dangerous(text, source)
+        value = _load(text)
+    except CardError:
+        raise  # a ValueError, too
+    except UnicodeDecodeError as error:
+        raise CardError(
+            f"{source}: not UTF-8 text ({error.reason} at byte {error.start}). Is it a card at all?"
+        ) from error
+    except yaml.YAMLError as error:
+        raise CardError(f"{source}: not a YAML card: {_one_line(error)}.") from error
+    except ValueError as error:  # numbers that YAML allows and Python does not
+        raise CardError(f"{source}: not a YAML card: {error}.") from error
+    if not isinstance(value, dict):
+        raise CardError(f"{source}: expected a mapping of fields, received {type(value).__name__}.")
+    return value
+
+
+def read_yaml(path: str | os.PathLike[str], source: str | None = None) -> dict[str, Any]:
+    """Read a YAML file as `load_yaml` does, without reading more than its limit; `source` is its path."""
+    try:
+        with Path(path).open("rb") as file:
+            return load_yaml(file.read(MAX_BYTES + 1), source or str(path))
+    except OSError as error:
+        raise CardError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def dump_yaml(value: dict[str, Any]) -> str:
+    """Write plain values as YAML that `load_yaml` reads back unchanged, keys in the order given."""
+    return yaml.dump(value, Dumper=_CardDumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _load(text: str) -> Any:
+    loader = _CardLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _refuse_dangerous(text: str, source: str) -> None:
+    """Walk over the events, which builds nothing, so that a bomb is met before it goes off."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        mark = event.start_mark
+        line = f"{source}:{mark.line + 1}" if mark is not None else source
+        if isinstance(event, yaml.AliasEvent):
+            raise CardError(f"{line}: a YAML alias, which a card may not have. Write the value out.")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise CardError(f"{line}: a YAML tag {tag!r}, which a card may not have. Write a plain value.")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise CardError(f"{line}: nested deeper than {MAX_DEPTH} levels. Is it a card at all?")
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or " ".join(str(error).split())
+    return f"{problem} (line {mark.line + 1})" if mark is not None else problem

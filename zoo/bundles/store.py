@@ -1,0 +1,384 @@
+"""Bundles become models and models become bundles.
+
+    model = load("graph/teddy-gcn-cora-g30-w80")     # verified, in eval mode, its masks attached
+    save(model, "my-bundle", card=info(model).card)   # whole or not at all
+
+A bundle is a folder with `card.yaml` and one packed safetensors file. Nothing in it is executed: the card
+names an architecture, and only a builder that the zoo or a plug-in registered under that name is called.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zoo.bundles import base as bases
+from zoo.bundles.card import (
+    BASE_SCHEMA_VERSION,
+    CARD_FILE,
+    SCHEMA_VERSION,
+    Base,
+    Card,
+    parse_card,
+    share_dropped,
+)
+from zoo.bundles.catalog import Bundle, base_of, find, open_bundle
+from zoo.bundles.folders import publish_folder
+from zoo.errors import BundleError, ConfigError
+from zoo.registry import ARCHITECTURES
+from zoo.shared.errors import SparseError
+from zoo.shared.masks import MaskSet, SparsityReport, masks_of, set_masks
+from zoo.shared.ops import packing
+from zoo.shared.store.formats import PackedContents, PackedReport, load_packed, save_packed
+from zoo.shared.store.io import sha256_file
+
+__all__ = ["Bundle", "ModelInfo", "find", "info", "load", "load_bundle", "open_bundle", "save"]
+
+WEIGHTS_FILE = "weights.safetensors"
+PART_MASK = "/keep"  # a boolean extra `edges/keep` is the mask of the part `edges`
+_IDENTITY = ("name", "version", "sha256")  # of a base, as card and weights file both state it
+Execution = Literal["masked", "packed"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model that came out of the zoo knows of itself, as `model.zoo_info`."""
+
+    card: Card
+    extras: dict[str, Tensor]
+    folder: Path
+    execution: str
+
+
+def load(
+    name: str | os.PathLike[str],
+    execution: Execution = "masked",
+    version: str | None = None,
+    offline: bool | None = None,
+) -> nn.Module:
+    """Load a pretrained sparse model.
+
+    Args:
+        name: a path, a name, `name@version` or `hf://owner/name@revision`; see `zoo.bundles.catalog.find`.
+        execution: `masked` for plain dense parameters with exact zeros, to fine-tune or compare; `packed`
+            swaps in modules that skip the zeros, for inference. Outputs are the same within 1e-5.
+        version: the version wanted, the same as a pin in the name.
+        offline: whether the hub may not be asked; None leaves it to `ZOO_OFFLINE` and `HF_HUB_OFFLINE`.
+
+    Returns:
+        The module on the CPU in eval mode, its masks recorded (`zoo.shared.masks.masks_of`), with a
+        `ModelInfo`
+        as `model.zoo_info`. A model with a method `load_extras` was given the bundle's extra tensors.
+
+    Raises:
+        UnknownNameError, HubError: the model cannot be found or fetched.
+        CardError, BundleError: it is damaged, or not what its card says.
+        ConfigError: an unknown execution, or an architecture whose package is not installed.
+    """
+    _check_execution(execution)
+    return load_bundle(find(name, version, offline), execution)
+
+
+def load_bundle(bundle: Bundle, execution: Execution = "masked") -> nn.Module:
+    """Load the model of a bundle that is at hand; see `load`."""
+    _check_execution(execution)
+    contents = _unpack(bundle)
+    _require_same_architecture(bundle, contents)
+    base = _base_contents(bundle, contents)
+    model = _build(bundle.card)
+    try:
+        if base is not None:
+            contents = bases.restore(contents, base)
+        _fill(model, contents.tensors)
+        set_masks(model, contents.masks)
+        if lost := contents.masks.zeros_intact(model):
+            raise BundleError(f"{lost[0]!r} has other values than zero where its mask drops")
+        if callable(take := getattr(model, "load_extras", None)):
+            take(contents.extras)
+    except (SparseError, RuntimeError) as error:
+        where = f"{bundle.card.name} in {bundle.folder}"
+        raise BundleError(f"{where}: {error}. Fetch or save it again.") from error
+    model.eval()
+    if execution == "packed":
+        model = packing.pack(model, contents.masks)
+    model.zoo_info = ModelInfo(bundle.card, contents.extras, bundle.folder, execution)  # type: ignore[assignment]
+    return model
+
+
+def info(model: nn.Module) -> ModelInfo:
+    """What the zoo knows of a model that it loaded.
+
+    Raises:
+        BundleError: the model does not come from the zoo.
+    """
+    found = getattr(model, "zoo_info", None)
+    if not isinstance(found, ModelInfo):
+        raise BundleError(f"This {type(model).__name__} was not loaded by zoo.load: nothing is known of it.")
+    return found
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    card: Card | Mapping[str, Any],
+    masks: MaskSet | None = None,
+    extras: Mapping[str, Tensor] | None = None,
+    base: Bundle | str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model as a bundle, the whole folder or nothing, after proving that it loads back bit for bit.
+
+    What can be measured is measured and replaces what the card says: `weights`, `cost.parameters.kept`,
+    `cost.bytes.sparse`, `cost.bytes.on_disk`, the parts of `sparsity` with a mask, and the overall share.
+    All masks of parameters make the part `weights`; a boolean extra `edges/keep` makes the part `edges`.
+    `cost.parameters.dense` and `cost.bytes.dense` are counted too, unless the card gives them (a network
+    that was cut states those of its twin).
+
+    Args:
+        model: a model of a registered architecture, in any mode.
+        folder: where to write. Its parents are made.
+        card: a card, or its fields as plain values without those that are measured.
+        masks: masks of parameters; None for those that the model carries.
+        extras: further tensors that belong to the model; None for those that it was loaded with.
+        base: a bundle whose tensors are not stored again where the model's are the same, bit for bit, or the
+            same under a mask. It must be found from `folder` again; see `zoo.bundles.catalog.base_of`.
+        overwrite: whether a bundle that is there may be replaced; it stays until the new one is complete.
+
+    Returns:
+        The folder.
+
+    Raises:
+        BundleError: the folder is taken or cannot be written, zeros are lost, it does not load back, or the
+            base shares nothing with the model or stands on another one itself.
+        CardError: the card breaks the schema.
+        MaskError: the masks do not fit the model.
+        UnknownNameError: nobody registered the architecture on the card.
+    """
+    fields = copy.deepcopy(card.to_dict() if isinstance(card, Card) else dict(card))
+    kept = masks if masks is not None else masks_of(model) or MaskSet({})
+    if lost := kept.zeros_intact(model):
+        raise BundleError(
+            f"{folder}: {lost[0]!r} has non-zero values where its mask drops. Call masks.apply_(model) first."
+        )
+    if extras is None:
+        known = getattr(model, "zoo_info", None)
+        extras = known.extras if isinstance(known, ModelInfo) else {}
+    state, stands_on = _plain_state(model), None
+    if base is not None:
+        stands_on = base if isinstance(base, Bundle) else find(base)
+    fields |= _base_fields(stands_on)
+
+    def write(temporary: Path) -> None:
+        report = save_packed(temporary / WEIGHTS_FILE, state, kept, extras, _metadata(fields))
+        _measure(fields, model, kept, extras, report)
+        if stands_on is not None:
+            path = _save_on(stands_on, temporary / WEIGHTS_FILE, state, kept, extras, fields)
+            _measure_file(fields, path)
+        written = parse_card(fields, str(Path(folder) / CARD_FILE))
+        (temporary / CARD_FILE).write_text(written.to_yaml(), encoding="utf-8")
+        _prove(Bundle(written, temporary), state, kept)
+
+    return publish_folder(Path(folder), write, overwrite)
+
+
+def _unpack(bundle: Bundle) -> PackedContents:
+    """What the weights file of a bundle holds, once its hash has been checked."""
+    bundle.check()
+    try:
+        return load_packed(bundle.weights)
+    except (SparseError, OSError) as error:
+        raise BundleError(f"{bundle.card.name}: {error}. Fetch or save it again.") from error
+
+
+def _base_contents(bundle: Bundle, contents: PackedContents) -> PackedContents | None:
+    """What the base's file holds; card and weights must name the same base."""
+    stated = bundle.card.base
+    record = contents.metadata.get(bases.KEY)
+    named = {key: record.get(key) for key in _IDENTITY} if isinstance(record, dict) else None
+    if named != (stated.model_dump(include=set(_IDENTITY)) if stated else None):
+        raise BundleError(
+            f"{bundle.folder}: the card's base is not the one that its weights were saved on. Fetch or save "
+            f"{bundle.card.name} again."
+        )
+    base = base_of(bundle)
+    return None if base is None else _unpack(base)
+
+
+def _base_fields(base: Bundle | None) -> dict[str, Any]:
+    """The fields of a card that say on what it stands."""
+    if base is None:
+        return {"schema_version": SCHEMA_VERSION, "base": None}
+    card = base.card
+    if card.base is not None:
+        raise BundleError(
+            f"{card.name} stands on {card.base.name} itself and can be no base. Pass base={card.base.name!r}."
+        )
+    stated = Base(name=card.name, version=card.version, sha256=card.weights.sha256, bytes=card.weights.bytes)
+    return {"schema_version": BASE_SCHEMA_VERSION, "base": stated.model_dump()}
+
+
+def _save_on(
+    base: Bundle,
+    path: Path,
+    state: Mapping[str, Tensor],
+    masks: MaskSet,
+    extras: Mapping[str, Tensor],
+    fields: Mapping[str, Any],
+) -> Path:
+    """Write what the base does not have, and the record of what it has."""
+    contents = _unpack(base)
+    try:
+        own = bases.subtract(state, masks, extras, contents)
+    except BundleError as error:
+        raise BundleError(f"{fields.get('name')} on {base.card.name}: {error}.") from error
+    named = {key: fields["base"][key] for key in _IDENTITY}
+    metadata = {**_metadata(fields), bases.KEY: named | own.metadata[bases.KEY]}
+    save_packed(path, own.tensors, own.masks, own.extras, metadata)
+    return path
+
+
+def _check_execution(execution: str) -> None:
+    if execution not in ("masked", "packed"):
+        raise ConfigError(f"execution is 'masked' or 'packed', received {execution!r}.")
+
+
+def _build(card: Card) -> nn.Module:
+    """Build the architecture without touching the random state of the caller."""
+    builder = ARCHITECTURES.get(card.architecture.name)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = builder(**card.architecture.args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BundleError(
+            f"{card.name}: the architecture {card.architecture.name!r} refuses the arguments on the card: "
+            f"{error}. Correct architecture.args, or use the version that made the bundle."
+        ) from error
+    if not isinstance(model, nn.Module):
+        built = type(model).__name__
+        raise BundleError(f"{card.name}: {card.architecture.name!r} built a {built}, which is no module.")
+    return model
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the stored tensors into the model in their stored precision; names and shapes must agree."""
+    state = model.state_dict(keep_vars=True)
+    if missing := sorted(state.keys() - tensors.keys()):
+        raise BundleError(f"the weights lack {missing[0]!r} ({len(missing)} missing)")
+    if extra := sorted(tensors.keys() - state.keys()):
+        raise BundleError(f"the weights have {extra[0]!r}, which the architecture lacks ({len(extra)} such)")
+    for name, tensor in tensors.items():
+        own = state[name]
+        if own.shape != tensor.shape:
+            raise BundleError(
+                f"{name!r} has the shape {tuple(tensor.shape)}, the architecture {tuple(own.shape)}"
+            )
+        if own.dtype != tensor.dtype:
+            if not (own.is_floating_point() and tensor.is_floating_point()):
+                raise BundleError(f"{name!r} is stored as {tensor.dtype}, the architecture has {own.dtype}")
+            own.data = own.data.to(tensor.dtype)  # the same Parameter object, so that ties hold
+    model.load_state_dict(dict(tensors), strict=True)
+
+
+def _metadata(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What the weights file says of itself: enough to notice a card that belongs to other weights."""
+    architecture = fields.get("architecture") or {}
+    return {
+        "name": fields.get("name"),
+        "architecture": {"name": architecture.get("name"), "args": architecture.get("args", {})},
+    }
+
+
+def _require_same_architecture(bundle: Bundle, contents: PackedContents) -> None:
+    # Checked before anything is built: a wrong digit in a size would allocate another model.
+    stated = bundle.card.architecture.model_dump()
+    if contents.metadata.get("architecture") != stated:
+        raise BundleError(
+            f"{bundle.folder}: the card's architecture is not the one that its weights were saved with. "
+            f"Fetch or save {bundle.card.name} again."
+        )
+
+
+def _plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, which must consist of tensors."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise BundleError(f"the state {name!r} is a {type(value).__name__}; only tensors can be stored.")
+    return {name: value.detach() for name, value in state.items()}
+
+
+def _measure(
+    fields: dict[str, Any],
+    model: nn.Module,
+    masks: MaskSet,
+    extras: Mapping[str, Tensor],
+    report: PackedReport,
+) -> None:
+    """Replace the fields of a card that can be measured."""
+    # Some layers keep weights as codes in buffers; those count like the parameters that they stand for.
+    coded = sum(getattr(module, "coded_weights", 0) for module in model.modules())
+    parameters = coded + sum(parameter.numel() for parameter in model.parameters())
+    counted = masks.report(model)
+    cost = fields.setdefault("cost", {})
+    cost.setdefault("parameters", {}).setdefault("dense", parameters)
+    cost["parameters"]["kept"] = parameters - (counted.masked_numel - counted.kept)
+    sizes = cost.setdefault("bytes", {})
+    sizes.setdefault("dense", report.dense_bytes)
+    stored = [*report.tensors.values(), *report.extras.values()]
+    sizes["sparse"] = sum(entry.bytes for entry in stored)
+    _measure_file(fields, report.path)
+    fields["sparsity"] = _sparsity(fields.get("sparsity") or {}, masks, counted, extras)
+
+
+def _measure_file(fields: dict[str, Any], path: Path) -> None:
+    size = path.stat().st_size
+    fields["weights"] = {"file": WEIGHTS_FILE, "sha256": sha256_file(path), "bytes": size}
+    fields["cost"]["bytes"]["on_disk"] = size
+
+
+def _sparsity(
+    stated: Mapping[str, Any], masks: MaskSet, counted: SparsityReport, extras: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Parts that have a mask as counted, the others as stated."""
+    parts: dict[str, Any] = {name: dict(part) for name, part in (stated.get("parts") or {}).items()}
+    if masks:
+        patterns = sorted({str(mask.pattern) for mask in masks.values()})
+        parts["weights"] = _part(counted.kept, counted.masked_numel, "+".join(patterns))
+    for name, keep in extras.items():
+        if name.endswith(PART_MASK) and keep.dtype == torch.bool:
+            part = name.removesuffix(PART_MASK)
+            pattern = parts.get(part, {}).get("pattern", "unstructured")
+            parts[part] = _part(int(keep.sum()), keep.numel(), pattern)
+    kept, total = (sum(part[key] for part in parts.values()) for key in ("kept", "total"))
+    return {"overall": share_dropped(kept, total), "parts": parts}
+
+
+def _part(kept: int, total: int, pattern: str) -> dict[str, Any]:
+    return {"kept": kept, "total": total, "sparsity": share_dropped(kept, total), "pattern": pattern}
+
+
+def _prove(bundle: Bundle, state: Mapping[str, Tensor], masks: MaskSet) -> None:
+    """Load what was written and compare it with what was meant."""
+    loaded = load_bundle(bundle)
+    again = loaded.state_dict()
+    for name, tensor in state.items():
+        if not _same_bits(again[name], tensor):
+            raise BundleError(f"{bundle.card.name}: {name!r} does not come back as it was saved.")
+    if not masks.equal(masks_of(loaded) or MaskSet({})):
+        raise BundleError(f"{bundle.card.name}: the masks do not come back as they were saved.")
+
+
+def _same_bits(loaded: Tensor, saved: Tensor) -> bool:
+    """Equal values in the same type; NaN equals NaN, and -0 under a mask equals 0."""
+    saved = saved.cpu()
+    if loaded.dtype != saved.dtype or loaded.shape != saved.shape:
+        return False
+    return bool(((loaded == saved) | ((loaded != loaded) & (saved != saved))).all())

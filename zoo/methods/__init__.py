@@ -1,0 +1,1 @@
+"""Sparse methods that belong to no domain, and the contract that every method keeps."""
