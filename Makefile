@@ -20,28 +20,41 @@ help:
 	@echo "make clean  remove $(VENV), caches and build folders"
 
 $(BIN)/python:
+	@mkdir -p build
 	$(PYTHON) -m venv $(VENV)
 
-# What an installation depends on. The extra `test` holds all of `graph`, so that one installation serves both.
-INPUTS := $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/src/* native/include/zoo/*)
+# The kernels are compiled while the packages are installed. Without a compiler plain PyTorch runs instead.
+KERNELS := $(wildcard native/src/* native/include/zoo/*)
+INPUTS  := pyproject.toml constraints.txt
+MAKEFLAGS += --jobs=2 --output-sync=none
 
-$(VENV)/.installed: $(INPUTS)
+$(VENV)/.kernels: CMakeLists.txt $(KERNELS) | $(BIN)/python
+	@command -v cmake >/dev/null || $(BIN)/pip install --quiet cmake
+	@PATH="$(abspath $(BIN)):$$PATH"; export PATH; \
+	 if cmake -S . -B build/native -DZOO_OUTPUT_DIR=$(CURDIR)/build/native/lib >build/native.log 2>&1 \
+	    && cmake --build build/native --parallel 2 >>build/native.log 2>&1; \
+	 then cp build/native/lib/_zoo_native_* shared/ops/ 2>/dev/null \
+	      || echo "no C++ compiler: without native kernels everything runs, more slowly"; \
+	 else echo "the native kernels could not be built (build/native.log): everything runs, more slowly"; fi
+	@touch $@
+
+$(VENV)/.installed: $(INPUTS) | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[graph]"
 	@touch $@
 
-$(VENV)/.installed-test: $(INPUTS)
+$(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	@touch $(VENV)/.installed $@
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed $(VENV)/.kernels
 
-demo: $(VENV)/.installed
+demo: setup
 	$(BIN)/python -m zoo.demo
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/python -m pytest -n 2
 
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/zoo bench all
 
 sanitize: $(VENV)/.installed-test

@@ -159,21 +159,6 @@ void expect_large(void* memory, int64_t bytes) {
 // Number of the interface between the libraries and shared/ops/_native.py; both must agree.
 ZOO_EXPORT int64_t zoo_abi_version() { return 3; }
 
-// Best instruction set that this CPU runs and this build knows: 0 portable, 1 AVX2, 2 AVX-512.
-ZOO_EXPORT int64_t zoo_cpu_level() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
-  if (!avx2) return 0;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return avx512 ? 2 : 1;
-#else
-  return 0;
-#endif
-}
-
 // Hands over GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch uses.
 ZOO_EXPORT void zoo_set_openmp(void* parallel, void* thread_number, void* team_size) {
   zoo::openmp.parallel = reinterpret_cast<decltype(zoo::openmp.parallel)>(parallel);

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ABI_VERSION = 3  # zoo_abi_version() in native/src/runtime.cpp
-LEVELS = ("portable", "avx2", "avx512")  # in the order of zoo_cpu_level()
+LEVELS = ("portable", "avx2", "avx512")
 FOLDER = Path(__file__).parent
 
 _log = logging.getLogger("zoo.shared.ops")
@@ -28,12 +28,16 @@ class NativeMissing(Exception):
     """The library was not built, or cannot be loaded; the text says why."""
 
 
-def _open(level: str) -> ctypes.CDLL:
+def _path(level: str) -> Path:
     folder = Path(os.environ.get("ZOO_NATIVE_DIR") or FOLDER)  # another build, such as one with a sanitizer
-    path = folder / f"_zoo_native_{level}{'.dll' if sys.platform == 'win32' else '.so'}"
+    return folder / f"_zoo_native_{level}{'.dll' if sys.platform == 'win32' else '.so'}"
+
+
+def _open(level: str) -> ctypes.CDLL:
+    path = _path(level)
     if not path.exists():
         raise NativeMissing(
-            f"{path.name} is not in {folder}: it was not built (no C++ compiler at install time?)"
+            f"{path.name} is not in {path.parent}: it was not built (no C++ compiler at install time?)"
         )
     try:
         library = ctypes.CDLL(str(path))
@@ -69,15 +73,19 @@ def _share_threads(library: ctypes.CDLL) -> None:
     library.zoo_set_openmp(*(ctypes.cast(entry, ctypes.c_void_p) for entry in entries))
 
 
+def _offered() -> list[str]:
+    """Instruction sets that this CPU has and that were built, the best first."""
+    levels = {"AVX2": 1, "AVX512": 2}.get(torch.backends.cpu.get_cpu_capability(), 0)
+    return [level for level in reversed(LEVELS[: levels + 1]) if _path(level).exists()]
+
+
 @functools.cache
 def _load() -> tuple[ctypes.CDLL, str]:
-    portable = _open("portable")
-    portable.zoo_cpu_level.restype = ctypes.c_int64
-    best = int(portable.zoo_cpu_level())
-    wanted = os.environ.get("ZOO_ISA", LEVELS[best])
-    if wanted not in LEVELS[: best + 1]:
-        raise NativeMissing(f"ZOO_ISA={wanted!r}: this CPU and build offer {', '.join(LEVELS[: best + 1])}")
-    library = portable if wanted == "portable" else _open(wanted)
+    offered = _offered()
+    wanted = os.environ.get("ZOO_ISA") or (offered[0] if offered else "portable")
+    if offered and wanted not in offered:
+        raise NativeMissing(f"ZOO_ISA={wanted!r}: this CPU and build offer {', '.join(offered)}")
+    library = _open(wanted)
     _share_threads(library)
     return library, wanted
 

@@ -1,6 +1,6 @@
 """`python -m zoo.shared.ops.build`: build the native kernels of a source checkout in place, with CMake.
 
-Installing the package does the same by itself; this is for working on the kernels. `--sanitize address` (or
+Installing a wheel or `make setup` does the same; this is for working on the kernels. `--sanitize address` (or
 `thread`) builds a library with that sanitizer into build/native-<sanitizer>; `--test` then runs the tests of
 the ops on it.
 """
@@ -9,37 +9,37 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from ._native import FOLDER, LEVELS
+from ._native import FOLDER
 
 ROOT = Path(__file__).parents[2]
 
 
-def build(sanitize: str | None = None, level: str | None = None) -> Path:
-    """Configure and compile (all instruction sets by default); returns the folder that holds the
-    libraries."""
+def build(sanitize: str | None = None, levels: str = "host") -> Path:
+    """Configure and compile the kernels; returns the folder that holds the libraries.
+
+    Args:
+        sanitize: "address" or "thread".
+        levels: "host" for the best instruction set of this machine, "all" for every one.
+    """
     source = ROOT / "CMakeLists.txt"
     if not source.exists():
         sys.exit(f"{source} is missing: this is an installed package, not a source checkout")
     folder = ROOT / "build" / (f"native-{sanitize}" if sanitize else "native")
     output = folder / "lib"
-    options = [f"-DZOO_OUTPUT_DIR={output}", f"-DZOO_SANITIZE={sanitize or ''}"]
+    options = [f"-DZOO_OUTPUT_DIR={output}", f"-DZOO_SANITIZE={sanitize or ''}", f"-DZOO_LEVELS={levels}"]
     subprocess.run(
         ["cmake", "-S", str(ROOT), "-B", str(folder), *options], check=True, stdout=subprocess.DEVNULL
     )
-    targets = [f"_zoo_native_{name}" for name in (LEVELS if level is None else {"portable", level})]
-    available = [name for name in targets if platform.machine() in ("x86_64", "AMD64") or "portable" in name]
-    command = ["cmake", "--build", str(folder), "--parallel", "2", "--target", *available]
-    subprocess.run(command, check=True)
+    subprocess.run(["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], check=True)
     if sanitize:
         return output
     # Put in place by renaming: a running process keeps the library that it has mapped.
-    for library in (path for name in available for path in output.glob(f"{name}.*")):
+    for library in output.glob("_zoo_native_*"):
         path = FOLDER / library.name
         fresh = path.with_name(path.name + ".new")
         shutil.copy2(library, fresh)
@@ -52,20 +52,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sanitize", choices=["address", "thread"])
-    parser.add_argument("--level", choices=LEVELS, help="build this instruction set only")
+    parser.add_argument("--levels", choices=["host", "all"], default="host", help="instruction sets to build")
     parser.add_argument(
         "--test", dest="tests", nargs="*", metavar="PATH", help="run tests (all of the ops) on it"
     )
     options = parser.parse_args()
     if options.tests is not None and not options.sanitize:
         parser.error("--test runs the tests under a sanitizer: name one with --sanitize")
-    folder = build(options.sanitize, options.level)
+    folder = build(options.sanitize, options.levels)
     print(f"built into {folder}")
     if not options.sanitize:
         return
     environment = under_sanitizer(options.sanitize, folder)
-    if options.level:
-        environment["ZOO_ISA"] = options.level
     # Compiled models are left out: their code comes from a compiler that the sanitizer does not know.
     command = [
         sys.executable,
