@@ -39,5 +39,17 @@ class FormatError(SparseError, ValueError):
     """A packed file that is truncated, corrupt, foreign or of an unknown version."""
 
 
+class IdentityError(FormatError):
+    """A sound file that belongs to another run: its options, data or model differ."""
+
+
+class StorageError(SparseError, OSError):
+    """A file that cannot be written: the disk is full, or the folder refuses."""
+
+
+class TrainingError(SparseError, ValueError):
+    """A training that cannot start or go on: a recipe out of range, data that do not fit, a lost loss."""
+
+
 class OpError(SparseError, ValueError):
     """Arguments that a sparse operation refuses, or a back-end that is not there."""

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from zoo.harness.verify import verify
     from zoo.registry import register_architecture, register_experiment, register_method
     from zoo.shared.pruning.sparsifier import sparsify
+    from zoo.shared.train import Job, Recipe
 
 __all__ = [
+    "Job",
+    "Recipe",
     "card",
     "compare",
     "evaluate",
@@ -48,6 +51,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Job": "zoo.shared.train",
+    "Recipe": "zoo.shared.train",
     "card": "zoo.bundles.catalog",
     "compare": "zoo.harness.compare",
     "evaluate": "zoo.harness.runner",

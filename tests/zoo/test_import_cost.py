@@ -54,7 +54,7 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_what_is_not_public() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'lode'; it offers card, compare"):
+    with pytest.raises(AttributeError, match="no attribute 'lode'; it offers Job, Recipe, card"):
         _ = zoo.lode
 
 

@@ -1,0 +1,26 @@
+"""Training: what to train on and for what (`job`), how (`recipe`), and the one loop (`fit`)."""
+
+from .batches import Batches, as_batches
+from .checkpoint import Checkpoint, resume
+from .cost import Cost, clock, step_macs
+from .fit import Fit
+from .job import Job
+from .losses import Distillation, Loss, cross_entropy, output_kl
+from .recipe import Recipe
+
+__all__ = [
+    "Batches",
+    "Checkpoint",
+    "Cost",
+    "Distillation",
+    "Fit",
+    "Job",
+    "Loss",
+    "Recipe",
+    "as_batches",
+    "clock",
+    "cross_entropy",
+    "output_kl",
+    "resume",
+    "step_macs",
+]
