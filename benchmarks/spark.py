@@ -31,7 +31,7 @@ TIMM = importlib.util.find_spec("timm") is not None
 
 
 def timm_model(name: str) -> nn.Module:
-    from zoo.vision.spark.timm_models import import_timm
+    from zoo.optional import import_timm
 
     return import_timm().create_model(name)
 

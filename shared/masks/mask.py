@@ -74,10 +74,11 @@ class Mask:
         return self.shape == other.shape and torch.equal(self.keep, other.keep.to(self.keep.device))
 
     def __and__(self, other: Mask) -> Mask:
-        return self._combined(self.keep & self._matching(other), other.pattern)
+        return self._combined(self.keep & self._matching(other), other.pattern, self.pattern)
 
     def __or__(self, other: Mask) -> Mask:
-        return self._combined(self.keep | self._matching(other), other.pattern)
+        shared = (self.pattern,) if other.pattern == self.pattern else ()
+        return self._combined(self.keep | self._matching(other), *shared)
 
     def __invert__(self) -> Mask:
         return self._combined(~self.keep, self.pattern)
@@ -89,13 +90,15 @@ class Mask:
             )
         return other.keep.to(self.keep.device)
 
-    def _combined(self, keep: Tensor, pattern: Pattern) -> Mask:
-        """Keeps the pattern where both sides share it and the result still obeys it."""
-        if pattern == self.pattern:
-            try:
-                return Mask(keep, pattern)
-            except PatternError:
-                pass  # the union of two 2:4 masks, say
+    def _combined(self, keep: Tensor, *patterns: Pattern) -> Mask:
+        """With the first of the patterns that says something and that the result obeys: of two masks that
+        both must hold, one may be 2:4 and the other not."""
+        for pattern in patterns:
+            if pattern != Unstructured():
+                try:
+                    return Mask(keep, pattern)
+                except PatternError:
+                    pass  # the union of two 2:4 masks, or blocks of which another mask took a part
         return Mask(keep)
 
     def __repr__(self) -> str:
@@ -377,6 +380,38 @@ def set_masks(model: nn.Module, masks: MaskSet | None) -> None:
         setattr(model, _ATTRIBUTE, masks)
     elif hasattr(model, _ATTRIBUTE):
         delattr(model, _ATTRIBUTE)
+
+
+def tighten(model: nn.Module, masks: Mapping[str, Mask]) -> MaskSet:
+    """Put masks on a model beside those that it carries, in place: dropped is what either drops.
+
+    This is how every method combines its masks with earlier ones: a mask never loosens, since what it dropped
+    is zero and a mask that calls it kept would let training bring it back. Whoever wants that says so by
+    `set_masks(model, None)` first.
+
+    Returns:
+        The masks that the model now carries.
+
+    Raises:
+        MaskError: a name or shape that does not fit the model.
+    """
+    new = masks if isinstance(masks, MaskSet) else MaskSet(masks)
+    before = masks_of(model)
+    if before is not None:
+        new = _by_first_name(model, before) & _by_first_name(model, new)
+    new.apply_(model)
+    set_masks(model, new)
+    return new
+
+
+def _by_first_name(model: nn.Module, masks: MaskSet) -> MaskSet:
+    """The same masks with tied parameters under their first name, so that two sets name them alike."""
+    masks.check(model)
+    first: dict[int, str] = {}
+    known = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    for name, parameter in known.items():
+        first.setdefault(id(parameter), name)
+    return MaskSet({first[id(known[name])]: mask for name, mask in masks.items()})
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:

@@ -3,48 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from ..errors import BudgetError, MaskError, PatternError, ScheduleError
-from ..masks import Mask, MaskSet, near_misses, unwrap
-from ..masks.patterns import NM, Pattern, parse_pattern
-from .budgets import BUDGETS, Budget, check_sparsity
+from ..masks import Mask, MaskSet, near_misses
+from ..masks.patterns import NM, Group, Pattern, parse_pattern
+from .budgets import BUDGETS, Budget, Floor, check_sparsity
+from .inventory import inventory, prunable_parameters
 from .scores import SCORES, Score, ScoreContext
 
 Names = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 Patterns = str | Pattern | Mapping[str, Pattern]
-
-
-def prunable_parameters(model: nn.Module) -> list[str]:
-    """Names of the weight matrices and kernels: parameters of two or more dimensions whose own name begins
-    with or ends in "weight" (Linear, Conv, Embedding, attention, recurrent layers, and layers of other
-    libraries built alike), without norms; tied ones once, under their first name.
-
-    Raises:
-        MaskError: a parameter is not initialised yet.
-    """
-    model = unwrap(model)
-    norms = {
-        f"{name}.weight" if name else "weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm)
-    }
-    names = []
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise MaskError(f"parameter {name!r} has no shape yet; run one forward pass first")
-        last = name.rpartition(".")[2]
-        if (
-            parameter.dim() >= 2
-            and name not in norms
-            and (last.startswith("weight") or last.endswith("weight"))
-        ):
-            names.append(name)
-    return names
+_log = logging.getLogger("zoo")
 
 
 def choose_masks(
@@ -76,9 +50,14 @@ def choose_masks(
 
 
 def score_tensors(
-    weights: Mapping[str, nn.Parameter], score: Score, context: ScoreContext, before: MaskSet
+    weights: Mapping[str, nn.Parameter],
+    score: Score,
+    context: ScoreContext,
+    before: MaskSet,
+    never: MaskSet,
 ) -> dict[str, Tensor]:
-    """Scores of all tensors; entries dropped before rank last unless the score lets them return."""
+    """Scores of all tensors. Entries that `before` drops rank last unless the score lets them return; those
+    that `never` drops, in any case."""
     scores = {}
     for name, weight in weights.items():
         value = score.score(name, weight, context)
@@ -87,8 +66,9 @@ def score_tensors(
                 f"the score {type(score).__name__} of {name!r} has shape {tuple(value.shape)}, not "
                 f"{tuple(weight.shape)}"
             )
-        if name in before and not score.may_regrow:
-            value = value.masked_fill(~before[name].keep.to(value.device), -torch.inf)
+        held = never if score.may_regrow else before
+        if name in held:
+            value = value.masked_fill(~held[name].keep.to(value.device), -torch.inf)
         scores[name] = value
     return scores
 
@@ -114,25 +94,52 @@ def select_parameters(model: nn.Module, names: Names) -> dict[str, nn.Parameter]
     return {name: known[name] for name in chosen}
 
 
-def resolve_patterns(weights: Mapping[str, nn.Parameter], pattern: Patterns) -> dict[str, Pattern]:
-    """The pattern of each tensor, checked against its shape. A plain "n:m" runs along the input axis:
-    dimension 1 of convolutions, the last of matrices."""
+def resolve_patterns(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], pattern: Patterns, *, skip: bool = False
+) -> dict[str, Pattern]:
+    """The pattern of each tensor, checked against its shape. A plain "n:m" runs along the input axis, which
+    the inventory knows: dimension 1 of convolutions, the last of matrices, the first of transformers' Conv1D.
+
+    Args:
+        model: owner of the weights.
+        weights: parameters by name.
+        pattern: one for all, by name or as an object, or one per name.
+        skip: leave out tensors whose shape the pattern does not fit (the 3 channels of images, say) and say
+            so through the logger `zoo`, instead of refusing. If no tensor fits, it is refused all the same.
+
+    Raises:
+        PatternError: a shape that its pattern does not allow; names that do not match.
+    """
     if isinstance(pattern, Mapping):
         unknown = sorted(set(pattern) ^ set(weights))
         if unknown:
             raise PatternError(f"one pattern per chosen parameter is needed; differing names: {unknown[:5]}")
         return dict(pattern)
     parsed = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+    along_inputs = isinstance(pattern, str) and isinstance(parsed, NM) and "@" not in pattern
+    axes = inventory(model).axes if along_inputs else {}
     patterns: dict[str, Pattern] = {}
+    misfits: dict[str, PatternError] = {}
     for name, weight in weights.items():
-        if isinstance(pattern, str) and isinstance(parsed, NM) and "@" not in pattern and weight.dim() > 2:
-            patterns[name] = NM(parsed.n, parsed.m, dim=1)
-        else:
-            patterns[name] = parsed
+        own = NM(parsed.n, parsed.m, dim=axes.get(name, -1)) if isinstance(parsed, NM) and axes else parsed
         try:
-            patterns[name].check_shape(tuple(weight.shape))
+            own.check_shape(tuple(weight.shape))
+            patterns[name] = own
         except PatternError as error:
-            raise PatternError(f"{name!r}: {error}") from None
+            misfits[name] = PatternError(f"{name!r}: {error}")
+    if misfits and not (skip and patterns):
+        raise next(iter(misfits.values()))
+    if misfits:
+        left = sum(weights[name].numel() for name in misfits)
+        total = sum(weight.numel() for weight in weights.values())
+        _log.warning(
+            "%s leaves out %d of %d tensors (%.1f %% of the weights), whose shapes it does not fit: %s",
+            parsed,
+            len(misfits),
+            len(weights),
+            100 * left / total,
+            ", ".join(f"{name} {tuple(weights[name].shape)}" for name in misfits),
+        )
     return patterns
 
 
@@ -145,13 +152,15 @@ def resolve_score(score: str | Score) -> Score:
     return SCORES[score]()
 
 
-def resolve_budget(budget: str | Budget) -> Budget:
-    """A budget, or the one of that name."""
+def resolve_budget(budget: str | Budget, patterns: Mapping[str, Pattern]) -> Budget:
+    """A budget, or the one of that name. By name, whole slices go only as far as each tensor keeps one: a
+    layer without any channel computes nothing, which whoever wants it asks for with a budget object."""
     if not isinstance(budget, str):
         return budget
     if budget not in BUDGETS:
         raise BudgetError(f"unknown budget {budget!r}{near_misses(budget, BUDGETS)}")
-    return BUDGETS[budget]()
+    named = BUDGETS[budget]()
+    return Floor(named) if all(isinstance(pattern, Group) for pattern in patterns.values()) else named
 
 
 def goal_sparsity(sparsity: float | None, patterns: Mapping[str, Pattern]) -> float:

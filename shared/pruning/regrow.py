@@ -63,9 +63,16 @@ class Regrow(ABC):
         return topk_mask(magnitude, kept - math.floor(fraction * kept))
 
     def update(
-        self, name: str, mask: Mask, weight: Float[Tensor, "*shape"], context: ScoreContext, step: int
+        self,
+        name: str,
+        mask: Mask,
+        weight: Float[Tensor, "*shape"],
+        context: ScoreContext,
+        step: int,
+        within: Bool[Tensor, "*shape"] | None = None,
     ) -> Mask:
-        """The next mask, with as many kept entries as `mask`.
+        """The next mask, with as many kept entries as `mask`, none of them outside `within` where that is
+        given.
 
         Raises:
             PatternError: NaN among the scores of growth.
@@ -77,6 +84,8 @@ class Regrow(ABC):
         positive = weight.reshape(-1) >= 0 if pattern.unit_size(shape) == 1 else None
         alive = self.survivors(magnitude, positive, int(kept_units.count_nonzero()), self.fraction_at(step))
         growth = self.growth(name, weight, context)
+        if within is not None:
+            growth = growth.masked_fill(~within.to(growth.device), -torch.inf)
         wanted = torch.where(pattern.expand(alive, shape), torch.inf, growth)
         try:
             return Mask(pattern.keep(wanted, mask.kept), pattern)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import MaskError, ScheduleError
-from ..masks import Mask, MaskHandle, MaskSet, masks_of, set_masks, unwrap
+from ..masks import Mask, MaskHandle, MaskSet, masks_of, tighten, unwrap
 from ..masks.hold import refuse_attached
 from ..masks.patterns import pattern_from_dict
 from ..measure.calibration import (
@@ -69,7 +69,7 @@ class Sparsifier:
     step; they are held only over the step before an update.
 
     Args:
-        model: any module; masks it already carries stay in force.
+        model: any module; what masks it already carries drop stays dropped, whatever score or regrowth say.
         optimizer: the optimiser (or several) that trains it; without it `step()` re-zeroes the weights.
         sparsity: final sparsity; with a schedule it may be left out. N:M patterns fix it themselves.
         schedule: sparsity over steps; default: all at step 0.
@@ -79,7 +79,7 @@ class Sparsifier:
         budget: a name of `BUDGETS` or a budget.
         regrow: SET or RigL.
         names: which parameters: names or globs, or a function of name and parameter; default
-            `prunable_parameters`.
+            `prunable_parameters`, without those whose shape the pattern does not fit.
         every: steps between updates.
         seed: of random scores and random growth.
         context: measurements for the score, needed at step 0 if the schedule prunes at once by gradients.
@@ -108,21 +108,20 @@ class Sparsifier:
             raise ScheduleError(f"every needs at least 1 step; received {every}")
         self.model = unwrap(model)
         self.weights = select_parameters(self.model, names)
-        self.patterns = resolve_patterns(self.weights, pattern)
+        self.patterns = resolve_patterns(self.model, self.weights, pattern, skip=names is None)
+        self.weights = {name: self.weights[name] for name in self.patterns}
         self.score = resolve_score(score)
-        self.budget = resolve_budget(budget)
+        self.budget = resolve_budget(budget, self.patterns)
         self.schedule = schedule if schedule is not None else OneShot(goal_sparsity(sparsity, self.patterns))
         check_goal(self.schedule.final, sparsity, self.patterns)
         self.regrow, self.every, self.seed = regrow, every, seed
         self.step_count = 0
         self._needs_optimizer_help = optimizer is None
         self._context = context or ScoreContext()
-        before = masks_of(self.model) or MaskSet({})
-        self._foreign = {name: before[name] for name in before if name not in self.weights}
+        self._before = masks_of(self.model) or MaskSet({})
         start = check_sparsity(self.schedule(0))
-        self.handle: MaskHandle = MaskSet(
-            {**self._foreign, **self._choose(start, self._seeded(self._context), before)}
-        ).attach(self.model, optimizer)
+        chosen = self._choose(start, self._seeded(self._context), self._before)
+        self.handle: MaskHandle = (self._before & chosen).attach(self.model, optimizer)
         self._prepare_capture()
 
     @property
@@ -238,17 +237,20 @@ class Sparsifier:
             masks |= self._choose(goal, context, self.masks)
         if self.regrow is not None and self._regrows_at(self.step_count):
             for name, weight in self.weights.items():
-                masks[name] = self.regrow.update(name, masks[name], weight, context, self.step_count)
-        self.handle.update(MaskSet(masks))
+                within = self._before[name].keep if name in self._before else None
+                masks[name] = self.regrow.update(
+                    name, masks[name], weight, context, self.step_count, within=within
+                )
+        self.handle.update(self._before & MaskSet(masks))
 
     def _choose(self, sparsity: float, context: ScoreContext, before: MaskSet) -> MaskSet:
         patterns = {name: pattern.at(sparsity) for name, pattern in self.patterns.items()}
-        if sparsity == 0 and not any(name in before for name in self.weights):
+        if sparsity == 0:
             # Nothing to rank: gradient scores need not have been measured yet.
             return MaskSet(
                 {n: Mask(torch.ones_like(w, dtype=torch.bool), patterns[n]) for n, w in self.weights.items()}
             )
-        scores = score_tensors(self.weights, self.score, context, before)
+        scores = score_tensors(self.weights, self.score, context, before, self._before)
         return choose_masks(scores, sparsity, patterns, self.budget)
 
 
@@ -268,7 +270,8 @@ def sparsify(
 ) -> MaskSet:
     """Sparsifies a model in place, in one shot; it then carries the returned masks (`masks_of`).
 
-    Entries that the model's masks already drop stay dropped and count towards the sparsity.
+    Entries that the model's masks already drop stay dropped and count towards the sparsity: a second pruning
+    to less than what is there changes nothing (see `zoo.shared.masks.tighten`).
 
     Args:
         model: any module.
@@ -285,7 +288,8 @@ def sparsify(
     core = unwrap(model)
     weights = select_parameters(core, names)
     refuse_attached(weights)
-    patterns = resolve_patterns(weights, pattern)
+    patterns = resolve_patterns(core, weights, pattern, skip=names is None)
+    weights = {name: weights[name] for name in patterns}
     goal = goal_sparsity(sparsity, patterns)
     check_goal(goal, sparsity, patterns)
     chosen = resolve_score(score)
@@ -294,11 +298,8 @@ def sparsify(
     if context.generator is None:
         context = replace(context, generator=torch.Generator().manual_seed(seed))
     before = masks_of(core) or MaskSet({})
-    scores = score_tensors(weights, chosen, context, before)
-    masks = MaskSet({**before, **choose_masks(scores, goal, patterns, resolve_budget(budget))})
-    masks.apply_(core)
-    set_masks(core, masks)
-    return masks
+    scores = score_tensors(weights, chosen, context, before, before)
+    return tighten(core, choose_masks(scores, goal, patterns, resolve_budget(budget, patterns)))
 
 
 def _measure(

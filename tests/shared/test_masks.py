@@ -49,7 +49,7 @@ def test_counts_and_algebra():
 def test_algebra_keeps_a_pattern_only_where_it_still_holds():
     a, b = Mask(flags("xx.."), NM(2, 4)), Mask(flags("x.x."), NM(2, 4))
     assert (a & b).pattern == NM(2, 4) and (a | b).pattern == Unstructured()
-    assert (a & Mask(flags("x..."))).pattern == Unstructured()
+    assert (a & Mask(flags("x..."))).pattern == NM(2, 4)
     rows = torch.tensor([[True, True], [False, False]])
     assert (~Mask(rows, Group(0))).pattern == Group(0)
 

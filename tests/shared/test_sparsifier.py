@@ -416,31 +416,6 @@ def test_names_globs_and_functions():
         sparsify(nn.BatchNorm1d(3), sparsity=0.5)
 
 
-def test_what_is_prunable():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(8, 4)
-            self.norm = nn.LayerNorm((2, 4))
-            self.attention = nn.MultiheadAttention(4, 2)
-            self.memory = nn.LSTM(4, 4)
-            self.head = nn.Linear(4, 8)
-            self.head.weight = self.embed.weight
-            self.position = nn.Parameter(torch.zeros(2, 4))
-
-    assert prunable_parameters(Tied()) == [
-        "embed.weight",
-        "attention.in_proj_weight",
-        "attention.out_proj.weight",
-        "memory.weight_ih_l0",
-        "memory.weight_hh_l0",
-    ]
-    tied = Tied()
-    assert list(sparsify(tied, sparsity=0.5, names=["head.weight", "embed.weight"])) == ["embed.weight"]
-    with pytest.raises(MaskError, match="no shape yet"):
-        prunable_parameters(nn.LazyLinear(3))
-
-
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, math.nan])
 def test_sparsity_out_of_range(sparsity):
     model = net()
@@ -518,3 +493,46 @@ def test_mixed_patterns_and_budgets_with_a_floor():
     masks = sparsify(net(), sparsity=0.5, pattern=patterns, budget=ErdosRenyi())
     assert {name: mask.pattern for name, mask in masks.items()} == patterns
     assert masks["0.weight"].kept == 144 and masks["5.weight"].kept in (0, 256)
+
+
+def test_a_second_pruning_never_loosens_the_first():
+    """Also where scores or regrowth may bring weights back: not those that were gone before."""
+    regrow = {"regrow": RigL(end=30, fraction=0.6), "score": "random", "budget": "erk"}
+    for options in ({"sparsity": 0.3}, {"schedule": Linear(0.7, end=3), "score": "movement"}, regrow):
+        model = net()
+        first = sparsify(model, sparsity=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        options = options if "schedule" in options else {"sparsity": 0.3, **options}
+        with Sparsifier(model, optimizer, every=1, **options) as sparsifier:
+            for step in range(4):
+                train(model, optimizer, sparsifier, 1, step)
+                assert (first & sparsifier.masks).equal(sparsifier.masks) and not first.zeros_intact(model)
+        wanted = 0.5 if "schedule" not in options else 0.7
+        assert sparsifier.masks.sparsity() >= wanted - 1e-3
+    model = net()
+    first = sparsify(model, sparsity=0.5)
+    assert sparsify(model, sparsity=0.3).equal(first), "what is there is sparser already"
+    assert sparsify(model, sparsity=0.3, pattern="channel0").sparsity() >= 0.5
+    assert sparsify(model, pattern="2:4")["5.weight"].pattern == NM(2, 4), "sparser, and 2:4"
+    set_masks(model, None)
+    assert sparsify(model, sparsity=0.3).sparsity() == pytest.approx(0.3, abs=1e-3), "given up by name"
+
+
+def test_patterns_skip_what_they_do_not_fit_and_say_so(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 8))
+    masks = sparsify(model, pattern="2:4")
+    assert list(masks) == ["1.weight", "3.weight"] and masks.sparsity() == 0.5
+    assert "2:4 leaves out 1 of 3 tensors" in caplog.text and "0.weight (8, 3, 3, 3)" in caplog.text
+    with Sparsifier(model, pattern="2:4") as sparsifier:
+        assert list(sparsifier.masks) == ["1.weight", "3.weight"]
+    with pytest.raises(PatternError, match="'0.weight'.*multiple of 4"):
+        sparsify(model, pattern="2:4", names=["0.weight", "1.weight"])
+
+
+def test_channels_go_only_as_far_as_each_layer_keeps_one():
+    model = net()
+    with torch.no_grad():
+        model[3].weight.mul_(1e-6)
+    kept = sparsify(copy.deepcopy(model), sparsity=0.5, pattern="channel0")
+    assert kept["3.weight"].keep.flatten(1).any(1).sum() == 1
+    assert sparsify(model, sparsity=0.5, pattern="channel0", budget=Global())["3.weight"].kept == 0

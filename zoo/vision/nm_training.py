@@ -77,7 +77,7 @@ class NMMethod(VisionMethod):
     def chosen(self, model: nn.Module) -> list[str]:
         """The weights that get the pattern, checked against it."""
         names = list(select_parameters(model, self.names or inner_weights(model)))
-        resolve_patterns(select_parameters(model, names), self.pattern)
+        resolve_patterns(model, select_parameters(model, names), self.pattern)
         return names
 
     def macs(self, model: Classifier, trainer: Trainer, names: list[str], products: int) -> float:

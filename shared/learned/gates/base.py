@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...errors import MaskError
-from ...masks import Mask, MaskSet, masks_of, set_masks
+from ...masks import Mask, MaskSet, tighten
 from ...masks.patterns import Pattern, Unstructured
 from ...measure.modes import eval_mode
 
@@ -78,11 +78,7 @@ def harden(model: nn.Module) -> MaskSet:
         raise MaskError(
             "harden: the model has no weight gates; register some with torch.nn.utils.parametrize first."
         )
-    before = masks_of(model)
-    masks = MaskSet(found) if before is None else before & MaskSet(found)
-    masks.apply_(model)
-    set_masks(model, masks)
-    return masks
+    return tighten(model, MaskSet(found))
 
 
 def _restore(module: nn.Module, tensor_name: str) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from zoo.errors import ConfigError
+from zoo.optional import import_timm
 from zoo.vision.spark.encoder import SparKEncoder
 from zoo.vision.spark.masking import draw_cells
 from zoo.vision.spark.objective import SparK
-from zoo.vision.spark.timm_models import import_timm
 
 if importlib.util.find_spec("timm") is None:
     pytest.skip("timm is not installed: pip install 'sparse-model-zoo[vision]'", allow_module_level=True)

@@ -3,54 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
+from zoo.optional import import_timm
 from zoo.vision.spark.encoder import Trunk
 from zoo.vision.spark.masking import MaskContext
 
 STAGES = 4  # the paper takes the maps at strides 4 to 32
-
-
-def import_timm() -> ModuleType:
-    """timm, also beside a torch without CUDA.
-
-    timm imports torchvision, whose wheel declares its operators in a library that needs CUDA's; the two that
-    it asks for while it is imported are declared here instead. Nothing of timm that SparK uses calls them.
-
-    Raises:
-        ConfigError: timm is not installed.
-    """
-    try:
-        try:
-            importlib.import_module("torchvision")
-        except RuntimeError as error:
-            if "torchvision::nms" not in str(error):
-                raise
-            _declare_operators()
-        return importlib.import_module("timm")
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{error.name} is not installed. Run: pip install 'sparse-model-zoo[vision]'"
-        ) from error
-
-
-_DECLARED: list[torch.library.Library] = []  # a library's operators go when it does
-
-
-def _declare_operators() -> None:
-    for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _DECLARED.append(library)
 
 
 def timm_trunk(model: nn.Module) -> Trunk:
