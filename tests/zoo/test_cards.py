@@ -121,6 +121,7 @@ LIES = {
     "the mean": ("metrics.0.mean", 0.84, "mean is stated as 0.84"),
     "the spread": ("metrics.0.spread", 0.0, "spread is stated as 0"),
     "the twin's mean": ("metrics.0.dense.mean", 0.7, "metrics.0.dense"),
+    "no spread of several seeds": ("metrics.0.spread", None, "spread is stated as None"),
     "the twin's spread": ("metrics.0.dense.spread", 0.7, "metrics.0.dense"),
     "the size on disk": ("cost.bytes.on_disk", 1499, "is not weights.bytes"),
     "the domain": ("domain", "llm", "not that of the name"),
@@ -289,7 +290,17 @@ def test_twice_the_same_metric(fields) -> None:
 
 def test_the_spread_is_the_sample_deviation() -> None:
     assert mean_and_spread({0: 1.0, 1: 3.0}) == (2.0, 2.0**0.5)
-    assert mean_and_spread({7: 4.0}) == (4.0, 0.0)
+    assert mean_and_spread({7: 4.0}) == (4.0, None)
+
+
+def test_one_seed_has_no_spread(fields) -> None:
+    fields["metrics"][0] |= {"per_seed": {0: 0.8}, "mean": 0.8, "spread": None}
+    assert parse_card(fields).metrics[0].spread is None
+    fields["metrics"][0]["spread"] = 0.0  # as cards used to say
+    assert parse_card(fields).metrics[0].spread is None
+    fields["metrics"][0]["spread"] = 0.1
+    with pytest.raises(CardError, match="of 1 seeds it is None"):
+        parse_card(fields)
 
 
 def billion_laughs() -> str:

@@ -13,7 +13,15 @@ import statistics
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from zoo.bundles import cardfile
 from zoo.errors import CardError
@@ -182,8 +190,18 @@ F = TypeVar("F", "DenseFigure", "Metric")
 def _follow_from_seeds(figure: F) -> F:
     mean, spread = mean_and_spread(figure.per_seed)
     _require_equal("mean", figure.mean, mean)
-    _require_equal("spread", figure.spread, spread)
+    if (figure.spread is None) != (spread is None):
+        raise ValueError(
+            f"spread is stated as {figure.spread}, but of {len(figure.per_seed)} seeds it is {spread}"
+        )
+    if figure.spread is not None and spread is not None:
+        _require_equal("spread", figure.spread, spread)
     return figure
+
+
+def _none_for_one_seed(spread: float | None, info: Any) -> float | None:
+    """Cards used to write 0 where a single seed shows no spread."""
+    return None if spread == 0 and len(info.data.get("per_seed", ())) == 1 else spread
 
 
 class DenseFigure(_Part):
@@ -193,8 +211,9 @@ class DenseFigure(_Part):
     value: Finite
     per_seed: PerSeed
     mean: Finite
-    spread: NonNegative
+    spread: NonNegative | None
 
+    _one_seed = field_validator("spread")(_none_for_one_seed)
     _consistent = model_validator(mode="after")(_follow_from_seeds)
 
 
@@ -202,7 +221,7 @@ class Metric(_Part):
     """One measured figure of the stored model (`value`), of its seeds, and of its dense twin.
 
     `stderr` is the standard error of `value` over the evaluated samples; `spread` is the sample standard
-    deviation over training seeds (0 for one seed).
+    deviation over training seeds (None for one seed, which shows none).
     """
 
     task: Text
@@ -213,9 +232,10 @@ class Metric(_Part):
     stderr: NonNegative
     per_seed: PerSeed
     mean: Finite
-    spread: NonNegative
+    spread: NonNegative | None
     dense: DenseFigure | None = None
 
+    _one_seed = field_validator("spread")(_none_for_one_seed)
     _consistent = model_validator(mode="after")(_follow_from_seeds)
 
 
@@ -330,10 +350,10 @@ def share_dropped(kept: int, total: int) -> float:
     return 1 - kept / total if total else 0.0
 
 
-def mean_and_spread(per_seed: Mapping[int, float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1) of values by seed; the deviation of one seed is 0."""
+def mean_and_spread(per_seed: Mapping[int, float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1) of values by seed; one seed has no deviation: None."""
     values = list(per_seed.values())
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def parse_card(fields: Mapping[str, Any], source: str = "card") -> Card:

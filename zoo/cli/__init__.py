@@ -1,7 +1,8 @@
 """The command line `zoo`.
 
 Exit codes: 0 done; 1 a check failed (verify, compare --margin, bench); 2 bad usage or input; 3 the
-environment (disk, network, memory); 70 an error inside the zoo; 130 interrupted.
+environment (disk, network, memory, or what a check needs is not here); 70 an error inside the zoo; 130
+interrupted.
 
 This module is light: each command's module is imported when the command is typed.
 """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from zoo.bundles.card import Card
+from zoo.bundles.card import Card, DenseFigure, Metric
 from zoo.cli.console import print_json, stdout
 from zoo.cli.parsing import Positional, metavar, parse
 from zoo.report import numbers
@@ -178,7 +178,6 @@ def _card_tables(card: Card) -> list[Any]:
 
     metrics = []
     for metric in card.metrics:
-        seeds = f"{numbers.value(metric.mean)} ± {numbers.value(metric.spread)} ({len(metric.per_seed)})"
         dense = metric.dense
         metrics.append(
             [
@@ -186,10 +185,8 @@ def _card_tables(card: Card) -> list[Any]:
                 f"{metric.metric} ({metric.split})",
                 numbers.value(metric.value, metric.stderr),
                 numbers.value(dense.value) if dense else "",
-                seeds,
-                f"{numbers.value(dense.mean)} ± {numbers.value(dense.spread)} ({len(dense.per_seed)})"
-                if dense
-                else "",
+                _over_seeds(metric),
+                _over_seeds(dense) if dense else "",
             ]
         )
     columns = ["task", "metric", "this model", "dense twin", "mean ± spread (seeds)", "dense twin's"]
@@ -210,6 +207,12 @@ def _card_tables(card: Card) -> list[Any]:
         ]
         tables.append(Table("Sparsity", ["part", "kept", "of", "sparsity", "pattern"], parts))
     return tables
+
+
+def _over_seeds(figure: Metric | DenseFigure) -> str:
+    """Mean and spread over seeds; a single seed has no spread."""
+    spread = "-" if figure.spread is None else numbers.value(figure.spread)
+    return f"{numbers.value(figure.mean)} ± {spread} ({len(figure.per_seed)})"
 
 
 def _arguments(values: dict[str, Any]) -> str:

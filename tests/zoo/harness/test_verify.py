@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 
-from zoo.bundles.card import read_card
+from zoo.bundles.card import mean_and_spread, read_card
 from zoo.bundles.catalog import find
 from zoo.bundles.store import load, save
-from zoo.errors import ConfigError
+from zoo.cli import main
+from zoo.errors import ConfigError, DataError
 from zoo.harness import verify as verification
 from zoo.harness.evidence import record_evidence
 from zoo.harness.verify import verify
@@ -53,15 +54,16 @@ def test_honest_cards_come_back(toy_zoo):
         "FLOPs, dense",
         "FLOPs, sparse",
         "weights, kept",
+        "weights, pattern",
         "weights, sparsity",
         "sparsity, overall",
         "zeros where masks drop",
         "toy/accuracy: accuracy",
         "toy/accuracy: accuracy, stderr",
         "toy/accuracy: accuracy, dense twin",
-        "toy/accuracy: accuracy, mean of 1 seeds",
-        "toy/accuracy: accuracy, spread",
-        "toy/accuracy: accuracy, dense twin, spread",
+        "toy/accuracy: accuracy, seed 0",
+        "toy/accuracy: accuracy, dense twin, seed 0",
+        "toy/accuracy: accuracy per seed, card of toy/dense-mlp",
     ):
         assert figure in figures
 
@@ -86,6 +88,20 @@ def _on_disk(fields):
     fields["cost"]["bytes"]["on_disk"] = fields["weights"]["bytes"] = fields["weights"]["bytes"] + 1
 
 
+def _seeds(per_seed):
+    """Other values per seed, whose mean and spread are right."""
+
+    def change(fields):
+        mean, spread = mean_and_spread(per_seed)
+        fields["metrics"][0] |= {"per_seed": per_seed, "mean": mean, "spread": spread}
+
+    return change
+
+
+def _seed_zero(fields):
+    _seeds({0: fields["metrics"][0]["value"] + 0.01, 1: 0.9})(fields)
+
+
 @pytest.mark.parametrize(
     ("change", "figure"),
     [
@@ -99,6 +115,9 @@ def _on_disk(fields):
         (_set(["metrics", 0, "stderr"], 0.5), "toy/accuracy: accuracy, stderr"),
         (_set(["metrics", 0, "metric"], "f1"), "toy/accuracy: f1"),
         (_set(["metrics", 0, "dense", "value"], 0.5), "toy/accuracy: accuracy, dense twin"),
+        (_seed_zero, "toy/accuracy: accuracy, seed 0"),
+        (_seeds({1: 0.9, 2: 0.8}), "toy/accuracy: accuracy, seed 0"),
+        (_set(["sparsity", "parts", "weights", "pattern"], "2:4"), "weights, pattern"),
         (_kept, "weights, kept"),
         (_set(["weights", "sha256"], "0" * 64), "sha256"),
     ],
@@ -126,22 +145,60 @@ def test_values_per_seed_against_the_committed_evidence(beside, tmp_path, monkey
     monkeypatch.setattr(verification, "REPOSITORY", tmp_path)
     rewrite(folder, _set(["evidence"], "results/toy.json"))
     [absent] = verify(folder)
-    assert absent.ok
-    assert "not at hand" in [check.measured for check in absent.checks]
+    assert absent.ok, "the one seed is measured"
     path = tmp_path / "results" / "toy.json"
     for name, figure in figures.items():
         record_evidence(path, name, metric.task, metric.metric, figure.per_seed)
     [present] = verify(folder)
     assert present.ok
-    assert sum("evidence of" in check.figure for check in present.checks) == 2
+    compared = [check for check in present.checks if "evidence of" in check.figure]
+    assert len(compared) == 2 and {check.how for check in compared} == {"compared"}
     wrong = {seed: value + 0.01 for seed, value in metric.per_seed.items()}
     record_evidence(path, card.name, metric.task, metric.metric, wrong)
     assert failed(folder) == ["toy/accuracy: accuracy per seed, evidence of toy/half-mlp"]
     path.write_text('{"per_seed": {}}')
     assert len(failed(folder)) == 2
-    path.write_text("[]")
-    [other] = verify(folder)
-    assert [check.ok for check in other.checks if check.figure == "values per seed"] == [None]
+
+
+@pytest.mark.parametrize(
+    ("evidence", "why"),
+    [(None, "names no evidence"), ("results/none.json", "not at hand"), ("results/toy.json", "per_seed")],
+)
+def test_seeds_that_nothing_vouches_for_could_not_be_checked(beside, tmp_path, monkeypatch, evidence, why):
+    monkeypatch.setattr(verification, "REPOSITORY", tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "toy.json").write_text("[]")
+    folder = beside / "half-mlp"
+
+    def change(fields):
+        _seeds({0: fields["metrics"][0]["value"], 1: 0.9})(fields)
+        fields["evidence"] = evidence
+
+    rewrite(folder, change)
+    [report] = verify(folder)
+    assert not report.ok and not report.failed
+    [unknown] = report.unknown
+    assert unknown.figure == "toy/accuracy: accuracy, seeds 1" and why in unknown.note
+    assert main(["verify", str(folder)]) == 3
+
+
+def test_missing_data_are_no_failed_figure(beside, toy, monkeypatch):
+    def gone(self, model, *, progress=None):
+        raise DataError("the toy data are not there; set ZOO_DATA")
+
+    monkeypatch.setattr(toy.Accuracy, "evaluate", gone)
+    [report] = verify(beside / "half-mlp")
+    assert [check.figure for check in report.unknown] == ["quality"] and not report.failed
+    assert "ZOO_DATA" in report.unknown[0].note
+    assert {"parameters, kept", "weights, kept"} <= {check.figure for check in report.checks if check.ok}
+
+
+def test_a_missing_twin_is_no_failed_figure(beside):
+    shutil.rmtree(beside / "dense-mlp")
+    [report] = verify(beside / "half-mlp")
+    assert not report.failed
+    figures = {"dense twin", "parameters, dense", "bytes, dense", "FLOPs, dense"}
+    assert {check.figure for check in report.unknown} == figures
 
 
 def test_a_saved_model_verifies_after_it_was_loaded_and_saved_again(toy_zoo, tmp_path):
