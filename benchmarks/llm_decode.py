@@ -27,12 +27,12 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from zoo.llm.blocks import find_blocks  # noqa: E402
-from zoo.llm.chess import chess_thresholds  # noqa: E402
 from zoo.llm.gate_statistics import gate_statistics  # noqa: E402
-from zoo.llm.quantised import PackedGroupLinear, replace_module  # noqa: E402
-from zoo.llm.serving import pack_model  # noqa: E402
-from zoo.llm.thresholds import attach, held_out_shares, skipped_share  # noqa: E402
+from zoo.llm.methods.chess import chess_thresholds  # noqa: E402
+from zoo.llm.models.blocks import find_blocks  # noqa: E402
+from zoo.llm.models.quantised import PackedGroupLinear, replace_module  # noqa: E402
+from zoo.llm.models.serving import pack_model  # noqa: E402
+from zoo.llm.models.thresholds import attach, held_out_shares, skipped_share  # noqa: E402
 from zoo.shared.bench import Bound, Cell, Goal, main  # noqa: E402
 from zoo.shared.masks import MaskSet, set_masks  # noqa: E402
 from zoo.shared.masks.topk import topk_mask  # noqa: E402

@@ -35,6 +35,14 @@ class GroupError(SparseError, ValueError):
     """A structure that cannot be cut as declared."""
 
 
+class StructureError(SparseError, ValueError):
+    """A model whose parts are not those that a method works on."""
+
+
+class ActivationError(SparseError, ValueError):
+    """Activations that cannot be measured: none, NaN, of a module that is not there or never runs."""
+
+
 class FormatError(SparseError, ValueError):
     """A packed file that is truncated, corrupt, foreign or of an unknown version."""
 

@@ -22,6 +22,7 @@ from ..measure.calibration import (
     collect_hessian_gradients,
     collect_hessians,
 )
+from .hessians import inverse_diagonal
 
 __all__ = [
     "OBS",
@@ -231,18 +232,13 @@ class OBS(_Base):
         self, name: str, weight: Float[Tensor, "*shape"], context: ScoreContext
     ) -> Float[Tensor, "*shape"]:
         matrix = weight.detach().flatten(1)
-        hessian = context.get("hessians", name, self).to(weight.device).double()
+        hessian = context.get("hessians", name, self).to(weight.device)
         if hessian.shape != (matrix.shape[1], matrix.shape[1]):
             raise MaskError(
                 f"{name!r} has {matrix.shape[1]} inputs per output; received a Hessian of shape "
                 f"{tuple(hessian.shape)}"
             )
-        mean = hessian.diagonal().mean()
-        # A layer that never saw an input has H = 0; any damping then ranks by magnitude.
-        hessian = hessian + torch.eye(len(hessian), dtype=torch.float64, device=hessian.device) * (
-            self.damping * mean if mean > 0 else 1.0
-        )
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).diagonal()
+        inverse = inverse_diagonal(hessian, self.damping)
         return (matrix.double().square() / (2 * inverse)).to(weight.dtype).view(weight.shape)
 
 

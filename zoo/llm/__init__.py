@@ -12,14 +12,14 @@ from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, GENERATORS, MET
 
 ARCHITECTURES.register("llm/llama", "zoo.llm.models:llama")
 ARCHITECTURES.register("llm/transformers", "zoo.llm.models:from_config")
-METHODS.register("chess", "zoo.llm.chess:Chess")
-METHODS.register("cats", "zoo.llm.cats:Cats")
-METHODS.register("teal", "zoo.llm.teal:Teal")
-METHODS.register("wanda", "zoo.llm.wanda:Wanda")
-METHODS.register("sparsegpt", "zoo.llm.sparsegpt:SparseGPT")
-METHODS.register("ecoflap", "zoo.llm.ecoflap:ECoFLaP")
-METHODS.register("cfsp", "zoo.llm.cfsp:CFSP")
-METHODS.register("gqsa", "zoo.llm.gqsa_method:GQSA")
+METHODS.register("chess", "zoo.llm.methods.chess:Chess")
+METHODS.register("cats", "zoo.llm.methods.cats:Cats")
+METHODS.register("teal", "zoo.llm.methods.teal:Teal")
+METHODS.register("wanda", "zoo.llm.methods.wanda:Wanda")
+METHODS.register("sparsegpt", "zoo.llm.methods.sparsegpt:SparseGPT")
+METHODS.register("ecoflap", "zoo.llm.methods.ecoflap:ECoFLaP")
+METHODS.register("cfsp", "zoo.llm.methods.cfsp:CFSP")
+METHODS.register("gqsa", "zoo.llm.methods.gqsa_method:GQSA")
 TASKS.register("llm/wikitext2", "zoo.llm.tasks:WikiText2")
 TASKS.register("llm/tinystories", "zoo.llm.tasks:TinyStories")
 TASKS.register("llm/embedded", "zoo.llm.tasks:Embedded")
@@ -39,11 +39,11 @@ TASKS.register("llm/sparsity-embedded", "zoo.llm.sparsity_task:EmbeddedSparsity"
 TASKS.register("llm/sparsity-tinystories", "zoo.llm.sparsity_task:TinyStoriesSparsity")
 
 _PUBLIC = {
-    "find_blocks": "blocks",
+    "find_blocks": "models.blocks",
     "float32": "models",
     "load_pretrained": "models",
-    "read_llama2c": "llama2c",
-    "tokenizer_of": "tokenization",
+    "read_llama2c": "models.llama2c",
+    "tokenizer_of": "data.tokenization",
 }
 
 

@@ -26,8 +26,8 @@ from zoo.errors import ConfigError, TaskError
 from zoo.harness.evidence import record_evidence
 from zoo.harness.tasks import get_task
 from zoo.llm.data import corpus
+from zoo.llm.data.tokenization import to_extras, tokenizer_of
 from zoo.llm.models import architecture_of, load_pretrained
-from zoo.llm.tokenization import to_extras, tokenizer_of
 
 PROTOCOL = "test documents in disjoint windows of the model's context; float32 arithmetic on stored weights"
 _METRICS = ("word_perplexity", "bits_per_byte", "accuracy")
@@ -151,7 +151,7 @@ class Adopt:
             raise ConfigError(f"dtype is one of {', '.join(types)}. Received: {self.dtype!r}.")
         start = time.perf_counter()
         if self.source.endswith(".bin"):
-            from zoo.llm.llama2c import read_llama2c
+            from zoo.llm.models.llama2c import read_llama2c
 
             if self.tokenizer is None:
                 raise ConfigError(f"{self.source} holds no tokenizer: give its file with --tokenizer.")

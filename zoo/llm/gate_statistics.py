@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
-from zoo.llm.blocks import find_blocks
-from zoo.llm.thresholds import thresholds_of
+from zoo.llm.models.blocks import find_blocks
+from zoo.llm.models.thresholds import thresholds_of
 from zoo.shared.measure.activations import Accumulator, ChunkedKth, Moments, Tap, calibrate
 
 

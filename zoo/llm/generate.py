@@ -13,9 +13,9 @@ from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from zoo.errors import ConfigError
+from zoo.llm.data.tokenization import tokenizer_of
 from zoo.llm.models import float32
 from zoo.llm.scoring import encode, first_tokens
-from zoo.llm.tokenization import tokenizer_of
 
 
 @dataclass(frozen=True)

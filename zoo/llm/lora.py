@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from zoo.errors import ConfigError
-from zoo.llm.blocks import find_blocks
+from zoo.llm.models.blocks import find_blocks
 from zoo.shared.errors import MaskError
 from zoo.shared.masks import Mask, MaskSet, masks_of
 

@@ -18,9 +18,9 @@ import tyro
 
 from zoo.errors import ConfigError
 from zoo.llm.data import corpus
+from zoo.llm.data.tokenization import packaged
 from zoo.llm.scoring import encode
 from zoo.llm.tasks import perplexity_result
-from zoo.llm.tokenization import packaged
 from zoo.shared.store.io import read_json, write_json
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "llm-ngram.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.llm.blocks import find_blocks
+from zoo.llm.models.blocks import find_blocks
 from zoo.shared.measure.activations import check_share
 
 

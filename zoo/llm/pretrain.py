@@ -29,9 +29,9 @@ from zoo.checkpoints import CheckpointFile, part
 from zoo.errors import ConfigError
 from zoo.llm.bundling import save_dense
 from zoo.llm.data import corpus
-from zoo.llm.dropout import residual_dropout
+from zoo.llm.data.tokenization import folder, packaged, train_bpe
 from zoo.llm.models import llama
-from zoo.llm.tokenization import folder, packaged, train_bpe
+from zoo.llm.models.dropout import residual_dropout
 from zoo.llm.train import Fit, TrainConfig, Windows, distillation, next_token_loss, token_stream
 from zoo.progress import progress_bar
 

@@ -1,4 +1,4 @@
-"""What the methods that prune weights block by block share: masks from a block's visit, exact row counts."""
+"""What the methods that prune weights block by block share: masks from a block's visit, exact counts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError
 from zoo.harness.workers import workers
-from zoo.llm.blockwise import Forward, Opened, RunningBlock, block_chains, default_forward, walk_blocks
+from zoo.llm.loss import language_forward
+from zoo.shared.blocks import Forward, MeasuredMatrices, Opened, RunningBlock, measure_inputs, walk_blocks
+from zoo.shared.blocks.statistics import Kind
 from zoo.shared.errors import PatternError
-from zoo.shared.masks import Mask, MaskSet, set_masks
+from zoo.shared.masks import Mask, MaskSet, masks_of, set_masks
 from zoo.shared.masks.patterns import NM, Pattern, Unstructured
 from zoo.shared.masks.topk import topk_mask
-from zoo.shared.measure.calibration import collect_activations, collect_hessians
 from zoo.shared.pruning.budgets import kept_count
 
-#: Chooses the masks of a block's linear weights, by their name in the block; may change the weights, too.
+#: Chooses the masks of a block's weights, by their name in the block; may change the weights, too.
 Prune = Callable[[RunningBlock], Mapping[str, Mask]]
+#: Chooses what stays of a matrix [out, in], a view that it may change, from a statistic of its inputs, the
+#: count to keep, the N:M pattern or None, and what is left of an earlier pruning or None.
+PruneMatrix = Callable[[Tensor, Tensor, int, NM | None, Tensor | None], Tensor]
 
 
 def open_sparsity(sparsity: float) -> float:
@@ -39,7 +43,7 @@ def prune_blocks(
     batches: Sequence[Any],
     prune: Prune,
     *,
-    forward: Forward = default_forward,
+    forward: Forward = language_forward,
     opened: Opened | None = None,
     collect: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
@@ -47,96 +51,122 @@ def prune_blocks(
     """Prune the blocks of a model in order, in place, each on what the pruned blocks before it put out.
 
     See `walk_blocks` for the arguments. Several processes share the batches, and sum up what they measure, so
-    that each prunes to the same masks. The model carries the masks afterwards, if its weights are all in
-    memory; `collect=False` forgets each block's masks, which take a byte per weight, and returns none.
+    that each prunes to the same masks. Masks that the model carries already never loosen: what they drop
+    stays dropped, and they remain where nothing is pruned anew. The model carries the masks afterwards, if
+    its weights are all in memory; `collect=False` forgets each block's masks, which take a byte per weight.
+
+    Returns:
+        All masks that the model carries; with `collect=False` none.
     """
     masks: dict[str, Mask] = {}
 
     def visit(block: RunningBlock) -> None:
-        chosen = MaskSet(dict(prune(block)))
+        chosen = MaskSet(block.masks) & MaskSet(dict(prune(block)))
         chosen.apply_(block.module)
         if collect:
             masks.update({f"{block.name}.{name}": mask for name, mask in chosen.items()})
 
     own = workers().share(batches)
     walk_blocks(model, own, visit, forward=forward, opened=opened, progress=progress)
-    found = MaskSet(masks)
+    found = (masks_of(model) or MaskSet({})) & MaskSet(masks)
     if opened is None and collect:
         set_masks(model, found)
     return found
 
 
-def block_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The linear weights inside the blocks, by their name in the model: what these methods prune."""
-    return {
-        f"{path}.{name}.weight": module.weight
-        for path, chain in block_chains(model).items()
-        for name, module in chain.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+def matrix_pruner(
+    kind: Kind,
+    prune_matrix: PruneMatrix,
+    pattern: Pattern,
+    sparsity: float,
+    counts: Callable[[str], int] | None = None,
+) -> Prune:
+    """The visit of a block, for `prune_blocks`, from what is done to one matrix.
 
-
-def input_norms(block: RunningBlock) -> dict[str, Float[Tensor, " features"]]:
-    """The L2 norm of each input feature of every linear layer of a block, by weight, over the batches of all
-    processes.
-
-    Raises:
-        DataError: a norm that is not finite.
+    Args:
+        kind: the statistic of the inputs that `prune_matrix` takes.
+        prune_matrix: see `PruneMatrix`.
+        pattern: unstructured or N:M along the inputs.
+        sparsity: share of each weight to drop, where the pattern does not fix it; exact over the weight.
+        counts: entries to keep by full name of the weight; by default the sparsity says it.
     """
-    team, norms = workers(), collect_activations(block.module, range(len(block.inputs)), _run(block))
-    return _finite(block, {name: team.sum(norm.square()).sqrt() for name, norm in norms.items()})
+    nm = nm_pattern(pattern)
+
+    def prune(block: RunningBlock) -> dict[str, Mask]:
+        masks = {}
+        for name, measured in measure_inputs(block, kind, workers().sum).items():
+            weight = measured.matrices.parameter
+            kept = counts(f"{block.name}.{name}") if counts else kept_of(weight, sparsity)
+            try:
+                masks[name] = _mask(measured, kept, nm, prune_matrix, block.masks.get(name))
+            except PatternError as error:
+                raise PatternError(f"{block.name}.{name}: {error}") from None
+        return masks
+
+    return prune
 
 
-def input_hessians(block: RunningBlock) -> dict[str, Float[Tensor, "features features"]]:
-    """2/n sum x x^T over the inputs of every linear layer of a block, by weight, over the batches of all
-    processes.
-
-    Raises:
-        DataError: an entry that is not finite.
-    """
-    team, found = workers(), collect_hessians(block.module, range(len(block.inputs)), _run(block))
-    tokens = torch.tensor(float(sum(hidden[..., 0].numel() for hidden in block.inputs)))
-    share = float(tokens / team.sum(tokens))
-    return _finite(block, {name: team.sum(share * hessian) for name, hessian in found.items()})
-
-
-def _run(block: RunningBlock) -> Forward:
-    return lambda module, batch: block.run(batch)
-
-
-def _finite(block: RunningBlock, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    for name, value in found.items():
-        if not bool(torch.isfinite(value).all()):
-            raise DataError(
-                f"the inputs of {block.name}.{name.removesuffix('.weight')} are not finite on the "
-                "calibration text; check the checkpoint, or load it in a wider dtype"
-            )
-    return found
+def _mask(
+    measured: MeasuredMatrices, kept: int, nm: NM | None, prune_matrix: PruneMatrix, before: Mask | None
+) -> Mask:
+    """The mask of a weight, matrix by matrix of a stack, which share the count evenly."""
+    matrices = measured.matrices
+    views = matrices.views()
+    earlier = matrices.views(before.keep) if before is not None else [None] * len(views)
+    keep = []
+    for index, (view, values, old) in enumerate(zip(views, measured.values, earlier, strict=True)):
+        count = kept * (index + 1) // len(views) - kept * index // len(views)
+        if old is not None:
+            old = old.to(view.device)
+            count = min(count, int(old.count_nonzero()))
+        if not bool(values.any()):
+            # No row came here, as to an expert that was never chosen: all inputs count alike.
+            values = torch.ones_like(values) if values.dim() == 1 else torch.eye(len(values)).to(values)
+        keep.append(prune_matrix(view, values, count, nm, old))
+    along = -1 if matrices.axis == matrices.parameter.dim() - 1 else matrices.axis
+    return Mask(matrices.joined(keep), Unstructured() if nm is None else NM(nm.n, nm.m, along))
 
 
 def kept_of(weight: Tensor, sparsity: float) -> int:
-    """Weights kept of a matrix each of whose rows loses floor(sparsity * columns)."""
-    rows, columns = weight.shape
-    return rows * kept_count(columns, sparsity)
+    """Entries that a weight keeps: all but floor(sparsity * entries)."""
+    return kept_count(weight.numel(), sparsity)
 
 
-def rowwise_mask(score: Float[Tensor, "out in"], kept: int) -> Bool[Tensor, "out in"]:
+def rowwise_mask(
+    score: Float[Tensor, "out in"], kept: int, before: Bool[Tensor, "out in"] | None = None
+) -> Bool[Tensor, "out in"]:
     """Keep the best of each row, `kept` entries in all: every row the same number, but for a remainder, whose
     entries go to the rows with the best next score. Ties go to the lower index.
+
+    Args:
+        score: of each entry.
+        kept: entries in all.
+        before: what an earlier mask kept; nothing else is. Rows that have fewer entries left than their share
+            keep all of them, and the others share the rest.
 
     Raises:
         PatternError: a count that the matrix cannot keep, or scores that are NaN.
     """
     rows, columns = score.shape
-    if not 0 <= kept <= score.numel():
-        raise PatternError(f"a matrix {rows}x{columns} keeps 0 to {score.numel()} entries; received {kept}")
-    base, extra = divmod(kept, max(1, rows))
-    mask = NM(base, columns).keep(score, kept) if base else torch.zeros_like(score, dtype=torch.bool)
-    if extra:
-        best, place = score.masked_fill(mask, -torch.inf).max(dim=1)
-        chosen = topk_mask(best, extra)
-        mask[chosen.nonzero().flatten(), place[chosen]] = True
-    return mask
+    left = rows * columns if before is None else int(before.count_nonzero())
+    if not 0 <= kept <= left:
+        raise PatternError(f"a matrix {rows}x{columns} keeps 0 to {left} entries; received {kept}")
+    if bool(score.isnan().any()):
+        raise PatternError(f"{int(score.isnan().sum())} of {score.numel()} scores are NaN")
+    if before is None:
+        available = torch.full((rows,), columns, device=score.device)
+    else:
+        score, available = score.masked_fill(~before, -torch.inf), before.sum(1)
+    level = 0 if before is not None else kept // max(1, rows)
+    while level < columns and int(available.clamp(max=level + 1).sum()) <= kept:
+        level += 1
+    counts, order = available.clamp(max=level), score.argsort(dim=1, descending=True, stable=True)
+    if extra := kept - int(counts.sum()):
+        places = order.gather(1, counts.clamp(max=columns - 1).unsqueeze(1))
+        following = score.gather(1, places).squeeze(1).masked_fill(available <= level, -torch.inf)
+        counts = counts + topk_mask(following, extra)
+    ranked = torch.arange(columns, device=score.device) < counts.unsqueeze(1)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, ranked)
 
 
 def nm_pattern(pattern: Pattern) -> NM | None:

@@ -14,8 +14,8 @@ from torch import nn
 
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
 from zoo.llm.data import corpus, words
+from zoo.llm.data.tokenization import tokenizer_of
 from zoo.llm.scoring import Scored, context_of, document_nats, encode, first_tokens, sequence_nats
-from zoo.llm.tokenization import tokenizer_of
 from zoo.shared.measure.account import count
 
 

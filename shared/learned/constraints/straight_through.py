@@ -50,6 +50,16 @@ def straight_through(
     return _StraightThrough.apply(weight, keep, 0.0, 0.0)
 
 
+def pass_through(value: Float[Tensor, "*shape"], replacement: Float[Tensor, "*shape"]) -> Tensor:
+    """`replacement`, whose gradient goes to `value` unchanged."""
+    return value + (replacement - value).detach()
+
+
+def round_through(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The nearest integers, half to even, with the gradient of the identity."""
+    return pass_through(value, value.round())
+
+
 def sr_ste(
     weight: Float[Tensor, "*shape"], keep: Bool[Tensor, "*shape"], decay: float = 2e-4
 ) -> Float[Tensor, "*shape"]:

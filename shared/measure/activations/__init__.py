@@ -2,7 +2,8 @@
 them.
 """
 
-from .calibrate import ActivationError, Tap, calibrate
+from ...errors import ActivationError
+from .calibrate import Tap, calibrate
 from .kth import ChunkedKth, check_share
 from .statistics import Accumulator, Gram, MagnitudeHistogram, Moments
 from .thresholds import (

@@ -10,14 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...errors import SparseError
+from ...errors import ActivationError
 from ...masks import near_misses
 from ..modes import eval_mode
 from .statistics import Accumulator
-
-
-class ActivationError(SparseError, ValueError):
-    """Activations that cannot be calibrated: NaN, a module that is not there or never runs."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 
-from zoo.errors import ConfigError, DataError
-from zoo.llm.blocks import find_blocks
-from zoo.llm.cfsp import (
+from zoo.errors import ConfigError
+from zoo.llm.methods.cfsp import (
     channel_scores,
     choose_channels,
     cut_channels,
@@ -19,6 +18,8 @@ from zoo.llm.cfsp import (
     keep_shares,
     kept_width,
 )
+from zoo.llm.models.blocks import find_blocks
+from zoo.shared.errors import ActivationError
 
 
 @pytest.fixture
@@ -151,5 +152,5 @@ def test_an_ffn_that_is_not_gated_is_refused(batches):
 def test_nan_is_refused(llama, batches):
     with torch.no_grad():
         llama.model.layers[0].mlp.up_proj.weight[3, 3] = torch.nan
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(ActivationError, match="not finite"):
         ffn_statistics(llama, batches)

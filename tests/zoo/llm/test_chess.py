@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from zoo.errors import ConfigError, DataError
-from zoo.llm.blocks import find_blocks
-from zoo.llm.cats import Cats, cats_thresholds
-from zoo.llm.chess import Chess, chess_thresholds
+from zoo.llm.data.tokenization import remember
 from zoo.llm.gate_statistics import channel_spread, gate_statistics
+from zoo.llm.methods.cats import Cats, cats_thresholds
+from zoo.llm.methods.chess import Chess, chess_thresholds
+from zoo.llm.methods.teal import Teal, greedy_thresholds, input_histograms, uniform_thresholds
+from zoo.llm.models.blocks import find_blocks
+from zoo.llm.models.thresholds import attach, detach, held_out_shares, skipped_share, thresholds_of
 from zoo.llm.oracle import attach_oracle, detach_oracle
-from zoo.llm.teal import Teal, greedy_thresholds, input_histograms, uniform_thresholds
-from zoo.llm.thresholds import attach, detach, held_out_shares, skipped_share, thresholds_of
-from zoo.llm.tokenization import remember
 from zoo.shared.errors import BudgetError
 from zoo.shared.measure.activations import ActivationError
 
@@ -163,7 +163,7 @@ def test_teal_shares_out_its_budget(llama):
 @pytest.fixture
 def readable(make_llama):
     """A random model with a packaged tokenizer."""
-    from zoo.llm.tokenization import folder, packaged
+    from zoo.llm.data.tokenization import folder, packaged
 
     tokenizer = packaged(sorted(path.stem for path in folder().glob("*.json"))[0])
     model = make_llama(vocab=len(tokenizer))
@@ -202,7 +202,7 @@ def test_refusals(readable, llama):
         Chess(length=65).sparsify(readable)
     with pytest.raises(ConfigError, match="budget is"):
         Teal(budget="best").sparsify(readable)
-    from zoo.llm.calibration import random_windows
+    from zoo.llm.data.calibration import random_windows
 
     with pytest.raises(DataError, match="5 tokens, a window 9"):
         random_windows(torch.arange(5), 1, 9, 0)

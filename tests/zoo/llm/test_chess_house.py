@@ -12,9 +12,9 @@ from zoo.bundles.store import info, load, save
 from zoo.errors import BundleError, ConfigError
 from zoo.harness.experiments import CellCache, get_experiment
 from zoo.harness.tasks import get_task
-from zoo.llm.chess import Chess
-from zoo.llm.serving import PackedGatedMLP
-from zoo.llm.thresholds import thresholds_of
+from zoo.llm.methods.chess import Chess
+from zoo.llm.models.serving import PackedGatedMLP
+from zoo.llm.models.thresholds import thresholds_of
 from zoo.registry import METHODS
 from zoo.shared.store.io import write_json
 

@@ -9,26 +9,27 @@ import torch
 from scipy.stats import spearmanr
 
 from zoo.errors import ConfigError, DataError
-from zoo.llm.blockwise import block_chains
-from zoo.llm.ecoflap import (
+from zoo.llm.methods.ecoflap import (
+    block_weights,
     first_order_scores,
     group_counts,
     language_loss,
     tensor_counts,
     zeroth_order_scores,
 )
-from zoo.llm.pruning import block_weights, prune_blocks
-from zoo.llm.sparsegpt import sparsegpt_pruner
-from zoo.llm.wanda import wanda_pruner
+from zoo.llm.methods.sparsegpt import sparsegpt_pruner
+from zoo.llm.methods.wanda import wanda_pruner
+from zoo.llm.pruning import prune_blocks
+from zoo.shared.blocks import find_chains
 from zoo.shared.masks.patterns import Unstructured
 
 
 @pytest.mark.parametrize("sparsity", [0.333, 0.5, 0.61, 0.7])
-def test_totals_are_exact_to_one_weight(llama, sparsity):
+def test_totals_are_exact_to_one_weight(llama, batches, sparsity):
     generator = torch.Generator().manual_seed(0)
-    scores = {name: float(torch.rand((), generator=generator)) for name in block_weights(llama)}
+    scores = {name: float(torch.rand((), generator=generator)) for name in block_weights(llama, batches)}
     counts = tensor_counts(llama, scores, sparsity)
-    sizes = {name: weight.numel() for name, weight in block_weights(llama).items()}
+    sizes = {name: weight.numel() for name, weight in block_weights(llama, batches).items()}
     total = sum(sizes.values())
     assert sum(counts.values()) == total - int(sparsity * total)
     for block in ("model.layers.0.", "model.layers.1."):
@@ -59,11 +60,11 @@ def test_bad_budgets_are_refused():
 
 def test_weights_come_back_bit_for_bit_and_the_mode_too(llama, batches):
     before = copy.deepcopy(llama.state_dict())
-    pointers = {name: weight.data_ptr() for name, weight in block_weights(llama).items()}
+    pointers = {name: weight.data_ptr() for name, weight in block_weights(llama, batches).items()}
     llama.train()
     zeroth_order_scores(llama, batches[:2])
     assert llama.training and all(torch.equal(before[k], v) for k, v in llama.state_dict().items())
-    assert pointers == {name: weight.data_ptr() for name, weight in block_weights(llama).items()}
+    assert pointers == {name: weight.data_ptr() for name, weight in block_weights(llama, batches).items()}
 
 
 def test_weights_come_back_after_an_error(llama, batches):
@@ -153,7 +154,7 @@ def test_both_towers_of_a_vision_language_model_are_pruned():
     scores = zeroth_order_scores(model, [batch] * 4)
     counts = tensor_counts(model, scores, 0.5, group_score="mean")
     masks = prune_blocks(model, [batch], wanda_pruner(Unstructured(), 0.0, counts.__getitem__))
-    assert len(block_chains(model)) == 2
+    assert len(find_chains(model)) == 2
     assert {name: mask.kept for name, mask in masks.items()} == counts
     total = sum(mask.numel for mask in masks.values())
     assert sum(counts.values()) == total - total // 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zoo.llm.flash_llm import TiledCSL, pack_tiled_csl, tiled_bytes, tiled_linear
+from zoo.llm.methods.flash_llm import TiledCSL, pack_tiled_csl, tiled_bytes, tiled_linear
 from zoo.shared.errors import FormatError, OpError
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from zoo.errors import ConfigError
-from zoo.llm.ecoflap import language_loss
-from zoo.llm.gqsa import (
+from zoo.llm.methods.ecoflap import language_loss
+from zoo.llm.methods.gqsa import (
     Quantiser,
     Tuning,
     choose_groups,
@@ -21,7 +21,7 @@ from zoo.llm.gqsa import (
     stored_bits,
     tune_model,
 )
-from zoo.llm.quantised import GroupQuantLinear, PackedGroupLinear, group_arguments, with_empty_groups
+from zoo.llm.models.quantised import GroupQuantLinear, PackedGroupLinear, group_arguments, with_empty_groups
 from zoo.shared.masks import MaskSet
 from zoo.shared.ops import quant_sparse_linear, quantise_groups
 from zoo.shared.ops.packing import pack

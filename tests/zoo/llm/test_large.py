@@ -8,14 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from zoo.errors import ConfigError
 from zoo.llm.large import BlockStore, Large, Shards, fill, skeleton, write_random
-from zoo.llm.pruning import block_weights, prune_blocks
-from zoo.llm.wanda import wanda_pruner
+from zoo.llm.methods.wanda import wanda_pruner
+from zoo.llm.pruning import prune_blocks
 from zoo.shared.masks.patterns import parse_pattern
 
 
 @pytest.mark.parametrize("method,pattern", [("wanda", "2:4"), ("sparsegpt", "unstructured")])
 def test_from_shards_equals_in_memory(tmp_path, method, pattern):
-    from zoo.llm.sparsegpt import sparsegpt_pruner
+    from zoo.llm.methods.sparsegpt import sparsegpt_pruner
 
     sparsity = None if pattern == "2:4" else 0.5
     config = Large(
@@ -47,7 +47,7 @@ def test_only_one_block_is_in_memory(tmp_path):
     store = BlockStore(model, Shards(tmp_path), tmp_path / "out")
     assert all(parameter.is_meta for parameter in model.parameters())
     with store.opened("model.layers.1"):
-        there = {name for name, weight in block_weights(model).items() if not weight.is_meta}
+        there = {name for name, weight in model.named_parameters() if not weight.is_meta}
         assert there and all(name.startswith("model.layers.1.") for name in there)
     assert all(parameter.is_meta for parameter in model.parameters())
 

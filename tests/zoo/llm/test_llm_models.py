@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from zoo.bundles.store import load, save
 from zoo.errors import BundleError, ConfigError, DataError, UnknownNameError
-from zoo.llm.blocks import find_blocks
-from zoo.llm.llama2c import read_llama2c
+from zoo.llm.data.tokenization import packaged, remember, to_extras, tokenizer_of, wrap
 from zoo.llm.models import architecture_of, float32, from_config, llama, load_pretrained
-from zoo.llm.tokenization import packaged, remember, to_extras, tokenizer_of, wrap
+from zoo.llm.models.blocks import find_blocks
+from zoo.llm.models.llama2c import read_llama2c
 
 SIZES = {
     "vocab_size": 64,

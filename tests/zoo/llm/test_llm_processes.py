@@ -25,11 +25,11 @@ from pathlib import Path
 from zoo.bundles.catalog import find
 from zoo.harness.making import Origin, make_bundle
 from zoo.harness.workers import workers
-from zoo.llm.cfsp import CFSP
-from zoo.llm.ecoflap import ECoFLaP
+from zoo.llm.methods.cfsp import CFSP
+from zoo.llm.methods.ecoflap import ECoFLaP
 from zoo.llm.finetune import Finetune
-from zoo.llm.sparsegpt import SparseGPT
-from zoo.llm.wanda import Wanda
+from zoo.llm.methods.sparsegpt import SparseGPT
+from zoo.llm.methods.wanda import Wanda
 root = Path(sys.argv[1])
 if workers().index == 0:
     from zoo.llm.bundling import save_dense

@@ -20,11 +20,11 @@ from zoo.bundles.store import load
 from zoo.checkpoints import CheckpointFile
 from zoo.cli import main
 from zoo.errors import ConfigError, DataError
-from zoo.llm.blocks import find_blocks
 from zoo.llm.finetune import Finetune
 from zoo.llm.generate import generate
 from zoo.llm.lora import attach_lora, detach_lora
 from zoo.llm.models import llama
+from zoo.llm.models.blocks import find_blocks
 from zoo.llm.train import Fit, TrainConfig, Windows, adamw
 from zoo.shared.errors import MaskError
 from zoo.shared.masks import masks_of
@@ -316,7 +316,7 @@ def test_streamed_text_is_what_transformers_generates(dense):
     prompt = "KATHARINA:\nI pray you, sir"
     done = generate(dense, prompt, max_new_tokens=24, on_text=pieces.append)
     assert dense.dtype == torch.float16 and "".join(pieces) == done.text and done.new_tokens == 24
-    from zoo.llm.tokenization import tokenizer_of
+    from zoo.llm.data.tokenization import tokenizer_of
 
     tokenizer = tokenizer_of(dense)
     ids = torch.tensor([[0, *tokenizer(prompt).input_ids]])

@@ -8,9 +8,9 @@ import torch
 from zoo.errors import ConfigError
 from zoo.llm import pretrain
 from zoo.llm.data import Corpus
-from zoo.llm.dropout import residual_dropout
+from zoo.llm.data.tokenization import packaged
+from zoo.llm.models.dropout import residual_dropout
 from zoo.llm.pretrain import Recipe, held_out_loss, new_model
-from zoo.llm.tokenization import packaged
 from zoo.llm.train import TrainConfig, distillation, next_token_loss, token_stream
 
 SHAPE = {

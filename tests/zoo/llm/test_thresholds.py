@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from zoo.errors import ConfigError, DataError
-from zoo.llm.blocks import find_blocks
-from zoo.llm.serving import PackedGatedMLP, PackedInput, PackedSparseInput, pack_model
-from zoo.llm.thresholds import (
+from zoo.llm.models.blocks import find_blocks
+from zoo.llm.models.serving import PackedGatedMLP, PackedInput, PackedSparseInput, pack_model
+from zoo.llm.models.thresholds import (
     ThresholdedLinear,
     attach,
     detach,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-import zoo.llm.calibration
+import zoo.llm.data.calibration
 from zoo.bundles.store import load, save
 from zoo.cli import main
 from zoo.errors import ConfigError, DataError
-from zoo.llm.calibration import Calibrated, default_text, random_windows
+from zoo.llm.data.calibration import Calibrated, default_text, random_windows
 from zoo.llm.models import architecture_of, llama
-from zoo.llm.quantised import GroupQuantLinear, PackedGroupLinear
+from zoo.llm.models.quantised import GroupQuantLinear, PackedGroupLinear
 from zoo.registry import METHODS
 from zoo.shared.masks import masks_of
 from zoo.shared.ops import SparseLinear
@@ -151,7 +151,7 @@ def test_the_command_line_makes_and_measures(tmp_path, monkeypatch):
 
     text = corpus("embedded")
     short = text.__class__(**{**text.__dict__, "test": text.test[:2], "train": text.train[:20]})
-    monkeypatch.setattr(zoo.llm.calibration, "corpus", lambda name: short)
+    monkeypatch.setattr(zoo.llm.data.calibration, "corpus", lambda name: short)
     monkeypatch.setattr("zoo.llm.tasks.corpus", lambda name: short)
     source = save(tiny(), tmp_path / "dense", card=card("llm/tiny", tiny()))
     out = tmp_path / "wanda"

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.tables import Verdict
-from zoo.llm.cfsp import Coarse, FineScore, choose_channels, cut_channels, ffn_statistics
 from zoo.llm.experiments.common import (
     Apply,
     Bench,
@@ -22,6 +21,7 @@ from zoo.llm.experiments.common import (
     perplexity_plot,
     perplexity_table,
 )
+from zoo.llm.methods.cfsp import Coarse, FineScore, choose_channels, cut_channels, ffn_statistics
 
 #: Arm -> fine score and coarse rule.
 ARMS: dict[str, tuple[FineScore, Coarse]] = {
@@ -104,7 +104,7 @@ class CfspExperiment(Experiment):
             )
         notes = [
             "The released fine score equals the norm of each channel's activation: its weights cancel (see "
-            "zoo/llm/cfsp.py).",
+            "zoo/llm/methods/cfsp.py).",
             "The paper's tables could not be had; its claim is that CFSP is better than the compared methods "
             "across models and budgets. No recovery training is done here.",
         ]

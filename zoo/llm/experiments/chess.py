@@ -17,11 +17,9 @@ from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.judging import judge, mean_cell
 from zoo.harness.stats import seed_difference
 from zoo.harness.tables import Plot, Series, Table, Verdict
-from zoo.llm.blocks import find_blocks
-from zoo.llm.calibration import random_windows
-from zoo.llm.cats import cats_thresholds
-from zoo.llm.chess import chess_thresholds
 from zoo.llm.data import corpus
+from zoo.llm.data.calibration import random_windows
+from zoo.llm.data.tokenization import tokenizer_of
 from zoo.llm.experiments.common import (
     Bench,
     Protocol,
@@ -33,10 +31,12 @@ from zoo.llm.experiments.common import (
     text_of,
 )
 from zoo.llm.gate_statistics import GateStatistics, channel_spread, gate_statistics
+from zoo.llm.methods.cats import cats_thresholds
+from zoo.llm.methods.chess import chess_thresholds
+from zoo.llm.methods.teal import greedy_thresholds, input_histograms, uniform_thresholds
+from zoo.llm.models.blocks import find_blocks
+from zoo.llm.models.thresholds import attach, detach, held_out_shares, skipped_share
 from zoo.llm.oracle import attach_oracle, detach_oracle
-from zoo.llm.teal import greedy_thresholds, input_histograms, uniform_thresholds
-from zoo.llm.thresholds import attach, detach, held_out_shares, skipped_share
-from zoo.llm.tokenization import tokenizer_of
 from zoo.llm.train import token_stream
 from zoo.shared.measure.activations import Tap, calibrate, check_share
 from zoo.shared.store.io import read_json

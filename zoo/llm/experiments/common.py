@@ -21,11 +21,11 @@ from zoo.harness.experiments import CellCache
 from zoo.harness.judging import deviation, judge, mean_cell
 from zoo.harness.stats import seed_difference
 from zoo.harness.tables import Plot, Series, Table, Verdict
-from zoo.llm.calibration import default_text, random_windows
 from zoo.llm.data import corpus
+from zoo.llm.data.calibration import default_text, random_windows
+from zoo.llm.data.tokenization import tokenizer_of
 from zoo.llm.scoring import document_nats
 from zoo.llm.tasks import perplexity_result
-from zoo.llm.tokenization import tokenizer_of
 from zoo.llm.train import token_stream
 
 Rows = Sequence[dict[str, Any]]
@@ -78,7 +78,7 @@ def dense_model(subject: str) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
         return model
-    from zoo.llm.llama2c import read_llama2c
+    from zoo.llm.models.llama2c import read_llama2c
 
     root = os.environ.get("ZOO_DATA")
     folder = Path(root or "ZOO_DATA") / "stories260k"

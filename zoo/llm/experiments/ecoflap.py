@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.judging import mean_cell
 from zoo.harness.tables import Table, Verdict
-from zoo.llm.ecoflap import first_order_scores, tensor_counts, zeroth_order_scores
 from zoo.llm.experiments import vision_language
 from zoo.llm.experiments.common import (
     Apply,
@@ -26,8 +25,9 @@ from zoo.llm.experiments.common import (
     perplexity_table,
 )
 from zoo.llm.experiments.ordering import arm as uniform_arm
+from zoo.llm.methods.ecoflap import first_order_scores, tensor_counts, zeroth_order_scores
+from zoo.llm.methods.wanda import wanda_pruner
 from zoo.llm.pruning import open_sparsity, prune_blocks
-from zoo.llm.wanda import wanda_pruner
 from zoo.shared.masks.patterns import Unstructured
 
 Coarse = Literal["zeroth", "first"]

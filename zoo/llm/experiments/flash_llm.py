@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.tables import Outcome, Plot, Series, Table, Verdict
-from zoo.llm.flash_llm import TILE_COLUMNS, TILE_ROWS, pack_tiled_csl, tiled_bytes, tiled_linear
+from zoo.llm.methods.flash_llm import TILE_COLUMNS, TILE_ROWS, pack_tiled_csl, tiled_bytes, tiled_linear
 from zoo.shared.bench import compare, ratio, threads
 from zoo.shared.ops import pack, sparse_linear
 from zoo.shared.ops.sparse_linear import plan

@@ -16,9 +16,8 @@ from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.judging import judge, mean_cell
 from zoo.harness.stats import seed_difference
 from zoo.harness.tables import Plot, Series, Table, Verdict
-from zoo.llm.blockwise import RunningBlock
 from zoo.llm.experiments.common import Apply, Bench, Protocol, lower, values
-from zoo.llm.gqsa import (
+from zoo.llm.methods.gqsa import (
     ChooseMask,
     Tuning,
     choose_groups,
@@ -28,8 +27,9 @@ from zoo.llm.gqsa import (
     stored_bits,
     tune_model,
 )
-from zoo.llm.pruning import input_hessians, prune_blocks
-from zoo.llm.quantised import quantise_head
+from zoo.llm.models.quantised import quantise_head
+from zoo.llm.pruning import prune_blocks
+from zoo.shared.blocks import RunningBlock, measure_inputs
 from zoo.shared.masks import Mask
 from zoo.shared.masks.patterns import NM
 
@@ -116,7 +116,7 @@ def apply_arm(arm: Arm) -> Apply:
 
 def _pruner(choose: ChooseMask) -> Callable[[RunningBlock], dict[str, Mask]]:
     def prune(block: RunningBlock) -> dict[str, Mask]:
-        hessians = input_hessians(block)
+        hessians = {name: one.values[0] for name, one in measure_inputs(block, "hessians").items()}
         return {
             f"{name}.weight": Mask(choose(linear.weight, hessians.pop(f"{name}.weight")))
             for name, linear in block.linears().items()

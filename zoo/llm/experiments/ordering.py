@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult
 from zoo.harness.tables import Verdict
-from zoo.llm.blockwise import RunningBlock
 from zoo.llm.experiments.common import (
     Apply,
     Bench,
@@ -22,9 +21,10 @@ from zoo.llm.experiments.common import (
     perplexity_plot,
     perplexity_table,
 )
+from zoo.llm.methods.sparsegpt import sparsegpt_pruner
+from zoo.llm.methods.wanda import wanda_pruner
 from zoo.llm.pruning import kept_of, nm_pattern, open_sparsity, prune_blocks, rowwise_mask
-from zoo.llm.sparsegpt import sparsegpt_pruner
-from zoo.llm.wanda import wanda_pruner
+from zoo.shared.blocks import RunningBlock
 from zoo.shared.masks import Mask
 from zoo.shared.masks.patterns import Pattern, Unstructured, parse_pattern
 

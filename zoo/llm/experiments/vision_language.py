@@ -21,9 +21,9 @@ from zoo.harness.experiments import CellCache
 from zoo.harness.judging import judge
 from zoo.harness.stats import seed_difference
 from zoo.harness.tables import Verdict
-from zoo.llm.ecoflap import tensor_counts, zeroth_order_scores
+from zoo.llm.methods.ecoflap import tensor_counts, zeroth_order_scores
+from zoo.llm.methods.wanda import wanda_pruner
 from zoo.llm.pruning import kept_of, prune_blocks, rowwise_mask
-from zoo.llm.wanda import wanda_pruner
 from zoo.shared.masks import Mask
 from zoo.shared.masks.patterns import Unstructured
 

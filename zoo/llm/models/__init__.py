@@ -26,15 +26,15 @@ from transformers import (
 )
 
 from zoo.errors import ConfigError
-from zoo.llm.blocks import find_blocks
-from zoo.llm.quantised import group_arguments, with_empty_groups
-from zoo.llm.tokenization import packaged, remember, tokenizer_in
+from zoo.llm.data.tokenization import packaged, remember, tokenizer_in
+from zoo.llm.models.blocks import find_blocks
+from zoo.llm.models.quantised import group_arguments, with_empty_groups
 
 #: First part of an extra tensor's name -> "module:function". When a bundle with extras `first/rest` is
 #: loaded, function(model, {rest: tensor}) puts them where the model uses them (thresholds, groups, ...).
 EXTRAS = {
-    "thresholds": "zoo.llm.serving:take_extras",
-    "tokenizer": "zoo.llm.tokenization:take_extras",
+    "thresholds": "zoo.llm.models.serving:take_extras",
+    "tokenizer": "zoo.llm.data.tokenization:take_extras",
 }
 
 
@@ -70,7 +70,7 @@ def llama(
         tokenizer: name of a packaged tokenizer; None where the bundle's extras hold one.
         bos, eos: ids that begin and end a text.
         quantised: `group` and `kept` of a model whose blocks keep their linear weights in four-bit groups (
-            see `zoo.llm.quantised.with_empty_groups`); None for plain weights.
+            see `zoo.llm.models.quantised.with_empty_groups`); None for plain weights.
 
     Raises:
         ConfigError: widths that do not divide, a wrong number of FFN widths, a tokenizer that does not fit.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, DataError
 from zoo.llm.data import corpus
-from zoo.llm.tokenization import tokenizer_of
+from zoo.llm.data.tokenization import tokenizer_of
 from zoo.llm.train import token_stream
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zoo.errors import ConfigError
-from zoo.llm.blocks import find_blocks
+from zoo.llm.models.blocks import find_blocks
 
 
 @contextmanager

@@ -13,6 +13,7 @@ when the block is done.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -20,41 +21,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
-from zoo.llm.blockwise import RunningBlock
-from zoo.llm.calibration import Calibrated, extras_of
+from zoo.llm.data.calibration import Calibrated, extras_of
 from zoo.llm.models import float32
-from zoo.llm.pruning import input_hessians, kept_of, nm_pattern, prune_blocks, resolve_sparsity
+from zoo.llm.pruning import Prune, matrix_pruner, prune_blocks, resolve_sparsity
 from zoo.methods.contract import Sparsified
-from zoo.shared.masks import Mask
-from zoo.shared.masks.patterns import NM, Pattern, Unstructured, parse_pattern, topk_mask
-
-
-def inverse_factor(
-    hessian: Float[Tensor, "in in"], damping: float
-) -> tuple[Float[Tensor, "in in"], Bool[Tensor, " in"]]:
-    """U, upper triangular, with U^T U = (H + damping * mean(diag H) * I)^-1, and which inputs never fired.
-
-    An input that never fired gets 1 on the diagonal; its weights are worth nothing.
-
-    Raises:
-        ConfigError: a damping that is not positive, or too small for this matrix.
-    """
-    if not damping > 0:
-        raise ConfigError(f"damping is a positive share of the mean diagonal of H; received {damping}")
-    matrix = hessian.float().clone()
-    diagonal = matrix.diagonal()
-    dead = diagonal == 0
-    diagonal += damping * diagonal.mean()
-    diagonal[dead] = 1.0
-    try:
-        lower = torch.linalg.cholesky(matrix)
-        inverse = torch.cholesky_inverse(lower)
-        return torch.linalg.cholesky(inverse, upper=True), dead
-    except torch.linalg.LinAlgError as error:
-        raise ConfigError(
-            f"H of {len(matrix)} inputs cannot be inverted with damping {damping}; raise the damping or "
-            "calibrate on more text"
-        ) from error
+from zoo.shared.masks.patterns import NM, Pattern, parse_pattern, topk_mask
+from zoo.shared.pruning.hessians import inverse_factor
 
 
 def sparsegpt_prune_(
@@ -62,6 +34,7 @@ def sparsegpt_prune_(
     hessian: Float[Tensor, "in in"],
     kept: int,
     nm: NM | None = None,
+    before: Bool[Tensor, "out in"] | None = None,
     *,
     keep: Bool[Tensor, "out in"] | None = None,
     block: int = 128,
@@ -75,6 +48,7 @@ def sparsegpt_prune_(
         kept: entries that stay, shared out evenly over the blocks of columns; an N:M pattern decides it
             itself.
         nm: the N:M pattern, if there is one.
+        before: what an earlier mask kept; the rest stays zero, and the count is of what it kept.
         keep: a mask that is given; then nothing is chosen and only the updates are made.
         block: columns per block, where weights are chosen together.
         damping: share of the mean diagonal added to H.
@@ -83,7 +57,8 @@ def sparsegpt_prune_(
         The mask, with exactly `kept` entries.
 
     Raises:
-        ConfigError: damping (see `inverse_factor`), or a block that is no multiple of m.
+        BudgetError: damping, see `inverse_factor`.
+        ConfigError: a block that is no multiple of m.
         PatternError: an N:M pattern that does not fit.
     """
     rows, columns = weight.shape
@@ -94,6 +69,7 @@ def sparsegpt_prune_(
     factor, dead = inverse_factor(hessian, damping)
     work = weight.detach().float().clone()
     work[:, dead] = 0
+    left = torch.arange(columns + 1) * rows if before is None else _kept_up_to(before)
     mask = torch.zeros(rows, columns, dtype=torch.bool, device=weight.device)
     for start in range(0, columns, block):
         end = min(start + block, columns)
@@ -102,11 +78,17 @@ def sparsegpt_prune_(
             chosen: Tensor | None = keep[:, start:end]
         elif nm is None:
             # Shares by cumulative rounding, so that the blocks' counts add up to `kept`.
-            count = kept * end // columns - kept * start // columns
-            chosen = topk_mask((part / local.diagonal()).square().flatten(), count).view_as(part)
+            most = max(1, int(left[-1]))
+            count = kept * int(left[end]) // most - kept * int(left[start]) // most
+            cost = (part / local.diagonal()).square()
+            if before is not None:
+                cost = cost.masked_fill(~before[:, start:end], -1.0)
+            chosen = topk_mask(cost, count)
         else:
             chosen = None  # chosen group by group below, on the updated weights
-        errors, block_mask = _prune_columns_(part, local, chosen, nm)
+        errors, block_mask = _prune_columns_(
+            part, local, chosen, nm, None if before is None else before[:, start:end]
+        )
         mask[:, start:end] = block_mask
         work[:, end:] -= errors @ factor[start:end, end:]
     with torch.no_grad():
@@ -114,8 +96,13 @@ def sparsegpt_prune_(
     return mask
 
 
+def _kept_up_to(before: Tensor) -> Tensor:
+    """Entries that a mask keeps left of each column, and of the end."""
+    return torch.cat([torch.zeros(1, dtype=torch.long), before.sum(0).cumsum(0).cpu()])
+
+
 def _prune_columns_(
-    part: Tensor, factor: Tensor, chosen: Tensor | None, nm: NM | None
+    part: Tensor, factor: Tensor, chosen: Tensor | None, nm: NM | None, before: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Passes the columns of a block from left to right; errors divided by U_jj, and the mask."""
     mask = torch.ones_like(part, dtype=torch.bool) if chosen is None else chosen
@@ -124,7 +111,11 @@ def _prune_columns_(
         if chosen is None and nm is not None and j % nm.m == 0:
             group = slice(j, j + nm.m)
             cost = (part[:, group] / factor.diagonal()[group]).square()
+            if before is not None:
+                cost = cost.masked_fill(~before[:, group], -1.0)
             mask[:, group] = nm.keep(cost, cost.numel() // nm.m * nm.n)
+            if before is not None:
+                mask[:, group] &= before[:, group]
         error = torch.where(mask[:, j], 0.0, part[:, j]) / factor[j, j]
         part[:, j + 1 :] -= error.unsqueeze(1) * factor[j, j + 1 :]
         part[:, j] *= mask[:, j]
@@ -139,21 +130,10 @@ def sparsegpt_pruner(
     *,
     block: int = 128,
     damping: float = 0.01,
-) -> Callable[[RunningBlock], dict[str, Mask]]:
-    """The visit of a block, for `prune_blocks`; see `wanda_pruner` and `sparsegpt_prune_`."""
-    nm = nm_pattern(pattern)
-
-    def prune(running: RunningBlock) -> dict[str, Mask]:
-        hessians = input_hessians(running)
-        masks = {}
-        for name, linear in running.linears().items():
-            key = f"{name}.weight"
-            kept = counts(f"{running.name}.{key}") if counts else kept_of(linear.weight, sparsity)
-            keep = sparsegpt_prune_(linear.weight, hessians.pop(key), kept, nm, block=block, damping=damping)
-            masks[key] = Mask(keep, nm or Unstructured())
-        return masks
-
-    return prune
+) -> Prune:
+    """The visit of a block, for `prune_blocks`; see `matrix_pruner` and `sparsegpt_prune_`."""
+    prune_matrix = functools.partial(sparsegpt_prune_, block=block, damping=damping)
+    return matrix_pruner("hessians", prune_matrix, pattern, sparsity, counts)
 
 
 @dataclasses.dataclass

@@ -10,11 +10,11 @@ from torch import nn
 from zoo.bundles.card import share_dropped
 from zoo.bundles.store import PART_MASK
 from zoo.errors import ConfigError
-from zoo.llm.calibration import Calibrated, extras_of
-from zoo.llm.gqsa import Tuning, choose_groups, pack_model, quantise_blocks, tune_model
+from zoo.llm.data.calibration import Calibrated, extras_of
+from zoo.llm.methods.gqsa import Tuning, choose_groups, pack_model, quantise_blocks, tune_model
 from zoo.llm.models import architecture_of, float32
+from zoo.llm.models.quantised import quantise_head
 from zoo.llm.pruning import open_sparsity
-from zoo.llm.quantised import quantise_head
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks import MaskSet, masks_of, set_masks
 

@@ -1,19 +1,19 @@
-"""Transformer blocks one after the other: each is changed while it sees what the changed blocks before it put
-out.
+"""Blocks one after the other: each is changed while it sees what the changed blocks before it put out.
 
     def visit(block: RunningBlock) -> None: ...     # may change block.module in place
     walk_blocks(model, batches, visit)
 
 At any time one block computes, on the hidden states of all calibration batches; a chain of L blocks costs two
 forward passes of each block, whatever is done to it. Where a model does not fit into memory, `opened` brings
-one block in at a time (see `zoo.llm.shards`).
+one block in at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from zoo.errors import ConfigError, DataError
+from ..errors import ActivationError, SparseError, StructureError
+from ..masks import Mask, masks_of
+from .chains import block_name, find_chains
 
 Forward = Callable[[nn.Module, Any], Any]
 #: Brings the block of that name into memory for as long as the context lasts.
@@ -31,6 +33,10 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 class _ChainEnd(Exception):
     """Raised by the stub of the last block: nothing behind the chain has to run."""
+
+
+class _Changed(Exception):
+    """Raised by a stub that is not given what the stub before it returned."""
 
 
 @dataclass
@@ -44,6 +50,7 @@ class RunningBlock:
         calls: the other positional and keyword arguments, one per batch.
         index: its place in the chain.
         total: blocks in the chain.
+        masks: those that the model carries of the block's parameters, by their name in the block.
     """
 
     name: str
@@ -52,6 +59,7 @@ class RunningBlock:
     calls: list[_Call]
     index: int
     total: int
+    masks: dict[str, Mask] = field(default_factory=dict)
 
     def run(
         self,
@@ -72,36 +80,11 @@ class RunningBlock:
         return {name: module for name, module in self.module.named_modules() if isinstance(module, nn.Linear)}
 
 
-def block_chains(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of blocks of a model, outermost ones, in order of definition.
-
-    A list of blocks is a ModuleList of modules of one class that hold linear layers: the decoder layers of a
-    language model; in a vision-language model those of the vision tower come first.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in found) or not isinstance(module, nn.ModuleList):
-            continue
-        alike = len({type(child) for child in module}) == 1
-        if alike and any(isinstance(part, nn.Linear) for part in module[0].modules()):
-            found[name] = module
-    if not found:
-        raise ConfigError(
-            f"{type(model).__name__} has no list of blocks with linear layers; "
-            "give a transformer whose layers are an nn.ModuleList"
-        )
-    return found
-
-
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    """A batch is a tensor of token ids, or the keyword arguments of the model; moved to its device."""
-    inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch}
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
-    moved = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in inputs.items()}
-    return model(**moved, use_cache=False)
+def call(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch: a mapping is its keyword arguments, a tuple or list its positional ones."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 @torch.no_grad()
@@ -110,7 +93,7 @@ def walk_blocks(
     batches: Sequence[Any],
     visit: Callable[[RunningBlock], None],
     *,
-    forward: Forward = default_forward,
+    forward: Forward = call,
     opened: Opened | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
@@ -120,32 +103,34 @@ def walk_blocks(
     between train and eval mode.
 
     Args:
-        model: a transformer, see `block_chains`.
+        model: a network with blocks, see `find_chains`.
         batches: calibration batches, kept in memory with one hidden state each.
         visit: called with each block.
-        forward: runs the model on a batch.
+        forward: runs the model on a batch; also a loss will do, of which only the blocks' part is run.
         opened: brings a block into memory; by default all are there.
         progress: called with (done, total, name) after each block.
 
     Raises:
-        ConfigError: no blocks found.
-        DataError: no batch, or hidden states that are not finite.
+        StructureError: no blocks found, or blocks that do not hand one hidden state from each to the next.
+        ActivationError: no batch, or hidden states that are not finite.
     """
     if not batches:
-        raise DataError("No calibration batches; pass at least one.")
+        raise ActivationError("No calibration batches; pass at least one.")
     held: Opened = opened or (lambda name: nullcontext())
-    chains = block_chains(model)
+    chains, masks = find_chains(model), masks_of(model) or {}
     total, done = sum(len(chain) for chain in chains.values()), 0
     for path, chain in chains.items():
-        hidden, calls = _record(model, list(chain), batches, forward)
+        hidden, calls = _record(model, path, chain, batches, forward)
         for index, module in enumerate(chain):
-            block = RunningBlock(f"{path}.{index}", module, hidden, calls.pop(0), index, len(chain))
+            name = block_name(path, index)
+            own = {key.removeprefix(f"{name}."): masks[key] for key in masks if key.startswith(f"{name}.")}
+            block = RunningBlock(name, module, hidden, calls.pop(0), index, len(chain), own)
             with held(block.name):
                 visit(block)
                 hidden = [block.run(batch) for batch in range(len(batches))]
             if not all(bool(torch.isfinite(state).all()) for state in hidden):
-                raise DataError(
-                    f"{block.name} puts out values that are not finite on the calibration text; "
+                raise ActivationError(
+                    f"{block.name} puts out values that are not finite on the calibration data; "
                     "check the checkpoint, or load it in a wider dtype"
                 )
             done += 1
@@ -154,43 +139,77 @@ def walk_blocks(
 
 
 def _record(
-    model: nn.Module, chain: list[nn.Module], batches: Sequence[Any], forward: Forward
+    model: nn.Module, path: str, chain: list[nn.Module], batches: Sequence[Any], forward: Forward
 ) -> tuple[list[Tensor], list[list[_Call]]]:
     """The hidden states that enter the first block, and the other arguments of every block, per batch.
 
     The blocks are stubs meanwhile that hand their input on: a model may give each block other masks and
-    positions, and finding them out should not cost the blocks' work.
+    positions, and finding them out should not cost the blocks' work. Blocks return the state itself or a
+    tuple that begins with it, and only the model's code knows which: the other way is tried if one fails.
     """
+    failure: Exception | None = None
+    for in_tuple in (False, True):
+        try:
+            return _record_with(model, path, chain, batches, forward, in_tuple)
+        except (SparseError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a foreign forward makes of an output that it did not expect
+            failure = failure or error
+    why = str(failure).strip().splitlines() or [type(failure).__name__]
+    raise StructureError(
+        f"{type(model).__name__} does not run the blocks of {path or 'the model'} by handing one hidden state from each to "
+        f"the next ({type(failure).__name__}: {why[0]}), or the batches do not fit it: its blocks cannot be "
+        "walked. Methods that need no calibration, such as prune, still work."
+    ) from failure
+
+
+def _record_with(
+    model: nn.Module,
+    path: str,
+    chain: list[nn.Module],
+    batches: Sequence[Any],
+    forward: Forward,
+    in_tuple: bool,
+) -> tuple[list[Tensor], list[list[_Call]]]:
     hidden: list[Tensor] = []
     calls: list[list[_Call]] = [[] for _ in chain]
-    with _stubs(chain, hidden, calls):
+    with _stubs(chain, hidden, calls, in_tuple):
         for batch in batches:
             try:
                 forward(model, batch)
             except _ChainEnd:
                 continue
-            raise ConfigError(
-                f"{type(model).__name__} did not run its {len(chain)} blocks on a calibration batch"
+            raise StructureError(
+                f"{type(model).__name__} did not run the {len(chain)} blocks of {path} on a calibration batch"
             )
     return hidden, calls
 
 
 @contextmanager
-def _stubs(chain: list[nn.Module], hidden: list[Tensor], calls: list[list[_Call]]) -> Iterator[None]:
-    def stub(index: int) -> Callable[..., Tensor]:
-        def forward(state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _stubs(
+    chain: list[nn.Module], hidden: list[Tensor], calls: list[list[_Call]], in_tuple: bool
+) -> Iterator[None]:
+    handed: list[Any] = [None]
+
+    def stub(index: int, first: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state, rest = (args[0], args[1:]) if args else (kwargs.pop(first, None), ())
+            if not isinstance(state, Tensor) or (index > 0 and state is not handed[0]):
+                raise _Changed(f"block {index} is given something else than block {index - 1} returned")
             if index == 0:
                 hidden.append(state.detach())
-            calls[index].append((args, kwargs))
+            handed[0] = state
+            calls[index].append((rest, kwargs))
             if index == len(chain) - 1:
                 raise _ChainEnd
-            return state
+            return (state,) if in_tuple else state
 
         return forward
 
     try:
         for index, module in enumerate(chain):
-            module.forward = stub(index)
+            names = list(inspect.signature(module.forward).parameters)
+            module.forward = stub(index, names[0] if names else "")
         yield
     finally:
         for module in chain:

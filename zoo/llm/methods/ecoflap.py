@@ -19,18 +19,19 @@ from fractions import Fraction
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from zoo.errors import ConfigError, DataError
 from zoo.harness.workers import workers
-from zoo.llm.blockwise import block_chains
-from zoo.llm.calibration import Calibrated, extras_of
+from zoo.llm.data.calibration import Calibrated, extras_of
+from zoo.llm.loss import language_forward, language_loss
+from zoo.llm.methods.sparsegpt import sparsegpt_pruner
+from zoo.llm.methods.wanda import wanda_pruner
 from zoo.llm.models import float32
-from zoo.llm.pruning import block_weights, open_sparsity, prune_blocks
-from zoo.llm.sparsegpt import sparsegpt_pruner
-from zoo.llm.wanda import wanda_pruner
+from zoo.llm.pruning import open_sparsity, prune_blocks
 from zoo.methods.contract import Sparsified
+from zoo.shared.blocks import Forward, block_name, chain_matrices, find_chains
+from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.masks.patterns import Unstructured
 from zoo.shared.measure.calibration import LossFn, collect_gradients
 from zoo.shared.measure.modes import eval_mode
@@ -38,11 +39,19 @@ from zoo.shared.pruning.allocation import Slot, proportional
 from zoo.shared.pruning.budgets import kept_count
 
 
-def language_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:
-    """Mean next-token cross-entropy of a batch: token ids, or the model's keyword arguments with labels."""
-    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch, "labels": batch}
-    loss: Tensor = model(**inputs, use_cache=False).loss
-    return loss
+def block_weights(
+    model: nn.Module, batches: Sequence[Any], forward: Forward = language_forward
+) -> dict[str, nn.Parameter]:
+    """The matrices inside the blocks, by their name in the model, as the first batch meets them.
+
+    Raises:
+        DataError: no batch.
+        StructureError: no blocks, or weights that cannot be reached.
+    """
+    if not batches:
+        raise DataError("No calibration batches; pass at least one.")
+    known = dict(model.named_parameters())
+    return {name: known[name] for name in chain_matrices(model, batches[0], forward)}
 
 
 def zeroth_order_scores(
@@ -55,7 +64,7 @@ def zeroth_order_scores(
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, float]:
-    """The coarse score of every linear weight inside the blocks, by name.
+    """The coarse score of every matrix inside the blocks, by name (see `block_weights`).
 
     The weights come back bit for bit (the perturbed ones are other tensors), and the model is in eval mode
     meanwhile, so that dropout does not drown the difference. Several processes share the tensors.
@@ -73,13 +82,11 @@ def zeroth_order_scores(
         ConfigError: a step that is not positive, or weights in half precision, whose spacing eps falls below.
         DataError: no batch, or a loss that is not finite.
     """
-    weights = block_weights(model)
+    weights = block_weights(model, batches)
     if not eps > 0 or probes < 1:
         raise ConfigError(f"eps must be positive and probes at least 1; received {eps} and {probes}")
     if any(weight.element_size() < 4 for weight in weights.values()):
         raise ConfigError("probing with a small eps needs weights in float32; load the model with that dtype")
-    if not batches:
-        raise DataError("No calibration batches; pass at least one.")
     team, scores = workers(), {}
     with eval_mode(model), torch.no_grad():
         for index, (name, weight) in enumerate(weights.items()):
@@ -113,7 +120,7 @@ def first_order_scores(
 ) -> dict[str, float]:
     """sqrt(2 / pi) times the mean over batches of ||dL/dW_l||_2: what `zeroth_order_scores` estimates, by
     backpropagation."""
-    names = list(block_weights(model))
+    names = list(block_weights(model, batches))
     totals = dict.fromkeys(names, 0.0)
     with eval_mode(model):
         for batch in batches:
@@ -124,7 +131,11 @@ def first_order_scores(
 
 
 def group_counts(
-    sizes: Mapping[str, int], scores: Mapping[str, float], sparsity: float, max_sparsity: float
+    sizes: Mapping[str, int],
+    scores: Mapping[str, float],
+    sparsity: float,
+    max_sparsity: float,
+    left: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Weights kept of each group; together exactly N - floor(sparsity * N).
 
@@ -136,6 +147,7 @@ def group_counts(
         scores: of each group, not negative.
         sparsity: p, over all groups.
         max_sparsity: p_max, the most that one group may lose.
+        left: weights of each group that an earlier pruning left; by default all.
 
     Raises:
         ConfigError: sparsity outside (0, 1), or above max_sparsity.
@@ -153,17 +165,19 @@ def group_counts(
             f"scores must be finite and not negative, one of them positive; received {values[:8]}"
         )
     least = 1 - Fraction(repr(float(max_sparsity)))
-    floors = {name: math.ceil(size * least) for name, size in sizes.items()}
-    left = kept_count(sum(sizes.values()), sparsity) - sum(floors.values())
-    if left < 0:
+    most = sizes if left is None else left
+    floors = {name: min(math.ceil(size * least), most[name]) for name, size in sizes.items()}
+    room = kept_count(sum(sizes.values()), sparsity) - sum(floors.values())
+    room = min(room, sum(most[name] - floors[name] for name in sizes))
+    if room < 0:
         raise ConfigError(
             f"rounding the floors of max_sparsity {max_sparsity} up leaves no weight to share at sparsity "
             f"{sparsity}; raise max_sparsity a little"
         )
-    slots = {name: _slot(size - floors[name]) for name, size in sizes.items()}
+    slots = {name: _slot(most[name] - floors[name]) for name in sizes}
     # A group without any score still takes what the others, being full, cannot.
     tiny = max(values) * 1e-12
-    shares = proportional(slots, left, {name: max(scores[name], tiny) for name in sizes})
+    shares = proportional(slots, room, {name: max(scores[name], tiny) for name in sizes})
     return {name: floors[name] + share for name, share in shares.items()}
 
 
@@ -188,7 +202,9 @@ def tensor_counts(
         ConfigError, DataError: see `group_counts`.
     """
     open_sparsity(sparsity)
-    sizes = {name: weight.numel() for name, weight in block_weights(model).items()}
+    sizes = {name: model.get_parameter(name).numel() for name in scores}
+    masks = masks_of(model) or MaskSet({})
+    left = {name: masks[name].kept if name in masks else size for name, size in sizes.items()}
     blocks: dict[str, list[str]] = {}
     for name in sizes:
         blocks.setdefault(_block_of(model, name), []).append(name)
@@ -197,10 +213,11 @@ def tensor_counts(
     if group_score == "mean":
         grouped = {block: value / totals[block] for block, value in grouped.items()}
     ceiling = min(1.0, sparsity + 0.1) if max_sparsity is None else max_sparsity
-    counts = group_counts(totals, grouped, sparsity, ceiling)
+    together = {block: sum(left[name] for name in names) for block, names in blocks.items()}
+    counts = group_counts(totals, grouped, sparsity, ceiling, together)
     result: dict[str, int] = {}
     for block, names in blocks.items():
-        slots = {name: _slot(sizes[name]) for name in names}
+        slots = {name: _slot(left[name]) for name in names}
         result |= proportional(slots, counts[block], {name: float(sizes[name]) for name in names})
     return result
 
@@ -210,8 +227,9 @@ def _slot(size: int) -> Slot:
 
 
 def _block_of(model: nn.Module, name: str) -> str:
-    path = next(path for path in block_chains(model) if name.startswith(f"{path}."))
-    return f"{path}.{name.removeprefix(f'{path}.').partition('.')[0]}"
+    chains = find_chains(model).items()
+    blocks = (block_name(path, index) for path, chain in chains for index in range(len(chain)))
+    return next(block for block in blocks if name.startswith(f"{block}."))
 
 
 @dataclasses.dataclass

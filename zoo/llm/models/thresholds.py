@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, DataError
-from zoo.llm.blocks import Block, find_blocks
+from zoo.llm.models.blocks import Block, find_blocks
 from zoo.shared.masks import near_misses
 from zoo.shared.measure.activations import ActivationThreshold, counting_sparsity, realised_sparsity
 from zoo.shared.measure.modes import eval_mode

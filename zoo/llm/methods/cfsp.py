@@ -28,12 +28,12 @@ from zoo.bundles.card import share_dropped
 from zoo.bundles.store import PART_MASK
 from zoo.errors import ConfigError, DataError
 from zoo.harness.workers import workers
-from zoo.llm.blocks import Block, find_blocks
-from zoo.llm.blockwise import Forward, RunningBlock, default_forward, walk_blocks
-from zoo.llm.calibration import Calibrated, extras_of
+from zoo.llm.data.calibration import Calibrated, extras_of
+from zoo.llm.loss import language_forward
 from zoo.llm.models import architecture_of, float32
-from zoo.llm.pruning import input_norms
+from zoo.llm.models.blocks import Block, find_blocks
 from zoo.methods.contract import Sparsified
+from zoo.shared.blocks import Forward, RunningBlock, measure_inputs, walk_blocks
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.masks.topk import topk_mask
 from zoo.shared.structure.groups import GroupMap
@@ -59,7 +59,7 @@ class FFNStatistics:
 
 
 def ffn_statistics(
-    model: nn.Module, batches: Sequence[Any], *, forward: Forward = default_forward
+    model: nn.Module, batches: Sequence[Any], *, forward: Forward = language_forward
 ) -> list[FFNStatistics]:
     """Angle and channel norms of every block of a dense decoder, which is left as it is; several processes
     share the batches.
@@ -75,7 +75,7 @@ def ffn_statistics(
         block = blocks[running.name]
         windows = float(team.sum(torch.tensor(float(sum(hidden.shape[0] for hidden in running.inputs)))))
         down = f"{block.mlp_name.removeprefix(f'{block.name}.')}.down_proj.weight"
-        norms = input_norms(running)[down] / math.sqrt(windows)
+        norms = measure_inputs(running, "norms", team.sum)[down].values[0] / math.sqrt(windows)
         angles = torch.cat([_angles(hidden, running.run(i)) for i, hidden in enumerate(running.inputs)])
         total, tokens = team.sum(torch.stack([angles.sum(), angles.new_tensor(float(len(angles)))]))
         found.append(FFNStatistics(float(total / tokens), norms))

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zoo.errors import ConfigError, DataError
+from zoo.llm.data.tokenization import remember, score_bpe
 from zoo.llm.models import llama
-from zoo.llm.tokenization import remember, score_bpe
 
 _HEADER = struct.Struct("<7i")
 

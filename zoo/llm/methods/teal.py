@@ -17,12 +17,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
-from zoo.llm.blocks import find_blocks
-from zoo.llm.blockwise import RunningBlock, walk_blocks
-from zoo.llm.calibration import Calibrated, extras_of
+from zoo.llm.data.calibration import Calibrated, extras_of
+from zoo.llm.loss import language_forward
 from zoo.llm.models import float32
-from zoo.llm.thresholds import ThresholdedLinear, attach, detach, thresholds_of, to_extras
+from zoo.llm.models.blocks import find_blocks
+from zoo.llm.models.thresholds import ThresholdedLinear, attach, detach, thresholds_of, to_extras
 from zoo.methods.contract import Sparsified
+from zoo.shared.blocks import RunningBlock, walk_blocks
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.measure.activations import MagnitudeHistogram, Tap, calibrate, check_share
 
@@ -99,7 +100,7 @@ def greedy_thresholds(
 
     attach(model, dict.fromkeys(histograms, 0.0))
     try:
-        walk_blocks(model, windows, visit)
+        walk_blocks(model, windows, visit, forward=language_forward)
     finally:
         detach(model)
     return found

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.llm.thresholds import ThresholdedActivation, ThresholdedLinear, attach
+from zoo.llm.models.thresholds import ThresholdedActivation, ThresholdedLinear, attach
 from zoo.shared.masks import Mask, MaskSet, masks_of
 from zoo.shared.measure.account import Counting, Macs, register_counter
 from zoo.shared.ops import DenseRows, SparseLinear, SparseWeight, gather_linear, pack, packing, store_rows

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.errors import ConfigError
-from zoo.llm.blockwise import block_chains
+from zoo.shared.blocks import find_chains
 from zoo.shared.masks import Mask
 from zoo.shared.measure.account import Counting, Macs, register_counter
 from zoo.shared.ops.packing import register_packer
@@ -198,13 +198,14 @@ def with_empty_groups(model: nn.Module, group: int, kept: Mapping[str, int], hea
     if head:
         output: Any = model.get_output_embeddings()  # type: ignore[operator]
         _set_head(model, GroupQuantLinear.empty(output, group, output.in_features // group))
-    for chain in block_chains(model).values():
-        for name, module in list(chain.named_modules()):
+    for path in find_chains(model):
+        stack = model.get_submodule(path)
+        for name, module in list(stack.named_modules()):
             if isinstance(module, nn.Linear):
                 columns = str(module.in_features)
                 if columns not in kept:
                     raise ConfigError(f"kept says nothing of layers with {columns} inputs: {dict(kept)}")
-                replace_module(chain, name, GroupQuantLinear.empty(module, group, kept[columns]))
+                replace_module(stack, name, GroupQuantLinear.empty(module, group, kept[columns]))
 
 
 def group_arguments(model: nn.Module) -> dict[str, Any] | None:

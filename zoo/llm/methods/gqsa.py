@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from zoo.errors import ConfigError
-from zoo.llm.blocks import find_blocks
-from zoo.llm.blockwise import Forward, RunningBlock, default_forward, walk_blocks
-from zoo.llm.ecoflap import language_loss
-from zoo.llm.pruning import input_hessians
-from zoo.llm.quantised import GroupQuantLinear, check_group, replace_module
+from zoo.llm.loss import language_forward, language_loss
+from zoo.llm.models.blocks import find_blocks
+from zoo.llm.models.quantised import GroupQuantLinear, check_group, replace_module
+from zoo.shared.blocks import Forward, RunningBlock, measure_inputs, walk_blocks
+from zoo.shared.learned.constraints.straight_through import pass_through, round_through
 from zoo.shared.masks.patterns import NM, topk_mask
 from zoo.shared.measure.calibration import LossFn, LossModule
 from zoo.shared.ops.quant_sparse_linear import QuantGroups
 from zoo.shared.pruning.budgets import kept_count
+from zoo.shared.pruning.hessians import inverse_diagonal
 
 Spread = Literal["row", "layer"]
 #: Chooses which weights of a layer stay, [out, in], from the weight and H = 2/n X^T X.
@@ -48,11 +49,7 @@ def group_saliency(
         ConfigError: a group that does not divide the inputs.
     """
     check_group(weight.shape[1], group)
-    matrix = hessian.double().clone()
-    mean = float(matrix.diagonal().mean())
-    matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix)).diagonal()
-    saliency = weight.detach().double().square() / inverse.square()
+    saliency = weight.detach().double().square() / inverse_diagonal(hessian, damping).square()
     return saliency.unflatten(1, (-1, group)).mean(-1).float()
 
 
@@ -115,12 +112,13 @@ class Quantiser:
 
     def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
         positive = self.scale.clamp(min=2.0**-24)  # the smallest number that fp16 tells from zero
-        return _through(positive, positive.half().float()), _round(self.zero).clamp(0, 2**self.bits - 1)
+        scale = pass_through(positive, positive.half().float())
+        return scale, round_through(self.zero).clamp(0, 2**self.bits - 1)
 
     def codes(self) -> Float[Tensor, "out groups size"]:
         """q of every weight, also of those dropped; differentiable through rounding."""
         scale, zero = self._scale_and_zero()
-        return (_round(self.weight / scale) + zero).clamp(0, 2**self.bits - 1)
+        return (round_through(self.weight / scale) + zero).clamp(0, 2**self.bits - 1)
 
     def dequantised(self, codes: Float[Tensor, "out groups size"] | None = None) -> Float[Tensor, "out in"]:
         """s (q - z) where kept, 0 elsewhere; with other codes, if they are frozen."""
@@ -152,15 +150,6 @@ class Quantiser:
         )
 
 
-def _through(value: Tensor, replacement: Tensor) -> Tensor:
-    """`replacement`, whose gradient goes to `value`."""
-    return value + (replacement - value).detach()
-
-
-def _round(value: Tensor) -> Tensor:
-    return _through(value, value.round())
-
-
 @dataclass(frozen=True)
 class Tuning:
     """How the two stages are run; 0 epochs leave a stage out.
@@ -187,7 +176,7 @@ def quantise_blocks(
     group: int = 16,
     bits: int = 4,
     tuning: Tuning | None = None,
-    forward: Forward = default_forward,
+    forward: Forward = language_forward,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Quantiser]:
     """Drop and quantise the linear weights of all blocks, in order and in place, with BQPO.
@@ -218,7 +207,7 @@ def quantise_blocks(
         if block.index == 0:
             dense[:] = block.inputs
         dense[:] = [block.run(i, hidden) for i, hidden in enumerate(dense)]
-        hessians = input_hessians(block)
+        hessians = {name: one.values[0] for name, one in measure_inputs(block, "hessians").items()}
         own = {}
         for name, linear in block.linears().items():
             key = f"{name}.weight"

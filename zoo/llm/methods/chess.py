@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zoo.llm.calibration import Calibrated, extras_of
+from zoo.llm.data.calibration import Calibrated, extras_of
 from zoo.llm.gate_statistics import GateStatistics, gate_statistics
 from zoo.llm.models import float32
-from zoo.llm.thresholds import attach, to_extras
+from zoo.llm.models.thresholds import attach, to_extras
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.measure.activations import channel_thresholds, check_share

@@ -39,7 +39,7 @@ def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerFast:
     if known is None:
         raise ConfigError(
             f"{type(model).__name__} has no tokenizer. Load it with zoo.load or zoo.llm.load_pretrained, or "
-            "give it one: zoo.llm.tokenization.remember(model, tokenizer)."
+            "give it one: zoo.llm.data.tokenization.remember(model, tokenizer)."
         )
     return known
 

@@ -12,20 +12,11 @@ from collections.abc import Callable
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from zoo.llm.blockwise import RunningBlock
-from zoo.llm.calibration import Calibrated, extras_of
+from zoo.llm.data.calibration import Calibrated, extras_of
 from zoo.llm.models import float32
-from zoo.llm.pruning import (
-    input_norms,
-    kept_of,
-    nm_pattern,
-    prune_blocks,
-    resolve_sparsity,
-    rowwise_mask,
-)
+from zoo.llm.pruning import Prune, matrix_pruner, prune_blocks, resolve_sparsity, rowwise_mask
 from zoo.methods.contract import Sparsified
-from zoo.shared.masks import Mask
-from zoo.shared.masks.patterns import NM, Pattern, Unstructured, parse_pattern
+from zoo.shared.masks.patterns import NM, Pattern, parse_pattern
 
 
 def wanda_score(weight: Float[Tensor, "out in"], norms: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
@@ -34,7 +25,11 @@ def wanda_score(weight: Float[Tensor, "out in"], norms: Float[Tensor, " in"]) ->
 
 
 def wanda_mask(
-    weight: Float[Tensor, "out in"], norms: Float[Tensor, " in"], kept: int, nm: NM | None = None
+    weight: Float[Tensor, "out in"],
+    norms: Float[Tensor, " in"],
+    kept: int,
+    nm: NM | None = None,
+    before: Bool[Tensor, "out in"] | None = None,
 ) -> Bool[Tensor, "out in"]:
     """Which weights stay: the best of each row, or n of every m inputs.
 
@@ -43,36 +38,22 @@ def wanda_mask(
         norms: of its input features.
         kept: entries in all (see `rowwise_mask`); an N:M pattern decides it itself.
         nm: the N:M pattern, if there is one.
+        before: what an earlier mask kept; nothing else stays.
 
     Raises:
         PatternError: a count or an N:M pattern that does not fit.
     """
     score = wanda_score(weight, norms)
-    return rowwise_mask(score, kept) if nm is None else nm.keep(score, kept)
+    if nm is None:
+        return rowwise_mask(score, kept, before)
+    if before is None:
+        return nm.keep(score, kept)
+    return nm.keep(score.masked_fill(~before, -1.0), kept) & before
 
 
-def wanda_pruner(
-    pattern: Pattern, sparsity: float, counts: Callable[[str], int] | None = None
-) -> Callable[[RunningBlock], dict[str, Mask]]:
-    """The visit of a block, for `prune_blocks`.
-
-    Args:
-        pattern: unstructured or N:M.
-        sparsity: share of each row to drop, where the pattern does not fix it.
-        counts: entries to keep by full name of the weight; by default the sparsity says it.
-    """
-    nm = nm_pattern(pattern)
-
-    def prune(block: RunningBlock) -> dict[str, Mask]:
-        norms = input_norms(block)
-        masks = {}
-        for name, linear in block.linears().items():
-            key = f"{name}.weight"
-            kept = counts(f"{block.name}.{key}") if counts else kept_of(linear.weight, sparsity)
-            masks[key] = Mask(wanda_mask(linear.weight, norms[key], kept, nm), nm or Unstructured())
-        return masks
-
-    return prune
+def wanda_pruner(pattern: Pattern, sparsity: float, counts: Callable[[str], int] | None = None) -> Prune:
+    """The visit of a block, for `prune_blocks`; see `matrix_pruner`."""
+    return matrix_pruner("norms", wanda_mask, pattern, sparsity, counts)
 
 
 @dataclasses.dataclass

@@ -1,0 +1,1 @@
+"""Methods of the language domain, one paper a file."""
