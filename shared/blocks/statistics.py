@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ActivationError, StructureError
 from ..measure.products import Matrices, Product, observe_products, product_matrices
+from ..pruning.inventory import ROUTER, inventory
 from .chains import block_name, find_chains
 from .walk import Forward, RunningBlock
 
@@ -38,7 +39,7 @@ def measure_inputs(
 ) -> dict[str, MeasuredMatrices]:
     """Run a block on its batches and measure what enters each of its matrices, by name in the block.
 
-    Routers and gates of one output are left out: few weights, on which all else depends.
+    Routers of mixtures are left out, as `zoo.shared.pruning.inventory` tells them.
 
     Args:
         block: from `walk_blocks`.
@@ -135,15 +136,9 @@ def _reached(module: nn.Module, path: str, seen: dict[str, Matrices]) -> dict[st
         if isinstance(part, nn.Linear) and isinstance(part.weight, nn.Parameter):
             key = f"{name}.weight" if name else "weight"
             found.setdefault(key, Matrices(key, part.weight, 1))
-    routers = _expert_counts(module)
+    routers = {weight.name for weight in inventory(module).weights if weight.reason == ROUTER}
     matrices = {name: one for name, one in module.named_parameters() if one.dim() > 1}
-    kept = {}
-    for name, parameter in matrices.items():
-        if (one := found.get(name)) is None:
-            continue
-        outputs = one.views()[0].shape[0]
-        if outputs > 1 and not (parameter.dim() == 2 and outputs in routers):
-            kept[name] = one
+    kept = {name: found[name] for name in matrices if name in found and name not in routers}
     reached = sum(one.parameter.numel() for one in kept.values())
     everything = sum(parameter.numel() for parameter in matrices.values())
     if not seen or reached < _LEAST_REACH * everything:
@@ -154,14 +149,3 @@ def _reached(module: nn.Module, path: str, seen: dict[str, Matrices]) -> dict[st
             "cast or parametrised weights are not seen; method prune takes them"
         )
     return kept
-
-
-def _expert_counts(module: nn.Module) -> set[int]:
-    """Numbers of experts in a block: what a router has as many outputs as."""
-    stacks = {parameter.shape[0] for parameter in module.parameters() if parameter.dim() == 3}
-    lists = {
-        len(part)
-        for name, part in module.named_modules()
-        if isinstance(part, nn.ModuleList) and name.rpartition(".")[2] == "experts"
-    }
-    return stacks | lists

@@ -157,9 +157,9 @@ def _record(
             failure = failure or error
     why = str(failure).strip().splitlines() or [type(failure).__name__]
     raise StructureError(
-        f"{type(model).__name__} does not run the blocks of {path or 'the model'} by handing one hidden state from each to "
-        f"the next ({type(failure).__name__}: {why[0]}), or the batches do not fit it: its blocks cannot be "
-        "walked. Methods that need no calibration, such as prune, still work."
+        f"{type(model).__name__} does not run the blocks of {path or 'its own'} by handing one hidden state "
+        f"from each to the next ({type(failure).__name__}: {why[0]}), or the batches do not fit it: its "
+        "blocks cannot be walked. Methods that need no calibration, such as prune, still work."
     ) from failure
 
 

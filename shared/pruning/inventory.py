@@ -25,6 +25,7 @@ LINEAR, CONVOLUTION, CONV1D, EXPERTS, OTHER = (
     "fused experts",
     "other layer",
 )
+ROUTER = "a router"
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _reason(model: nn.Module, name: str, parameter: nn.Parameter, kind: str, ali
     if kind == LINEAR and _is_vocabulary_head(model, owner):
         return "the head of a vocabulary"
     if _is_router(model, path, parameter):
-        return "a router"
+        return ROUTER
     if kind == EXPERTS or last.startswith("weight") or last.endswith("weight"):
         return ""
     return "not the weight of a layer"

@@ -1,4 +1,4 @@
-"""Walking networks block by block: what blocks see, which matrices are found, and what their inputs measure."""
+"""Walks block by block: what blocks see, which matrices are found, and what their inputs measure."""
 
 from __future__ import annotations
 
@@ -223,24 +223,24 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.router, self.experts = nn.Linear(4, 3), nn.Parameter(torch.randn(3, 4, 4))
-        self.spare = nn.Linear(4, 4)
+        self.router, self.experts, self.spare = nn.Linear(4, 3), nn.Module(), nn.Linear(4, 4)
+        self.experts.up = nn.Parameter(torch.randn(3, 4, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.router(x)
-        return x + F.linear(x, self.experts[0])
+        return x + F.linear(x, self.experts.up[0])
 
 
 def test_routers_are_left_out_and_idle_experts_measure_zero():
     model, found = nn.Sequential(Experts(), Experts()), {}
     walk_blocks(model, [torch.randn(5, 4)], lambda block: found.update(measure_inputs(block, "norms")))
-    assert set(found) == {"experts", "spare.weight"}
-    used, *idle = found["experts"].values
+    assert set(found) == {"experts.up", "spare.weight"}
+    used, *idle = found["experts.up"].values
     assert (
         bool((used > 0).all()) and not torch.stack(idle).any() and not found["spare.weight"].values[0].any()
     )
     assert set(chain_matrices(model, torch.randn(5, 4), lambda net, x: net(x))) == {
-        f"{i}.{name}" for i in (0, 1) for name in ("experts", "spare.weight")
+        f"{i}.{name}" for i in (0, 1) for name in ("experts.up", "spare.weight")
     }
 
 

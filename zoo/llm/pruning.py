@@ -15,7 +15,7 @@ from zoo.llm.loss import language_forward
 from zoo.shared.blocks import Forward, MeasuredMatrices, Opened, RunningBlock, measure_inputs, walk_blocks
 from zoo.shared.blocks.statistics import Kind
 from zoo.shared.errors import PatternError
-from zoo.shared.masks import Mask, MaskSet, masks_of, set_masks
+from zoo.shared.masks import Mask, MaskSet, tighten
 from zoo.shared.masks.patterns import NM, Pattern, Unstructured
 from zoo.shared.masks.topk import topk_mask
 from zoo.shared.pruning.budgets import kept_count
@@ -68,10 +68,7 @@ def prune_blocks(
 
     own = workers().share(batches)
     walk_blocks(model, own, visit, forward=forward, opened=opened, progress=progress)
-    found = (masks_of(model) or MaskSet({})) & MaskSet(masks)
-    if opened is None and collect:
-        set_masks(model, found)
-    return found
+    return tighten(model, MaskSet(masks)) if opened is None and collect else MaskSet(masks)
 
 
 def matrix_pruner(
