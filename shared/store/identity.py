@@ -15,6 +15,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import logging
 import os
 import types
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from .io import sha256_file
 from .sources import UnknownCode, sources_of
 
+_log = logging.getLogger("zoo")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _NAMED = (enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice)
 # `training` is set by whoever measures; `zoo_info` says where a model came from, not what it does.
@@ -58,7 +60,8 @@ def code_digest(*objects: object) -> str:
             else:
                 collected.code(type(value))
         return collected.hexdigest()
-    except UnknownCode:
+    except UnknownCode as error:
+        _log.info("No digest: %s", error)
         return ""
 
 
@@ -76,7 +79,8 @@ def data_digest(*values: object) -> str:
             else:
                 collected.add(value)
         return collected.hexdigest()
-    except UnknownCode:
+    except UnknownCode as error:
+        _log.info("No digest: %s", error)
         return ""
 
 

@@ -261,7 +261,7 @@ def _overridden(name: str, place: Path, source: _Source) -> str:
         value = here.get(defined)
         if isinstance(value, (types.FunctionType, type)) and value.__module__ != name:
             raise UnknownCode(f"{name}.{defined} was replaced")
-    if place.stat().st_mtime > _started():
+    if place.stat().st_mtime > _started() + _SLACK:
         _check_loaded(name, here, place)
     changed = {
         key: here[key]
@@ -309,3 +309,4 @@ def _started() -> float:
 
 
 _IMPORTED = time.time()
+_SLACK = 2.0  # seconds; the start is known to a second, and nothing is imported in the first

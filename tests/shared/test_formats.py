@@ -8,6 +8,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +252,25 @@ def test_tied_tensors_are_stored_once(tmp_path) -> None:
     save_packed(tmp_path / "h", tensors, {"head": mask, "embed": other})
     contents = load_packed(tmp_path / "h")
     assert contents.masks["head"].equal(mask) and contents.masks["embed"].equal(other)
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Tensors that are made when asked for and let go at once, as a reader of a large file gives them."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.full((64, 64), float(name[1:]) + 1).T
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([f"w{i}" for i in range(6)])
+
+    def __len__(self) -> int:
+        return 6
+
+
+def test_tensors_of_a_lazy_mapping_are_not_taken_for_ties(tmp_path) -> None:
+    path, whole = tmp_path / "lazy.safetensors", torch.ones(64, 64, dtype=torch.bool)
+    save_packed(path, Lazy(), {name: whole for name in Lazy()})
+    assert [tensor[0, 0].item() for tensor in load_packed(path).tensors.values()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_extras(tmp_path) -> None:

@@ -34,6 +34,11 @@ class NodeClassification(Task):
         widths = (args.get("in_channels"), args.get("out_channels"))
         return card.domain == self.domain and widths == (self.features, self.classes)
 
+    def measured_on(self) -> Any:
+        """Features, edges, labels and the test nodes."""
+        data = load_graph(self.graph)
+        return [data.x, data.edge_index, data.y, data.test_mask]
+
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Accuracy with its standard error over the test nodes; samples are 1 for right and 0 for wrong."""
         data = load_graph(self.graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import platform
 import resource
@@ -15,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zoo.errors import DataError
+from zoo.shared.store.checked import read_checked, write_checked
 from zoo.shared.store.io import atomic_write
 
 SCHEMA_VERSION = 1
@@ -29,8 +31,8 @@ class Frozen(BaseModel):
 class MetricValue(Frozen):
     """One metric's value and its standard error."""
 
-    value: float
-    stderr: float | None = None
+    value: float = Field(allow_inf_nan=False)
+    stderr: float | None = Field(default=None, allow_inf_nan=False)
 
 
 class Samples(Frozen):
@@ -115,8 +117,8 @@ class Cost(Frozen):
 class Record(Frozen):
     """One run of one task on one model in one execution.
 
-    `key` is the content address: equal keys mean equal weights, architecture, task version, execution, seed
-    and code.
+    `key` is the content address: equal keys mean equal model, task, data, code, execution and seed. It is
+    empty where that could not be known; such a record is not kept.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -150,6 +152,27 @@ class Record(Frozen):
         path.parent.mkdir(parents=True, exist_ok=True)
         return atomic_write(path, (self.model_dump_json(indent=1) + "\n").encode())
 
+    def keep(self, path: Path) -> Path:
+        """Write as a checked container (`zoo.shared.store.checked`) that belongs to the key."""
+        return write_checked(path, {}, self.model_dump(mode="json"), identity=self.key)
+
+    @classmethod
+    def kept(cls, path: Path, key: str) -> Record:
+        """Read what `keep` wrote, every byte of it checked.
+
+        Raises:
+            FormatError, IdentityError: it is damaged or was edited, or belongs to another key.
+            DataError: it is not a record of this schema.
+            OSError: it is not there or not readable.
+        """
+        _, facts = read_checked(path, identity=key)
+        record = cls._validated(json.dumps(facts), path)
+        if record.key != key:
+            raise DataError(
+                f"{path} is a record of {record.model} on {record.task} with another key; delete it"
+            )
+        return record
+
     @classmethod
     def read(cls, path: str | Path) -> Record:
         """Read and validate a record.
@@ -157,8 +180,12 @@ class Record(Frozen):
         Raises:
             DataError: the file is not a record of this schema.
         """
+        return cls._validated(Path(path).read_bytes(), path)
+
+    @classmethod
+    def _validated(cls, text: str | bytes, path: str | Path) -> Record:
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -4,9 +4,8 @@ on."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
-import json
+import functools
+import logging
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from torch import nn
 
 from zoo.bundles.catalog import cache_folder
 from zoo.bundles.store import Execution
-from zoo.errors import DataError, TaskError, UnknownNameError
+from zoo.errors import TaskError, UnknownNameError
 from zoo.harness.records import (
     Cost,
     Environment,
@@ -36,9 +35,11 @@ from zoo.harness.tasks import Progress, Task, TaskResult, get_task
 from zoo.harness.workers import workers
 from zoo.names import is_glob
 from zoo.registry import TASKS
+from zoo.shared.errors import SparseError
 from zoo.shared.masks import MaskSet, masks_of
-from zoo.shared.store.io import sha256_file
+from zoo.shared.store.identity import code_digest, data_digest, state_digest
 
+_log = logging.getLogger("zoo")
 Tasks = str | Task | Iterable[str | Task]
 
 
@@ -50,20 +51,28 @@ class Cell:
     task: Task
     execution: Execution
     seed: int
-    code_sha256: str
 
-    @property
+    @functools.cached_property
+    def code_sha256(self) -> str:
+        """Digest of the code that measures; "" if it is unknown."""
+        return code_digest(self.task, run_cell)
+
     def key(self) -> str:
-        """SHA-256 of all that decides the result."""
-        content = {
-            "weights": self.subject.weights_sha256,
-            "architecture": self.subject.architecture,
-            "task": [self.task.name, self.task.version],
-            "execution": self.execution,
-            "seed": self.seed,
-            "code": [zoo_version(), self.code_sha256, torch.__version__],
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """Digest of all that decides the result; "" where some of it is unknown, and nothing may be kept.
+
+        That is: the model (`Subject.identity`), the task with its state, version, code and data, the
+        execution, the seed, and the versions of the libraries. Not the machine: back-ends agree within 1e-5.
+        """
+        parts = (
+            self.subject.identity(),
+            state_digest(self.task),
+            data_digest([self.task.measured_on()]),
+            self.code_sha256,
+        )
+        if not all(parts):
+            return ""
+        named = [self.task.name, self.task.version, self.execution, self.seed, zoo_version()]
+        return data_digest([parts, named])
 
 
 def evaluate(
@@ -73,16 +82,17 @@ def evaluate(
     *,
     twins: bool = False,
     seed: int = 0,
-    use_cache: bool = True,
+    use_cache: bool | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
     """Evaluate models on tasks.
 
-    Finished cells are kept in the cache folder and found again by content: the weights, the architecture,
-    the task and its version, the execution, the seed and the code. So a second run, also after a kill,
-    measures only what is missing. Under `accelerate launch` the cells are shared out over the processes, and
-    every process returns all records.
+    Finished cells of bundles are kept in the cache folder and found again by content: the weights and other
+    state of the model, the task's state and data, the code of both, the execution, the seed and the versions
+    of the libraries. So a second run, also after a kill, measures only what is missing. A cell whose code or
+    data cannot be known (see `zoo.shared.store.identity`) is measured each time. Under `accelerate launch`
+    the cells are shared out over the processes, and every process returns all records.
 
     Args:
         models: names, globs (`graph/*cora*`), folders of bundles or modules, one or many.
@@ -91,7 +101,8 @@ def evaluate(
         executions: `masked`, `packed`, or both. Modules are evaluated as they are.
         twins: also evaluate the dense twin of each model.
         seed: of Python's, numpy's and torch's generators, set anew for each cell.
-        use_cache: False measures everything again; records are written in either case.
+        use_cache: None keeps and finds the cells of bundles, True those of bare modules, too; False measures
+            everything again, and what it measures of bundles replaces the records that are kept.
         out: folder for a copy of each record as `<model>--<task>--<execution>.json`.
         progress: called as cells finish.
 
@@ -104,7 +115,7 @@ def evaluate(
     """
     subjects = resolve(models, twins=twins)
     cells = [
-        Cell(subject, task, execution, seed, _code_sha256(task))
+        Cell(subject, task, execution, seed)
         for subject in subjects
         for execution in (executions if subject.card else ("masked",))
         for task in tasks_for(subject, tasks)
@@ -119,14 +130,16 @@ def evaluate(
         label = f"{cell.subject.name} on {cell.task.name}"
         if progress:
             progress(index, len(cells), label)
-        path = folder / f"{cell.key}.json"
-        record = _cached(path, cell) if use_cache else None
+        key = cell.key() if cell.subject.card or use_cache else ""
+        path = folder / f"{key}.safetensors"
+        record = _cached(path, key, cell) if key and use_cache is not False else None
         if record is None:
             if loaded is None or loaded[0] is not cell.subject or loaded[1] != cell.execution:
                 loaded = None  # let go of the old model before the next is there
                 loaded = (cell.subject, cell.execution, cell.subject.load(cell.execution))
-            record = run_cell(cell, loaded[2], _inner(progress, index, len(cells), label))
-            record.write(path)
+            record = run_cell(cell, loaded[2], _inner(progress, index, len(cells), label), key)
+            if key:
+                record.keep(path)
         if out is not None:
             record.write(Path(out) / f"{_file_name(cell)}.json")
         records.append((index, record))
@@ -135,8 +148,8 @@ def evaluate(
     return [record for _, record in sorted(team.gather(records), key=lambda item: item[0])]
 
 
-def run_cell(cell: Cell, model: nn.Module, progress: Progress | None = None) -> Record:
-    """Measure one cell, without the cache."""
+def run_cell(cell: Cell, model: nn.Module, progress: Progress | None = None, key: str = "") -> Record:
+    """Measure one cell, without the cache; `key` is its digest if that is known."""
     training = model.training
     model.eval()
     try:
@@ -149,7 +162,7 @@ def run_cell(cell: Cell, model: nn.Module, progress: Progress | None = None) -> 
     _check_result(cell.task, result)
     subject = cell.subject
     return Record(
-        key=cell.key,
+        key=key,
         model=subject.name,
         model_version=subject.version,
         dense_twin=_without_version(subject.card.dense_twin)
@@ -211,12 +224,15 @@ def _task_names(glob: str) -> list[str]:
     return names
 
 
-def _cached(path: Path, cell: Cell) -> Record | None:
-    """The stored record of a cell; an unreadable one counts as missing. Names are the caller's, not the
-    content's."""
+def _cached(path: Path, key: str, cell: Cell) -> Record | None:
+    """The kept record of a cell; one that is damaged or of another cell counts as missing, with a warning.
+    Names are the caller's, not the content's."""
     try:
-        record = Record.read(path)
-    except (OSError, DataError):
+        record = Record.kept(path, key)
+    except FileNotFoundError:
+        return None
+    except (OSError, SparseError) as error:
+        _log.warning("Measured again: %s", error)
         return None
     twin = cell.subject.card.dense_twin if cell.subject.card else None
     return record.model_copy(
@@ -244,20 +260,10 @@ def _check_result(task: Task, result: TaskResult) -> None:
         raise TaskError(
             f"task {task.name} gave no {task.primary!r}, its primary metric; got {list(result.metrics)}"
         )
-    for name, measure in result.metrics.items():
-        if not np.isfinite(measure.value):
-            raise TaskError(
-                f"task {task.name}: {name} is {measure.value}; the model's outputs are not finite"
-            )
-
-
-def _code_sha256(task: Task) -> str:
-    """SHA-256 of the source of the task's module; empty when there is none (an interactive session)."""
-    try:
-        source = inspect.getsourcefile(type(task))
-    except TypeError:
-        source = None
-    return sha256_file(source) if source and Path(source).is_file() else ""
+    values = {name: [measure.value] for name, measure in result.metrics.items()}
+    for name, measured in [*values.items(), *result.samples.items()]:
+        if len(odd := [value for value in measured if not np.isfinite(value)]):
+            raise TaskError(f"task {task.name}: {name} is {odd[0]}; the model's outputs are not finite")
 
 
 @contextlib.contextmanager

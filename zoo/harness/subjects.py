@@ -21,7 +21,9 @@ from zoo.bundles.catalog import Bundle, base_of, find, list_models
 from zoo.bundles.store import Execution, ModelInfo, load_bundle
 from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
 from zoo.names import is_glob
+from zoo.registry import ARCHITECTURES
 from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.store.identity import code_digest, data_digest, state_digest
 
 Models = str | Path | nn.Module | Iterable[str | Path | nn.Module]
 _REFERENCE = re.compile(r"(?:[A-Za-z_][\w.]*|[^:*?]+\.py):[A-Za-z_]\w*")
@@ -29,13 +31,21 @@ _REFERENCE = re.compile(r"(?:[A-Za-z_][\w.]*|[^:*?]+\.py):[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be evaluated, not loaded yet."""
+    """A model to be evaluated, not loaded yet.
+
+    Attributes:
+        name, version, card: of a bundle; of a module its class's name, and no card.
+        weights_sha256: of the weights file, or of a module's tensors.
+        identity: gives the digest of all that decides what the model computes - weights, other state, code;
+            "" where some of it is unknown.
+        load: gives the model.
+    """
 
     name: str
     version: str | None
     card: Card | None
     weights_sha256: str
-    architecture: Any
+    identity: Callable[[], str]
     load: Callable[[Execution], nn.Module]
 
 
@@ -109,9 +119,21 @@ def bundle_subject(bundle: Bundle) -> Subject:
         version=card.version,
         card=card,
         weights_sha256=card.weights.sha256,
-        architecture=card.architecture.model_dump(),
+        identity=lambda: _bundle_identity(bundle),
         load=lambda execution: load_bundle(bundle, execution),
     )
+
+
+def _bundle_identity(bundle: Bundle) -> str:
+    """Weights as they are on the disk, their base's, the architecture, and the code that builds it."""
+    bundle.check()
+    base = base_of(bundle)
+    if base is not None:
+        base.check()
+    stated = bundle.card.architecture
+    code = code_digest(ARCHITECTURES.get(stated.name), load_bundle)
+    hashes = [bundle.card.weights.sha256, base.card.weights.sha256 if base else None]
+    return data_digest([hashes, stated.model_dump(), code]) if code else ""
 
 
 def _bundles(item: str | Path) -> list[Bundle]:
@@ -166,6 +188,6 @@ def _module_subject(model: nn.Module) -> Subject:
         version=None,
         card=None,  # the card describes the weights file, not what became of them
         weights_sha256=sha,
-        architecture=repr(model),
+        identity=lambda: state_digest(model),
         load=lambda execution: model,
     )

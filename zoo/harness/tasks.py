@@ -90,7 +90,8 @@ class Task(ABC):
 
     Attributes:
         name: `domain/what-on-which-data`, e.g. `graph/node-classification-cora`.
-        version: raise it when the protocol or the data change; old cached results then no longer count.
+        version: raise it when data change that `measured_on` does not give; old cached results then no longer
+            count. The task's code counts by itself.
         domain: the domain whose models the task takes.
         primary: the metric that tables, plots and comparisons use unless told otherwise.
         unit: unit of the primary metric for the axes of plots, e.g. `%` or `nats`; empty for a plain share.
@@ -113,6 +114,14 @@ class Task(ABC):
             TaskError: the model does not fit the task.
             DataError: the data are not there.
         """
+
+    def measured_on(self) -> Any:
+        """The data that decide the result: tensors, arrays, plain values, or containers of them.
+
+        Records are found again by their content. None, the default, says that the code and `version` alone
+        decide what the data are.
+        """
+        return None
 
     def accepts(self, card: Any) -> bool:
         """Whether the task can be run on the model that this card describes. Default: the same domain."""

@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,6 +24,10 @@ class TextTask(Task):
 
     domain = "llm"
     text: ClassVar[str]
+
+    def measured_on(self) -> Any:
+        """The test documents."""
+        return corpus(self.text).test
 
     def flops(self, model: nn.Module) -> Flops | None:
         """Operations of one pass over one window as long as the model's context, at most 2,048 tokens."""

@@ -191,6 +191,10 @@ class SuperResolution(Task):
         """Upscalers of this scale."""
         return card.domain == self.domain and card.architecture.args.get("scale") == self.scale
 
+    def measured_on(self) -> Any:
+        """Pairs of a small image and the large one."""
+        return load_test(self.images, self.scale)
+
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Measure every image whole."""
         if getattr(model, "scale", None) != self.scale:

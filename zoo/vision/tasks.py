@@ -25,6 +25,11 @@ class Classification(Task):
         """Models that were measured on these images."""
         return card.domain == self.domain and any(m.task == self.name for m in card.metrics)
 
+    def measured_on(self) -> Any:
+        """The test images and labels, and how they are normalised."""
+        data = load_images(self.images)
+        return [data.test.images, data.test.labels, data.mean, data.std, data.scale]
+
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Accuracy with its standard error; samples are 1 for right and 0 for wrong."""
         data = self._fitting(model)

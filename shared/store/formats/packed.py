@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...errors import FormatError, MaskError, PatternError
 from ...masks import Mask, MaskSet
@@ -163,10 +164,12 @@ def _kept_values(where: str, tensor: Tensor, keep: np.ndarray, words: np.ndarray
 
 
 def _storage(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Equal for two names of one tensor."""
+    """Equal for two names of one tensor, also when a mapping makes tensors by need and lets go of them: as
+    long as the reference is held, no other storage takes the place of one that is gone."""
     if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
         return None
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _same_mask(a: Mask | None, b: Mask | None) -> bool:

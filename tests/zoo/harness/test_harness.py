@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from zoo.bundles.store import load
-from zoo.errors import ConfigError, TaskError, UnknownNameError
+from zoo.errors import BundleError, ConfigError, TaskError, UnknownNameError
 from zoo.harness.records import Record
 from zoo.harness.runner import evaluate
 from zoo.harness.tasks import Measure, Task, TaskResult, get_task, register_task
@@ -114,7 +116,7 @@ def test_masked_and_packed_agree(toy_zoo):
     masked, packed = evaluate("toy/tenth-mlp", "toy/loss", ("masked", "packed"))
     assert (masked.execution, packed.execution) == ("masked", "packed")
     assert packed.metrics["loss"].value == pytest.approx(masked.metrics["loss"].value, abs=1e-5)
-    assert masked.key != packed.key
+    assert masked.key != packed.key != ""
 
 
 def test_cache_is_by_content(toy_zoo, tmp_path, monkeypatch):
@@ -133,20 +135,79 @@ def test_cache_is_by_content(toy_zoo, tmp_path, monkeypatch):
 
     evaluate("toy/half-mlp", Newer())
     assert log.read_text().count("\n") == 6
+
+
+def test_a_bare_module_is_kept_only_when_asked(toy_zoo, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    monkeypatch.setenv("TOY_LOG", str(log))
     model = load("toy/half-mlp")
-    before = evaluate(model, "toy/accuracy")[0]
-    with torch.no_grad():
-        model.first.bias += 1.0
-    assert evaluate(model, "toy/accuracy")[0].key != before.key
+    for use_cache in (None, False):
+        assert evaluate(model, "toy/accuracy", use_cache=use_cache)[0].key == ""
+    assert not (tmp_path / "zoo-cache" / "records").exists()
+    before = evaluate(model, "toy/accuracy", use_cache=True)[0]
+    assert evaluate(model, "toy/accuracy", use_cache=True)[0] == before
+    assert log.read_text().count("\n") == 3
+    model.first.bias.data += 1.0
+    assert evaluate(model, "toy/accuracy", use_cache=True)[0].key not in ("", before.key)
 
 
-def test_a_damaged_cached_record_is_measured_again(toy_zoo, tmp_path, monkeypatch):
+def test_another_behaviour_is_not_given_a_kept_figure(toy_zoo, toy, tmp_path):
+    """Each changes what is measured, and none the weights: a wrapper, an attribute, the labels."""
+
+    class Negated(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return -self.inner(x)
+
+    good = evaluate(load("toy/half-mlp"), "toy/accuracy", use_cache=True)[0].metrics["accuracy"].value
+    assert good > 0.5
+    assert evaluate(Negated(load("toy/half-mlp")), "toy/accuracy", use_cache=True)[0].key == ""
+    model = load("toy/half-mlp")
+    model.register_forward_hook(toy.negate)
+    assert evaluate(model, "toy/accuracy", use_cache=True)[0].metrics["accuracy"].value < good - 0.3
+    assert evaluate("toy/half-mlp", "toy/accuracy")[0].metrics["accuracy"].value == good
+
+
+def test_data_that_changed_are_measured_again(toy_zoo, toy):
+    task = toy.Held(shift=0)
+    first = evaluate("toy/half-mlp", task)[0]
+    assert evaluate("toy/half-mlp", task)[0] == first
+    task.labels.data.copy_((task.labels + 1) % toy.OUT)  # the same object, name and version
+    second = evaluate("toy/half-mlp", task)[0]
+    assert second.key != first.key and second.metrics["accuracy"].value < first.metrics["accuracy"].value
+
+
+def test_weights_that_are_not_those_of_the_card_are_refused_also_with_a_record(toy_zoo, tmp_path):
+    folder = shutil.copytree(toy_zoo["half"], tmp_path / "copy")
+    evaluate(folder)
+    raw = bytearray((folder / "weights.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (folder / "weights.safetensors").write_bytes(raw)
+    with pytest.raises(BundleError, match="sha256"):
+        evaluate(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "digit", "nan", "other"])
+def test_a_damaged_kept_record_is_measured_again(toy_zoo, tmp_path, caplog, damage):
     [first] = evaluate("toy/half-mlp")
-    path = tmp_path / "zoo-cache" / "records" / f"{first.key}.json"
-    path.write_text(path.read_text()[:100])
+    folder = tmp_path / "zoo-cache" / "records"
+    path = folder / f"{first.key}.safetensors"
+    raw = path.read_bytes()
+    value = json.dumps(first.metrics["accuracy"].value).encode()
+    assert value in raw
+    if damage == "other":
+        [other] = evaluate("toy/tenth-mlp")
+        os.replace(folder / f"{other.key}.safetensors", path)
+    else:
+        new = {"cut": b"", "digit": value[:-1] + b"1", "nan": b"NaN".ljust(len(value))}[damage]
+        path.write_bytes(raw[:100] if damage == "cut" else raw.replace(value, new))
     [again] = evaluate("toy/half-mlp")
-    assert again.metrics == first.metrics
-    assert Record.read(path) == again
+    assert (again.metrics, again.key) == (first.metrics, first.key)
+    assert "Measured again" in caplog.text
+    assert Record.kept(path, first.key) == again
 
 
 def test_random_numbers_of_the_caller_are_left_alone(toy_zoo):
@@ -209,11 +270,11 @@ def test_killed_and_run_again(toy_environment, toy_zoo, tmp_path, monkeypatch):
     process = subprocess.Popen(command, env=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     records = tmp_path / "zoo-cache" / "records"
     deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and len(list(records.glob("[0-9a-f]*.json"))) < 3:
+    while time.monotonic() < deadline and len(list(records.glob("[0-9a-f]*.safetensors"))) < 3:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    finished = len(list(records.glob("[0-9a-f]*.json")))
+    finished = len(list(records.glob("[0-9a-f]*.safetensors")))
     assert 3 <= finished < 6
     log.unlink()
     monkeypatch.setenv("TOY_LOG", str(log))

@@ -141,6 +141,24 @@ class Parametrised(Accuracy):
         return TaskResult.from_samples({"accuracy": (model(x).argmax(1) == y).double().tolist()})
 
 
+class Held(Accuracy):
+    """Holds its labels itself, shifted by some classes."""
+
+    name = "toy/held"
+
+    def __init__(self, shift: int) -> None:
+        self.labels = (data()[1] + shift) % OUT
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        right = model(data()[0]).argmax(1) == self.labels
+        return TaskResult.from_samples({"accuracy": right.double().tolist()})
+
+
+def negate(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A forward hook."""
+    return -output
+
+
 def _log(line: str) -> None:
     if path := os.environ.get("TOY_LOG"):
         with open(path, "a", encoding="utf-8") as file:
