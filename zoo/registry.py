@@ -216,7 +216,7 @@ def _distribution(entry: EntryPoint) -> str:
 
 
 ARCHITECTURES: Registry[Callable[..., Any]] = Registry("architecture", "zoo.architectures")
-METHODS: Registry[Any] = Registry("method", "zoo.methods.contract", needs=("sparsify",))
+METHODS: Registry[Any] = Registry("method", "zoo.methods", needs=("sparsify",))
 TASKS: Registry[Any] = Registry("task", "zoo.tasks", needs=("evaluate",), factories=True)
 EXPERIMENTS: Registry[Any] = Registry("experiment", "zoo.experiments", needs=("run",))
 FINETUNERS: Registry[Any] = Registry("fine-tuner", "zoo.finetuners", needs=("run",))

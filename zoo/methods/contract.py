@@ -1,6 +1,6 @@
 """Methods: what `zoo sparsify --method NAME` does. A method is a dataclass whose fields are its options.
 
-A domain or another package registers one in `zoo.registry.METHODS` (entry points: `zoo.methods.contract`):
+A domain or another package registers one in `zoo.registry.METHODS` (entry points: `zoo.methods`):
 
     @dataclass
     class MyMethod:

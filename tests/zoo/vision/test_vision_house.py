@@ -279,10 +279,10 @@ def test_a_toy_package_adds_a_method_by_entry_point(tmp_path, monkeypatch):
     meta = tmp_path / "toy_pruning-1.0.dist-info"
     meta.mkdir()
     (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-pruning\nVersion: 1.0\n")
-    (meta / "entry_points.txt").write_text("[zoo.methods.contract]\ntoy = toy_pruning:Toy\n")
+    (meta / "entry_points.txt").write_text("[zoo.methods]\ntoy = toy_pruning:Toy\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert any(e.name == "toy" for e in importlib.metadata.entry_points(group="zoo.methods.contract"))
-    registry = Registry("method", "zoo.methods.contract", needs=("sparsify",))
+    assert any(e.name == "toy" for e in importlib.metadata.entry_points(group="zoo.methods"))
+    registry = Registry("method", "zoo.methods", needs=("sparsify",))
     method = registry.get("toy")(sparsity=0.75)
     made = method.sparsify(reinitialised(ConvNet((8, 16), (1, 2)), 0))
     assert made.masks.sparsity() == pytest.approx(0.75, abs=1e-3)

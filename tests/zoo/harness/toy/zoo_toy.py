@@ -32,7 +32,7 @@ toy_param = zoo_toy:Parametrised
 [zoo.architectures]
 toy/mlp = zoo_toy:MLP
 
-[zoo.methods.contract]
+[zoo.methods]
 toy-half = zoo_toy:Half
 
 [zoo.experiments]
