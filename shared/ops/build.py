@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ._native import FOLDER
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # `zoo.shared` is a link in a checkout
 
 
 def build(sanitize: str | None = None, levels: str = "host") -> Path:

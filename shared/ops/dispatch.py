@@ -96,7 +96,7 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     That is an eager call on plain tensors that needs no gradient, under no mode (fake tensors, tracing,
     vmap).
     """
-    if _compiling() or _modes() or _functorch_level() is not None:
+    if not eager():
         return False
     trains = _grad_enabled()
     for tensor in tensors:  # a loop: this runs before every small product
@@ -106,6 +106,11 @@ def direct(*tensors: torch.Tensor | None) -> bool:
         if (kind is not _Tensor and kind is not _Parameter) or (trains and tensor.requires_grad):
             return False
     return True
+
+
+def eager() -> bool:
+    """True under no mode that a custom op must be seen by (fake tensors, tracing, vmap)."""
+    return not (_compiling() or _modes()) and _functorch_level() is None
 
 
 # Looked up once, as the look-ups would take as long as the answers.

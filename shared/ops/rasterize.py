@@ -1,0 +1,350 @@
+"""Gaussian splatting on a CPU: an image of Gaussians, and the gradients of everything that a Gaussian has.
+
+    seen = rasterize(means, quats, scales, opacities, sh, viewmat, K, 800, 800, sh_degree=3)
+    loss = (seen.colour - photo).abs().mean()
+
+Gaussians are rows that a mask keeps or drops; the work goes with the rows that are kept and seen. The
+definition is `rasterize_reference.py`; the native kernels tile the image, and gsplat serves a CUDA device
+(gsplat leaves out the Gaussian that would leave less than 1e-4 of the light, and what lies behind it).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import OpError
+from . import dispatch, rasterize_native
+from .rasterize_checks import check_arguments, check_values, refusal, split_channels, too_many
+from .rasterize_reference import boxes, draw, project, sh_colours
+
+MOST_PAIRS = 2**31 - 1
+_SCENE = (
+    "Tensor means, Tensor quats, Tensor scales, Tensor opacities, Tensor? sh, Tensor values, Tensor? shift, "
+    "Tensor viewmat, Tensor intrinsics"
+)
+_RULES = "float near, float far, float eps2d, bool antialiased"
+Options = tuple[int, int, float, float, float, bool]  # width, height, near, far, eps2d, antialiased
+
+
+class Rendering(NamedTuple):
+    """What a camera sees. Colours, depth and features are weighed sums: divide by alpha for means.
+
+    Attributes:
+        colour: [height, width, D], over the background if there is one.
+        depth: [height, width], sum of weight times distance along the camera's axis (gsplat's "D").
+        alpha: [height, width], the sum of the weights.
+        features: [height, width, F], or None.
+    """
+
+    colour: Tensor
+    depth: Tensor
+    alpha: Tensor
+    features: Tensor | None
+
+
+def rasterize(
+    means: Float[Tensor, "n 3"],
+    quats: Float[Tensor, "n 4"],
+    scales: Float[Tensor, "n 3"],
+    opacities: Float[Tensor, " n"],
+    colours: Float[Tensor, "n ..."],
+    viewmat: Float[Tensor, "4 4"],
+    intrinsics: Float[Tensor, "3 3"],
+    width: int,
+    height: int,
+    *,
+    sh_degree: int | None = None,
+    features: Float[Tensor, "n f"] | None = None,
+    shift: Float[Tensor, "n 2"] | None = None,
+    background: Float[Tensor, " d"] | None = None,
+    near: float = 0.01,
+    far: float = 1e10,
+    eps2d: float = 0.3,
+    antialiased: bool = False,
+) -> Rendering:
+    """Draw Gaussians as a pinhole camera sees them, with gsplat's conventions and defaults.
+
+    Args:
+        means: centres in the world.
+        quats: rotations as (w, x, y, z), of any length but zero.
+        scales: standard deviations (not their logarithms).
+        opacities: 0 to 1 (not logits); a row below 1/255 is skipped.
+        colours: [n, D], or harmonics [n, bases, 3] of which `sh_degree` says how many are used.
+        viewmat: world to camera, OpenCV axes (x right, y down, z forward): a rotation and a translation.
+        intrinsics: K, in pixels; the centre of the first pixel is at (0.5, 0.5).
+        width, height: of the image.
+        sh_degree: 0 to 4, of harmonics; None for plain colours.
+        features: more values per Gaussian, blended like colours.
+        shift: pixels added to the projected centres; its gradient is that of the projected centres, which
+            densification looks at.
+        background: colour where light is left.
+        near, far: depths outside of which a Gaussian is skipped.
+        eps2d: square pixels added to both variances.
+        antialiased: lower opacities by what `eps2d` adds to the area (Mip-Splatting).
+
+    Raises:
+        OpError: shapes, dtypes or devices that do not fit; values that are not finite; a quaternion of length
+            zero; a camera that mirrors, scales or has no focal length; 2^31 pairs of Gaussians and tiles (or
+            pixels, in the reference) or more.
+    """
+    check_arguments(means, quats, scales, opacities, viewmat, intrinsics, width, height)
+    sh, values = split_channels(means, colours, sh_degree, features)
+    for name, extra, last in (("shift", shift, 2), ("background", background, None)):
+        wanted = (len(means), last) if last else ((3 if sh is not None else colours.shape[1]),)
+        if extra is not None and (tuple(extra.shape) != wanted or extra.dtype != means.dtype):
+            raise OpError(
+                f"{name} must be {wanted} of {means.dtype}. Received: {tuple(extra.shape)}, {extra.dtype}."
+            )
+    if means.dtype in (torch.float16, torch.bfloat16):
+        raise OpError(f"positions in {means.dtype} are too coarse to project: pass float32 tensors")
+    options = (width, height, near, far, eps2d, antialiased)
+    tensors = (means, quats, scales, opacities, sh, values, shift, viewmat, intrinsics)
+    backend = _plan(tensors, width * height).backend
+    if backend == "native":
+        image = _native_image(tensors, options)
+    elif backend == "vendor":
+        from .rasterize_gsplat import rasterize_gsplat
+
+        image = rasterize_gsplat(*tensors, options)
+    else:
+        image = _reference(*tensors, options)
+    drawn = 3 if sh is not None else colours.shape[1]
+    planes = image.split([drawn, len(image) - drawn - 2, 1, 1])
+    colour, seen = (part.permute(1, 2, 0) for part in planes[:2])
+    depth, alpha = (part.squeeze(0) for part in planes[2:])
+    if background is not None:
+        colour = colour + (1 - alpha)[..., None] * background
+    return Rendering(colour, depth, alpha, None if features is None else seen)
+
+
+def reference(*args: Any, **kwargs: Any) -> Rendering:
+    """The definition of `rasterize`, which takes the same arguments."""
+    with dispatch.backend("reference"):
+        return rasterize(*args, **kwargs)
+
+
+def _reference(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor | None,
+    values: Tensor,
+    shift: Tensor | None,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    options: Options,
+) -> Tensor:
+    width, height, near, far, eps2d, antialiased = options
+    check_values(
+        dict(
+            means=means,
+            quats=quats,
+            scales=scales,
+            opacities=opacities,
+            colours=sh,
+            values=values,
+            shift=shift,
+        )
+    )
+    flat = project(
+        means,
+        quats,
+        scales,
+        opacities,
+        viewmat,
+        intrinsics,
+        width,
+        height,
+        near=near,
+        far=far,
+        eps2d=eps2d,
+        antialiased=antialiased,
+    )
+    if shift is not None:
+        flat = flat._replace(means=flat.means + shift)
+    pairs = int(boxes(flat, width, height)[1].double().prod(-1).sum())
+    if pairs > MOST_PAIRS:
+        raise too_many(pairs, "pixels", len(means), width, height, MOST_PAIRS)
+    colours = [] if sh is None else [sh_colours(sh, means, viewmat)]
+    return draw(flat, torch.cat([*colours, values, flat.depths[:, None]], 1), width, height)
+
+
+def _plan(tensors: tuple[Tensor | None, ...], pixels: int) -> dispatch.Plan:
+    """The native kernels know neither float64 nor gradients for the camera."""
+    means, viewmat, intrinsics = tensors[0], tensors[-2], tensors[-1]
+    assert means is not None and viewmat is not None and intrinsics is not None
+    moving = torch.is_grad_enabled() and (viewmat.requires_grad or intrinsics.requires_grad)
+    offered = ["native"] if means.device.type == "cpu" and means.dtype is torch.float32 and not moving else []
+    if means.device.type == "cuda" and means.dtype is torch.float32:
+        offered = ["vendor"]
+    kind = str(means.dtype).removeprefix("torch.")
+    return dispatch.choose(
+        "rasterize", means.device, (*offered, "reference"), kind, (float(len(means) + 1), float(pixels))
+    )
+
+
+def _explain(means: Tensor, *args: Any, **kwargs: Any) -> dispatch.Plan:
+    viewmat, intrinsics, width, height = args[4:8]
+    return _plan((means, viewmat, intrinsics), width * height)
+
+
+def _native_image(tensors: tuple[Tensor | None, ...], options: Options) -> Tensor:
+    """The image, past torch's dispatcher where that would add nothing: it takes longer than a small image."""
+    if dispatch.direct(*tensors):
+        return _forward(*tensors, *options)[0]
+    if not dispatch.eager():
+        return _rasterize(*tensors, *options)[0]
+    image: Tensor = _Eager.apply(*tensors, *options)
+    return image
+
+
+def _forward(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor | None,
+    values: Tensor,
+    shift: Tensor | None,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    near: float,
+    far: float,
+    eps2d: float,
+    antialiased: bool,
+) -> tuple[Tensor, ...]:
+    """The image [channels + depth + alpha, height, width], and what the way back needs."""
+    scene = rasterize_native.Scene(means, quats, scales, opacities, sh, values, shift)
+    camera = rasterize_native.Camera(viewmat, intrinsics, width, height, near, far, eps2d, antialiased)
+    status, row, drawn = rasterize_native.forward(scene, camera, MOST_PAIRS)
+    if status == rasterize_native.TOO_MANY:
+        raise too_many(row, "tiles", len(means), width, height, MOST_PAIRS)
+    if status != rasterize_native.DONE:
+        raise refusal(status, row)
+    return drawn
+
+
+_rasterize = torch.library.custom_op(
+    "zoo::rasterize",
+    _forward,
+    mutates_args=(),
+    schema=f"({_SCENE}, int width, int height, {_RULES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_rasterize.register_fake
+def _(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor | None,
+    values: Tensor,
+    shift: Tensor | None,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    near: float,
+    far: float,
+    eps2d: float,
+    antialiased: bool,
+) -> tuple[Tensor, ...]:
+    channels = values.shape[1] + (0 if sh is None else 3) + 1
+    count, tiles = means.shape[0], rasterize_native.tile_count(width, height)
+    pairs = torch.library.get_ctx().new_dynamic_size()
+    return (
+        means.new_empty(channels + 1, height, width),
+        means.new_empty(count, rasterize_native.record_floats(channels)),
+        means.new_empty(count, dtype=torch.int32),
+        means.new_empty(tiles + 1, dtype=torch.int64),
+        means.new_empty(pairs, 2, dtype=torch.int32),
+    )
+
+
+def _gradients(
+    grad: Tensor,
+    image: Tensor,
+    records: Tensor,
+    tiles: Tensor,
+    pointer: Tensor,
+    entries: Tensor,
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor | None,
+    values: Tensor,
+    shift: Tensor | None,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    near: float,
+    far: float,
+    eps2d: float,
+    antialiased: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients for means, quats, scales, opacities, sh, values and shift (empty where there is none)."""
+    scene = rasterize_native.Scene(means, quats, scales, opacities, sh, values, shift)
+    height, width = image.shape[1:]
+    camera = rasterize_native.Camera(viewmat, intrinsics, width, height, near, far, eps2d, antialiased)
+    return rasterize_native.backward(scene, camera, (image, records, tiles, pointer, entries), grad)
+
+
+_rasterize_backward = torch.library.custom_op(
+    "zoo::rasterize_backward",
+    _gradients,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor image, Tensor records, Tensor tiles, Tensor pointer, Tensor entries, "
+    f"{_SCENE}, {_RULES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_rasterize_backward.register_fake
+def _(grad: Tensor, image: Tensor, records: Tensor, tiles: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    given = rest[2:9]
+    return tuple(records.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in given)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.options = inputs[:9], inputs[11:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _wanted(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients where they are asked for; none for the camera and the options."""
+    return (
+        *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)),
+        *(None,) * 8,
+    )
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return _wanted(ctx, _rasterize_backward(grad, *ctx.saved_tensors, *ctx.options))
+
+
+class _Eager(torch.autograd.Function):
+    """`zoo::rasterize` for eager calls on plain tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        drawn = _forward(*inputs)
+        ctx.options = inputs[11:]
+        ctx.save_for_backward(*drawn, *inputs[:9])
+        return drawn[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _wanted(ctx, _gradients(grad, *ctx.saved_tensors, *ctx.options))
+
+
+_rasterize.register_autograd(_backward, setup_context=_save)
+dispatch.register("rasterize", plan=_explain)

@@ -1,0 +1,175 @@
+"""Calls of the native rasteriser: tensors to addresses (native/src/rasterize_*.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import OpError
+from . import _native
+
+# The first four as in native/include/zoo/gaussians.hpp.
+DONE, NO_MEMORY, NOT_FINITE, NO_ROTATION, TOO_MANY = range(5)
+TILE = 8
+MOMENTS = 6
+SPLAT_FLOATS = 16
+
+
+class Scene(NamedTuple):
+    """Gaussians, and what is blended of each besides its depth."""
+
+    means: Tensor
+    quats: Tensor
+    scales: Tensor
+    opacities: Tensor
+    sh: Tensor | None
+    values: Tensor
+    shift: Tensor | None
+
+
+class Camera(NamedTuple):
+    """A pinhole camera and the rules of its projection."""
+
+    viewmat: Tensor
+    intrinsics: Tensor
+    width: int
+    height: int
+    near: float
+    far: float
+    eps2d: float
+    antialiased: bool
+
+    def packed(self) -> ctypes.Array[ctypes.c_double]:
+        """`View` of rasterize_project.cpp."""
+        (a, b, c, x), (d, e, f, y), (g, h, i, z) = self.viewmat.tolist()[:3]
+        k = self.intrinsics.tolist()
+        centre = (-(a * x + d * y + g * z), -(b * x + e * y + h * z), -(c * x + f * y + i * z))
+        turn = (a, b, c, d, e, f, g, h, i, x, y, z)
+        lens = (k[0][0], k[1][1], k[0][2], k[1][2], self.near, self.far, self.eps2d)
+        return (ctypes.c_double * 22)(*turn, *lens, *centre)
+
+
+Drawn = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # image, records, tiles, pointer, entries
+
+
+def tile_count(width: int, height: int) -> int:
+    """Tiles of an image."""
+    return -(-width // TILE) * -(-height // TILE)
+
+
+def record_floats(channels: int) -> int:
+    """Floats of the record of a Gaussian with so many channels."""
+    return SPLAT_FLOATS + -(-channels // 4) * 4
+
+
+def _sizes(*numbers: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _plain(scene: Scene) -> Scene:
+    return Scene(*(None if tensor is None else tensor.contiguous() for tensor in scene))  # type: ignore[arg-type]
+
+
+def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _scene_sizes(scene: Scene, camera: Camera) -> ctypes.Array[ctypes.c_int64]:
+    bases = 0 if scene.sh is None else scene.sh.shape[1]
+    n, channels = len(scene.means), scene.values.shape[1]
+    return _sizes(n, bases, channels, camera.width, camera.height, int(camera.antialiased))
+
+
+def _channels(scene: Scene) -> int:
+    return (0 if scene.sh is None else 3) + scene.values.shape[1] + 1
+
+
+def _first(tiles: Tensor) -> Tensor:
+    """The first entry of each Gaussian, and the number of all."""
+    first = torch.zeros(len(tiles) + 1, dtype=torch.int64)
+    torch.cumsum(tiles, 0, out=first[1:])
+    return first
+
+
+def _settle(result: ctypes.Array[ctypes.c_int64]) -> None:
+    if result[0] == NO_MEMORY:
+        raise OpError("out of memory while drawing Gaussians: draw fewer at once, or a smaller image")
+
+
+def forward(scene: Scene, camera: Camera, most_pairs: int) -> tuple[int, int, Drawn]:
+    """Draw float32 Gaussians: outcome, the culprit's row or the number of pairs, and what was drawn."""
+    scene = _plain(scene)
+    count, channels, threads = len(scene.means), _channels(scene), _native.threads()
+    view, result = camera.packed(), (ctypes.c_int64 * 2)()
+    records = torch.empty(count, record_floats(channels))
+    depths, tiles = torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.int32)
+    image = torch.empty(channels + 1, camera.height, camera.width)
+    pointer = torch.empty(tile_count(camera.width, camera.height) + 1, dtype=torch.int64)
+    _native.function("zoo_rasterize_project", "p" * 13 + "i")(
+        *_addresses(scene),
+        view,
+        _scene_sizes(scene, camera),
+        records.data_ptr(),
+        depths.data_ptr(),
+        tiles.data_ptr(),
+        result,
+        threads,
+    )
+    first = _first(tiles)
+    pairs = int(first[-1])
+    status, row = (TOO_MANY, pairs) if pairs > most_pairs else (result[0], result[1])
+    entries = torch.empty(0 if status != DONE else pairs, 2, dtype=torch.int32)
+    if status == DONE:
+        _native.function("zoo_rasterize_draw", "p" * 9 + "i")(
+            records.data_ptr(),
+            depths.data_ptr(),
+            tiles.data_ptr(),
+            first.data_ptr(),
+            _sizes(count, camera.width, camera.height, channels),
+            pointer.data_ptr(),
+            entries.data_ptr(),
+            image.data_ptr(),
+            result,
+            threads,
+        )
+        _settle(result)
+    return status, row, (image, records, tiles, pointer, entries)
+
+
+def backward(scene: Scene, camera: Camera, drawn: Drawn, grad: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a drawn image for the tensors of the scene, empty where it has none."""
+    image, records, tiles, pointer, entries = drawn
+    scene, grad = _plain(scene), grad.contiguous()
+    count, channels, threads = len(scene.means), _channels(scene), _native.threads()
+    result = (ctypes.c_int64 * 2)()
+    partial = torch.empty(len(entries), MOMENTS + channels)
+    _native.function("zoo_rasterize_trace", "p" * 8 + "i")(
+        records.data_ptr(),
+        _sizes(count, camera.width, camera.height, channels),
+        pointer.data_ptr(),
+        entries.data_ptr(),
+        image.data_ptr(),
+        grad.data_ptr(),
+        partial.data_ptr(),
+        result,
+        threads,
+    )
+    _settle(result)
+    first = _first(tiles)
+    grads = [torch.zeros(0 if tensor is None else tensor.shape) for tensor in scene]
+    _native.function("zoo_rasterize_pull_back", "p" * 20 + "i")(
+        *_addresses(scene),
+        camera.packed(),
+        _scene_sizes(scene, camera),
+        tiles.data_ptr(),
+        first.data_ptr(),
+        partial.data_ptr(),
+        *_addresses(tuple(g if t is not None else None for g, t in zip(grads, scene, strict=True))),
+        result,
+        threads,
+    )
+    _settle(result)
+    return tuple(grads)
