@@ -222,6 +222,10 @@ EXPERIMENTS: Registry[Any] = Registry("experiment", "zoo.experiments", needs=("r
 FINETUNERS: Registry[Any] = Registry("fine-tuner", "zoo.finetuners", needs=("run",))
 #: domain -> dataclass with `run() -> Path`, behind `zoo pretrain`
 PRETRAINERS: Registry[Any] = Registry("pre-trainer", "zoo.pretrainers", needs=("run",))
+#: how the model of a recipe row is made: function of row, seed, start and place, see `zoo.bundles.make`
+MAKERS: Registry[Callable[..., Any]] = Registry("maker", "zoo.makers")
+#: domain -> function that returns the path of further recipe rows, see `zoo.bundles.recipes`
+RECIPES: Registry[Callable[[], Any]] = Registry("recipes", "zoo.recipes")
 #: domain -> function that lets a model of the domain write, behind `zoo generate`
 GENERATORS: Registry[Any] = Registry("generator", "zoo.generators")
 
@@ -230,4 +234,5 @@ register_method = METHODS.register
 register_task = TASKS.register
 register_experiment = EXPERIMENTS.register
 
+MAKERS.register("sparsify", "zoo.bundles.make:sparsify")
 METHODS.register("prune", "zoo.methods.contract:Prune")  # belongs to no domain

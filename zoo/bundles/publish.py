@@ -210,7 +210,7 @@ def publish(
             "seed": trained.seed,
         },
         "sparsity": {"parts": dict(trained.parts)},
-        "cost": _cost(trained.model, tasks[0], twin.card if twin is not None else None),
+        "cost": cost_beside(trained.model, tasks[0], twin.card if twin is not None else None),
         "metrics": metrics,
         "dense_twin": twin.card.name if twin is not None else None,
         "training": {"command": about.command, "seconds": round(trained.seconds, 3)},
@@ -301,9 +301,15 @@ def _metric(
     return fields
 
 
-def _cost(model: nn.Module, task: str, twin: Card | None) -> dict[str, Any]:
-    """Dense figures are the larger of the model's own and its twin's: a network that was cut states those of
-    its twin, a wider one its own. `save` counts what is left out here."""
+def cost_beside(model: nn.Module, task: str, twin: Card | None) -> dict[str, Any]:
+    """The fields of `Cost` that `save` does not count.
+
+    Dense figures are the larger of the model's own and its twin's: a network that was cut states those of its
+    twin, a wider one its own.
+
+    Raises:
+        TaskError: the task counts no operations of the model, and there is no twin that states them.
+    """
     flops = get_task(task).flops(model)
     if flops is None and twin is None:
         raise TaskError(f"{task} counts no operations of {type(model).__name__}")

@@ -96,7 +96,7 @@ def load_bundle(bundle: Bundle, execution: Execution = "masked") -> nn.Module:
     try:
         if base is not None:
             contents = bases.restore(contents, base)
-        _fill(model, contents.tensors)
+        fill_model(model, contents.tensors)
         set_masks(model, contents.masks)
         if lost := contents.masks.zeros_intact(model):
             raise BundleError(f"{lost[0]!r} has other values than zero where its mask drops")
@@ -267,7 +267,7 @@ def _build(card: Card) -> nn.Module:
     return model
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put the stored tensors into the model in their stored precision; names and shapes must agree."""
     state = model.state_dict(keep_vars=True)
     if missing := sorted(state.keys() - tensors.keys()):

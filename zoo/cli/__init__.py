@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": ("measure", "evaluate models on tasks; table, JSON, Markdown or HTML page"),
     "compare": ("measure", "compare models sample by sample, with an interval and a test"),
     "verify": ("measure", "measure every figure on a card again"),
+    "make": ("remake", "make bundles again from their recipes"),
     "pretrain": ("make", "train a model without labels, to be fine-tuned"),
     "sparsify": ("make", "make a sparse model from a dense one, by any method"),
     "finetune": ("make", "fine-tune a sparse model; its zeros stay"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, TASKS
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, MAKERS, METHODS, TASKS
 
 ARCHITECTURES.register("graph/gcn", "zoo.graph.models:GCN")
 ARCHITECTURES.register("graph/gin", "zoo.graph.models:GIN")
@@ -21,6 +21,7 @@ TASKS.register("graph/pubmed", "zoo.graph.tasks:Pubmed")
 TASKS.register("graph/cs", "zoo.graph.tasks:CoauthorCS")
 TASKS.register("graph/digits", "zoo.graph.tasks:Digits")
 EXPERIMENTS.register("teddy", "zoo.graph.reproduce:TeddyExperiment")
+MAKERS.register("graph/dense", "zoo.graph.makers:dense")
 FINETUNERS.register("graph", "zoo.graph.finetune:Finetune")
 
 _PUBLIC = {

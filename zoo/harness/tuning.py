@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zoo.bundles.card import Card, mean_and_spread
 from zoo.bundles.catalog import Bundle
+from zoo.bundles.publish import cost_beside
 from zoo.bundles.store import save
 from zoo.errors import ConfigError
 from zoo.harness.tables import Table
@@ -84,12 +85,9 @@ def finetuned_card(
         arguments: of its architecture.
 
     Raises:
-        ConfigError: the task counts no operations of this model.
+        TaskError: the task counts no operations of this model.
     """
     value = task.evaluate(model).metrics[task.primary]
-    flops = task.flops(model)
-    if flops is None:
-        raise ConfigError(f"{task.name} counts no operations of {type(model).__name__}.")
     per_seed = {config.seed: value.value}
     mean, spread = mean_and_spread(per_seed)
     metric: dict[str, Any] = {
@@ -103,16 +101,6 @@ def finetuned_card(
         "mean": mean,
         "spread": spread,
     }
-    cost: dict[str, Any] = {"parameters": {}, "bytes": {}}
-    cost["flops"] = {"dense": flops.dense, "sparse": flops.sparse}
-    if sum(parameter.numel() for parameter in model.parameters()) < source.cost.parameters.dense:
-        # The source was cut: what it cost before cannot be counted on it any more.
-        for kind, known in (
-            ("parameters", source.cost.parameters),
-            ("bytes", source.cost.bytes),
-            ("flops", source.cost.flops),
-        ):
-            cost[kind]["dense"] = known.dense
     if twin is not None:
         own = next(m for m in twin.card.metrics if m.task == task.name)
         figure = {key: getattr(own, key) for key in ("value", "per_seed", "mean", "spread")}
@@ -126,7 +114,7 @@ def finetuned_card(
         "architecture": {"name": source.architecture.name, "args": arguments},
         "method": method,
         "sparsity": {},
-        "cost": cost,
+        "cost": cost_beside(model, task.name, twin.card if twin is not None else None),
         "metrics": [metric],
         "dense_twin": twin.card.name if twin is not None else None,
         "training": {"command": command_of(config, source.domain), "seconds": round(seconds, 3)},

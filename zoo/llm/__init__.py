@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, GENERATORS, METHODS, TASKS
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, GENERATORS, MAKERS, METHODS, TASKS
 
 ARCHITECTURES.register("llm/llama", "zoo.llm.models:llama")
 ARCHITECTURES.register("llm/transformers", "zoo.llm.models:from_config")
@@ -33,6 +33,7 @@ EXPERIMENTS.register("ecoflap", "zoo.llm.experiments.ecoflap:EcoflapExperiment")
 EXPERIMENTS.register("cfsp", "zoo.llm.experiments.cfsp:CfspExperiment")
 EXPERIMENTS.register("gqsa", "zoo.llm.experiments.gqsa:GqsaExperiment")
 EXPERIMENTS.register("flash-llm", "zoo.llm.experiments.flash_llm:FlashLLMExperiment")
+MAKERS.register("llm/dense", "zoo.llm.makers:dense")
 FINETUNERS.register("llm", "zoo.llm.finetune:Finetune")
 GENERATORS.register("llm", "zoo.llm.generate:generate")
 TASKS.register("llm/sparsity-embedded", "zoo.llm.sparsity_task:EmbeddedSparsity")

@@ -1,4 +1,4 @@
-"""Dense bundles: models trained here, and models made elsewhere.
+"""Dense bundles of models that were trained elsewhere.
 
     python -m zoo.llm.bundling --source transformers-folder --out my/dense-mine --tasks llm/wikitext2
     python -m zoo.llm.bundling --source stories260K.bin --tokenizer tok512.bin --out my/dense-260k
@@ -11,44 +11,32 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from zoo.bundles.store import save
-from zoo.errors import ConfigError, TaskError
-from zoo.harness.evidence import record_evidence
+from zoo.bundles.publish import About, Figure, Trained, publish
+from zoo.errors import ConfigError
 from zoo.harness.tasks import get_task
-from zoo.llm.data import corpus
 from zoo.llm.data.tokenization import to_extras, tokenizer_of
 from zoo.llm.models import architecture_of, load_pretrained
 
 PROTOCOL = "test documents in disjoint windows of the model's context; float32 arithmetic on stored weights"
-_METRICS = ("word_perplexity", "bits_per_byte", "accuracy")
+_METRICS = {"word_perplexity": ("word_perplexity", "bits_per_byte")}  # by primary metric
+CITATION = "Hugo Touvron et al. LLaMA: Open and Efficient Foundation Language Models. 2023."
 
 
 def save_dense(
     model: PreTrainedModel,
     folder: Path,
-    *,
-    name: str,
-    summary: str,
-    text: str,
+    about: About,
     tasks: Sequence[str],
-    command: str,
-    seconds: float,
-    seed: int = 0,
-    hyperparameters: Mapping[str, Any] | None = None,
-    data: Mapping[str, str] | None = None,
-    license: str = "Apache-2.0",
-    citation: str = "Hugo Touvron et al. LLaMA: Open and Efficient Foundation Language Models. 2023.",
-    evidence: str | None = None,
+    *,
+    seconds: float = 0.0,
     overwrite: bool = False,
 ) -> Path:
     """Measure a dense model and write its bundle, in the precision that its weights have.
@@ -56,64 +44,16 @@ def save_dense(
     Args:
         model: with its tokenizer (`tokenizer_of`); a tokenizer that is not packaged goes into the extras.
         folder: of the bundle.
-        name, summary, command, seconds, seed, hyperparameters, license, citation: for the card.
-        text: what it was trained on.
+        about: what the card says.
         tasks: what it is measured on.
-        data: name, source and licence of what it was trained on, where that is no text of the zoo.
-        evidence: path in the repository of the file that collects figures; None for none.
+        seconds: that making it took.
         overwrite: whether a bundle that is there may be replaced.
     """
     architecture = architecture_of(model)
-    extras: dict[str, Tensor] = {}
-    if architecture["args"]["tokenizer"] is None:
-        extras = to_extras(tokenizer_of(model))
-    metrics = []
-    for task_name in tasks:
-        result = get_task(task_name).evaluate(model)
-        for metric, measure in result.metrics.items():
-            if metric in _METRICS:
-                metrics.append(_metric(task_name, metric, measure.value, measure.stderr or 0.0, seed))
-                if evidence:
-                    path = Path(__file__).parents[2] / evidence
-                    record_evidence(path, name, task_name, metric, {seed: measure.value})
-    flops = get_task(tasks[0]).flops(model)
-    if flops is None:
-        raise TaskError(f"The operations of {type(model).__name__} cannot be counted.")
-    if data is None:
-        source = corpus(text)
-        data = {"name": source.title, "source": source.origin, "licence": source.licence}
-    card = {
-        "name": name,
-        "version": "1.0.0",
-        "domain": "llm",
-        "summary": summary,
-        "architecture": architecture,
-        "method": {"name": "dense", "hyperparameters": dict(hyperparameters or {}), "seed": seed},
-        "cost": {"parameters": {}, "flops": {"dense": flops.dense, "sparse": flops.dense}, "bytes": {}},
-        "metrics": metrics,
-        "dense_twin": None,
-        "training": {"command": command, "seconds": round(seconds, 1)},
-        "data": dict(data),
-        "license": license,
-        "citation": citation,
-        "evidence": evidence,
-    }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return save(model, folder, card=card, extras=extras, overwrite=overwrite)
-
-
-def _metric(task: str, metric: str, value: float, stderr: float, seed: int) -> dict[str, Any]:
-    return {
-        "task": task,
-        "metric": metric,
-        "split": "test",
-        "protocol": PROTOCOL,
-        "value": value,
-        "stderr": stderr,
-        "per_seed": {seed: value},
-        "mean": value,
-        "spread": 0.0,
-    }
+    extras = to_extras(tokenizer_of(model)) if architecture["args"]["tokenizer"] is None else {}
+    figures = [Figure(task, _METRICS.get(get_task(task).primary, ()), PROTOCOL) for task in tasks]
+    trained = Trained({0: model}, architecture, seconds=seconds, extras=extras)
+    return publish(trained, about, figures, folder, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -159,19 +99,16 @@ class Adopt:
         else:
             model = load_pretrained(self.source)
         model.to(types[self.dtype])  # type: ignore[arg-type]
-        return save_dense(
-            model,
-            self.out,
-            name=self.name or f"llm/{self.out.name}",
-            summary=f"{type(model).__name__} from {Path(self.source).name}.",
-            text="not stated",
-            tasks=self.tasks,
-            command=shlex.join(["python", "-m", "zoo.llm.bundling", *sys.argv[1:]]),
-            seconds=time.perf_counter() - start,
-            data={"name": "not stated", "source": self.source, "licence": self.licence},
-            license=self.licence,
-            overwrite=self.overwrite,
+        about = About(
+            self.name or f"llm/{self.out.name}",
+            f"{type(model).__name__} from {Path(self.source).name}.",
+            shlex.join(["python", "-m", "zoo.llm.bundling", *sys.argv[1:]]),
+            CITATION,
+            {"name": "not stated", "source": self.source, "licence": self.licence},
+            self.licence,
         )
+        seconds = time.perf_counter() - start
+        return save_dense(model, self.out, about, self.tasks, seconds=seconds, overwrite=self.overwrite)
 
 
 def main(config: Adopt) -> None:

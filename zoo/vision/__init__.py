@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, PRETRAINERS, TASKS
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, MAKERS, METHODS, PRETRAINERS, TASKS
 
 ARCHITECTURES.register("vision/resnet", "zoo.vision.models:ResNet")
 ARCHITECTURES.register("vision/convnet", "zoo.vision.models:ConvNet")
@@ -38,6 +38,10 @@ TASKS.register("vision/cifar10-true", "zoo.vision.tasks:CifarTrue")
 TASKS.register("vision/set5-x2", "zoo.vision.superres:Set5")
 TASKS.register("vision/set14-x2", "zoo.vision.superres:Set14")
 TASKS.register("vision/lidar-scenes", "zoo.vision.lidar.tasks:Scenes")
+MAKERS.register("vision/classifier", "zoo.vision.makers:classifier")
+MAKERS.register("vision/upscaler", "zoo.vision.makers:upscaler")
+MAKERS.register("vision/spark", "zoo.vision.makers:spark")
+MAKERS.register("vision/detector", "zoo.vision.makers:detector")
 FINETUNERS.register("vision", "zoo.vision.finetune:Finetune")
 PRETRAINERS.register("vision", "zoo.vision.spark.command:Pretrain")
 FINETUNERS.register("lidar", "zoo.vision.lidar.finetune:FinetuneLidar")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, DataError
 from zoo.llm.data import corpus
-from zoo.llm.data.tokenization import tokenizer_of
+from zoo.llm.data.tokenization import TOKENIZERS, tokenizer_of
 from zoo.llm.train import token_stream
 
 
@@ -71,8 +71,6 @@ class Calibrated:
 
 def default_text(model: nn.Module) -> str:
     """The corpus that a packaged tokenizer was made from; `embedded` for others."""
-    from zoo.llm.pretrain import TOKENIZERS
-
     name = getattr(getattr(model, "config", None), "zoo_tokenizer", None)
     return TOKENIZERS[name][0] if name in TOKENIZERS else "embedded"
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from zoo.errors import ConfigError, UnknownNameError
+from zoo.llm.data import corpus
 from zoo.names import suggestion
 
 END = "<|endoftext|>"  # begins and ends a document; id 0 of the packaged tokenizers
@@ -76,6 +77,16 @@ def packaged(name: str) -> PreTrainedTokenizerFast:
         names = [file.stem for file in folder().glob("*.json")]
         raise UnknownNameError(f"Unknown tokenizer {name!r}. {suggestion(name, names)}")
     return wrap(Tokenizer.from_file(str(path)))
+
+
+#: Packaged tokenizer -> the text whose training documents it was made from, and its size.
+TOKENIZERS = {"shakespeare": ("embedded", 1024), "stories": ("tinystories", 2048)}
+
+
+def make_tokenizer(name: str) -> Tokenizer:
+    """The packaged tokenizer of that name, made again from its training documents."""
+    text, size = TOKENIZERS[name]
+    return train_bpe(corpus(text).train, size)
 
 
 def wrap(tokenizer: Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:

@@ -29,7 +29,7 @@ from zoo.harness.tuning import (
 from zoo.progress import progress_bar
 from zoo.vision.lidar.data import KITTI, KITTI_FRAMES, SOURCE, Frame, real_frame, scene_frames
 from zoo.vision.lidar.detector import Detector
-from zoo.vision.lidar.pretrain import TASK, cost_beside
+from zoo.vision.lidar.tasks import Scenes
 from zoo.vision.lidar.train import DetectorFit, DetectorRecipe, run_with_checkpoints
 
 
@@ -101,7 +101,7 @@ class FinetuneLidar:
             )
         seconds = time.perf_counter() - start
         model.cpu().eval()
-        task = get_task(TASK)
+        task = get_task(Scenes.name)
         twin = twin_of(source) if source.card.dense_twin else None
         origin = SOURCE if self.data == "scenes" else KITTI
         fields = finetuned_card(
@@ -116,9 +116,6 @@ class FinetuneLidar:
             arguments=model.current_arguments(),
         )
         fields["training"]["command"] = command_of(self, "lidar")
-        flops = fields["cost"]["flops"]
-        parameters = sum(p.numel() for p in model.parameters())
-        fields["cost"] = cost_beside(twin.card if twin else None, flops["dense"], flops["sparse"], parameters)
         path = publish(self, model, fields, extras)
         values = source.card.metrics[0].value, fields["metrics"][0]["value"]
         show_change(f"{source.card.name} on {task.name}", task.primary, values, (0, 0))

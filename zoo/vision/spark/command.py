@@ -10,12 +10,12 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from zoo.bundles.catalog import find
-from zoo.bundles.store import save
+from zoo.bundles.publish import About, Figure, Trained, publish
 from zoo.checkpoints import CheckpointFile
 from zoo.errors import ConfigError
 from zoo.harness.tuning import checkpoint_folder, command_of, options_of
@@ -23,7 +23,6 @@ from zoo.progress import progress_bar
 from zoo.vision.base import checked_device
 from zoo.vision.data import SOURCES, Images, load_images
 from zoo.vision.models import ResNet, reinitialised
-from zoo.vision.spark.cards import PROBE, card_fields
 from zoo.vision.spark.encoder import SparKEncoder
 from zoo.vision.spark.masking import Choice, kept_cells
 from zoo.vision.spark.objective import SparK
@@ -31,6 +30,12 @@ from zoo.vision.spark.pictures import write_sheet
 from zoo.vision.spark.pretraining import held_out_loss, pretraining
 from zoo.vision.spark.probe import fit_head
 from zoo.vision.train import Fit, Recipe
+
+CITATION = (
+    "Tian et al. Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling. ICLR "
+    "2023."
+)
+PROBE = "linear probe: ridge regression of all training labels on the frozen features"
 
 
 @dataclass
@@ -109,25 +114,28 @@ class Pretrain:
             raise ConfigError(f"checkpoint_every must be at least 1. Received: {self.checkpoint_every}.")
         if self.out.exists() and not self.overwrite:
             raise ConfigError(f"{self.out} is there already. Add --overwrite, or choose another --out.")
+        start = time.perf_counter()
+        model, loss = self.pretrained()
+        path = self._publish(model, time.perf_counter() - start, loss)
+        shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)
+        return path
+
+    def pretrained(self) -> tuple[ResNet, float]:
+        """The network with a linear probe as its head, and the loss on hidden cells of held-out images."""
         device = checked_device(self.device)
         recipe = Recipe(self.epochs, self.lr, self.batch, 0.0, optimizer="adam")
         data = load_images(self.dataset)
         spark = self.spark(data)
         kept_cells(spark.encoder.grid[0] * spark.encoder.grid[1], self.ratio)
-        start = time.perf_counter()
         fit = pretraining(spark.to(device), data.to(device), recipe, self.ratio, self.seed)
         self._train(fit, spark)
-        seconds = time.perf_counter() - start
         loss = held_out_loss(spark, data.to(device), data.to(device).val, self.ratio)
         model = ResNet(self.depth, self.width, channels=data.train.images.shape[1])
         model.load_state_dict(spark.encoder.export())
         fit_head(model, data)
         if self.pictures is not None:
             write_sheet(spark, data.to(device), self.ratio, self.pictures)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        path = save(model.eval(), self.out, card=self._card(model, seconds, loss), overwrite=self.overwrite)
-        shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)
-        return path
+        return model.eval(), loss
 
     def spark(self, data: Images) -> SparK:
         """Encoder and decoder with fresh weights."""
@@ -154,20 +162,30 @@ class Pretrain:
 
             fit.run(on_epoch=on_epoch)
 
-    def _card(self, model: ResNet, seconds: float, loss: float) -> dict[str, Any]:
+    def _publish(self, model: ResNet, seconds: float, loss: float) -> Path:
         places = ("out", "overwrite", "name", "twin", "pictures", "device", "checkpoint_every")
         options = {k: v for k, v in asdict(self).items() if k not in places}
-        title = SOURCES[self.dataset].title
-        return card_fields(
-            model,
-            self.dataset,
-            name=self.name or f"vision/{self.out.name}",
-            summary=f"ResNet-{self.depth} pre-trained by SparK on {title} without labels, with a linear "
-            "probe as its head.",
-            options={**options, "pretraining": "SparK", "hidden_loss": loss},
-            seed=self.seed,
-            protocol=PROBE,
-            twin=None if self.twin is None else find(self.twin).card,
-            command=command_of(self, "vision", verb="pretrain"),
-            seconds=seconds,
+        source = SOURCES[self.dataset]
+        trained = Trained(
+            {self.seed: model},
+            {"name": "vision/resnet", "args": model.current_arguments()},
+            "dense" if self.twin is None else "spark",  # no weight is dropped
+            {**options, "pretraining": "SparK", "hidden_loss": loss},
+            seconds,
+        )
+        about = About(
+            self.name or f"vision/{self.out.name}",
+            f"ResNet-{self.depth} pre-trained by SparK on {source.title} without labels, with a linear probe "
+            "as its head.",
+            command_of(self, "vision", verb="pretrain"),
+            CITATION,
+            {"name": source.title, "source": source.origin, "licence": source.licence},
+        )
+        return publish(
+            trained,
+            about,
+            [Figure(f"vision/{self.dataset}", protocol=PROBE)],
+            self.out,
+            twin=None if self.twin is None else find(self.twin),
+            overwrite=self.overwrite,
         )

@@ -1,0 +1,71 @@
+"""Makers of recipe rows (`zoo make`) that are particular to images and LiDAR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from zoo.bundles.make import Work
+from zoo.bundles.recipes import Row
+from zoo.checkpoints import CheckpointFile
+from zoo.methods.contract import Sparsified
+from zoo.registry import ARCHITECTURES
+from zoo.shared.masks import MaskSet, set_masks
+from zoo.vision.data import load_images
+from zoo.vision.iss_p import ISSP
+from zoo.vision.lidar.arms import make_arm
+from zoo.vision.lidar.data import scene_frames
+from zoo.vision.lidar.train import DetectorFit, DetectorRecipe, run_with_checkpoints
+from zoo.vision.models import reinitialised
+from zoo.vision.spark.command import Pretrain
+from zoo.vision.train import Recipe, Trainer
+
+
+def classifier(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A classifier trained from fresh weights, or from those of `start` with a fresh head.
+
+    Option `labels`: how many training images have a label; 0 for all.
+    """
+    data, labels = load_images(str(row.dataset)), row.options.get("labels", 0)
+    if labels:
+        data = data.subset(labels)
+    model: Any = reinitialised(_build(row), seed)
+    if start is not None:
+        head = {k: v for k, v in model.state_dict().items() if k.startswith("linear.")}
+        model.load_state_dict({**start.state_dict(), **head})
+    Trainer(data.to(work.device), Recipe(**row.recipe), seed).fit(model.to(work.device)).run()
+    return Sparsified(model.cpu().eval(), MaskSet({}), arguments=model.current_arguments())
+
+
+def upscaler(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A dense upscaler trained on T91, as ISS-P trains it."""
+    model, _ = ISSP(0.0, "one-shot", seed=seed, **row.recipe).train(_build(row).to(work.device))
+    set_masks(model, None)
+    return Sparsified(model.cpu().eval(), MaskSet({}))
+
+
+def spark(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A ResNet pre-trained by SparK without labels, with a linear probe as its head."""
+    options = {**row.options, **row.recipe, "seed": seed, "device": work.device}
+    command = Pretrain(out=work.folder, dataset=str(row.dataset), **options)
+    model, loss = command.pretrained()
+    facts = {"hidden_loss": loss}
+    return Sparsified(model, MaskSet({}), hyperparameters=facts, arguments=model.current_arguments())
+
+
+def detector(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A LiDAR detector trained on generated scenes.
+
+    Options: `arm`, see `zoo.vision.lidar.arms`; `scenes`, how many.
+    """
+    frames = scene_frames("train", row.options["scenes"])
+    recipe = DetectorRecipe(**row.recipe, device=work.device)
+    fit = DetectorFit(make_arm(row.options["arm"], seed), frames, recipe, seed)
+    run_with_checkpoints(fit, CheckpointFile(work.folder, {**row.identity(), "seed": seed}))
+    model: Any = fit.model.cpu().eval()
+    return Sparsified(model, MaskSet({}), arguments=model.current_arguments())
+
+
+def _build(row: Row) -> Any:
+    return ARCHITECTURES.get(str(row.architecture))(**row.arguments)
