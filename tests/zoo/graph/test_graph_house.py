@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import zoo.graph
-from zoo.bundles.card import parse_card
-from zoo.bundles.catalog import find
+from zoo.bundles.catalog import find, list_models
 from zoo.bundles.store import load
 from zoo.errors import ConfigError, DataError, TaskError, UnknownNameError
 from zoo.graph.arms import Setting, arm_run, dense_run, new_model
@@ -21,7 +20,6 @@ from zoo.graph.data import load_graph
 from zoo.graph.flops import count_graph
 from zoo.graph.method import Teddy
 from zoo.graph.models import GAT, GCN, GIN
-from zoo.graph.pretrain import Pretrain, Recipe, hidden_width
 from zoo.graph.reproduce import TeddyConfig, TeddyExperiment, jobs
 from zoo.graph.teddy import ticket_mask
 from zoo.graph.ticket import EdgeTicket
@@ -32,7 +30,7 @@ from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, TASKS
 from zoo.shared.masks import masks_of
 from zoo.shared.ops import SparseLinear
 
-BUNDLES = [recipes[0].slug() for recipes in Pretrain().recipes()]
+BUNDLES = [name.partition("/")[2] for name in list_models("graph/*")]
 DIGITS = [slug for slug in BUNDLES if "-digits" in slug]
 
 
@@ -256,11 +254,3 @@ def test_impossible_experiments_are_refused(options, message):
 def test_unknown_architectures_are_refused():
     with pytest.raises(UnknownNameError, match="gcn, gin, gat"):
         new_model("sage", load_graph("digits"), 8, 0)
-
-
-def test_recipes_name_their_bundles():
-    assert Recipe("gat", "cora", hidden_width("gat", "cora"), 0, 30, 80).slug() == "teddy-gat-cora-g30-w80"
-    assert Recipe("gcn", "cs", hidden_width("gcn", "cs"), 0).slug() == "dense-gcn-cs"
-    names = {f"graph/{slug}" for slug in BUNDLES}
-    assert len(names) == 36
-    assert parse_card(find("graph/teddy-gcn-digits-g30-w80").card.to_dict()).name in names

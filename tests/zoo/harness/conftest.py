@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[3]
 def toy_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the toy package as pip would have installed it."""
     site = tmp_path_factory.mktemp("site")
-    shutil.copy(TOY / "zoo_toy.py", site)
+    for file in ("zoo_toy.py", "recipes.yaml"):
+        shutil.copy(TOY / file, site)
     sys.path.insert(0, str(site))
     import zoo_toy
 
@@ -35,6 +36,7 @@ def toy(toy_site: Path) -> ModuleType:
     import zoo_toy
 
     from zoo import registry
+    from zoo.bundles import recipes
 
     # In this process entry points may have been read before the package was there.
     registry.ARCHITECTURES.register("toy/mlp", zoo_toy.MLP)
@@ -42,6 +44,9 @@ def toy(toy_site: Path) -> ModuleType:
     registry.METHODS.register("toy-half", zoo_toy.Half)
     registry.EXPERIMENTS.register("toy", zoo_toy.ToyExperiment)
     registry.FINETUNERS.register("toy", zoo_toy.Finetune)
+    registry.MAKERS.register("toy/dense", zoo_toy.make_dense)
+    registry.RECIPES.register("toy", zoo_toy.recipes)
+    recipes.rows.cache_clear()
     return zoo_toy
 
 

@@ -31,14 +31,13 @@ from zoo.llm.finetune import Finetune
 from zoo.llm.methods.sparsegpt import SparseGPT
 from zoo.llm.methods.wanda import Wanda
 root = Path(sys.argv[1])
-if workers().index == 0:
-    from zoo.llm.bundling import save_dense
-    from zoo.llm.models import llama
-    torch.manual_seed(0)
-    model = llama(1024, 32, 48, 2, 4, 2, context=64, tokenizer="shakespeare").eval()
-    words = {"summary": "s", "command": "c", "seconds": 1.0, "text": "toy", "tasks": ["llm/toy"]}
-    save_dense(model, root / "llm" / "toy-dense", name="llm/toy-dense", **words)
-workers().gather([None])
+from zoo.bundles.publish import About
+from zoo.llm.bundling import save_dense
+from zoo.llm.models import llama
+torch.manual_seed(0)
+model = llama(1024, 32, 48, 2, 4, 2, context=64, tokenizer="shakespeare").eval()
+about = About("llm/toy-dense", "s", "c", "nobody", {"name": "toy", "source": "toy", "licence": "toy"})
+save_dense(model, root / "llm" / "toy-dense", about, ["llm/toy"])
 text = {"text": "toy", "windows": 32, "length": 64}
 for name, method in {
     "wanda": Wanda(sparsity=0.5, **text),

@@ -213,6 +213,7 @@ Finetune(sys.argv[3], out, steps=steps, batch=2, window=32, checkpoint_every=2).
 @pytest.fixture
 def pruned(tmp_path, monkeypatch):
     """A pruned toy bundle beside its dense twin, and the toy task in this process."""
+    from zoo.bundles.publish import About
     from zoo.harness.tasks import get_task
     from zoo.llm.bundling import save_dense
     from zoo.methods.contract import Prune
@@ -230,8 +231,9 @@ def pruned(tmp_path, monkeypatch):
     torch.manual_seed(0)
     shape = {"layers": 2, "heads": 4, "kv_heads": 2, "context": 64, "tokenizer": "shakespeare"}
     model = llama(1024, 32, 48, **shape).eval().half()
-    words = {"summary": "s", "command": "c", "seconds": 1.0, "text": "toy", "tasks": ["llm/toy"]}
-    dense = save_dense(model, tmp_path / "models" / "llm" / "toy-dense", name="llm/toy-dense", **words)
+    data = {"name": "toy", "source": "toy", "licence": "toy"}
+    about = About("llm/toy-dense", "s", "c", "nobody", data)
+    dense = save_dense(model, tmp_path / "models" / "llm" / "toy-dense", about, ["llm/toy"])
     monkeypatch.setenv("ZOO_PATH", str(tmp_path / "models"))
     method = Prune(sparsity=0.5, names=("model.layers.*_proj.weight",))
     origin = Origin("llm/toy-half", "prune", "c")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
+from zoo.bundles.make import Target, make
+from zoo.bundles.recipes import find_row
 from zoo.bundles.store import load
 from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache
 from zoo.harness.verify import verify
 from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, TASKS
-from zoo.vision.lidar import data, experiment, finetune, pretrain
+from zoo.vision.lidar import data, experiment, finetune
 from zoo.vision.lidar.arms import make_arm
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.experiment import DSVTExperiment, DSVTExperimentConfig
@@ -30,11 +33,12 @@ def _few_scenes(monkeypatch):
 
 @pytest.fixture
 def bundles(tmp_path) -> Path:
-    """The dense-pillar twin and DSVT with fresh weights."""
-    config = pretrain.Pretrain(out=tmp_path / "cards", evidence=tmp_path / "evidence.json")
-    for name, (arm, _, _) in pretrain.ENTRIES.items():
-        pretrain.write(config, name, [make_arm(arm, 0)], 1.0)
-    return config.out
+    """The dense-pillar twin and DSVT, made from their rows with two scenes and an epoch."""
+    for name in ("dense-pillars-scenes", "dsvt-pillars-scenes"):
+        row = find_row(f"vision/{name}")
+        few = {"options": {**row.options, "scenes": 2}, "recipe": {**row.recipe, "epochs": 1}, "seeds": 1}
+        make(dataclasses.replace(row, **few), Target(tmp_path / "cards"))
+    return tmp_path / "cards"
 
 
 def test_everything_is_registered():

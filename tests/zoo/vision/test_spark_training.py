@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -13,17 +14,17 @@ import torch
 
 import zoo
 from zoo.bundles.catalog import find
+from zoo.bundles.make import Target, Work, make
+from zoo.bundles.recipes import find_row
 from zoo.cli import main
 from zoo.errors import ConfigError
-from zoo.harness import verify
 from zoo.harness.experiments import reproduce
 from zoo.harness.verify import verify_bundle
 from zoo.vision.data import load_images
+from zoo.vision.makers import classifier
 from zoo.vision.models import ResNet, reinitialised
-from zoo.vision.spark.bundling import EVIDENCE, Bundling, Maker
 from zoo.vision.spark.command import Pretrain
 from zoo.vision.spark.encoder import SparKEncoder
-from zoo.vision.spark.experiment import SparKConfig
 from zoo.vision.spark.objective import SparK
 from zoo.vision.spark.pictures import reconstructions, write_sheet
 from zoo.vision.spark.pretraining import held_out_loss, pretraining
@@ -156,29 +157,37 @@ def test_the_study_reports_and_resumes(study):
     assert json.loads((folder / "out" / "spark.json").read_text())["cells"]["computed"] == 0
 
 
-def test_bundles_of_a_study_verify(study, tmp_path, monkeypatch):
-    folder, result = study
-    monkeypatch.setattr(verify, "REPOSITORY", tmp_path)  # whose own results are of the whole study
-    config = Bundling(
-        SparKConfig(**TINY), tmp_path / "cards", tmp_path / EVIDENCE, tmp_path, folder / "cells"
+def test_bundles_from_recipes_verify(tmp_path):
+    """The probe, and what is fine-tuned from it, with rows that take a second."""
+    rows = {
+        name: dataclasses.replace(find_row(f"vision/{name}"), name=f"vision/{name}-small", seeds=1, **changes)
+        for name, changes in (
+            ("dense-resnet8-digits-n100", {}),
+            ("spark-resnet8-digits", {"twin": "vision/dense-resnet8-digits-n100-small"}),
+        )
+    }
+    arguments = {"depth": 8, "width": 4, "channels": 1}
+    dense = dataclasses.replace(
+        rows["dense-resnet8-digits-n100"],
+        arguments=arguments,
+        recipe={**rows["dense-resnet8-digits-n100"].recipe, "epochs": 1},
     )
-    Maker(config).run()
-    made = sorted(path.name for path in (tmp_path / "cards").iterdir())
-    assert made == [
-        "dense-resnet8-digits",
-        "dense-resnet8-digits-n20",
-        "spark-resnet8-digits",
-        "spark-resnet8-digits-n20",
-        "spark-resnet8-digits-tuned",
-    ]
-    for name in made:
-        assert verify_bundle(find(tmp_path / "cards" / name)).ok, name
-    card = find(tmp_path / "cards" / "spark-resnet8-digits-n20").card
-    tuned = [row for row in result.rows if row["what"] == "fine-tuning"]
-    found = [r["accuracy"] for r in tuned if (r["arm"], r["labels"]) == ("SparK", 20)]
-    assert [card.metrics[0].value] == pytest.approx(found)
-    assert card.dense_twin == "vision/dense-resnet8-digits-n20"
-    assert (tmp_path / "spark-digits-reconstructions.png").exists()
+    spark = dataclasses.replace(
+        rows["spark-resnet8-digits"],
+        arguments=arguments,
+        options={**rows["spark-resnet8-digits"].options, "width": 4, "decoder": 8, "execution": "grid"},
+        recipe={"epochs": 1, "lr": 0.003, "batch": 128},
+    )
+    target = Target(tmp_path)
+    cards = [find(make(row, target)).card for row in (dense, spark)]
+    for card in cards:
+        assert verify_bundle(find(tmp_path / card.name.partition("/")[2])).ok, card.name
+    assert cards[1].dense_twin == cards[0].name and cards[1].method.name == "spark"
+    assert cards[1].metrics[0].value > cards[0].metrics[0].value, "a probe of all labels after one epoch"
+    assert cards[1].method.hyperparameters["hidden_loss"] > 0
+    tuned = classifier(dense, 0, zoo.load(str(tmp_path / spark.slug)), Work(tmp_path / "work")).model
+    fresh = classifier(dense, 0, None, Work(tmp_path / "work")).model
+    assert not torch.equal(tuned.conv1.weight, fresh.conv1.weight)
 
 
 @pytest.mark.parametrize(

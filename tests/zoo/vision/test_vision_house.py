@@ -393,25 +393,3 @@ def test_unknown_options_are_refused(dense_bundle, tmp_path):
     assert main(["sparsify", str(dense_bundle), "--method", "bip", "--sparsit", "0.5", "--out", "x"]) != 0
     with pytest.raises(TypeError):
         MagnitudePruning(sparsitty=0.5)
-
-
-def test_a_kept_training_is_made_again_for_another_recipe(tmp_path):
-    from zoo.vision.bundle_recipes import CONVNET, Made
-    from zoo.vision.pretrain import kept
-
-    trained = []
-
-    def train(epochs):
-        def make():
-            trained.append(epochs)
-            return Made(CONVNET.build(), {}, {"epochs": epochs, "training_flops": 1.0}, 0.1)
-
-        stated = {"options": {"epochs": epochs}, "start": {"epochs": 20}}
-        return kept(tmp_path / "one.safetensors", CONVNET, stated, make)
-
-    first = train(1)
-    again = train(1)
-    assert trained == [1]
-    assert all(map(torch.equal, first.model.state_dict().values(), again.model.state_dict().values()))
-    assert train(2).options["epochs"] == 2
-    assert trained == [1, 2]

@@ -1,4 +1,4 @@
-"""A package as somebody else would write it: architecture, tasks, method, experiment, fine-tuner."""
+"""A package as somebody else would write it: architecture, tasks, method, recipes, experiment, fine-tuner."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from zoo.bundles.card import mean_and_spread
+from zoo.bundles.make import Work
+from zoo.bundles.recipes import Row
 from zoo.bundles.store import load, save
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, Plot, Series, Table, Verdict
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
 from zoo.methods.contract import Prune, Sparsified
-from zoo.shared.masks import masks_of
+from zoo.shared.masks import MaskSet, masks_of
 
 IN, OUT = 12, 4
 
@@ -34,6 +36,12 @@ toy/mlp = zoo_toy:MLP
 
 [zoo.methods]
 toy-half = zoo_toy:Half
+
+[zoo.makers]
+toy/dense = zoo_toy:make_dense
+
+[zoo.recipes]
+toy = zoo_toy:recipes
 
 [zoo.experiments]
 toy = zoo_toy:ToyExperiment
@@ -74,6 +82,17 @@ def train(seed: int, width: int = 32, steps: int = 60) -> MLP:
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     return model.eval()
+
+
+def make_dense(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """Maker of the dense toys."""
+    _log(f"train {row.slug} {seed}")
+    return Sparsified(train(seed, **row.arguments, **row.recipe), MaskSet({}))
+
+
+def recipes() -> Path:
+    """The file of the toy's recipe rows."""
+    return Path(__file__).with_name("recipes.yaml")
 
 
 @register_task

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from zoo.bundles.make import Work
+from zoo.bundles.recipes import Row
 from zoo.errors import ConfigError
-from zoo.llm import pretrain
+from zoo.llm import makers
 from zoo.llm.data import Corpus
-from zoo.llm.data.tokenization import packaged
+from zoo.llm.data.tokenization import make_tokenizer, packaged
+from zoo.llm.makers import dense, held_out_loss, new_model
 from zoo.llm.models.dropout import residual_dropout
-from zoo.llm.pretrain import Recipe, held_out_loss, new_model
-from zoo.llm.train import TrainConfig, distillation, next_token_loss, token_stream
+from zoo.llm.train import Fit, distillation, next_token_loss, token_stream
 
 SHAPE = {
     "vocab_size": 1024,
@@ -22,22 +24,25 @@ SHAPE = {
     "context": 32,
     "tokenizer": "shakespeare",
 }
-STEPS = TrainConfig(steps=80, batch=8, window=16, lr=3e-2)
-RECIPES = {
-    "plain": Recipe("", "small", SHAPE, STEPS),
-    "dropped": Recipe("", "small", SHAPE, STEPS, dropout=0.2, best=True),
-    "pupil": Recipe("", "small", SHAPE, STEPS, teacher="plain", distillation=2.0, seed=1),
-}
+STEPS = {"steps": 80, "batch": 8, "window": 16, "lr": 3e-2}
+
+
+def row(**options):
+    """A tiny recipe."""
+    shared = {"architecture": "llm/llama", "arguments": SHAPE, "dataset": "small", "recipe": STEPS}
+    return Row("llm/tiny", "", "", maker="llm/dense", options=options, **shared)
+
+
+PLAIN, DROPPED, PUPIL = row(), row(dropout=0.2, best=True), row(distillation=2.0)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Tiny recipes on a text that is soon learnt by heart, whose validation part is another text."""
+    """A text that is soon learnt by heart, whose validation part is another text."""
     line = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer. "
     other = "The slings and arrows of outrageous fortune, or to take arms against a sea of troubles. "
     made = Corpus("small", "", "", "", (line * 8,), (other * 2,), (other,))
-    monkeypatch.setattr(pretrain, "corpus", lambda name: made)
-    monkeypatch.setattr(pretrain, "RECIPES", RECIPES)
+    monkeypatch.setattr(makers, "corpus", lambda name: made)
     return made
 
 
@@ -47,7 +52,7 @@ def logits(model, ids):
 
 
 def test_dropout_lasts_as_long_as_its_context_and_is_off_in_eval_mode():
-    model, ids = new_model(RECIPES["plain"]), torch.arange(12)[None]
+    model, ids = new_model(PLAIN, 0), torch.arange(12)[None]
     plain = logits(model.eval(), ids)
     with residual_dropout(model, 0.5):
         assert torch.equal(logits(model, ids), plain)
@@ -67,7 +72,7 @@ def test_dropout_lasts_as_long_as_its_context_and_is_off_in_eval_mode():
 
 
 def test_the_divergence_from_a_teacher_is_that_of_the_definition():
-    one, other = new_model(RECIPES["plain"]).eval(), new_model(RECIPES["pupil"]).eval()
+    one, other = new_model(PLAIN, 0).eval(), new_model(PUPIL, 1).eval()
     batch = torch.arange(26).view(2, 13)
     own = logits(one, batch[:, :-1])
     assert float(distillation(one, 2.0)(own, batch)) == pytest.approx(0.0, abs=1e-6)
@@ -77,36 +82,54 @@ def test_the_divergence_from_a_teacher_is_that_of_the_definition():
 
 
 def test_held_out_loss_is_the_mean_over_whole_windows():
-    model, tokens = new_model(RECIPES["plain"]).eval(), torch.arange(70)
+    model, tokens = new_model(PLAIN, 0).eval(), torch.arange(70)
     own = logits(model, tokens[:64].view(4, 16))
     wanted = next_token_loss(own, tokens[1:65].view(4, 16))
     assert held_out_loss(model, tokens, 16, batch=3) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_the_weights_of_the_lowest_validation_loss_are_kept(small, tmp_path):
-    last, _ = pretrain.train("plain", tmp_path)
-    best, _ = pretrain.train("dropped", tmp_path)
+    last = dense(PLAIN, 0, None, Work(tmp_path / "last")).model
+    made = dense(DROPPED, 0, None, Work(tmp_path / "best"))
+    best = made.model
     tokens = token_stream(small.validation, packaged("shakespeare"))
     assert held_out_loss(best, tokens, 16) < held_out_loss(last, tokens, 16) - 0.5  # it overfits by far
+    assert made.hyperparameters["validation_loss"] == pytest.approx(held_out_loss(best, tokens, 16))
     train = token_stream(small.train, packaged("shakespeare"))
     assert held_out_loss(last, train, 16) < 1.0
-    assert held_out_loss(best, tokens, 16) < held_out_loss(new_model(RECIPES["dropped"]), tokens, 16)
+    assert held_out_loss(best, tokens, 16) < held_out_loss(new_model(DROPPED, 0), tokens, 16)
 
 
-@pytest.mark.parametrize("name", ["dropped", "pupil"])
-def test_an_interrupted_training_ends_with_the_same_bits(name, small, tmp_path):
-    whole, seconds = pretrain.train(name, tmp_path / "whole")
-    pretrain.train(name, tmp_path / "parts", until=33, every=10)
-    resumed, _ = pretrain.train(name, tmp_path / "parts")
+@pytest.mark.parametrize(("recipe", "seed"), [(DROPPED, 0), (PUPIL, 1)])
+def test_an_interrupted_training_ends_with_the_same_bits(recipe, seed, small, tmp_path, monkeypatch):
+    teacher = dense(PLAIN, 0, None, Work(tmp_path / "teacher")).model if recipe is PUPIL else None
+    whole = dense(recipe, seed, teacher, Work(tmp_path / "whole")).model
+    advance = Fit.advance
+
+    def killed(fit):
+        if fit.step == 33:
+            raise KeyboardInterrupt
+        advance(fit)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Fit, "advance", killed)
+        dense(recipe, seed, teacher, Work(tmp_path / "parts"))
+    steps = []
+    monkeypatch.setattr(Fit, "advance", lambda fit: (steps.append(fit.step), advance(fit))[1])
+    resumed = dense(recipe, seed, teacher, Work(tmp_path / "parts")).model
+    assert steps[0] == 25, "it goes on from its checkpoint"
     for (key, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), key
-    again, more = pretrain.train(name, tmp_path / "whole")  # finished: nothing is repeated
-    assert torch.equal(again.lm_head.weight, whole.lm_head.weight) and more < seconds + 1
-    assert seconds > 0
 
 
-def test_a_device_that_is_not_there_is_refused():
+def test_a_device_that_is_not_there_is_refused(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has the device that should be missing")
     with pytest.raises(ConfigError, match="no device 'cuda'"):
-        pretrain.main(pretrain.Pretrain(models=("shakespeare",), device="cuda"))
+        dense(PLAIN, 0, None, Work(tmp_path, "cuda"))
+
+
+def test_a_packaged_tokenizer_is_made_again():
+    text = "Now is the winter of our discontent"
+    again = make_tokenizer("shakespeare")
+    assert again.encode(text, add_special_tokens=False).ids == packaged("shakespeare")(text).input_ids[:]
