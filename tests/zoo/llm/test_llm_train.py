@@ -231,8 +231,7 @@ def pruned(tmp_path, monkeypatch):
     torch.manual_seed(0)
     shape = {"layers": 2, "heads": 4, "kv_heads": 2, "context": 64, "tokenizer": "shakespeare"}
     model = llama(1024, 32, 48, **shape).eval().half()
-    data = {"name": "toy", "source": "toy", "licence": "toy"}
-    about = About("llm/toy-dense", "s", "c", "nobody", data)
+    about = About("llm/toy-dense", "s", "c", "x", {"name": "toy", "source": "toy", "licence": "toy"})
     dense = save_dense(model, tmp_path / "models" / "llm" / "toy-dense", about, ["llm/toy"])
     monkeypatch.setenv("ZOO_PATH", str(tmp_path / "models"))
     method = Prune(sparsity=0.5, names=("model.layers.*_proj.weight",))
