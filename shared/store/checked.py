@@ -7,7 +7,6 @@ are named and refused; nothing of such a file is given out. Checkpoints, cells a
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..errors import FormatError, IdentityError, StorageError
 from .formats.container import DTYPE_NAMES, DTYPES, Array, Container, read_container, write_container
+from .io import unwritable
 
 _KEYS = {"checksums", "facts", "identity", "seal"}
 
@@ -64,9 +64,7 @@ def write_checked(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_container(path, arrays, {**metadata, "seal": _seal(metadata, shapes)})
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space, or choose a folder on another disk" if full else "choose another folder"
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}; {remedy}") from error
+        raise error if isinstance(error, StorageError) else unwritable(path, error) from error
     return path
 
 

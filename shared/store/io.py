@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+from ..errors import StorageError
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[IO[bytes]], object]) -> Path:
@@ -19,9 +22,29 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[IO[byt
     (after a kill it may remain, under a name that starts with a dot).
 
     Raises:
-        OSError: the folder is missing or not writable, or the disk is full.
+        StorageError: the folder is missing or not writable, or the disk is full; it is an OSError, too.
     """
     path = Path(path)
+    try:
+        return _write(path, content)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> StorageError:
+    """The error of a file or folder that cannot be written, with the number of the system's own."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space, or choose a folder on another disk" if full else "choose another folder"
+    found = StorageError(
+        f"{path}: cannot be written: {error.strerror or error}. What was there before is intact; {remedy}."
+    )
+    found.errno, found.strerror = error.errno, error.strerror
+    return found
+
+
+def _write(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> Path:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -16,6 +16,7 @@ from zoo.bundles import store as bundles
 from zoo.bundles.card import read_card
 from zoo.bundles.store import ModelInfo, info, load, save
 from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
+from zoo.registry import ARCHITECTURES
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.ops import SparseLinear
 from zoo.shared.store.formats import load_packed
@@ -81,7 +82,7 @@ def test_a_dense_model(tiny_fields, tmp_path: Path) -> None:
     tiny_fields["method"]["name"] = "dense"
     tiny_fields["dense_twin"] = tiny_fields["metrics"][0]["dense"] = None
     torch.manual_seed(0)
-    model = load(save(bundles.ARCHITECTURES.get("test/tiny")(8, 0.5), tmp_path / "dense", card=tiny_fields))
+    model = load(save(ARCHITECTURES.get("test/tiny")(8, 0.5), tmp_path / "dense", card=tiny_fields))
     assert len(masks_of(model)) == 0 and info(model).card.sparsity.parts == {}
 
 
@@ -122,7 +123,7 @@ def test_packed_execution_gives_the_same_outputs(tiny_fields, tmp_path: Path, mo
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(800, 700), nn.ReLU(), nn.Linear(700, 5))
 
-    monkeypatch.setitem(bundles.ARCHITECTURES._entries, "test/wide", build)
+    monkeypatch.setitem(ARCHITECTURES._entries, "test/wide", build)
     torch.manual_seed(0)
     model = build()
     masks = MaskSet({"0.weight": torch.rand(700, 800) >= 0.95, "2.weight": torch.rand(5, 700) >= 0.3})

@@ -40,6 +40,8 @@ class FakeHub(ThreadingHTTPServer):
         self.cuts_left = 0
         self.tampered: dict[str, bytes] = {}  # file -> what is sent instead
         self.down = False
+        self.portal = b""  # a page that answers everything
+        self.repositories: dict[str, dict[str, bytes]] = {}  # further ones: name -> files
 
     @property
     def url(self) -> str:
@@ -86,9 +88,14 @@ class Handler(BaseHTTPRequestHandler):
         hub_server.requests.append(f"{self.command} {path}")
         if hub_server.down:
             return self.send(503)
+        if hub_server.portal:
+            return self.send(200, hub_server.portal, Content_Type="text/html")
         parts = path.strip("/").split("/")
         repository = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
-        if repository != "owner/tiny":
+        if repository in hub_server.repositories:
+            hub_server.publish(hub_server.repositories[repository], repository)
+            parts[3 if parts[0] != "api" else 5 : 4 if parts[0] != "api" else 6] = [repository]
+        elif repository != "owner/tiny":
             return self.send(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
         revision = parts[3] if parts[0] != "api" else parts[5] if len(parts) > 5 else "main"
         commit = hub_server.refs.get(revision, revision)
@@ -193,6 +200,7 @@ def test_a_model_from_the_hub(server: FakeHub, tiny_bundle, tiny_model) -> None:
     model = bundles.load("hf://owner/tiny")
     assert torch.equal(model.first.weight, tiny_model.first.weight)
     assert cached_files() == [
+        "names/graph--tiny-test",
         "owner--tiny/lock",
         "owner--tiny/refs/main",
         f"owner--tiny/snapshots/{commit}/card.yaml",
@@ -577,3 +585,66 @@ def test_a_base_is_pushed_with_it(server: FakeHub, on_base: Path, tiny_bundle: P
     own = ["card.yaml", "weights.safetensors"]
     assert list(pushed.files) == [*own, *(f"base/{name}" for name in own)]
     bundles.load("hf://owner/tiny")
+
+
+# -- names, locks and what is left behind
+
+
+def test_a_name_stays_with_the_repository_that_brought_it(
+    server: FakeHub, tiny_bundle, save_tiny, tmp_path: Path, caplog
+) -> None:
+    server.publish_folder(tiny_bundle)
+    first = hub.pull("hf://owner/tiny")
+    server.repositories["evil/tiny"] = files_of(save_tiny(tmp_path / "evil", version="9.0.0"), None)
+    second = hub.pull("hf://evil/tiny")
+    assert "calls itself graph/tiny-test, which is the name of hf://owner/tiny" in caplog.text
+    assert catalog.find("graph/tiny-test").folder == first.folder, "though the other version is higher"
+    assert catalog.list_models("graph/tiny-test@*") == ["graph/tiny-test@1.0.0"]
+    assert bundles.load("hf://evil/tiny").zoo_info.folder == second.folder
+    hub.pull("hf://evil/tiny", rebind=True)
+    assert catalog.find("graph/tiny-test").folder == second.folder
+    server.publish_folder(save_tiny(tmp_path / "new", version="1.1.0"))
+    assert hub.pull("hf://owner/tiny").card.version == "1.1.0"
+    assert catalog.find("graph/tiny-test").folder == second.folder
+
+
+def test_two_claims_and_no_binding(server: FakeHub, tiny_bundle, save_tiny, tmp_path: Path) -> None:
+    server.publish_folder(tiny_bundle)
+    hub.pull("hf://owner/tiny")
+    server.repositories["evil/tiny"] = files_of(save_tiny(tmp_path / "evil", version="9.0.0"), None)
+    hub.pull("hf://evil/tiny")
+    shutil.rmtree(catalog.cache_folder() / "hub" / "names")
+    with pytest.raises(BundleError, match="comes from hf://evil/tiny and hf://owner/tiny.*--rebind"):
+        catalog.find("graph/tiny-test")
+
+
+@pytest.mark.parametrize("twin", ["../../somewhere", "/etc", "hf://evil/twin", "graph/x@main", "."])
+def test_a_twin_is_a_name(save_tiny, tiny_fields, tmp_path: Path, twin: str) -> None:
+    metric = tiny_fields["metrics"][0] | {"dense": tiny_fields["metrics"][0]["dense"] | {"name": twin}}
+    with pytest.raises(CardError, match="dense_twin: expected domain/slug"):
+        save_tiny(tmp_path / "b", dense_twin=twin, metrics=[metric])
+
+
+def test_a_login_page_is_no_hub(server: FakeHub, tiny_bundle) -> None:
+    server.portal = b"<html>Welcome to the airport</html>"
+    with pytest.raises(HubError, match="does not answer like a hub"):
+        hub.fetch("hf://owner/tiny")
+
+
+def test_waiting_for_another_pull_is_said_and_ends(server: FakeHub, tiny_bundle, caplog, monkeypatch) -> None:
+    from filelock import FileLock
+
+    commit = server.publish_folder(tiny_bundle)
+    folder = catalog.cache_folder() / "hub" / "owner--tiny"
+    left = folder / "snapshots" / f".{commit}.abc.tmp"
+    left.mkdir(parents=True)
+    (left / "weights.safetensors").write_bytes(b"half")
+    monkeypatch.setattr(hub, "LOCK_TIMEOUT", 0.2)
+    with (
+        FileLock(folder / "lock"),
+        pytest.raises(HubError, match="another process has held .*lock for 0.2 s"),
+    ):
+        hub.fetch("hf://owner/tiny")
+    assert "waiting up to" in caplog.text and left.exists()
+    hub.fetch("hf://owner/tiny")
+    assert not left.exists(), "what a killed pull left goes with the next one"

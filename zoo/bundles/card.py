@@ -25,7 +25,7 @@ from pydantic import (
 
 from zoo.bundles import cardfile
 from zoo.errors import CardError
-from zoo.names import is_model_name, is_version
+from zoo.names import is_model_name, is_version, split_version
 
 CARD_FILE = "card.yaml"
 SCHEMA_VERSION = 1
@@ -53,6 +53,13 @@ def _plain(value: Any) -> Any:
 def _model_name(value: str) -> str:
     if not is_model_name(value):
         raise ValueError("expected domain/slug in lower case, e.g. graph/teddy-gcn-cora-g30-w80")
+    return value
+
+
+def _model_reference(value: str) -> str:
+    name, version = split_version(value)
+    if not is_model_name(name) or not (version is None or is_version(version)):
+        raise ValueError("expected domain/slug or domain/slug@version, no path and no address of a hub")
     return value
 
 
@@ -88,6 +95,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1, max_length=4000)]
 ModelName = Annotated[str, AfterValidator(_model_name)]
+ModelReference = Annotated[str, AfterValidator(_model_reference)]
 Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
 PerSeed = Annotated[dict[Count, Finite], Field(min_length=1)]
 
@@ -289,7 +297,7 @@ class Card(_Part):
     sparsity: Sparsity
     cost: Cost
     metrics: Annotated[list[Metric], Field(min_length=1)]
-    dense_twin: Text | None = None
+    dense_twin: ModelReference | None = None
     training: Training
     data: Data
     license: Text

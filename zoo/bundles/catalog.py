@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
+from zoo.bundles.bindings import may_use, repository_of
 from zoo.bundles.card import CARD_FILE, Card, read_card
 from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
 from zoo.names import DOMAINS, is_model_name, natural_key, split_version, suggestion, version_key
@@ -121,6 +122,18 @@ def find(name: str | os.PathLike[str], version: str | None = None, offline: bool
     if pin is not None and version is not None and pin != version:
         raise ConfigError(f"{text!r} pins a version, received version={version!r}, too. Give one of them.")
     return _find_by_name(wanted, pin if pin is not None else version)
+
+
+def find_named(reference: str) -> Bundle:
+    """The bundle of a name or `name@version` in the known places: what a card may point to.
+
+    Unlike `find` it takes neither paths nor addresses of hubs, since cards are other people's.
+
+    Raises:
+        UnknownNameError: no place has it.
+        CardError, BundleError: it is there and broken.
+    """
+    return _find_by_name(*split_version(reference))
 
 
 def base_of(bundle: Bundle) -> Bundle | None:
@@ -283,9 +296,12 @@ def _installed() -> Iterator[Bundle]:
         here = []
         for folder in folders:
             try:
-                here.append(open_bundle(folder))
+                bundle = open_bundle(folder)
             except (CardError, BundleError) as error:  # one broken bundle must not hide the others
                 _log.warning("Left out of the list: %s", error)
+                continue
+            if may_use(bundle.card.name, folder, cache_folder()):
+                here.append(bundle)
         yield from (bundle for bundle in here if bundle.card.name not in seen)
         seen.update(bundle.card.name for bundle in here)
 
@@ -327,12 +343,13 @@ def _find_by_name(name: str, version: str | None) -> Bundle:
                 if folder.name == name.rpartition("/")[2]:
                     broken = error
                 continue
-            if bundle.card.name == name:
+            if bundle.card.name == name and may_use(name, folder, cache_folder()):
                 others.add(bundle.card.version)
                 found.append(bundle)
         if version is not None:
             found = [bundle for bundle in found if bundle.card.version == version]
         if found:
+            _one_repository(name, found)
             return _only(sorted(found, key=lambda bundle: version_key(bundle.card.version))[-1], found)
     if broken is not None:
         raise broken
@@ -341,6 +358,14 @@ def _find_by_name(name: str, version: str | None) -> Bundle:
         raise UnknownNameError(f"Model {name!r} has no version {version!r} here. There is {there}.")
     names = {bundle.card.name for bundle in _installed()}
     raise UnknownNameError(f"Unknown model {name!r}. {suggestion(name, names)}")
+
+
+def _one_repository(name: str, found: list[Bundle]) -> None:
+    """Refuse a name that several repositories claim and that is bound to none (a cache of an older zoo)."""
+    sources = {repository_of(bundle.folder, cache_folder()) for bundle in found}
+    if len(sources) > 1:
+        names = " and ".join(sorted(f"{HUB_PREFIX}{source}" for source in sources))
+        raise BundleError(f"{name} comes from {names}. Say which one: zoo pull REFERENCE --rebind.")
 
 
 def _only(newest: Bundle, found: list[Bundle]) -> Bundle:

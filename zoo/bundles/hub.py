@@ -6,26 +6,32 @@ arrives is compared with the cards before it is put, with one rename, into the c
 
     $ZOO_CACHE/hub/<owner>--<name>/snapshots/<commit>/    the bundle as of one commit
     $ZOO_CACHE/hub/<owner>--<name>/refs/<revision>        the commit that a branch or tag was last seen at
+
+The bare name on a card is bound to the repository that brought it first; see `zoo.bundles.bindings`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from zoo.bundles.bindings import bind, bound_to, repository_of
 from zoo.bundles.card import CARD_FILE, parse_card
 from zoo.bundles.cardfile import MAX_BYTES, read_yaml
 from zoo.bundles.catalog import BASE_FOLDER, HUB_PREFIX, Bundle, base_of, cache_folder, find, open_bundle
 from zoo.bundles.folders import publish_folder
-from zoo.errors import BundleError, HubError
+from zoo.errors import BundleError, CardError, HubError
 from zoo.shared.store.io import atomic_write
 
+LOCK_TIMEOUT = 600  # seconds that a pull waits for another one of the same repository
 _log = logging.getLogger("zoo")
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,95}"
 _REFERENCE = re.compile(rf"hf://({_WORD}/{_WORD})(?:@([A-Za-z0-9](?:[A-Za-z0-9_/-]|\.(?!\.)){{0,127}}))?")
@@ -110,12 +116,14 @@ def fetch(text: str, offline: bool | None = None) -> Bundle:
     return _fetch_commit(reference, listing)
 
 
-def pull(reference: str, offline: bool | None = None) -> Bundle:
+def pull(reference: str, offline: bool | None = None, rebind: bool = False) -> Bundle:
     """Bring a bundle into the cache and verify it there; a damaged copy is fetched anew.
 
     Args:
         reference: `hf://owner/name@revision`.
         offline: as for `fetch`.
+        rebind: whether the model's bare name shall mean this repository from now on, also if it meant
+            another one.
 
     Raises:
         HubError: as for `fetch`.
@@ -132,6 +140,8 @@ def pull(reference: str, offline: bool | None = None) -> Bundle:
         shutil.rmtree(bundle.folder / BASE_FOLDER, ignore_errors=True)
         bundle = fetch(reference, offline)
         _check_all(bundle)
+    if rebind:
+        bind(bundle.card.name, parse_reference(reference).repository, cache_folder())
     return bundle
 
 
@@ -219,16 +229,17 @@ def _ref_file(reference: HubReference) -> Path:
 
 
 def _fetch_commit(reference: HubReference, listing: _Listing) -> Bundle:
-    from filelock import FileLock
-
     folder = reference.folder / "snapshots" / listing.commit
     pinned = HubReference(reference.repository, listing.commit)
     try:
         if not (folder / CARD_FILE).exists():
             reference.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(reference.folder / "lock"):
+            with _locked(reference):
+                for left in reference.folder.glob("*/.*.tmp"):  # of pulls that were killed: we hold the lock
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
                 if not (folder / CARD_FILE).exists():  # another process may have been quicker
                     publish_folder(folder, lambda temporary: _download(pinned, listing, temporary))
+        _claim_name(reference, open_bundle(folder))
         ref = _ref_file(reference)
         if reference.revision != listing.commit and _cached(reference) != open_bundle(folder):
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -236,6 +247,64 @@ def _fetch_commit(reference: HubReference, listing: _Listing) -> Bundle:
     except (OSError, BundleError) as error:
         raise HubError(f"{reference}: {error} Set ZOO_CACHE to a folder that can be written.") from error
     return open_bundle(folder)
+
+
+@contextlib.contextmanager
+def _locked(reference: HubReference) -> Iterator[None]:
+    """The repository's lock in the cache; waiting for another process is said, and ends."""
+    from filelock import FileLock, Timeout
+
+    path = reference.folder / "lock"
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _log.warning(
+                "%s: waiting up to %d s for another pull, which holds %s", reference, LOCK_TIMEOUT, path
+            )
+            lock.acquire(timeout=LOCK_TIMEOUT)
+    except Timeout:
+        raise HubError(
+            f"{reference}: another process has held {path} for {LOCK_TIMEOUT} s. Wait for it or end it, then "
+            "pull again."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _claim_name(reference: HubReference, bundle: Bundle) -> None:
+    """Bind the bundle's bare name to the repository, unless another one has it."""
+    name, cache = bundle.card.name, cache_folder()
+    bound = bound_to(name, cache)
+    if bound is None:
+        others = {
+            repository_of(path.parent, cache)
+            for path in (cache / "hub").glob(f"*/snapshots/*/{CARD_FILE}")
+            if _has_name(path.parent, name)
+        }
+        bound = next(iter(sorted(filter(None, others - {reference.repository}))), reference.repository)
+        bind(name, bound, cache)
+    if bound != reference.repository:
+        _log.warning(
+            "%s calls itself %s, which is the name of %s%s here and stays so; load it as %s, or give it the "
+            "name: zoo pull %s --rebind",
+            reference,
+            name,
+            HUB_PREFIX,
+            bound,
+            reference,
+            reference,
+        )
+
+
+def _has_name(folder: Path, name: str) -> bool:
+    try:
+        return open_bundle(folder).card.name == name
+    except (CardError, BundleError):
+        return False
 
 
 def _listing(reference: HubReference) -> _Listing:
@@ -254,12 +323,24 @@ def _listing(reference: HubReference) -> _Listing:
         raise HubError(f"{reference}: the repository has no such branch, tag or commit.") from error
     except _hub_errors() as error:
         raise _Unreachable(f"the hub cannot be reached: {_one_line(error)}") from error
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in found.siblings or []}
-    if not found.sha or not _COMMIT.fullmatch(found.sha):
+    except Exception as error:  # an answer of any form, say of a captive portal, breaks the library anywhere
+        raise _no_hub(reference, error) from error
+    siblings = [(sibling.rfilename, sibling.size or 0) for sibling in found.siblings or []]
+    if not all(isinstance(name, str) and type(size) is int and size >= 0 for name, size in siblings):
+        raise _no_hub(reference, "it lists files without a name or a size")
+    sizes = dict(siblings)
+    if not isinstance(found.sha, str) or not _COMMIT.fullmatch(found.sha):
         raise HubError(f"{reference}: the server names no commit. Is HF_ENDPOINT a hub?")
     if CARD_FILE not in sizes:
         raise HubError(f"{reference}: the repository has no {CARD_FILE}, so it holds no bundle.")
     return _Listing(found.sha, sizes)
+
+
+def _no_hub(reference: HubReference, problem: object) -> HubError:
+    return HubError(
+        f"{reference}: the server does not answer like a hub ({_one_line(problem)}). Is the network behind a "
+        "login page, or HF_ENDPOINT another server?"
+    )
 
 
 def _download(pinned: HubReference, listing: _Listing, folder: Path) -> None:
@@ -334,6 +415,8 @@ def _download_file(pinned: HubReference, name: str, folder: Path) -> None:
         raise HubError(
             f"{pinned}: {name} did not arrive whole: {_one_line(error)}. Nothing was kept; pull again."
         ) from error
+    except Exception as error:
+        raise _no_hub(pinned, error) from error
 
 
 def _api() -> Any:
@@ -354,6 +437,6 @@ def _is_local(error: OSError) -> bool:
     return error.errno is not None and not isinstance(error, (ConnectionError, TimeoutError))
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."

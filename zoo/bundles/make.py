@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.bundles.building import fill_model
 from zoo.bundles.catalog import Bundle, cache_folder, find, open_bundle
 from zoo.bundles.publish import About, Evidence, Figure, Trained, figures_of, publish
 from zoo.bundles.recipes import Row, find_row
-from zoo.bundles.store import fill_model, load_bundle
+from zoo.bundles.store import load_bundle
 from zoo.errors import ConfigError, UnknownNameError
 from zoo.methods.contract import Sparsified
 from zoo.registry import ARCHITECTURES, MAKERS, METHODS

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.bundles import base as bases
+from zoo.bundles.building import build, fill_model, refusing
 from zoo.bundles.card import (
     BASE_SCHEMA_VERSION,
     CARD_FILE,
@@ -32,7 +33,6 @@ from zoo.bundles.card import (
 from zoo.bundles.catalog import Bundle, base_of, find, open_bundle
 from zoo.bundles.folders import publish_folder
 from zoo.errors import BundleError, ConfigError
-from zoo.registry import ARCHITECTURES
 from zoo.shared.errors import SparseError
 from zoo.shared.masks import MaskSet, SparsityReport, masks_of, set_masks
 from zoo.shared.ops import packing
@@ -92,22 +92,23 @@ def load_bundle(bundle: Bundle, execution: Execution = "masked") -> nn.Module:
     contents = _unpack(bundle)
     _require_same_architecture(bundle, contents)
     base = _base_contents(bundle, contents)
-    model = _build(bundle.card)
-    try:
+    with refusing(bundle.card.name, f" in {bundle.folder}"):
         if base is not None:
             contents = bases.restore(contents, base)
+    model = build(bundle.card, contents.tensors)
+    with refusing(bundle.card.name, f" in {bundle.folder}"):
         fill_model(model, contents.tensors)
         set_masks(model, contents.masks)
         if lost := contents.masks.zeros_intact(model):
             raise BundleError(f"{lost[0]!r} has other values than zero where its mask drops")
+        for module in model.modules():  # masked execution refuses what packed execution would
+            if callable(check := getattr(module, "check_loaded", None)):
+                check()
         if callable(take := getattr(model, "load_extras", None)):
             take(contents.extras)
-    except (SparseError, RuntimeError) as error:
-        where = f"{bundle.card.name} in {bundle.folder}"
-        raise BundleError(f"{where}: {error}. Fetch or save it again.") from error
-    model.eval()
-    if execution == "packed":
-        model = packing.pack(model, contents.masks)
+        model.eval()
+        if execution == "packed":
+            model = packing.pack(model, contents.masks)
     model.zoo_info = ModelInfo(bundle.card, contents.extras, bundle.folder, execution)  # type: ignore[assignment]
     return model
 
@@ -248,43 +249,6 @@ def _save_on(
 def _check_execution(execution: str) -> None:
     if execution not in ("masked", "packed"):
         raise ConfigError(f"execution is 'masked' or 'packed', received {execution!r}.")
-
-
-def _build(card: Card) -> nn.Module:
-    """Build the architecture without touching the random state of the caller."""
-    builder = ARCHITECTURES.get(card.architecture.name)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = builder(**card.architecture.args)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise BundleError(
-            f"{card.name}: the architecture {card.architecture.name!r} refuses the arguments on the card: "
-            f"{error}. Correct architecture.args, or use the version that made the bundle."
-        ) from error
-    if not isinstance(model, nn.Module):
-        built = type(model).__name__
-        raise BundleError(f"{card.name}: {card.architecture.name!r} built a {built}, which is no module.")
-    return model
-
-
-def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put the stored tensors into the model in their stored precision; names and shapes must agree."""
-    state = model.state_dict(keep_vars=True)
-    if missing := sorted(state.keys() - tensors.keys()):
-        raise BundleError(f"the weights lack {missing[0]!r} ({len(missing)} missing)")
-    if extra := sorted(tensors.keys() - state.keys()):
-        raise BundleError(f"the weights have {extra[0]!r}, which the architecture lacks ({len(extra)} such)")
-    for name, tensor in tensors.items():
-        own = state[name]
-        if own.shape != tensor.shape:
-            raise BundleError(
-                f"{name!r} has the shape {tuple(tensor.shape)}, the architecture {tuple(own.shape)}"
-            )
-        if own.dtype != tensor.dtype:
-            if not (own.is_floating_point() and tensor.is_floating_point()):
-                raise BundleError(f"{name!r} is stored as {tensor.dtype}, the architecture has {own.dtype}")
-            own.data = own.data.to(tensor.dtype)  # the same Parameter object, so that ties hold
-    model.load_state_dict(dict(tensors), strict=True)
 
 
 def _metadata(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    _show_warnings()
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
@@ -59,6 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _report(error, as_json="--json" in arguments)
+
+
+def _show_warnings() -> None:
+    """Send what the zoo logs to stderr through the console, once in a process."""
+    from zoo.cli.console import Notes
+
+    log = logging.getLogger("zoo")
+    if not any(isinstance(handler, Notes) for handler in log.handlers):
+        handler = Notes(logging.WARNING)
+        log.addHandler(handler)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -102,18 +114,20 @@ def _overview() -> str:
 
 def _report(error: Exception, *, as_json: bool) -> int:
     """Print an error in one or two lines and return its exit code."""
+    from zoo.cli.console import note
+
     code, text = _classify(error)
     if as_json:
         print(json.dumps({"error": {"type": type(error).__name__, "message": text, "exit_code": code}}))
-    print(f"zoo: {text}", file=sys.stderr)
+    note(f"zoo: {text}")
     return code
 
 
 def _classify(error: Exception) -> tuple[int, str]:
     from zoo.errors import HubError
-    from zoo.shared.errors import SparseError
+    from zoo.shared.errors import SparseError, StorageError
 
-    if isinstance(error, HubError):
+    if isinstance(error, (HubError, StorageError)):
         return ENVIRONMENT, str(error)
     if isinstance(error, SparseError):
         return USAGE, str(error)

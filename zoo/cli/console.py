@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from zoo.report.plain import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,10 +19,20 @@ PIPE_WIDTH = 200
 
 
 def stdout() -> Console:
-    """A console on stdout. In a pipe lines are not folded to 80 columns and carry no colours."""
-    from rich.console import Console
+    """A console on stdout. In a pipe lines are not folded to 80 columns and carry no colours.
 
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    Whatever is printed on it, a card's text say, has its control characters taken out (`zoo.report.plain`);
+    only the styles that the zoo itself asks for reach the terminal.
+    """
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class PlainConsole(Console):
+        def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **options):
+                yield segment if segment.control else Segment(plain(segment.text), segment.style)
+
+    return PlainConsole(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def print_json(value: Any) -> None:
@@ -27,8 +41,15 @@ def print_json(value: Any) -> None:
 
 
 def note(text: str) -> None:
-    """A message beside the results, to stderr."""
-    print(text, file=sys.stderr)
+    """A message beside the results, to stderr, without control characters."""
+    print(plain(text), file=sys.stderr)
+
+
+class Notes(logging.Handler):
+    """What the zoo logs, as messages beside the results."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"zoo: {record.getMessage()}")
 
 
 def version_line() -> str:

@@ -27,6 +27,9 @@ class Pull:
     offline: bool = False
     """Only look into the cache."""
 
+    rebind: bool = False
+    """Let the model's name mean this repository from now on, also if it meant another one."""
+
     json: bool = False
     """Print JSON."""
 
@@ -74,7 +77,7 @@ def pull_command(argv: Sequence[str]) -> int:
     _require_hub(options.reference)
     from zoo.bundles.hub import pull
 
-    bundle = pull(options.reference, offline=True if options.offline else None)
+    bundle = pull(options.reference, True if options.offline else None, options.rebind)
     card = bundle.card
     if options.json:
         print_json({"name": card.name, "version": card.version, "folder": str(bundle.folder)})

@@ -11,6 +11,7 @@ from zoo.cli import OK
 from zoo.cli.console import note, print_json
 from zoo.cli.parsing import Positional, metavar, parse
 from zoo.errors import ConfigError
+from zoo.report.plain import plain
 
 
 @dataclass
@@ -90,5 +91,5 @@ def generate_command(argv: Sequence[str]) -> int:
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(plain(text))
     sys.stdout.flush()

@@ -3,15 +3,16 @@
 Planetoid's and the Coauthor graph go through torch-geometric's own loaders. Their raw files come from
 `$ZOO_DATA/planetoid/<Name>/raw` and `$ZOO_DATA/graphs-npz` if that folder is set, else from torch-geometric's
 download; they are processed once in the cache folder (`$ZOO_CACHE`, by default ~/.cache/sparse-model-zoo).
-Planetoid's raw files
-are pickles, which can run code when read: those of Cora and Citeseer must have the known SHA-256 before they
-are read. `digits` is embedded: it needs no file and no network.
+Planetoid's raw files are pickles, which can run code when read, and torch-geometric's own download compares
+nothing: each must have the hash below before any is read. The Coauthor graph is an archive of plain arrays,
+read without pickle. `digits` is embedded: it needs no file and no network.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -52,7 +53,16 @@ _SHA256 = {
     "ind.cora.ty": "41f5ac76596a1699cc33f53084a2419e92961c42bb75f36fc38e616d348532ad",
     "ind.cora.x": "23cfa55d91c6f624233f5eb7b6e3f141f1bd2b2ae39608a63cf5d084bb27baab",
     "ind.cora.y": "94465c14eb53e04ca262198dcbb2521ee8af60fb3f3d546cd6ca24a511b0e7d1",
+    "ind.pubmed.ally": "0c37bbe3b5014ec365e9d393cf4791925e5ed94fb194305d74f064a8d7b50f0e",
+    "ind.pubmed.graph": "5b89f0036ca22909471f1e6558eb42fa06e0c730a577bde5b058b40638f81dc9",
+    "ind.pubmed.test.index": "b101d421688bbaecbd82e8a18f1e282378d6830f3a37666f28ebc47f844341b5",
+    "ind.pubmed.tx": "4eb5f5d0f30f26497eb0ac6ac9719d09c67e284f1ed0385c93f3ef27a671da3d",
+    "ind.pubmed.ty": "ee2e0d4819d9fbcc403689c3bf2e49face401b605932f093bc58ab6461130fdd",
+    "ind.pubmed.x": "fbe9cb5c47200d1b7769a26e579be3b7130b556831f9d850e77c4c74f2599b33",
+    "ind.pubmed.y": "e6c807633307a07ed659249006536a147c7999c797f11a2560752990181b41b3",
 }
+# Of the largest file only the name of its git object (a SHA-1) could be read off the repository.
+_GIT_BLOB = {"ind.pubmed.allx": "3b86bccf08111c37c632a9dd8ab63db25ea76361"}
 
 
 SOURCES = {
@@ -128,16 +138,20 @@ class _CheckedPlanetoid(Planetoid):
 
     def process(self) -> None:
         for path in map(Path, self.raw_paths):
-            _check_sha256(path)
+            _check_hash(path)
         super().process()
 
 
-def _check_sha256(path: Path) -> None:
-    known = _SHA256.get(path.name)
-    if known is not None and (found := sha256_file(path)) != known:
+def _check_hash(path: Path) -> None:
+    known, found = _SHA256.get(path.name), sha256_file(path)
+    if blob := _GIT_BLOB.get(path.name):
+        content = path.read_bytes()
+        known, found = blob, hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    if known != found:
+        expected = f"{known[:16]}..." if known else "a known one"
         raise DataError(
-            f"{path} is not the published file: SHA-256 {found[:16]}... instead of {known[:16]}.... It is a "
-            "pickle and is not read. Delete it and fetch it again."
+            f"{path} is not the published file: its hash is {found[:16]}... instead of {expected}. It is a "
+            "pickle, could run code when read, and is not read. Delete it and fetch it again."
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from zoo.bundles.card import CARD_FILE, Card
-from zoo.bundles.catalog import Bundle, base_of, find, list_models
+from zoo.bundles.catalog import Bundle, base_of, find, find_named, list_models
 from zoo.bundles.store import Execution, ModelInfo, load_bundle
 from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
 from zoo.names import is_glob
@@ -91,7 +91,7 @@ def twin_of(bundle: Bundle) -> Bundle:
             beside = find(path.parent)
             if name in (beside.card.name, beside.card.reference):
                 return beside
-    return find(name)
+    return find_named(name)
 
 
 def find_bundles(models: Models) -> list[Bundle]:

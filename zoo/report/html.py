@@ -3,14 +3,15 @@ print."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 
 from zoo.harness.experiments import ExperimentResult
 from zoo.harness.records import Record
 from zoo.harness.tables import Plot, Table
 from zoo.report import numbers
+from zoo.report.plain import plain
 from zoo.report.plots import PALETTE, svg
 from zoo.report.summary import summarise
 from zoo.report.terminal import BAD, GOOD, verdict_table
@@ -77,6 +78,11 @@ def experiment_page(title: str, lead: str, result: ExperimentResult, facts: Mapp
         Section("Results", "", result.tables, result.plots),
     ]
     return page(title, lead, sections, facts)
+
+
+def escape(text: str) -> str:
+    """Text of others as text of the page: neither markup nor marks of direction."""
+    return html.escape(plain(text))
 
 
 def page(title: str, lead: str, sections: Sequence[Section], facts: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from dataclasses import dataclass
 from math import prod
@@ -13,9 +14,12 @@ from .coding import Index, payload_range
 from .container import DTYPES, Container, check_name, fail, is_count, read_shape, strict_json
 
 # A small file may stand for a large tensor (all of it dropped), but not for one that fills the memory of
-# whoever opens it: dense tensors of at most 256 MiB, or 4096 times the size of the file, whichever is more.
+# whoever opens it: dense tensors of at most 256 MiB, or 256 times the size of the file and at most 1 GiB more
+# than it, whichever is more. ZOO_MAX_UNPACKED, in bytes, replaces that.
 FREE_BYTES = 256 << 20
-MAX_EXPANSION = 4096
+MAX_EXPANSION = 256
+MAX_EXCESS = 1 << 30
+LIMIT_VARIABLE = "ZOO_MAX_UNPACKED"
 
 DENSE_FIELDS = {"dtype", "shape", "encoding"}
 CODED_FIELDS = DENSE_FIELDS | {"kept", "index"}
@@ -210,10 +214,21 @@ def _check_expansion(container: Container, entries: list[Entry]) -> None:
         for entry in entries
         if entry.encoding != "same"
     )
-    allowed = max(FREE_BYTES, MAX_EXPANSION * container.size)
+    allowed = _allowed(container)
     if total > allowed:
         fail(
             container.path,
             f"its {container.size} bytes unpack to {total}, more than the {allowed} allowed",
-            "the file is damaged or hostile",
+            f"if you trust it, set {LIMIT_VARIABLE}={total}",
         )
+
+
+def _allowed(container: Container) -> int:
+    given = os.environ.get(LIMIT_VARIABLE)
+    if given is None:
+        return max(FREE_BYTES, min(MAX_EXPANSION * container.size, container.size + MAX_EXCESS))
+    if not given.isascii() or not given.isdecimal():
+        fail(
+            container.path, f"{LIMIT_VARIABLE} is {given!r}, no number of bytes", "set it to one, or unset it"
+        )
+    return int(given)

@@ -5,6 +5,7 @@ ones.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -162,3 +163,32 @@ def test_raw_files_stay_as_they_are(monkeypatch, tmp_path):
     monkeypatch.setenv("ZOO_DATA", str(tmp_path))
     load_graph("cora")
     assert {path.name: path.stat().st_mtime_ns for path in source.rglob("*")} == before
+
+
+class Evil:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("pubmed", "PubMed"), ("cora", "Cora")])
+def test_no_raw_pickle_is_read_before_its_hash_is_known(monkeypatch, tmp_path, name, folder):
+    raw = tmp_path / "data" / "planetoid" / folder / "raw"
+    raw.mkdir(parents=True)
+    for part in ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index"):
+        (raw / f"ind.{name}.{part}").write_bytes(pickle.dumps(Evil(tmp_path / "run")))
+    monkeypatch.setenv("ZOO_DATA", str(tmp_path / "data"))
+    with pytest.raises(DataError, match="is not the published file.*a pickle.*Delete it"):
+        load_graph(name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_raw_file_has_a_known_hash():
+    from zoo.graph.data import _GIT_BLOB, _PLACES, _SHA256
+
+    for name in ("cora", "citeseer", "pubmed"):
+        assert set(_PLACES[name].files) <= {*_SHA256, *_GIT_BLOB}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,9 +18,12 @@ from safetensors.torch import load_file
 
 from zoo import cli
 from zoo.bundles.card import read_card
+from zoo.bundles.cardfile import dump_yaml, load_yaml
 from zoo.bundles.store import load
 from zoo.cli import COMMANDS, main
 from zoo.errors import HubError
+from zoo.report import html
+from zoo.report.plain import plain
 from zoo.shared.masks import masks_of
 
 
@@ -344,3 +349,34 @@ def test_two_processes_share_the_runs(toy_environment, tmp_path):
     for one, other in zip(records, expected, strict=True):
         assert (one["key"], one["metrics"]) == (other["key"], other["metrics"])
     assert len(list((tmp_path / "out").glob("*.json"))) == len(expected)
+
+
+def test_a_card_does_not_steer_the_terminal(capsys, toy_bundles, tmp_path, monkeypatch):
+    """Escape sequences, a bell and overrides of direction, as text and in one byte."""
+    shutil.copytree(toy_bundles["half"], tmp_path / "models" / "half")
+    path = tmp_path / "models" / "half" / "card.yaml"
+    fields = load_yaml(path.read_bytes(), "card")
+    evil = "good\x1b]0;owned\x07\x1b[2J\x9b31m\u202edab\u2066\r model"
+    fields |= {"summary": evil, "license": evil, "citation": evil}
+    fields["method"]["name"] = evil
+    path.write_text(dump_yaml(fields), encoding="utf-8")
+    monkeypatch.setenv("ZOO_PATH", str(tmp_path / "models"))
+    for argv in (["list"], ["show", "toy/half-mlp"], ["list", "--json"], ["list", "--method", evil]):
+        _, out, err = run(capsys, *argv)
+        assert not set(out + err) & set("\x1b\x07\x9b\u202e\u2066\r"), argv
+    assert "good" in run(capsys, "show", "toy/half-mlp")[1]
+
+
+def test_text_of_others_is_plain():
+    assert plain("a\x1b[31mb\x00\x7f\x85\u202ec\td\n\u200fe") == "a[31mbc\td\ne"
+    assert html.escape("<\u202e>") == "&lt;&gt;"
+
+
+def test_a_full_disk_is_the_environment(capsys, toy_zoo, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("zoo.shared.store.io.os.fsync", full)
+    code, _, err = run(capsys, "export", "toy/half-mlp", "--to", tmp_path / "w.safetensors")
+    assert code == cli.ENVIRONMENT and "No space left on device" in err and "free some space" in err
+    assert list(tmp_path.glob("*.safetensors")) == []

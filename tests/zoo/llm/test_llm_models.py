@@ -211,6 +211,27 @@ def test_impossible_shapes_and_tokenizers_are_refused():
         tokenizer_of(foreign("llama"))
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"attn_implementation": "somebody/kernel"},
+        {"_attn_implementation": "somebody/kernel"},
+        {"auto_map": {"AutoModelForCausalLM": "somebody/code--modeling.Model"}},
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        {"no_such_field": 1},
+        {"transformers_version": "5.0"},
+    ],
+)
+def test_a_configuration_sets_sizes_and_nothing_that_names_code(field):
+    with pytest.raises(ConfigError, match=f"no field '{next(iter(field))}' that a card may set"):
+        from_config({"model_type": "qwen2", **field})
+
+
+def test_a_number_of_layers_that_no_model_has():
+    with pytest.raises(ConfigError, match="between 1 and 4096, received 10000000000"):
+        llama(64, 32, 48, layers=10**10, heads=4)
+
+
 def test_half_weights_compute_in_single_precision_and_come_back():
     model = llama(64, 32, 48, layers=2, heads=4, kv_heads=2, context=64).half().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -8,6 +8,7 @@ through `EXTRAS`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import os
@@ -36,6 +37,12 @@ EXTRAS = {
     "thresholds": "zoo.llm.models.serving:take_extras",
     "tokenizer": "zoo.llm.data.tokenization:take_extras",
 }
+
+_NAMES = {"zoo_tokenizer", "_name_or_path", "torch_dtype"}
+MAX_LAYERS = 4096  # no model has as many; a card may say any number
+
+# Fields of every configuration that say how a model was stored or is run, not what it is.
+_NO_SIZES = {"transformers_version", "architectures", "return_dict", "dtype", "problem_type"}
 
 
 def llama(
@@ -75,8 +82,10 @@ def llama(
     Raises:
         ConfigError: widths that do not divide, a wrong number of FFN widths, a tokenizer that does not fit.
     """
+    if not 1 <= layers <= MAX_LAYERS:
+        raise ConfigError(f"layers must lie between 1 and {MAX_LAYERS}, received {layers}.")
     widths = [intermediate_size] * layers if isinstance(intermediate_size, int) else list(intermediate_size)
-    if len(widths) != layers or layers < 1 or min(widths) < 1:
+    if len(widths) != layers or min(widths) < 1:
         raise ConfigError(
             f"intermediate_size must give a positive width for each of {layers} layers: {widths}."
         )
@@ -120,10 +129,16 @@ def from_config(config: Mapping[str, Any], tokenizer: str | None = None) -> PreT
         tokenizer: name of a packaged tokenizer; None where the bundle's extras hold one.
 
     Raises:
-        ConfigError: transformers knows no such model type, or its FFN is not gated.
+        ConfigError: transformers knows no such model type, its FFN is not gated, or a field is not one of the
+            model's own: others name code to be fetched (attention kernels, `auto_map`).
     """
     fields = dict(config)
     kind = fields.pop("model_type", None)
+    known = _own_fields(_config_class(kind))
+    if foreign := sorted(fields.keys() - known):
+        raise ConfigError(
+            f"the configuration of a {kind} has no field {foreign[0]!r} that a card may set. Take it out."
+        )
     try:
         made = AutoConfig.for_model(kind, **fields)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
@@ -133,6 +148,21 @@ def from_config(config: Mapping[str, Any], tokenizer: str | None = None) -> PreT
         ) from error
     find_blocks(model)
     return _with_extras(model, tokenizer)
+
+
+def _config_class(kind: object) -> Any:
+    try:
+        return type(AutoConfig.for_model(kind))  # type: ignore[arg-type]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"transformers builds no causal LM of model_type {kind!r}: {_first_line(error)}"
+        ) from error
+
+
+def _own_fields(config_class: Any) -> set[str]:
+    """The fields by which a configuration says what the model is."""
+    # Families without a field for the width of a head take it all the same.
+    return {field.name for field in dataclasses.fields(config_class)} - _NO_SIZES | {"head_dim"}
 
 
 def architecture_of(model: nn.Module) -> dict[str, Any]:
@@ -170,8 +200,12 @@ def architecture_of(model: nn.Module) -> dict[str, Any]:
             },
         }
     fields = config.to_diff_dict()
-    drop = ("architectures", "torch_dtype", "dtype", "transformers_version", "zoo_tokenizer", "_name_or_path")
-    plain = {key: value for key, value in fields.items() if key not in drop}
+    own = _own_fields(type(config))
+    plain = {key: value for key, value in fields.items() if key in own or key == "model_type"}
+    again = AutoConfig.for_model(**plain).to_diff_dict()
+    lost = {key for key in fields.keys() - _NO_SIZES - _NAMES if again.get(key) != fields[key]}
+    if lost:
+        raise ConfigError(f"the configuration's {sorted(lost)[0]!r} cannot be written down; set its default.")
     return {"name": "llm/transformers", "args": {"config": plain, "tokenizer": name}}
 
 

@@ -80,6 +80,10 @@ class GroupQuantLinear(nn.Module):
             self.group,
         )
 
+    def check_loaded(self) -> None:
+        """Raise OpError if stored codes or places make no weight; the packed product refuses them, too."""
+        self.groups.check()
+
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """The dequantised weight, float32; differentiable in the scales."""
