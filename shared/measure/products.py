@@ -28,6 +28,9 @@ _OPERANDS: dict[Any, tuple[int, int]] = {
     _ATEN.mv.default: (0, 1),
     _ATEN.addmv.default: (1, 2),
 }
+# Rows [n, k], matrices [groups, k, m], and where each group's rows end: torch's, and transformers' where that
+# does not run.
+_GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,17 @@ class _Observer(TorchDispatchMode):
             self._offer(left, right)
             if left.dim() > 1 and right.dim() > 1:
                 self._offer(right.transpose(-1, -2), left.transpose(-1, -2))
+        elif func._schema.name in _GROUPED:
+            rows, matrices = args[:2]
+            ends = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
+            if rows.dim() == 2 and matrices.dim() == 3 and ends is not None:
+                starts = [0, *ends.tolist()[:-1]]
+                self._offer([rows[a:b] for a, b in zip(starts, ends.tolist(), strict=True)], matrices)
         return output
 
-    def _offer(self, rows: Tensor, matrix: Tensor) -> None:
-        """Report rows [..., n, k] times matrix [..., k, m] if the matrix is a parameter's."""
+    def _offer(self, rows: Tensor | list[Tensor], matrix: Tensor) -> None:
+        """Report rows [..., n, k] times matrix [..., k, m] if the matrix is a parameter's; a list has the rows
+        of each matrix."""
         if matrix.dim() < 2 or not (found := self._owner(matrix)):
             return
         name, parameter = found
@@ -78,7 +88,7 @@ class _Observer(TorchDispatchMode):
         if axis is None:
             return
         first = matrix.storage_offset() - parameter.storage_offset()
-        if parameter.dim() == 2 or matrix.dim() == 2:
+        if isinstance(rows, Tensor) and (parameter.dim() == 2 or matrix.dim() == 2):
             index = first // parameter.stride(0) if parameter.dim() == 3 else None
             self.see(Product(name, axis, index, rows.reshape(-1, rows.shape[-1])))
         else:  # a batch of matrices, each with its rows

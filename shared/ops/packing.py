@@ -6,6 +6,7 @@ it. Where there is no converter, or it declines, the module stays as it is: mask
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,6 +22,7 @@ from .weights import SparseWeight
 
 # Takes a module and the masks of its own parameters by their short names; None where the module should stay.
 Converter = Callable[[nn.Module, Mapping[str, Mask]], "nn.Module | None"]
+_log = logging.getLogger("zoo")
 _CONVERTERS: dict[type[nn.Module], Converter] = {}
 _WITHOUT_MASKS: set[type[nn.Module]] = set()
 # Takes a module whose parts were packed; None where it should stay.
@@ -76,7 +78,7 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     replaced: set[str] = set()
     for name, module in list(model.named_modules()):
-        convert = _CONVERTERS.get(type(module))
+        convert = _CONVERTERS.get(type(module), _pack_affine)
         prefix = f"{name}." if name else ""
         own = {
             key: masks[prefix + key]
@@ -84,8 +86,8 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
             if prefix + key in masks
         }
         tied = any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False))
-        wanted = convert is not None and not tied and (own or type(module) in _WITHOUT_MASKS)
-        packed = convert(module, own) if convert is not None and wanted else None
+        wanted = not tied and (own or type(module) in _WITHOUT_MASKS)
+        packed = convert(module, own) if wanted else None
         if packed is None:
             continue
         packed.train(module.training)
@@ -101,6 +103,12 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
     model, taken = _pack_composites(model)
     left = {name: mask for name, mask in masks.items() if name not in replaced and not name.startswith(taken)}
     set_masks(model, MaskSet(left))
+    if left:
+        _log.info(
+            "%d of %d masked weights stay dense, such as %s: nothing packed multiplies by such a weight, it is "
+            "shared, or dense is faster",
+            *(len(left), len(masks), next(iter(left))),
+        )
     return model
 
 
@@ -159,6 +167,45 @@ def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | No
     else:
         packed = SparseLinear.from_dense(module, keep.keep)
     return None if _runs_dense(packed.weight) else packed.requires_grad_(False)
+
+
+def _pack_affine(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
+    """What `_pack_linear` makes of a module that computes x W^T + b or x W + b in a way of its own, as
+    subclasses of nn.Linear and transformers' Conv1D do: proved on a random input, not by its class."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    own = dict(module.named_parameters())
+    if set(masks) != {"weight"} or not set(own) <= {"weight", "bias"}:
+        return None
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    mask = masks["weight"]
+    for matrix, keep in ((weight, mask), (weight.t(), _transposed(mask))):
+        linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(matrix.detach().contiguous()), bias
+        if _agree(module, linear):
+            return _pack_linear(linear, {"weight": keep})
+    return None
+
+
+def _transposed(mask: Mask) -> Mask:
+    """The mask of the transposed matrix."""
+    if isinstance(mask.pattern, NM):
+        along = NM(mask.pattern.n, mask.pattern.m, -1 if mask.pattern.dim % 2 == 0 else 0)
+        return Mask(mask.keep.t().contiguous(), along)
+    return Mask(mask.keep.t().contiguous())
+
+
+@torch.no_grad()
+def _agree(module: nn.Module, linear: nn.Linear) -> bool:
+    """Whether a module computes what a linear layer does, on a random input."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, linear.in_features, generator=generator).to(linear.weight)
+    try:
+        found, wanted = module(x), linear(x)
+    except Exception:  # another width or other arguments: whatever it is, it is not this
+        return False
+    same = isinstance(found, torch.Tensor) and found.shape == wanted.shape
+    return same and torch.allclose(found, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().amax()))
 
 
 def _runs_dense(weight: SparseWeight) -> bool:

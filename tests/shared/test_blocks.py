@@ -156,13 +156,14 @@ def test_norms_and_hessians_are_those_of_the_inputs():
 
 
 class Ways(nn.Module):
-    """Five ways to multiply by a parameter."""
+    """Ways to multiply by a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
         make = lambda *shape: nn.Parameter(torch.randn(*shape))  # noqa: E731
         self.linear, self.transposed, self.left = make(3, 4), make(4, 3), make(3, 4)
         self.stack, self.sliced, self.unused = make(2, 4, 3), make(2, 3, 4), make(3, 4)
+        self.grouped = make(2, 3, 4)
 
     def forward(self, x: torch.Tensor) -> None:
         F.linear(x, self.linear)
@@ -170,6 +171,7 @@ class Ways(nn.Module):
         self.left @ x.T
         torch.bmm(torch.stack([x, 2 * x]), self.stack)
         F.linear(x[:2], self.sliced[1])
+        torch._grouped_mm(x, self.grouped.mT, offs=torch.tensor([2, 5], dtype=torch.int32))
 
 
 def test_products_tell_the_axis_of_inputs_and_the_matrix_of_a_stack():
@@ -187,7 +189,9 @@ def test_products_tell_the_axis_of_inputs_and_the_matrix_of_a_stack():
         "left": (1, [None]),
         "stack": (1, [0, 1]),
         "sliced": (2, [1]),
+        "grouped": (2, [0, 1]),
     }
+    torch.testing.assert_close(torch.cat([one.rows for one in seen["grouped"]]), x)
     for name in ("linear", "transposed", "left"):
         torch.testing.assert_close(seen[name][0].rows, x)
     torch.testing.assert_close(seen["stack"][1].rows, 2 * x)

@@ -41,7 +41,6 @@ TASKS.register("llm/sparsity-tinystories", "zoo.llm.sparsity_task:TinyStoriesSpa
 
 _PUBLIC = {
     "find_blocks": "models.blocks",
-    "float32": "models",
     "load_pretrained": "models",
     "read_llama2c": "models.llama2c",
     "tokenizer_of": "data.tokenization",

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
+from zoo.llm.loss import language_forward
 from zoo.llm.models.blocks import find_blocks
 from zoo.llm.models.thresholds import thresholds_of
 from zoo.shared.measure.activations import Accumulator, ChunkedKth, Moments, Tap, calibrate
@@ -116,8 +117,7 @@ def gate_statistics(
 
 
 def _sweep(model: nn.Module, windows: Sequence[Tensor], taps: Sequence[Tap]) -> None:
-    device = next(model.parameters()).device
-    calibrate(model, windows, taps, lambda m, ids: m(input_ids=ids.to(device), use_cache=False))
+    calibrate(model, windows, taps, language_forward)
 
 
 def channel_spread(mean_square: Float[Tensor, " f"]) -> float:

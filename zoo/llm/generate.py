@@ -14,8 +14,8 @@ from transformers.generation import BaseStreamer
 
 from zoo.errors import ConfigError
 from zoo.llm.data.tokenization import tokenizer_of
-from zoo.llm.models import float32
 from zoo.llm.scoring import encode, first_tokens
+from zoo.shared.measure.modes import float32
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import nn
 from zoo.errors import ConfigError, TaskError, UnknownNameError
 from zoo.harness.tasks import Measure, Progress, Task, TaskResult
 from zoo.llm.data.tokenization import tokenizer_of
-from zoo.llm.models import float32
 from zoo.llm.scoring import context_of
 from zoo.names import suggestion
+from zoo.shared.measure.modes import float32
 from zoo.shared.store.io import sha256_file
 
 

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from zoo.errors import DataError
 from zoo.harness.tasks import Progress
-from zoo.llm.models import float32
+from zoo.llm.data.calibration import context_limit
+from zoo.llm.data.tokenization import encode, first_tokens
+from zoo.shared.measure.modes import float32
 
 # Tokens per batch: with 2,000 tokens in the vocabulary their logits take 32 MB.
 _BATCH = 4096
@@ -89,25 +91,9 @@ def sequence_nats(
     return result
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of a text without special tokens."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return ids
-
-
-def first_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """What stands before a text: the token that begins one, else the one that ends one."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return [token]
-    return []
-
-
 def context_of(model: nn.Module) -> int:
     """Tokens of the longest window that the model is given."""
-    config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[operator]
-    return min(int(text.max_position_embeddings), _WINDOW)  # type: ignore[union-attr]
+    return context_limit(model, _WINDOW)
 
 
 def _batches(sequences: Sequence[Scored]) -> Iterator[list[int]]:

@@ -8,10 +8,10 @@ from torch import nn
 from zoo.harness.tasks import Progress, TaskResult, register_task
 from zoo.llm.data import corpus
 from zoo.llm.data.tokenization import tokenizer_of
-from zoo.llm.models import float32
 from zoo.llm.models.thresholds import held_out_shares, skipped_share, thresholds_of
 from zoo.llm.scoring import context_of, encode, first_tokens
 from zoo.llm.tasks import TextTask
+from zoo.shared.measure.modes import float32
 
 
 class ActivationSparsity(TextTask):

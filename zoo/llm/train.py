@@ -7,14 +7,13 @@ on from a checkpoint equals one that was never stopped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast
 
 from zoo.checkpoints import CheckpointFile, optimizer_tensors, part, restore_optimizer
 from zoo.errors import ConfigError, DataError
@@ -62,14 +61,6 @@ class TrainConfig:
         if step < rise:
             return self.lr * (step + 1) / rise
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rise + 1) / (self.steps - rise + 1)))
-
-
-def token_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Int[Tensor, " n"]:
-    """All documents one after the other, each begun by the tokenizer's first token."""
-    ids: list[int] = []
-    for document in documents:
-        ids += [tokenizer.bos_token_id, *tokenizer(document, add_special_tokens=False).input_ids]
-    return torch.tensor(ids, dtype=torch.long)
 
 
 class Windows:

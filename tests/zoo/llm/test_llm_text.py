@@ -67,7 +67,7 @@ def test_unknown_missing_and_changed_texts_are_refused(tmp_path, monkeypatch):
         corpus("embeded")
     with pytest.raises(DataError, match="splits train, validation and test"):
         corpus("embedded").split("dev")
-    corpus.cache_clear()
+    data._known.cache_clear()
     monkeypatch.setenv("ZOO_DATA", str(tmp_path))
     with pytest.raises(DataError, match="Set ZOO_DATA.*`embedded` needs no file"):
         corpus("tinystories")

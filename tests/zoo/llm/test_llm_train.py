@@ -224,7 +224,7 @@ def pruned(tmp_path, monkeypatch):
     from zoo.llm import data
 
     monkeypatch.setattr(data, "_READERS", dict(data._READERS))
-    data.corpus.cache_clear()
+    data._known.cache_clear()
     runpy.run_path(str(TOY))
     from zoo.harness.making import Origin, make_bundle
 
@@ -239,7 +239,7 @@ def pruned(tmp_path, monkeypatch):
     path = make_bundle(find(dense), method, origin, tmp_path / "models" / "llm" / "toy-half")
     assert get_task("llm/toy").evaluate(load(path)).n == 2
     yield path
-    data.corpus.cache_clear()
+    data._known.cache_clear()
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 4, "lr": 5e-3, "distillation": 0.5}])

@@ -14,6 +14,7 @@ are dropped.
 from __future__ import annotations
 
 import functools
+import json
 import lzma
 import os
 import re
@@ -73,17 +74,54 @@ class Corpus:
         return documents
 
 
-@functools.cache
 def corpus(name: str) -> Corpus:
-    """The text of that name.
+    """The text of that name, or of a .txt or .jsonl file (see `read_documents`).
+
+    Of every twenty documents of a file the first is for testing, the eleventh for validation.
 
     Raises:
         UnknownNameError: there is none.
-        DataError: its file is not in ZOO_DATA, or not the known one.
+        DataError: its file is not there, cannot be read or, of a known text, is not the known one.
     """
-    if name not in _READERS:
-        raise UnknownNameError(f"Unknown text {name!r}. {suggestion(name, _READERS)}")
+    if name in _READERS:
+        return _known(name)
+    if Path(name).suffix in (".txt", ".jsonl"):
+        found = read_documents(name)
+        train = tuple(one for index, one in enumerate(found) if index % 20 not in (0, 10)) or tuple(found)
+        return Corpus(name, name, name, "not stated", train, tuple(found[10::20]), tuple(found[::20]))
+    raise UnknownNameError(
+        f"Unknown text {name!r}. {suggestion(name, _READERS)} A file's name ends in .txt or .jsonl."
+    )
+
+
+@functools.cache
+def _known(name: str) -> Corpus:
     return _READERS[name]()
+
+
+def read_documents(path: str | os.PathLike[str]) -> list[str]:
+    """The documents of a UTF-8 file.
+
+    A .jsonl file has one object with the key `text` on each line. Those of a .txt file are separated by
+    `<|endoftext|>`; without any, paragraphs are joined to passages of about two thousand characters.
+
+    Raises:
+        DataError: a file that cannot be read, or that holds no document.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+        if Path(path).suffix == ".jsonl":
+            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+        else:
+            texts = content.split("<|endoftext|>") if "<|endoftext|>" in content else _passages(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read as UTF-8 text: {error or type(error).__name__}. Give a .txt file, or a "
+            '.jsonl file whose lines are objects with "text".'
+        ) from error
+    if not (found := [text.strip() for text in texts if str(text).strip()]):
+        raise DataError(f"{path} holds no text.")
+    return found
 
 
 def words(document: str) -> int:

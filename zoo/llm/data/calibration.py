@@ -1,18 +1,19 @@
-"""Calibration text: random windows of a corpus's training documents, the same for every method of a seed."""
+"""Calibration data: a job's batches, or random windows of a text, the same for every method of a seed."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, DataError
-from zoo.llm.data import corpus
-from zoo.llm.data.tokenization import TOKENIZERS, tokenizer_of
-from zoo.llm.train import token_stream
+from zoo.llm.loss import language_forward, language_loss
+from zoo.shared.blocks import Forward
+from zoo.shared.train import Job, Loss
+from zoo.shared.train.batches import samples_in
 
 
 def random_windows(
@@ -36,43 +37,108 @@ def random_windows(
     return tokens[starts[:, None] + torch.arange(length)]
 
 
-@dataclasses.dataclass
+@dataclass(frozen=True)
+class Sample:
+    """What a model is measured on.
+
+    Attributes:
+        batches: token ids [batch, length], a transformers model's keyword arguments, or a job's own batches.
+        forward: runs a model on a batch; its result is not used.
+        loss: of a model and a batch.
+    """
+
+    batches: list[Any]
+    forward: Forward
+    loss: Loss
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: list[Any], loss: Loss) -> Sample:
+        """Token ids of a transformers model, and mappings that hold them, run as those of a language model;
+        other batches run by the loss."""
+        first = batches[0]
+        ids = first["input_ids"] if isinstance(first, dict) and "input_ids" in first else first
+        if hasattr(model, "config") and isinstance(ids, Tensor) and not ids.is_floating_point():
+            return cls(batches, language_forward, language_loss)
+        return cls(batches, loss, loss)
+
+
+@dataclass
 class Calibrated:
-    """Options of the methods that look at text."""
+    """Options of the methods that look at data. With a job its batches are looked at, else a text."""
 
     text: str | None = None
-    """Corpus whose training documents are looked at: embedded, shakespeare, tinystories or wikitext2; by
-    default the one that the model's tokenizer was made from, else embedded."""
+    """Text whose training documents are looked at: embedded, shakespeare, tinystories, wikitext2, or a .txt
+    or .jsonl file; by default the one that the model's tokenizer was made from, else embedded."""
 
     windows: int = 64
-    """Windows of text."""
+    """Windows of text, or samples of a job."""
 
     length: int = 256
-    """Tokens per window."""
+    """Tokens per window, at most as many as the model's context has."""
 
     seed: int = 0
     """Of the windows' places, and of whatever else is random."""
 
-    def batches(self, model: nn.Module, size: int = 8) -> list[Int[Tensor, "batch length"]]:
-        """The windows as batches of token ids.
+    needs_job: ClassVar[bool] = False
+
+    def sample(self, model: nn.Module, job: Job | None = None, size: int = 8, times: int = 1) -> Sample:
+        """The data that a method measures on.
+
+        Args:
+            model: with a tokenizer, unless there is a job.
+            job: brings its own batches, of its own size.
+            size: windows per batch of a text.
+            times: so many times as many windows.
 
         Raises:
-            ConfigError: a model without a tokenizer, or windows beyond its context.
+            ConfigError: neither a job nor a tokenizer.
             DataError: too little text.
         """
-        config: Any = model.config
-        context = getattr(config, "max_position_embeddings", None)
-        if context is not None and self.length > context:
-            raise ConfigError(f"windows of {self.length} tokens exceed the model's context of {context}")
-        documents = corpus(self.text or default_text(model)).train
-        tokens = token_stream(documents, tokenizer_of(model))
-        return list(random_windows(tokens, self.windows, self.length, self.seed).split(size))
+        wanted = times * self.windows
+        if job is not None:
+            first = job.sample(1, self.seed)
+            return Sample.of(
+                model, job.sample(-(-wanted // max(1, samples_in(first[0]))), self.seed), job.loss
+            )
+        from zoo.llm.data import corpus
+        from zoo.llm.data.tokenization import token_stream, tokenizer_of
+
+        tokens = token_stream(corpus(self.text or default_text(model)).train, tokenizer_of(model))
+        windows = random_windows(tokens, wanted, min(self.length, context_limit(model)), self.seed)
+        return Sample(list(windows.split(size)), language_forward, language_loss)
+
+    def tokens(self, model: nn.Module, job: Job | None = None, size: int = 1, times: int = 1) -> list[Tensor]:
+        """The sample as batches of token ids, [size, length], for methods of language models alone.
+
+        Raises:
+            ConfigError: see `sample`; or a job whose batches are no token ids.
+        """
+        found = []
+        for batch in self.sample(model, job, size, times).batches:
+            ids = batch.get("input_ids") if isinstance(batch, dict) else batch
+            if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
+                raise ConfigError(
+                    f"{type(self).__name__} calibrates a language model: the job must give token ids "
+                    f"[batch, length]; received {type(batch).__name__}"
+                )
+            found += list(ids.split(size))
+        return found
 
 
 def default_text(model: nn.Module) -> str:
     """The corpus that a packaged tokenizer was made from; `embedded` for others."""
+    from zoo.llm.data.tokenization import TOKENIZERS
+
     name = getattr(getattr(model, "config", None), "zoo_tokenizer", None)
     return TOKENIZERS[name][0] if name in TOKENIZERS else "embedded"
+
+
+def context_limit(model: nn.Module, most: int = 1 << 20) -> int:
+    """Tokens of the longest window that the model takes, at most `most`."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "max_position_embeddings", None)
+    return most if found is None else min(int(found), most)
 
 
 def extras_of(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -172,6 +172,28 @@ def tokenizer_in(source: str | os.PathLike[str], offline: bool) -> PreTrainedTok
     if not isinstance(found, PreTrainedTokenizerFast):
         raise ConfigError(f"{source} has a tokenizer in Python ({type(found).__name__}). Give a fast one.")
     return found
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Token ids of a text without special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What stands before a text: the token that begins one, else the one that ends one."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [token]
+    return []
+
+
+def token_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Int[Tensor, " n"]:
+    """All documents one after the other, each begun by the tokenizer's first token."""
+    start, ids = first_tokens(tokenizer), list[int]()
+    for document in documents:
+        ids += [*start, *encode(tokenizer, document)]
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def to_extras(tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from zoo.llm.data.calibration import Calibrated, extras_of
 from zoo.llm.gate_statistics import GateStatistics, gate_statistics
-from zoo.llm.models import float32
 from zoo.llm.models.thresholds import attach, to_extras
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.measure.activations import check_share
+from zoo.shared.measure.modes import float32
+from zoo.shared.train import Job
 
 
 def cats_thresholds(statistics: Sequence[GateStatistics], sparsity: float) -> dict[str, Tensor]:
@@ -34,7 +35,7 @@ class Cats(Calibrated):
     chunk: int = 4
     """Windows whose k-th value is taken together."""
 
-    def sparsify(self, model: nn.Module) -> Sparsified:
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Calibrate and put the thresholds on `model`, in place.
 
         Raises:
@@ -44,7 +45,7 @@ class Cats(Calibrated):
         """
         check_share(self.sparsity)
         with float32(model):
-            statistics = gate_statistics(model, self.batches(model, size=1), (), (self.sparsity,), self.chunk)
+            statistics = gate_statistics(model, self.tokens(model, job), (), (self.sparsity,), self.chunk)
         found = cats_thresholds(statistics, self.sparsity)
         attach(model, found)
         extras = extras_of(model) | to_extras(found)

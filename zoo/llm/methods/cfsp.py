@@ -30,14 +30,16 @@ from zoo.errors import ConfigError, DataError
 from zoo.harness.workers import workers
 from zoo.llm.data.calibration import Calibrated, extras_of
 from zoo.llm.loss import language_forward
-from zoo.llm.models import architecture_of, float32
+from zoo.llm.models import architecture_of
 from zoo.llm.models.blocks import Block, find_blocks
 from zoo.methods.contract import Sparsified
 from zoo.shared.blocks import Forward, RunningBlock, measure_inputs, walk_blocks
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.masks.topk import topk_mask
+from zoo.shared.measure.modes import float32
 from zoo.shared.structure.groups import GroupMap
 from zoo.shared.structure.surgery import cut
+from zoo.shared.train import Job
 
 FineScore = Literal["repaired", "released", "wanda", "magnitude", "random"]
 Coarse = Literal["angular", "uniform"]
@@ -243,7 +245,7 @@ class CFSP(Calibrated):
     multiple: int = 1
     """Round each width to a multiple of this (the released code: 128)."""
 
-    def sparsify(self, model: nn.Module) -> Sparsified:
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Cut `model` in place.
 
         Raises:
@@ -253,7 +255,7 @@ class CFSP(Calibrated):
         """
         before = [block.up.out_features for block in find_blocks(model)]
         with float32(model):
-            statistics = ffn_statistics(model, self.batches(model))
+            statistics = ffn_statistics(model, self.tokens(model, job, size=8))
             keep = choose_channels(
                 model,
                 statistics,

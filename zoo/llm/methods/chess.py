@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from zoo.llm.data.calibration import Calibrated, extras_of
 from zoo.llm.gate_statistics import GateStatistics, gate_statistics
-from zoo.llm.models import float32
 from zoo.llm.models.thresholds import attach, to_extras
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.measure.activations import channel_thresholds, check_share
+from zoo.shared.measure.modes import float32
+from zoo.shared.train import Job
 
 Attention = Literal["selective", "none", "all"]
 _PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -77,7 +78,7 @@ class Chess(Calibrated):
     chunk: int = 4
     """Windows whose k-th value is taken together."""
 
-    def sparsify(self, model: nn.Module) -> Sparsified:
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Calibrate and put the thresholds on `model`, in place. As many windows again are drawn for the
         second sweep.
 
@@ -90,9 +91,9 @@ class Chess(Calibrated):
         share = check_share(self.share_of_attention(model), "attention_sparsity")
         shares = tuple(dict.fromkeys((self.sparsity, share)))
         with float32(model):
-            windows = dataclasses.replace(self, windows=2 * self.windows).batches(model, size=1)
+            windows = self.tokens(model, job, times=2)
             statistics = gate_statistics(
-                model, windows[: self.windows], windows[self.windows :], shares, self.chunk
+                model, windows[: len(windows) // 2], windows[len(windows) // 2 :], shares, self.chunk
             )
         found = chess_thresholds(statistics, self.sparsity, self.attention, share)
         attach(model, found)

@@ -27,16 +27,16 @@ from zoo.llm.data.calibration import Calibrated, extras_of
 from zoo.llm.loss import language_forward, language_loss
 from zoo.llm.methods.sparsegpt import sparsegpt_pruner
 from zoo.llm.methods.wanda import wanda_pruner
-from zoo.llm.models import float32
 from zoo.llm.pruning import open_sparsity, prune_blocks
 from zoo.methods.contract import Sparsified
 from zoo.shared.blocks import Forward, block_name, chain_matrices, find_chains
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.masks.patterns import Unstructured
 from zoo.shared.measure.calibration import LossFn, collect_gradients
-from zoo.shared.measure.modes import eval_mode
+from zoo.shared.measure.modes import eval_mode, float32
 from zoo.shared.pruning.allocation import Slot, proportional
 from zoo.shared.pruning.budgets import kept_count
+from zoo.shared.train import Job
 
 
 def block_weights(
@@ -59,6 +59,7 @@ def zeroth_order_scores(
     batches: Sequence[Any],
     *,
     loss_fn: LossFn = language_loss,
+    forward: Forward = language_forward,
     eps: float = 1e-3,
     probes: int = 1,
     seed: int = 0,
@@ -73,6 +74,7 @@ def zeroth_order_scores(
         model: a transformer in float32.
         batches: one noise is drawn for each.
         loss_fn: scalar loss of a batch.
+        forward: runs the model on a batch, to find its matrices.
         eps: size of the step.
         probes: noises per batch; the mean is taken.
         seed: of the noise.
@@ -82,7 +84,7 @@ def zeroth_order_scores(
         ConfigError: a step that is not positive, or weights in half precision, whose spacing eps falls below.
         DataError: no batch, or a loss that is not finite.
     """
-    weights = block_weights(model, batches)
+    weights = block_weights(model, batches, forward)
     if not eps > 0 or probes < 1:
         raise ConfigError(f"eps must be positive and probes at least 1; received {eps} and {probes}")
     if any(weight.element_size() < 4 for weight in weights.values()):
@@ -116,11 +118,15 @@ def zeroth_order_scores(
 
 
 def first_order_scores(
-    model: nn.Module, batches: Sequence[Any], *, loss_fn: LossFn = language_loss
+    model: nn.Module,
+    batches: Sequence[Any],
+    *,
+    loss_fn: LossFn = language_loss,
+    forward: Forward = language_forward,
 ) -> dict[str, float]:
     """sqrt(2 / pi) times the mean over batches of ||dL/dW_l||_2: what `zeroth_order_scores` estimates, by
     backpropagation."""
-    names = list(block_weights(model, batches))
+    names = list(block_weights(model, batches, forward))
     totals = dict.fromkeys(names, 0.0)
     with eval_mode(model):
         for batch in batches:
@@ -254,7 +260,7 @@ class ECoFLaP(Calibrated):
     eps: float = 1e-3
     """Size of the probing step."""
 
-    def sparsify(self, model: nn.Module) -> Sparsified:
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Prune `model` in place.
 
         Raises:
@@ -262,12 +268,14 @@ class ECoFLaP(Calibrated):
             DataError: too little text, or a loss or activations that are not finite.
         """
         with float32(model):
-            batches = self.batches(model)
+            data = self.sample(model, job)
+            run = {"loss_fn": data.loss, "forward": data.forward}
             if self.coarse == "zeroth":
-                scores = zeroth_order_scores(model, batches, eps=self.eps, seed=self.seed)
+                scores = zeroth_order_scores(model, data.batches, eps=self.eps, seed=self.seed, **run)
             else:
-                scores = first_order_scores(model, batches)
+                scores = first_order_scores(model, data.batches, **run)
             counts = tensor_counts(model, scores, self.sparsity, self.max_sparsity, self.group_score)
             pruner = wanda_pruner if self.local == "wanda" else sparsegpt_pruner
-            masks = prune_blocks(model, batches, pruner(Unstructured(), self.sparsity, counts.__getitem__))
+            prune = pruner(Unstructured(), self.sparsity, counts.__getitem__)
+            masks = prune_blocks(model, data.batches, prune, forward=data.forward)
         return Sparsified(model, masks, extras_of(model), dataclasses.asdict(self))

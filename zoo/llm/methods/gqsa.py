@@ -209,6 +209,11 @@ def quantise_blocks(
         dense[:] = [block.run(i, hidden) for i, hidden in enumerate(dense)]
         hessians = {name: one.values[0] for name, one in measure_inputs(block, "hessians").items()}
         own = {}
+        if missed := set(hessians) - {f"{name}.weight" for name in block.linears()}:
+            raise ConfigError(
+                f"GQSA codes plain linear layers; {block.name}.{sorted(missed)[0]} is none (Conv1D or fused "
+                "experts)"
+            )
         for name, linear in block.linears().items():
             key = f"{name}.weight"
             own[key] = Quantiser.of(linear.weight, choose(linear.weight, hessians.pop(key)), group, bits)

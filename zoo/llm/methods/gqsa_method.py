@@ -12,11 +12,13 @@ from zoo.bundles.store import PART_MASK
 from zoo.errors import ConfigError
 from zoo.llm.data.calibration import Calibrated, extras_of
 from zoo.llm.methods.gqsa import Tuning, choose_groups, pack_model, quantise_blocks, tune_model
-from zoo.llm.models import architecture_of, float32
+from zoo.llm.models import architecture_of
 from zoo.llm.models.quantised import quantise_head
 from zoo.llm.pruning import open_sparsity
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks import MaskSet, masks_of, set_masks
+from zoo.shared.measure.modes import float32
+from zoo.shared.train import Job
 
 
 @dataclasses.dataclass
@@ -38,7 +40,7 @@ class GQSA(Calibrated):
     head: bool = False
     """Store the output layer in four bits, too, all of it; the embedding stays as it is."""
 
-    def sparsify(self, model: nn.Module) -> Sparsified:
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Compress `model` in place: its blocks' linear layers become `GroupQuantLinear`.
 
         Raises:
@@ -51,7 +53,7 @@ class GQSA(Calibrated):
             raise ConfigError("GQSA chooses its own zeros; start from a dense model")
         tuning = Tuning(block_epochs=self.block_epochs, model_epochs=self.model_epochs)
         with float32(model):
-            batches = self.batches(model)
+            batches = self.tokens(model, job, size=8)
             choose = choose_groups(self.group, self.sparsity)
             quantisers = quantise_blocks(model, batches, choose, group=self.group, tuning=tuning)
             codes = tune_model(model, quantisers, batches, tuning)

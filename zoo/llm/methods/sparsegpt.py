@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.llm.data.calibration import Calibrated, extras_of
-from zoo.llm.models import float32
 from zoo.llm.pruning import Prune, matrix_pruner, prune_blocks, resolve_sparsity
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks.patterns import NM, Pattern, parse_pattern, topk_mask
+from zoo.shared.measure.modes import float32
 from zoo.shared.pruning.hessians import inverse_factor
+from zoo.shared.train import Job
 
 
 def sparsegpt_prune_(
@@ -152,7 +153,7 @@ class SparseGPT(Calibrated):
     damping: float = 0.01
     """Share of the mean diagonal added to the Hessian."""
 
-    def sparsify(self, model: nn.Module) -> Sparsified:
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Prune `model` in place.
 
         Raises:
@@ -165,5 +166,6 @@ class SparseGPT(Calibrated):
             pattern, resolve_sparsity(pattern, self.sparsity), block=self.block, damping=self.damping
         )
         with float32(model):
-            masks = prune_blocks(model, self.batches(model), pruner)
+            data = self.sample(model, job)
+            masks = prune_blocks(model, data.batches, pruner, forward=data.forward)
         return Sparsified(model, masks, extras_of(model), dataclasses.asdict(self))

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError
 from zoo.llm.data.calibration import Calibrated, extras_of
 from zoo.llm.loss import language_forward
-from zoo.llm.models import float32
 from zoo.llm.models.blocks import find_blocks
 from zoo.llm.models.thresholds import ThresholdedLinear, attach, detach, thresholds_of, to_extras
 from zoo.methods.contract import Sparsified
 from zoo.shared.blocks import RunningBlock, walk_blocks
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.measure.activations import MagnitudeHistogram, Tap, calibrate, check_share
+from zoo.shared.measure.modes import float32
+from zoo.shared.train import Job
 
 _MOST = 0.99  # sparsity of one projection
 _LAST = 0.25  # share of each window, at its end, on which the error is taken
@@ -52,7 +53,7 @@ def input_histograms(
                 part = block.attention_name if letter in "qkvo" else block.mlp_name
                 found[f"{part}.{letter}_proj"] = histogram
             taps.append(Tap(f"{part}.{letter}_proj", [histogram]))
-    calibrate(model, windows, taps, lambda m, ids: m(input_ids=ids, use_cache=False))
+    calibrate(model, windows, taps, language_forward)
     return found
 
 
@@ -175,7 +176,7 @@ class Teal(Calibrated):
     search_windows: int = 8
     """Windows on which the greedy search compares."""
 
-    def sparsify(self, model: nn.Module) -> Sparsified:
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Calibrate and put the thresholds on `model`, in place.
 
         Raises:
@@ -190,7 +191,7 @@ class Teal(Calibrated):
                 f"{self.budget!r}, {self.step} and {self.search_windows}"
             )
         with float32(model):
-            windows = self.batches(model, size=self.search_windows)
+            windows = self.tokens(model, job, size=self.search_windows)
             histograms = input_histograms(model, windows)
             if self.budget == "uniform":
                 found = uniform_thresholds(histograms, self.sparsity)

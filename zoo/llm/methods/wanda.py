@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from zoo.llm.data.calibration import Calibrated, extras_of
-from zoo.llm.models import float32
 from zoo.llm.pruning import Prune, matrix_pruner, prune_blocks, resolve_sparsity, rowwise_mask
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks.patterns import NM, Pattern, parse_pattern
+from zoo.shared.measure.modes import float32
+from zoo.shared.train import Job
 
 
 def wanda_score(weight: Float[Tensor, "out in"], norms: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
@@ -66,7 +67,7 @@ class Wanda(Calibrated):
     pattern: str = "unstructured"
     """Where zeros may lie: unstructured, or N:M along the inputs, such as 2:4."""
 
-    def sparsify(self, model: nn.Module) -> Sparsified:
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Prune `model` in place.
 
         Raises:
@@ -76,5 +77,7 @@ class Wanda(Calibrated):
         pattern = parse_pattern(self.pattern)
         sparsity = resolve_sparsity(pattern, self.sparsity)
         with float32(model):
-            masks = prune_blocks(model, self.batches(model), wanda_pruner(pattern, sparsity))
+            data = self.sample(model, job)
+            pruner = wanda_pruner(pattern, sparsity)
+            masks = prune_blocks(model, data.batches, pruner, forward=data.forward)
         return Sparsified(model, masks, extras_of(model), dataclasses.asdict(self))

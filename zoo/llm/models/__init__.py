@@ -7,12 +7,11 @@ through `EXTRAS`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +121,15 @@ def llama(
 
 
 def from_config(config: Mapping[str, Any], tokenizer: str | None = None) -> PreTrainedModel:
-    """Any transformers causal LM with a gated FFN from its configuration; architecture `llm/transformers`.
+    """Any transformers causal LM from its configuration; architecture `llm/transformers`.
 
     Args:
         config: transformers' configuration as plain values, `model_type` included (`config_arguments`).
         tokenizer: name of a packaged tokenizer; None where the bundle's extras hold one.
 
     Raises:
-        ConfigError: transformers knows no such model type, its FFN is not gated, or a field is not one of the
-            model's own: others name code to be fetched (attention kernels, `auto_map`).
+        ConfigError: transformers knows no such model type, or a field is not one of the model's own: others
+            name code to be fetched (attention kernels, `auto_map`).
     """
     fields = dict(config)
     kind = fields.pop("model_type", None)
@@ -146,7 +145,6 @@ def from_config(config: Mapping[str, Any], tokenizer: str | None = None) -> PreT
         raise ConfigError(
             f"transformers builds no causal LM of model_type {kind!r}: {_first_line(error)}"
         ) from error
-    find_blocks(model)
     return _with_extras(model, tokenizer)
 
 
@@ -212,7 +210,7 @@ def architecture_of(model: nn.Module) -> dict[str, Any]:
 def load_pretrained(
     source: str | os.PathLike[str], dtype: torch.dtype = torch.float32, tokenizer: bool = True
 ) -> PreTrainedModel:
-    """A causal LM with a gated FFN from a local transformers folder or a hub id, in eval mode on the CPU.
+    """A causal LM from a local transformers folder or a hub id, in eval mode on the CPU.
 
     Weights are read from safetensors only, and no code of the repository is run. Offline (`ZOO_OFFLINE=1` or
     `HF_HUB_OFFLINE=1`) only what is in the cache is found.
@@ -223,8 +221,8 @@ def load_pretrained(
         tokenizer: whether to load the tokenizer from the same place, for `tokenizer_of`.
 
     Raises:
-        ConfigError: nothing there, no safetensors, an architecture that transformers does not know or whose
-            FFN is not gated, or a tokenizer that does not fit.
+        ConfigError: nothing there, no safetensors, an architecture that transformers does not know, or a
+            tokenizer that does not fit.
     """
     offline = "1" in (os.environ.get("ZOO_OFFLINE"), os.environ.get("HF_HUB_OFFLINE"))
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
@@ -238,32 +236,10 @@ def load_pretrained(
             f"{source} cannot be loaded as a causal LM from safetensors: {_first_line(error)}. Give a folder "
             "that save_pretrained wrote, or a hub id; ask the hub with ZOO_OFFLINE unset."
         ) from error
-    find_blocks(model)
     model = _with_extras(model.eval(), getattr(model.config, "zoo_tokenizer", None))
     if tokenizer and getattr(model.config, "zoo_tokenizer", None) is None:
         remember(model, tokenizer_in(source, offline))
     return model
-
-
-@contextlib.contextmanager
-def float32(model: nn.Module) -> Iterator[nn.Module]:
-    """Compute in float32 while the block runs, with weights that are stored in half precision on the CPU.
-
-    Bundles store half; CPUs multiply it slowly and round every sum. Going up and back changes no weight.
-    Models that are in single precision or on a GPU are left as they are.
-    """
-    halves = [
-        (tensor, tensor.dtype)
-        for tensor in (*model.parameters(), *model.buffers())
-        if tensor.dtype in (torch.float16, torch.bfloat16) and tensor.device.type == "cpu"
-    ]
-    for tensor, _ in halves:
-        tensor.data = tensor.data.float()
-    try:
-        yield model
-    finally:
-        for tensor, dtype in halves:
-            tensor.data = tensor.data.to(dtype)
 
 
 def load_extras(model: nn.Module, extras: Mapping[str, Tensor]) -> None:

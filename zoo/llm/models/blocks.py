@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from zoo.errors import ConfigError
+from zoo.shared.pruning.inventory import EXPERTS, inventory
 
 _FFN = ("gate_proj", "up_proj", "down_proj")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -80,6 +81,12 @@ def find_blocks(model: nn.Module) -> list[Block]:
     blocks = []
     for index, layer in enumerate(stack):
         name = f"{stack_name}.{index}"
+        if experts := [weight.name for weight in inventory(layer).weights if weight.kind == EXPERTS]:
+            raise ConfigError(
+                f"The FFN of {type(model).__name__} ({name}, {type(layer).__name__}) is a mixture of fused experts "
+                f"({experts[0]}), where a gated FFN of three linear layers is needed; wanda, sparsegpt, ecoflap "
+                "and prune take it."
+            )
         mlp_name, mlp = _holder(model, name, layer, _FFN, "FFN")
         attention_name, attention = _holder(model, name, layer, _ATTENTION, "attention")
         if not callable(getattr(mlp, "act_fn", None)):
