@@ -79,8 +79,8 @@ class _Observer(TorchDispatchMode):
         return output
 
     def _offer(self, rows: Tensor | list[Tensor], matrix: Tensor) -> None:
-        """Report rows [..., n, k] times matrix [..., k, m] if the matrix is a parameter's; a list has the rows
-        of each matrix."""
+        """Report rows [..., n, k] times matrix [..., k, m] if the matrix is a parameter's; a list has the
+        rows of each matrix."""
         if matrix.dim() < 2 or not (found := self._owner(matrix)):
             return
         name, parameter = found

@@ -6,6 +6,7 @@ it. Where there is no converter, or it declines, the module stays as it is: mask
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 
@@ -86,7 +87,7 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
             if prefix + key in masks
         }
         tied = any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False))
-        wanted = not tied and (own or type(module) in _WITHOUT_MASKS)
+        wanted = not tied and (own or type(module) in _WITHOUT_MASKS) and not _read_by_owner(model, name)
         packed = convert(module, own) if wanted else None
         if packed is None:
             continue
@@ -105,8 +106,8 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
     set_masks(model, MaskSet(left))
     if left:
         _log.info(
-            "%d of %d masked weights stay dense, such as %s: nothing packed multiplies by such a weight, it is "
-            "shared, or dense is faster",
+            "%d of %d masked weights stay dense, such as %s: no packed layer multiplies by such a weight, it "
+            "is shared, or dense is faster",
             *(len(left), len(masks), next(iter(left))),
         )
     return model
@@ -167,6 +168,23 @@ def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | No
     else:
         packed = SparseLinear.from_dense(module, keep.keep)
     return None if _runs_dense(packed.weight) else packed.requires_grad_(False)
+
+
+def _read_by_owner(model: nn.Module, name: str) -> bool:
+    """Whether the code of the module above takes `self.<child>.weight` instead of calling the child, as Mamba
+    and nn.MultiheadAttention do; initialisation may."""
+    path, _, child = name.rpartition(".")
+    kinds = type(model.get_submodule(path)).__mro__ if child.isidentifier() else ()
+    for kind in kinds[: kinds.index(nn.Module)] if kinds else ():
+        for method, function in vars(kind).items():
+            if "init" not in method and "reset" not in method and inspect.isfunction(function):
+                try:
+                    source = inspect.getsource(function)
+                except (OSError, TypeError):  # made at run time
+                    continue
+                if f"self.{child}.weight" in source:
+                    return True
+    return False
 
 
 def _pack_affine(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:

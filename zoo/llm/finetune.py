@@ -36,11 +36,11 @@ from zoo.harness.tuning import (
     zero_count,
 )
 from zoo.llm.data import corpus
-from zoo.llm.data.tokenization import END, tokenizer_of
+from zoo.llm.data.tokenization import END, token_stream, tokenizer_of
 from zoo.llm.lora import attach_lora, detach_lora
 from zoo.llm.scoring import context_of
 from zoo.llm.tasks import TextTask
-from zoo.llm.train import Fit, TrainConfig, Windows, adamw, distillation, token_stream
+from zoo.llm.train import Fit, TrainConfig, Windows, adamw, distillation
 from zoo.progress import progress_bar
 from zoo.shared.masks import masks_of
 

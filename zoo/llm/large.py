@@ -31,12 +31,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from zoo.errors import ConfigError
 from zoo.llm.data import corpus
 from zoo.llm.data.calibration import random_windows
-from zoo.llm.data.tokenization import tokenizer_in
+from zoo.llm.data.tokenization import token_stream, tokenizer_in
 from zoo.llm.methods.sparsegpt import sparsegpt_pruner
 from zoo.llm.methods.wanda import wanda_pruner
 from zoo.llm.models.blocks import find_blocks
 from zoo.llm.pruning import prune_blocks, resolve_sparsity
-from zoo.llm.train import token_stream
 from zoo.progress import progress_bar
 from zoo.shared.masks.patterns import parse_pattern
 from zoo.shared.store.io import write_json

@@ -17,9 +17,9 @@ from zoo.bundles.recipes import Row
 from zoo.checkpoints import CheckpointFile, part
 from zoo.errors import ConfigError
 from zoo.llm.data import corpus
-from zoo.llm.data.tokenization import packaged
+from zoo.llm.data.tokenization import packaged, token_stream
 from zoo.llm.models.dropout import residual_dropout
-from zoo.llm.train import Fit, TrainConfig, Windows, distillation, next_token_loss, token_stream
+from zoo.llm.train import Fit, TrainConfig, Windows, distillation, next_token_loss
 from zoo.methods.contract import Sparsified
 from zoo.progress import progress_bar
 from zoo.registry import ARCHITECTURES

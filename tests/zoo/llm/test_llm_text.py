@@ -14,12 +14,11 @@ from zoo.errors import ConfigError, DataError, UnknownNameError
 from zoo.harness.tasks import get_task
 from zoo.llm import data
 from zoo.llm.data import EMBEDDED, corpus, pack_embedded
-from zoo.llm.data.tokenization import END, packaged, tokenizer_of, train_bpe
+from zoo.llm.data.tokenization import END, packaged, token_stream, tokenizer_of, train_bpe
 from zoo.llm.models import llama
 from zoo.llm.ngram import KneserNey
 from zoo.llm.scoring import Scored, document_nats, sequence_nats
 from zoo.llm.tasks import ClozeEmbedded, perplexity_result
-from zoo.llm.train import token_stream
 
 WITH_DATA = pytest.mark.skipif(not os.environ.get("ZOO_DATA"), reason="the text is in ZOO_DATA")
 

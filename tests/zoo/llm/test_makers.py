@@ -10,10 +10,10 @@ from zoo.bundles.recipes import Row
 from zoo.errors import ConfigError
 from zoo.llm import makers
 from zoo.llm.data import Corpus
-from zoo.llm.data.tokenization import make_tokenizer, packaged
+from zoo.llm.data.tokenization import make_tokenizer, packaged, token_stream
 from zoo.llm.makers import dense, held_out_loss, new_model
 from zoo.llm.models.dropout import residual_dropout
-from zoo.llm.train import Fit, distillation, next_token_loss, token_stream
+from zoo.llm.train import Fit, distillation, next_token_loss
 
 SHAPE = {
     "vocab_size": 1024,

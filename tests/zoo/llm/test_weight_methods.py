@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import zoo.llm.data.calibration
 from zoo.bundles.store import load, save
 from zoo.cli import main
 from zoo.errors import ConfigError, DataError
@@ -15,6 +14,7 @@ from zoo.llm.models.quantised import GroupQuantLinear, PackedGroupLinear
 from zoo.registry import METHODS
 from zoo.shared.masks import masks_of
 from zoo.shared.ops import SparseLinear
+from zoo.shared.train import Job
 
 SMALL = {"windows": 4, "length": 32}
 # Of packed and masked execution: sums in another order, and for GQSA products of rounded weights.
@@ -151,7 +151,7 @@ def test_the_command_line_makes_and_measures(tmp_path, monkeypatch):
 
     text = corpus("embedded")
     short = text.__class__(**{**text.__dict__, "test": text.test[:2], "train": text.train[:20]})
-    monkeypatch.setattr(zoo.llm.data.calibration, "corpus", lambda name: short)
+    monkeypatch.setattr("zoo.llm.data.corpus", lambda name: short)
     monkeypatch.setattr("zoo.llm.tasks.corpus", lambda name: short)
     source = save(tiny(), tmp_path / "dense", card=card("llm/tiny", tiny()))
     out = tmp_path / "wanda"
@@ -192,10 +192,38 @@ def test_too_little_text_is_refused():
         random_windows(torch.arange(10), 0, 4, 0)
 
 
-def test_windows_beyond_the_context_are_refused():
-    with pytest.raises(ConfigError, match="context of 64"):
-        Calibrated(length=128).batches(tiny())
+def test_windows_are_as_long_as_the_context_allows_and_come_from_a_text_of_ones_own(tmp_path):
     assert default_text(tiny()) == "embedded"
+    assert Calibrated(length=128, windows=3).sample(tiny()).batches[0].shape == (3, 64)
+    (tmp_path / "mine.txt").write_text("one two three four\n\n" * 400)
+    (tmp_path / "mine.jsonl").write_text("\n".join(['{"text": "one two three four"}'] * 100))
+    for name in ("mine.txt", "mine.jsonl"):
+        data = Calibrated(text=str(tmp_path / name), windows=10, length=16).sample(tiny())
+        assert [batch.shape for batch in data.batches] == [(8, 16), (2, 16)]
+    (tmp_path / "bad.jsonl").write_text('{"title": "no text"}')
+    with pytest.raises(DataError, match="bad.jsonl cannot be read.*objects with"):
+        Calibrated(text=str(tmp_path / "bad.jsonl")).sample(tiny())
+
+
+def test_a_job_brings_batches_of_its_own_and_runs_any_network():
+    job = Job([torch.randint(90, (4, 12)) for _ in range(5)])
+    data = Calibrated(windows=8).sample(tiny(), job)
+    assert [batch.shape for batch in data.batches] == [(4, 12), (4, 12)]
+    with pytest.raises(ConfigError, match="Cats calibrates a language model"):
+        METHODS.get("cats")().sparsify(tiny(), Job([(torch.randn(4, 3), torch.zeros(4))]))
+
+
+@pytest.mark.parametrize("name,options", [("wanda", {}), ("sparsegpt", {}), ("ecoflap", {"eps": 0.01})])
+def test_a_vision_transformer_is_pruned_on_its_own_loss(name, options):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = timm.models.VisionTransformer(**sizes).eval()
+    job = Job([(torch.randn(4, 3, 16, 16), torch.randint(3, (4,))) for _ in range(2)])
+    made = METHODS.get(name)(sparsity=0.75, windows=8, **options).sparsify(model, job)
+    assert len(made.masks) == 8 and all("blocks." in name for name in made.masks)
+    total = sum(mask.numel for mask in made.masks.values())
+    assert sum(mask.kept for mask in made.masks.values()) * 4 == total
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt"])

@@ -19,7 +19,7 @@ from zoo.harness.stats import seed_difference
 from zoo.harness.tables import Plot, Series, Table, Verdict
 from zoo.llm.data import corpus
 from zoo.llm.data.calibration import random_windows
-from zoo.llm.data.tokenization import tokenizer_of
+from zoo.llm.data.tokenization import token_stream, tokenizer_of
 from zoo.llm.experiments.common import (
     Bench,
     Protocol,
@@ -37,7 +37,6 @@ from zoo.llm.methods.teal import greedy_thresholds, input_histograms, uniform_th
 from zoo.llm.models.blocks import find_blocks
 from zoo.llm.models.thresholds import attach, detach, held_out_shares, skipped_share
 from zoo.llm.oracle import attach_oracle, detach_oracle
-from zoo.llm.train import token_stream
 from zoo.shared.measure.activations import Tap, calibrate, check_share
 from zoo.shared.store.io import read_json
 

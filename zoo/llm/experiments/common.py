@@ -23,10 +23,9 @@ from zoo.harness.stats import seed_difference
 from zoo.harness.tables import Plot, Series, Table, Verdict
 from zoo.llm.data import corpus
 from zoo.llm.data.calibration import default_text, random_windows
-from zoo.llm.data.tokenization import tokenizer_of
+from zoo.llm.data.tokenization import token_stream, tokenizer_of
 from zoo.llm.scoring import document_nats
 from zoo.llm.tasks import perplexity_result
-from zoo.llm.train import token_stream
 
 Rows = Sequence[dict[str, Any]]
 #: Changes a model in place, given calibration batches and a seed.

@@ -83,9 +83,9 @@ def find_blocks(model: nn.Module) -> list[Block]:
         name = f"{stack_name}.{index}"
         if experts := [weight.name for weight in inventory(layer).weights if weight.kind == EXPERTS]:
             raise ConfigError(
-                f"The FFN of {type(model).__name__} ({name}, {type(layer).__name__}) is a mixture of fused experts "
-                f"({experts[0]}), where a gated FFN of three linear layers is needed; wanda, sparsegpt, ecoflap "
-                "and prune take it."
+                f"The FFN of {type(model).__name__} ({name}, {type(layer).__name__}) is a mixture of fused "
+                f"experts ({experts[0]}), where a gated FFN of three linear layers is needed; wanda, "
+                "sparsegpt, ecoflap and prune take it."
             )
         mlp_name, mlp = _holder(model, name, layer, _FFN, "FFN")
         attention_name, attention = _holder(model, name, layer, _ATTENTION, "attention")
