@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from zoo.harness.runner import evaluate
     from zoo.harness.tasks import register_task
     from zoo.harness.verify import verify
+    from zoo.methods.front import sparsify
     from zoo.registry import register_architecture, register_experiment, register_method
-    from zoo.shared.pruning.sparsifier import sparsify
     from zoo.shared.train import Job, Recipe
 
 __all__ = [
@@ -68,7 +68,7 @@ _HOMES = {
     "register_task": "zoo.harness.tasks",
     "reproduce": "zoo.harness.experiments",
     "save": "zoo.bundles.store",
-    "sparsify": "zoo.shared.pruning.sparsifier",
+    "sparsify": "zoo.methods.front",
     "verify": "zoo.harness.verify",
 }
 

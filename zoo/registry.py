@@ -235,4 +235,22 @@ register_task = TASKS.register
 register_experiment = EXPERIMENTS.register
 
 MAKERS.register("sparsify", "zoo.bundles.make:sparsify")
-METHODS.register("prune", "zoo.methods.contract:Prune")  # belongs to no domain
+for _name, _class in {  # methods that belong to no domain
+    "prune": "prune:Prune",
+    "magnitude": "magnitude:MagnitudePruning",
+    "fast-convnet": "fast_convnets:FastConvNet",
+    "random-pruning": "random_pruning:RandomPruning",
+    "dynamic-sparse": "dynamic_sparse:DynamicSparse",
+    "lottery-ticket": "tickets:LotteryTicket",
+    "lottery-jackpot": "jackpots:LotteryJackpot",
+    "bip": "bip:BiP",
+    "sparse-soup": "soups:SparseSoup",
+    "sr-ste": "sr_ste:SparseRefined",
+    "pgf": "pgf:ProgressiveFlow",
+    "bdwp": "bdwp:BDWP",
+    "sparse-ift": "sparse_ift:SparseIFT",
+    "mask-sparsity": "mask_sparsity:MaskSparsity",
+    "wgsef": "wgsef:WGSEF",
+    "iss-p": "iss_p:ISSP",
+}.items():
+    METHODS.register(_name, f"zoo.methods.{_class}")

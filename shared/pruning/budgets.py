@@ -308,3 +308,19 @@ BUDGETS: dict[str, Callable[[], Budget]] = {
     "erk": ErdosRenyi,
     "er": lambda: ErdosRenyi(kernel=False),
 }
+
+
+def ratio_budget(names: Sequence[str], ratio: str) -> Budget:
+    """The allocation of that name over tensors in the model's order: uniform, er or erk, and with a plus
+    those that keep the last tensor (erk+) or the first (uniform+) dense; uniform+ gives the last a fifth.
+
+    Raises:
+        BudgetError: another name.
+    """
+    if ratio == "uniform+":
+        return Floor(Uniform(), kept=0, density={names[0]: 1.0, names[-1]: 0.2})
+    if ratio == "erk+":
+        return Floor(ErdosRenyi(), kept=0, density={names[-1]: 1.0})
+    if ratio not in ("uniform", "er", "erk"):
+        raise BudgetError(f"a ratio is uniform, uniform+, er, erk or erk+; received {ratio!r}")
+    return BUDGETS[ratio]()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BudgetError, MaskError, PatternError, ScheduleError
-from ..masks import Mask, MaskSet, near_misses
-from ..masks.patterns import NM, Group, Pattern, parse_pattern
+from ..masks import Mask, MaskSet, masks_of, near_misses
+from ..masks.patterns import NM, Group, Pattern, Unstructured, parse_pattern, topk_mask
 from .budgets import BUDGETS, Budget, Floor, check_sparsity
 from .inventory import inventory, prunable_parameters
 from .scores import SCORES, Score, ScoreContext
@@ -188,3 +188,27 @@ def check_goal(goal: float, sparsity: float | None, patterns: Mapping[str, Patte
             f"{next(iter(patterns.values()))} fixes the sparsity at {float(1 - only):.6g}; received {goal}: "
             "leave sparsity out, or choose another n:m"
         )
+
+
+def magnitude_masks(model: nn.Module, sparsity: float) -> MaskSet:
+    """The masks of one global magnitude threshold within those that the model carries; it is not changed."""
+    weights = select_parameters(model, None)
+    before = masks_of(model) or MaskSet({})
+    scores = score_tensors(weights, SCORES["magnitude"](), ScoreContext(), before, before)
+    chosen = choose_masks(scores, sparsity, dict.fromkeys(weights, Unstructured()), BUDGETS["global"]())
+    return MaskSet({name: chosen[name] & before[name] if name in before else chosen[name] for name in chosen})
+
+
+def random_masks(model: nn.Module, counts: Mapping[str, int], seed: int) -> MaskSet:
+    """Masks with these counts at places drawn with `seed`, within the masks that the model carries, which
+    may leave fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = dict(model.named_parameters())
+    before = masks_of(model) or MaskSet({})
+    masks = {}
+    for name, count in counts.items():
+        drawn = torch.rand(weights[name].shape, generator=generator)
+        if name in before:
+            drawn.masked_fill_(~before[name].keep.to(drawn.device), -torch.inf)
+        masks[name] = Mask((topk_mask(drawn, count) & (drawn >= 0)).to(weights[name].device))
+    return MaskSet(masks)

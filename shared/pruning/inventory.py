@@ -188,3 +188,34 @@ def _is_router(model: nn.Module, path: str, parameter: nn.Parameter) -> bool:
     counts = {1} | ({len(experts)} if isinstance(experts, nn.ModuleList) else set())
     counts |= {p.shape[0] for p in experts.parameters() if p.dim() == 3}
     return parameter.shape[0] in counts
+
+
+def inner_weights(model: nn.Module) -> list[str]:
+    """The prunable weights without those of the first and the last layer.
+
+    Raises:
+        MaskError: there are no others.
+    """
+    names = prunable_parameters(model)
+    if len(names) < 3:
+        raise MaskError(
+            f"{type(model).__name__} has no layer between its first and its last; choose weights by names"
+        )
+    return names[1:-1]
+
+
+def pointwise_weights(model: nn.Module) -> list[str]:
+    """Names of the weights of 1x1 convolutions with stride 1 and one group.
+
+    Raises:
+        MaskError: the model has none.
+    """
+    names = [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and (module.kernel_size, module.stride, module.groups) == ((1, 1), (1, 1), 1)
+    ]
+    if not names:
+        raise MaskError(f"{type(model).__name__} has no 1x1 convolutions of stride 1")
+    return names

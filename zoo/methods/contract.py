@@ -1,23 +1,29 @@
-"""Methods: what `zoo sparsify --method NAME` does. A method is a dataclass whose fields are its options.
+"""What every method is: a dataclass whose fields are its options, with `sparsify(model, job)`.
 
-A domain or another package registers one in `zoo.registry.METHODS` (entry points: `zoo.methods`):
+A method takes any `nn.Module` and, if it trains or measures, the job: data, loss, score, recipe, seed and
+device (`zoo.Job`). How to train - epochs, learning rate - comes with the job and is no option of a method. A
+domain or another package registers one in `zoo.registry.METHODS` (entry points: `zoo.methods`):
 
     @dataclass
     class MyMethod:
         sparsity: float = 0.9
 
-        def sparsify(self, model: nn.Module) -> Sparsified: ...
+        def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified: ...
+
+`zoo.methods.training.TrainingMethod` is a base for methods that train.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from zoo.errors import ConfigError
 from zoo.shared.masks import MaskSet
-from zoo.shared.pruning.sparsifier import sparsify
+from zoo.shared.train import Job, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,54 +51,54 @@ class Sparsified:
 
 @runtime_checkable
 class Method(Protocol):
-    """A dataclass with this method."""
+    """A dataclass with this method.
 
-    def sparsify(self, model: nn.Module) -> Sparsified: ...
-
-
-@dataclasses.dataclass
-class Prune:
-    """Prune at once by any pattern, score and budget, without data and without training.
-
-    The scores here need the weights alone; `zoo.shared.pruning.sparsifier` has those that need gradients
-    or activations,
-    and schedules over training.
+    Beside it a class may state `needs_job` (default False): whether it can do nothing without data; and
+    `recipe`, the fields of `zoo.Recipe` that it trains well with, for jobs that the command line makes.
     """
 
-    sparsity: float | None = None
-    """Share of zeros over the pruned weights, from 0 up to 1; N:M patterns fix it themselves."""
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified: ...
 
-    pattern: str = "unstructured"
-    """Where zeros may lie: unstructured, 2:4 (any N:M), block4x1, channel0, whole."""
 
-    score: Literal["magnitude", "lamp", "random"] = "magnitude"
-    """Which weights matter."""
+def needs_job(method: object) -> bool:
+    """Whether a method, or the class of one, can do nothing without a job."""
+    return bool(getattr(method, "needs_job", False))
 
-    budget: Literal["global", "uniform", "erk", "er"] = "global"
-    """How much is pruned in which layer."""
 
-    names: tuple[str, ...] = ()
-    """Which parameters, as names or globs; by default the weights of linear, convolution and embedding
-    layers."""
+def default_recipe(method: object) -> Mapping[str, Any]:
+    """The fields of the recipe that a method, or the class of one, states."""
+    stated: Mapping[str, Any] = getattr(method, "recipe", {})
+    return stated
 
-    seed: int = 0
-    """Of the random score."""
 
-    def sparsify(self, model: nn.Module) -> Sparsified:
-        """Prune `model` in place.
+def required(job: Job | None, method: object) -> Job:
+    """The job.
 
-        Raises:
-            BudgetError, PatternError, MaskError: a sparsity, pattern or name that is not possible here.
-        """
-        masks = sparsify(
-            model,
-            sparsity=self.sparsity,
-            pattern=self.pattern,
-            score=self.score,
-            budget=self.budget,
-            names=self.names or None,
-            seed=self.seed,
+    Raises:
+        ConfigError: there is none.
+    """
+    if job is None:
+        raise ConfigError(
+            f"{type(method).__name__} learns from data, and none were given: pass job=zoo.Job(loader, loss), "
+            "or --dataset NAME on the command line"
         )
-        info = getattr(model, "zoo_info", None)
-        options = dataclasses.asdict(self) | {"names": list(self.names)}
-        return Sparsified(model, masks, extras=dict(info.extras) if info else {}, hyperparameters=options)
+    return job
+
+
+def stated_options(method: Any, job: Job | None = None) -> dict[str, Any]:
+    """What decides the result, for a card: the method's options, and recipe and seed of the job."""
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(method).items()}
+    if job is None:
+        return options
+    usual = Recipe()
+    changed = {
+        field.name: getattr(job.recipe, field.name)
+        for field in dataclasses.fields(Recipe)
+        if field.name in ("epochs", "lr", "batch", "weight_decay")
+        or getattr(job.recipe, field.name) != getattr(usual, field.name)
+    }
+    return (
+        options
+        | {k: dict(v) if isinstance(v, Mapping) else v for k, v in changed.items()}
+        | {"seed": job.seed}
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, MAKERS, METHODS, PRETRAINERS, TASKS
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, MAKERS, PRETRAINERS, TASKS
 
 ARCHITECTURES.register("vision/resnet", "zoo.vision.models:ResNet")
 ARCHITECTURES.register("vision/convnet", "zoo.vision.models:ConvNet")
@@ -18,20 +18,6 @@ ARCHITECTURES.register("vision/mobilenet", "zoo.vision.mobilenet:MobileNetV1")
 ARCHITECTURES.register("vision/edsr", "zoo.vision.upscalers:EDSR")
 ARCHITECTURES.register("vision/swinir", "zoo.vision.upscalers:SwinIR")
 ARCHITECTURES.register("vision/lidar-detector", "zoo.vision.lidar.detector:Detector")
-METHODS.register("magnitude", "zoo.vision.magnitude:MagnitudePruning")
-METHODS.register("random-pruning", "zoo.vision.random_pruning:RandomPruning")
-METHODS.register("dynamic-sparse", "zoo.vision.random_pruning:DynamicSparse")
-METHODS.register("lottery-ticket", "zoo.vision.tickets:LotteryTicket")
-METHODS.register("lottery-jackpot", "zoo.vision.jackpots:LotteryJackpot")
-METHODS.register("bip", "zoo.vision.bip:BiP")
-METHODS.register("sparse-soup", "zoo.vision.soups:SparseSoup")
-METHODS.register("pgf", "zoo.vision.nm_training:ProgressiveFlow")
-METHODS.register("bdwp", "zoo.vision.nm_training:BDWP")
-METHODS.register("sparse-ift", "zoo.vision.sparse_ift:SparseIFT")
-METHODS.register("mask-sparsity", "zoo.vision.channels:MaskSparsity")
-METHODS.register("wgsef", "zoo.vision.channels:WGSEF")
-METHODS.register("iss-p", "zoo.vision.iss_p:ISSP")
-METHODS.register("fast-convnet", "zoo.vision.fast_convnets:FastConvNet")
 TASKS.register("vision/digits", "zoo.vision.tasks:Digits")
 TASKS.register("vision/cifar10-jpeg", "zoo.vision.tasks:CifarJpeg")
 TASKS.register("vision/cifar10-true", "zoo.vision.tasks:CifarTrue")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError
 from zoo.shared.structure.averaging import recalibrate_norms
 from zoo.shared.structure.folding import fold_norms
-from zoo.vision.models import Classifier, seeded
+from zoo.shared.structure.relatives import seeded
+from zoo.vision.models import Classifier
 
 # (channels at width 1, stride) of each depthwise-separable block
 BLOCKS = (
@@ -86,27 +87,6 @@ def _convolution(inputs: int, outputs: int, size: int, stride: int, groups: int)
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     ]
-
-
-def pointwise_weights(model: nn.Module) -> list[str]:
-    """Names of the weights of 1x1 convolutions with stride 1 and one group.
-
-    Raises:
-        ConfigError: the model has none.
-    """
-    names = [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
-        and module.stride == (1, 1)
-        and module.groups == 1
-    ]
-    if not names:
-        raise ConfigError(
-            f"{type(model).__name__} has no 1x1 convolutions of stride 1, which this method makes sparse"
-        )
-    return names
 
 
 def norms_folded(model: nn.Module) -> Any:

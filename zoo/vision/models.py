@@ -7,17 +7,18 @@ Every model keeps its `arguments`, from which the same one, a wider one or a cut
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, no_type_check
+from typing import Any, Literal, Self, no_type_check
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from zoo.devices import device_of
 from zoo.errors import ConfigError, DataError
+from zoo.shared.structure.relatives import seeded
 
 
 class Classifier(nn.Module):
@@ -36,6 +37,13 @@ class Classifier(nn.Module):
             ConfigError: this kind of model has none.
         """
         raise ConfigError(f"{type(self).__name__} has no wider relative; take a ResNet, ConvNet, MLP or ViT.")
+
+    def fresh(self, seed: int) -> Self:
+        """A model of the same shapes on the same device, its weights drawn with `seed`; the caller's random
+        state is left alone."""
+        with seeded(seed):
+            fresh = type(self)(**self.current_arguments())
+        return fresh.to(device_of(self))
 
     def current_arguments(self) -> dict[str, Any]:
         """The arguments that build a model of the present shapes, after surgery too."""
@@ -353,24 +361,8 @@ def _initialise(model: nn.Module) -> None:
 
 
 def reinitialised(model: Classifier, seed: int) -> Classifier:
-    """A fresh model of the same shapes on the same device, its weights drawn with `seed`; the caller's random
-    state is left alone."""
-    with seeded(seed):
-        fresh = type(model)(**model.current_arguments())
-    return fresh.to(device_of(model))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, random numbers of the processor follow `seed`; afterwards as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        yield
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are."""
-    return next(model.parameters()).device
+    """A fresh model of the same shapes on the same device, its weights drawn with `seed`."""
+    return model.fresh(seed)
 
 
 def pretrained_resnet(depth: int = 20) -> ResNet:

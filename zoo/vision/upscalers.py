@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from zoo.devices import device_of
 from zoo.errors import ConfigError
-from zoo.vision.models import device_of, seeded
+from zoo.shared.structure.relatives import seeded
 
 
 class Upscaler(nn.Module):

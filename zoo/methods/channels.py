@@ -1,0 +1,107 @@
+"""Base of the structured methods: channels are chosen while training, then really removed, and the smaller
+network is trained on."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from zoo.errors import ConfigError
+from zoo.methods.training import Pruned, TrainingMethod, example_of, run_model
+from zoo.shared.errors import GroupError
+from zoo.shared.masks import masks_of
+from zoo.shared.structure.averaging import recalibrate_norms
+from zoo.shared.structure.groups import GroupMap, trace_groups
+from zoo.shared.structure.surgery import cut
+from zoo.shared.train import Fit, Job
+
+Units = dict[str, Tensor]
+
+
+@dataclass
+class ChannelMethod(TrainingMethod):
+    """Sparse stage, cut to the exact count, statistics of norms anew, fine-tuning.
+
+    Every family of channels that goes together - residual partners included - is a unit of choice, at least
+    one is kept of each. The optimiser's moments are cut with the weights and carried on.
+    """
+
+    sparsity: float = 0.5
+    """Share of the channels to remove, over all families that can be cut."""
+
+    sparse_epochs: int = 5
+    """Epochs before the cut; the recipe's epochs count these and those after it."""
+
+    def prune(self, model: nn.Module, job: Job) -> Pruned:
+        fit, keep = self.cut(model, job)
+        fit.run(mask_again(model))
+        return Pruned(model, {"channels/keep": torch.cat([units.cpu() for units in keep.values()])})
+
+    def cut(self, model: nn.Module, job: Job) -> tuple[Fit, Units]:
+        """Train sparsely and remove the channels, in place; returns the training, which may go on, and what
+        was kept of each family.
+
+        Raises:
+            GroupError: the model cannot be traced, or has no channels that can be cut.
+        """
+        epochs = job.fit(model).steps / job.fit(model).steps_per_epoch
+        if not 0 <= self.sparse_epochs < epochs:
+            raise ConfigError(
+                f"sparse_epochs must leave an epoch after the cut; received {self.sparse_epochs} of "
+                f"{epochs:g}"
+            )
+        groups = trace_groups(model, example_of(job))
+        kept = kept_channels(model, groups, self.sparsity)
+        fit = self.sparse_stage(model, groups, kept, job)
+        keep = groups.select(self.scores(model, groups), kept)
+        cut(model, groups, keep, fit.optimizer)
+        # A removed channel may have sent a constant on (ReLU of its shift); the next norm's new mean takes it
+        # up.
+        recalibrate_norms(model, job.sample(20), run_model(job))
+        return fit, {name: keep[name] for name in groups}
+
+    @abstractmethod
+    def sparse_stage(self, model: nn.Module, groups: GroupMap, kept: int, job: Job) -> Fit:
+        """Train so that the channels to go lose their worth; returns the training, `sparse_epochs` on."""
+
+    @abstractmethod
+    def scores(self, model: nn.Module, groups: GroupMap) -> Units:
+        """What each channel is worth, by family."""
+
+
+def kept_channels(model: nn.Module, groups: GroupMap, sparsity: float) -> int:
+    """How many channels stay in all.
+
+    Raises:
+        GroupError: the model has no channels that can be cut; the message says what holds them.
+    """
+    total = sum(family.units for family in groups.values())
+    if not total:
+        reasons = ", ".join(f"{name} {why}" for name, why in list(groups.frozen.items())[:2])
+        raise GroupError(f"no channels of {type(model).__name__} can be cut: {reasons or 'none were found'}")
+    return max(len(groups), total - int(sparsity * total))
+
+
+def mask_again(model: nn.Module) -> object:
+    """A step's end that zeroes what the model's masks drop, also after surgery; None without masks."""
+    if masks_of(model) is None:
+        return None
+
+    def after() -> None:
+        if (masks := masks_of(model)) is not None:
+            masks.apply_(model)
+
+    return after
+
+
+def norm_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The scales of all batch norms by parameter name."""
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.weight is not None
+    }
