@@ -53,8 +53,8 @@ class MaskSparsity(ChannelMethod):
         if not scales or any(not bool(values.any()) for values in found.values()):
             bare = next(name for name, values in found.items() if not bool(values.any()))
             raise GroupError(
-                f"MaskSparsity ranks channels by the scales of batch norms, and {type(model).__name__} has none "
-                f"on the channels of {bare!r}; wgsef ranks by norms of weights"
+                f"MaskSparsity ranks channels by the scales of batch norms, and {type(model).__name__} has "
+                f"none on the channels of {bare!r}; wgsef ranks by norms of weights"
             )
         where: dict[str, Tensor] | None = None
         if self.regularise == "marked":
