@@ -220,6 +220,8 @@ METHODS: Registry[Any] = Registry("method", "zoo.methods", needs=("sparsify",))
 TASKS: Registry[Any] = Registry("task", "zoo.tasks", needs=("evaluate",), factories=True)
 EXPERIMENTS: Registry[Any] = Registry("experiment", "zoo.experiments", needs=("run",))
 FINETUNERS: Registry[Any] = Registry("fine-tuner", "zoo.finetuners", needs=("run",))
+#: domain -> `make_job(dataset, *, recipe, seed, device, model) -> zoo.Job`, behind `zoo sparsify`
+JOBS: Registry[Callable[..., Any]] = Registry("maker of jobs", "zoo.jobs")
 #: domain -> dataclass with `run() -> Path`, behind `zoo pretrain`
 PRETRAINERS: Registry[Any] = Registry("pre-trainer", "zoo.pretrainers", needs=("run",))
 #: how the model of a recipe row is made: function of row, seed, start and place, see `zoo.bundles.make`

@@ -42,6 +42,52 @@ class Sparsify:
 
 
 @dataclass
+class JobOptions:
+    """What a method trains or measures on, and how; what is left out follows the method's own recipe."""
+
+    dataset: str | None = None
+    """Data of the model's domain; by default those of the first figure on its card."""
+
+    epochs: int | None = None
+    """Passes over the data, in all phases together unless the method says otherwise."""
+
+    steps: int | None = None
+    """Optimiser steps, instead of epochs."""
+
+    lr: float | None = None
+    """Peak of the learning rate."""
+
+    batch: int | None = None
+    """Samples per step."""
+
+    weight_decay: float | None = None
+    """L2 penalty on all weights, or as the optimiser takes it."""
+
+    optimizer: str | None = None
+    """Name of an optimiser of torch.optim."""
+
+    seed: int = 0
+    """Of order, augmentation, fresh weights and random masks."""
+
+    device: str = "cpu"
+    """Where to train: cpu, cuda or cuda:1, say. Seeds draw the same on all of them."""
+
+    def job(self, domain: str, method: Any, model: Any) -> Any:
+        """The job for a model of a domain."""
+        from zoo.methods.contract import default_recipe
+        from zoo.registry import JOBS
+        from zoo.shared.train import Recipe
+
+        typed = {name: getattr(self, name) for name in RECIPE if getattr(self, name) is not None}
+        recipe = Recipe(**{**default_recipe(method), **typed})
+        make = JOBS.get(domain)
+        return make(self.dataset, recipe=recipe, seed=self.seed, device=self.device, model=model)
+
+
+RECIPE = ("epochs", "steps", "lr", "batch", "weight_decay", "optimizer")
+
+
+@dataclass
 class Rebase:
     """Store a model on the weights of another one, or whole again; tensors and figures stay as they are."""
 
@@ -91,6 +137,7 @@ class Reproduce:
 
 def sparsify_command(argv: Sequence[str]) -> int:
     """`zoo sparsify MODEL --method NAME --out DIR ...`."""
+    from zoo.methods.contract import default_recipe, needs_job
     from zoo.registry import METHODS
 
     method_name, rest = take_option(argv, "method", "prune")
@@ -99,7 +146,9 @@ def sparsify_command(argv: Sequence[str]) -> int:
         "Make a sparse model and measure it beside its dense twin. "
         f"The options include those of --method {method_name}; methods: {', '.join(METHODS.names())}."
     )
-    options, method = parse_with(Sparsify, method_class, rest, "sparsify", description)
+    trains = needs_job(method_class) or bool(default_recipe(method_class))
+    common = dataclasses.make_dataclass("Sparsify", [], bases=(JobOptions, Sparsify)) if trains else Sparsify
+    options, method = parse_with(common, method_class, rest, "sparsify", description)
     from zoo.bundles.catalog import find
     from zoo.harness.making import Origin, make_bundle
 
@@ -115,6 +164,7 @@ def sparsify_command(argv: Sequence[str]) -> int:
             method,
             origin,
             options.out,
+            job=(lambda model: options.job(source.card.domain, method, model)) if trains else None,
             share=options.share,
             overwrite=options.overwrite,
             progress=progress,

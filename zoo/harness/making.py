@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import nn
 
 from zoo.bundles.catalog import Bundle, base_of
 from zoo.bundles.publish import About, Trained, figures_of, publish
@@ -13,6 +16,7 @@ from zoo.errors import ConfigError
 from zoo.harness.subjects import twin_of
 from zoo.harness.tasks import Progress
 from zoo.methods.contract import Method
+from zoo.shared.train import Job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,7 @@ def make_bundle(
     origin: Origin,
     folder: str | Path,
     *,
+    job: Callable[[nn.Module], Job] | None = None,
     share: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -44,6 +49,7 @@ def make_bundle(
         method: see `zoo.methods.contract`.
         origin: name, method's name and command for the card.
         folder: where to write.
+        job: what the method trains or measures on, made for the model that it is given.
         share: whether to store only what differs from the source, or from the base that it has itself.
         overwrite: whether a bundle that is there may be replaced.
         progress: called as the steps finish.
@@ -59,7 +65,8 @@ def make_bundle(
     steps = _Steps(progress, 2)
     steps.next(f"sparsifying {source.card.name}")
     start = time.perf_counter()
-    made = method.sparsify(load_bundle(source))
+    model = load_bundle(source)
+    made = method.sparsify(model, job(model)) if job is not None else method.sparsify(model)
     seconds = time.perf_counter() - start
     steps.next("measuring it")
     seed = int(made.hyperparameters.get("seed", source.card.method.seed))

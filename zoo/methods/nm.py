@@ -61,7 +61,7 @@ class NMMethod(TrainingMethod):
 
     def __post_init__(self) -> None:
         fixed = float(1 - (parsed_nm(self.pattern).fixed_density or Fraction(0)))
-        if self.sparsity is not None and abs(self.sparsity - fixed) > 1e-9:
+        if self.sparsity is not None and not abs(self.sparsity - fixed) <= 1e-9:
             raise BudgetError(f"{self.pattern} fixes the sparsity at {fixed:g}; received {self.sparsity}")
         self.sparsity = fixed
 

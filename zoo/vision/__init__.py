@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, MAKERS, PRETRAINERS, TASKS
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, JOBS, MAKERS, PRETRAINERS, TASKS
 
 ARCHITECTURES.register("vision/resnet", "zoo.vision.models:ResNet")
 ARCHITECTURES.register("vision/convnet", "zoo.vision.models:ConvNet")
@@ -18,6 +18,7 @@ ARCHITECTURES.register("vision/mobilenet", "zoo.vision.mobilenet:MobileNetV1")
 ARCHITECTURES.register("vision/edsr", "zoo.vision.upscalers:EDSR")
 ARCHITECTURES.register("vision/swinir", "zoo.vision.upscalers:SwinIR")
 ARCHITECTURES.register("vision/lidar-detector", "zoo.vision.lidar.detector:Detector")
+JOBS.register("vision", "zoo.vision.domain:make_job")
 TASKS.register("vision/digits", "zoo.vision.tasks:Digits")
 TASKS.register("vision/cifar10-jpeg", "zoo.vision.tasks:CifarJpeg")
 TASKS.register("vision/cifar10-true", "zoo.vision.tasks:CifarTrue")
