@@ -19,8 +19,9 @@ from torch.utils import mkldnn
 from zoo.shared.bench import Bound, Cell, Goal, Later, main
 from zoo.shared.measure.account import count
 from zoo.shared.ops import SparseConv1x1, packing
+from zoo.shared.pruning.inventory import pointwise_weights
 from zoo.shared.pruning.sparsifier import sparsify
-from zoo.vision.mobilenet import norms_folded, pointwise_weights, random_example
+from zoo.vision.mobilenet import norms_folded, random_example
 
 SIDE = 224
 GOALS = {("unstructured", 0.8): 1.3, ("block4x1", 0.7): 1.6}

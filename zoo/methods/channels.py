@@ -88,7 +88,7 @@ def kept_channels(model: nn.Module, groups: GroupMap, sparsity: float) -> int:
 
 def mask_again(model: nn.Module) -> object:
     """A step's end that zeroes what the model's masks drop, also after surgery; None without masks."""
-    if masks_of(model) is None:
+    if not masks_of(model):
         return None
 
     def after() -> None:

@@ -58,9 +58,9 @@ def check_method(
 ) -> Outcome:
     """Check that a method keeps the contract on a model.
 
-    It must meet the sparsity exactly, give the same bits for the same seed, give zeros that survive a training
-    step and a save, and refuse impossible sparsities. A model that it cannot handle it must refuse by an error
-    of this project, whose message becomes the outcome; any other exception goes through.
+    It must meet the sparsity exactly, give the same bits for the same seed, give zeros that survive a
+    training step and a save, and refuse impossible sparsities. A model that it cannot handle it must refuse
+    by an error of this project, whose message becomes the outcome; any other exception goes through.
 
     Args:
         method: a registered name, or the class.
@@ -107,8 +107,8 @@ def _run(method: Method, model: nn.Module, job: Callable[[], Job] | None) -> Spa
 
 
 def _check_sparsity(name: str, made: Sparsified, sparsity: float) -> None:
-    """As many zeros as asked for: over all masked weights, up to one per tensor where each is cut by itself; or
-    as many channels."""
+    """As many zeros as asked for: over all masked weights, up to one per tensor where each is cut by itself;
+    or as many channels."""
     if (channels := made.extras.get("channels/keep")) is not None:
         kept, total, room = int(channels.sum()), channels.numel(), 0
     else:
@@ -134,7 +134,9 @@ def _check_bits(name: str, first: Sparsified, second: Sparsified) -> None:
 def _check_zeros(name: str, made: Sparsified) -> None:
     """Through a step of an optimiser with moments and decay, and through a file."""
     if made.masks.zeros_intact(made.model):
-        raise ConformanceError(f"{name} leaves weights where its masks drop: {made.masks.zeros_intact(made.model)}")
+        raise ConformanceError(
+            f"{name} leaves weights where its masks drop: {made.masks.zeros_intact(made.model)}"
+        )
     parameters = [p for p in made.model.parameters() if p.is_floating_point()]
     for parameter in parameters:
         parameter.requires_grad_(True)

@@ -68,7 +68,7 @@ class SparseIFT(TrainingMethod):
                 f"Sparse-IFT trains a wider network in place of the given one; {type(model).__name__} has no "
                 "method wider(factor) that makes it; give it one, or use another method"
             )
-        if masks_of(model) is not None:
+        if masks_of(model):
             raise MaskError(
                 "the model carries masks, which have no place in a wider network; start from the dense "
                 "model, or give them up by set_masks(model, None)"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from zoo.shared.pruning.inventory import pointwise_weights
 from zoo.shared.pruning.schedules import Cubic
 from zoo.shared.pruning.sparsifier import Sparsifier
 from zoo.vision.base import Pruned, VisionMethod
 from zoo.vision.magnitude import UPDATES
-from zoo.vision.mobilenet import pointwise_weights
 from zoo.vision.models import Classifier
 from zoo.vision.train import Trainer
 

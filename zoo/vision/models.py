@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, no_type_check
+from typing import Any, Literal, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class Classifier(nn.Module):
         """
         raise ConfigError(f"{type(self).__name__} has no wider relative; take a ResNet, ConvNet, MLP or ViT.")
 
-    def fresh(self, seed: int) -> Self:
+    def fresh(self, seed: int) -> Classifier:
         """A model of the same shapes on the same device, its weights drawn with `seed`; the caller's random
         state is left alone."""
         with seeded(seed):

@@ -216,7 +216,7 @@ def pruned(tmp_path, monkeypatch):
     from zoo.bundles.publish import About
     from zoo.harness.tasks import get_task
     from zoo.llm.bundling import save_dense
-    from zoo.methods.contract import Prune
+    from zoo.methods.prune import Prune
     from zoo.registry import TASKS
 
     TASKS.names()

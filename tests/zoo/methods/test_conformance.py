@@ -90,7 +90,16 @@ def test_a_plug_in_is_checked_and_every_fault_is_seen():
 
 
 #: The cheap ones, of every kind: at once, held, moving, gated, N:M, shrinking.
-PAIRED = ["prune", "magnitude", "random-pruning", "dynamic-sparse", "lottery-jackpot", "bip", "sr-ste", "iss-p"]
+PAIRED = [
+    "prune",
+    "magnitude",
+    "random-pruning",
+    "dynamic-sparse",
+    "lottery-jackpot",
+    "bip",
+    "sr-ste",
+    "iss-p",
+]
 
 
 @pytest.mark.parametrize("first", PAIRED)
@@ -123,5 +132,3 @@ def run(name: str, model: nn.Module, sparsity: float, deep: bool = False) -> Spa
         model = copy.deepcopy(model)
     job = images_job(kind) if needs_job(kind) or default_recipe(kind) else None
     return zoo.sparsify(model, method=name, job=job, **options)
-
-

@@ -58,7 +58,7 @@ def test_everything_is_registered_without_importing_torch():
         "iss-p",
         "fast-convnet",
     ):
-        assert METHODS.get(name).__module__.startswith("zoo.vision.")
+        assert METHODS.get(name).__module__.startswith("zoo.methods.")
     assert EXPERIMENTS.get("pruning-benchmark") is PruningBenchmark
     assert EXPERIMENTS.get("pruning-claims") is claims.PruningClaims
     assert FINETUNERS.get("vision").__name__ == "Finetune"

@@ -13,6 +13,7 @@ from zoo.shared.errors import BudgetError, MaskError, PatternError
 from zoo.shared.learned.constraints import DecayingSTE
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.masks.patterns import NM
+from zoo.shared.pruning.inventory import pointwise_weights
 from zoo.shared.pruning.sparsifier import sparsify
 from zoo.shared.structure.averaging import average_models
 from zoo.vision.base import clone, inner_weights
@@ -21,7 +22,7 @@ from zoo.vision.channels import WGSEF, MaskSparsity, norm_scales
 from zoo.vision.fast_convnets import FastConvNet
 from zoo.vision.jackpots import LotteryJackpot, magnitude_masks
 from zoo.vision.magnitude import MagnitudePruning
-from zoo.vision.mobilenet import MobileNetV1, pointwise_weights
+from zoo.vision.mobilenet import MobileNetV1
 from zoo.vision.models import ConvNet, ResNet, ViT, reinitialised
 from zoo.vision.nm_training import BDWP, ProgressiveFlow, frame_patterns
 from zoo.vision.random_pruning import DynamicSparse, RandomPruning, layer_counts

@@ -19,7 +19,8 @@ from zoo.bundles.recipes import Row
 from zoo.bundles.store import load, save
 from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, Plot, Series, Table, Verdict
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
-from zoo.methods.contract import Prune, Sparsified
+from zoo.methods.contract import Sparsified
+from zoo.methods.prune import Prune
 from zoo.shared.masks import MaskSet, masks_of
 
 IN, OUT = 12, 4
