@@ -25,11 +25,12 @@ from zoo.bundles.publish import About, Evidence, Figure, Trained, figures_of, pu
 from zoo.bundles.recipes import Row, find_row
 from zoo.bundles.store import load_bundle
 from zoo.errors import ConfigError, UnknownNameError
-from zoo.methods.contract import Sparsified
-from zoo.registry import ARCHITECTURES, MAKERS, METHODS
+from zoo.methods.contract import Sparsified, default_recipe, needs_job
+from zoo.registry import ARCHITECTURES, JOBS, MAKERS, METHODS
 from zoo.shared.masks import set_masks
 from zoo.shared.store.formats import load_packed, save_packed
 from zoo.shared.store.identity import code_digest, data_digest
+from zoo.shared.train import Recipe
 
 Note = Callable[[str], None]
 
@@ -137,14 +138,25 @@ def train(row: Row, seed: int, target: Target) -> Kept:
 
 
 def sparsify(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
-    """Maker: the row's method, with its options, its recipe and the seed, applied to the source."""
+    """Maker: the row's method with its options, applied to the source; with a job of the row's recipe and
+    seed if it takes one."""
     if start is None:
         raise ConfigError(f"the recipe of {row.name} needs a model to start from: give it `from`")
     method: Any = METHODS.get(row.method)
     known = {one.name for one in dataclasses.fields(method)}
     given = {"seed": seed, "dataset": row.dataset, "device": work.device}
-    usual = {key: value for key, value in given.items() if key in known}
-    result: Sparsified = method(**usual, **row.recipe, **row.options).sparsify(start)
+    own = {key: value for key, value in {**given, **row.recipe}.items() if key in known}
+    made = method(**own, **row.options)
+    result: Sparsified
+    if needs_job(method) or default_recipe(method):
+        rest = {key: value for key, value in row.recipe.items() if key not in known}
+        recipe = Recipe(**{**default_recipe(method), **rest})
+        job = JOBS.get(row.name.partition("/")[0])
+        result = made.sparsify(
+            start, job(row.dataset, recipe=recipe, seed=seed, device=str(work.device), model=start)
+        )
+    else:
+        result = made.sparsify(start)
     return result
 
 

@@ -9,17 +9,19 @@ from torch import nn
 from zoo.bundles.make import Work
 from zoo.bundles.recipes import Row
 from zoo.checkpoints import CheckpointFile
-from zoo.methods.contract import Sparsified
+from zoo.methods.contract import Sparsified, default_recipe
+from zoo.methods.iss_p import ISSP
 from zoo.registry import ARCHITECTURES
-from zoo.shared.masks import MaskSet, set_masks
+from zoo.shared.masks import MaskSet
+from zoo.shared.train import Job, Recipe
 from zoo.vision.data import load_images
-from zoo.vision.iss_p import ISSP
+from zoo.vision.domain import make_job
 from zoo.vision.lidar.arms import make_arm
 from zoo.vision.lidar.data import scene_frames
 from zoo.vision.lidar.train import DetectorFit, DetectorRecipe, run_with_checkpoints
 from zoo.vision.models import reinitialised
 from zoo.vision.spark.command import Pretrain
-from zoo.vision.train import Recipe, Trainer
+from zoo.vision.train import ImageBatches
 
 
 def classifier(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
@@ -34,14 +36,17 @@ def classifier(row: Row, seed: int, start: nn.Module | None, work: Work) -> Spar
     if start is not None:
         head = {k: v for k, v in model.state_dict().items() if k.startswith("linear.")}
         model.load_state_dict({**start.state_dict(), **head})
-    Trainer(data.to(work.device), Recipe(**row.recipe), seed).fit(model.to(work.device)).run()
+    recipe = Recipe(**row.recipe)
+    batches = ImageBatches(data.to(work.device), recipe.batch)
+    Job(batches, recipe=recipe, seed=seed, device=work.device).fit(model).run()
     return Sparsified(model.cpu().eval(), MaskSet({}), arguments=model.current_arguments())
 
 
 def upscaler(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
     """A dense upscaler trained on T91, as ISS-P trains it."""
-    model, _ = ISSP(0.0, "one-shot", seed=seed, **row.recipe).train(_build(row).to(work.device))
-    set_masks(model, None)
+    model = _build(row).fresh(seed)
+    recipe = Recipe(**{**default_recipe(ISSP), **row.recipe})
+    make_job("t91", recipe=recipe, seed=seed, device=str(work.device), model=model).fit(model).run()
     return Sparsified(model.cpu().eval(), MaskSet({}))
 
 
