@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Num
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from ..errors import PatternError
@@ -68,3 +68,40 @@ def topk_mask(score: Num[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]
     end = _end_of_first(ties, missing)
     mask[:end] |= ties[:end]
     return mask.view(score.shape)
+
+
+def rowwise_mask(
+    score: Float[Tensor, "out in"], kept: int, before: Bool[Tensor, "out in"] | None = None
+) -> Bool[Tensor, "out in"]:
+    """Keep the best of each row, `kept` entries in all: every row the same number, but for a remainder, whose
+    entries go to the rows with the best next score. Ties go to the lower index.
+
+    Args:
+        score: of each entry.
+        kept: entries in all.
+        before: what an earlier mask kept; nothing else is. Rows that have fewer entries left than their share
+            keep all of them, and the others share the rest.
+
+    Raises:
+        PatternError: a count that the matrix cannot keep, or scores that are NaN.
+    """
+    rows, columns = score.shape
+    left = rows * columns if before is None else int(before.count_nonzero())
+    if not 0 <= kept <= left:
+        raise PatternError(f"a matrix {rows}x{columns} keeps 0 to {left} entries; received {kept}")
+    if bool(score.isnan().any()):
+        raise PatternError(f"{int(score.isnan().sum())} of {score.numel()} scores are NaN")
+    if before is None:
+        available = torch.full((rows,), columns, device=score.device)
+    else:
+        score, available = score.masked_fill(~before, -torch.inf), before.sum(1)
+    level = 0 if before is not None else kept // max(1, rows)
+    while level < columns and int(available.clamp(max=level + 1).sum()) <= kept:
+        level += 1
+    counts, order = available.clamp(max=level), score.argsort(dim=1, descending=True, stable=True)
+    if extra := kept - int(counts.sum()):
+        places = order.gather(1, counts.clamp(max=columns - 1).unsqueeze(1))
+        following = score.gather(1, places).squeeze(1).masked_fill(available <= level, -torch.inf)
+        counts = counts + topk_mask(following, extra)
+    ranked = torch.arange(columns, device=score.device) < counts.unsqueeze(1)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, ranked)

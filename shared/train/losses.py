@@ -48,12 +48,13 @@ class Distillation:
     """A loss plus what keeps a student near its teacher, on the student's own calls.
 
     The student's forward is watched while the loss runs: the teacher, in eval mode and without gradients, is
-    called with the same arguments. The total is task * loss + output * `output_kl`
-    + feature * sum `feature_loss` + normalised * sum `normalised_feature_loss`.
+    called with the same arguments. The total is task * loss + output * `output_kl` + squared * the mean
+    squared difference of the outputs (of regression, or noise prediction) + feature * sum `feature_loss` +
+    normalised * sum `normalised_feature_loss`.
 
     Args:
         teacher: on the device of the student.
-        task, output, feature, normalised: weights of the terms.
+        task, output, squared, feature, normalised: weights of the terms.
         temperature: of the outputs' divergence.
         features: module of the student -> module of the teacher, whose outputs must have equal shapes.
 
@@ -68,12 +69,19 @@ class Distillation:
         *,
         task: float = 1.0,
         output: float = 0.0,
+        squared: float = 0.0,
         feature: float = 0.0,
         normalised: float = 0.0,
         temperature: float = 1.0,
         features: Mapping[str, str] | None = None,
     ) -> None:
-        weights = {"task": task, "output": output, "feature": feature, "normalised": normalised}
+        weights = {
+            "task": task,
+            "output": output,
+            "squared": squared,
+            "feature": feature,
+            "normalised": normalised,
+        }
         for name, weight in weights.items():
             if not 0 <= weight < float("inf"):
                 raise TrainingError(
@@ -85,7 +93,8 @@ class Distillation:
         if (feature or normalised) and not self.features:
             raise TrainingError("features to distil need modules: give features={student's: teacher's}")
         self.teacher = teacher.eval()
-        self.task, self.output, self.feature, self.normalised = task, output, feature, normalised
+        self.task, self.output, self.squared = task, output, squared
+        self.feature, self.normalised = feature, normalised
         self.temperature = temperature
 
     def __call__(self, loss: Loss, model: nn.Module, batch: Any) -> Tensor:
@@ -116,6 +125,8 @@ class Distillation:
                 hook.remove()
         if self.output:
             total = total + self.output * output_kl(_logits(out), _logits(target), self.temperature)
+        if self.squared:
+            total = total + self.squared * feature_loss(_logits(out), _logits(target))
         for student, teacher in self.features.items():
             pair = own[student], theirs[teacher]
             if pair[0].shape != pair[1].shape:
@@ -142,7 +153,7 @@ def _watch(model: nn.Module, names: Any, into: dict[str, Tensor]) -> list[Remova
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            into[name] = output
+            into[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 

@@ -1,1 +1,34 @@
-"""Sparse models of the diffusion domain."""
+"""Sparse diffusion models on diffusers: pipelines found by name, pruned, cut, distilled and evaluated.
+
+Importing this package imports neither torch nor diffusers: everything is registered by address.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from zoo.registry import ARCHITECTURES, METHODS
+
+ARCHITECTURES.register("diffusion/text-to-image", "zoo.diffusion.models:TextToImage")
+METHODS.register("prune-parts", "zoo.diffusion.methods.stable_diffusion:PruneParts")
+METHODS.register("ecodiff", "zoo.diffusion.methods.ecodiff:EcoDiff")
+METHODS.register("laptop", "zoo.diffusion.methods.laptop:Laptop")
+
+_PUBLIC = {
+    "TextToImage": "models",
+    "TextToImagePipeline": "pipelines",
+    "load_network": "pruned",
+    "load_pictures": "data",
+    "prune": "pruned",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"zoo.diffusion.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

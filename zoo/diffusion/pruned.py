@@ -78,11 +78,11 @@ def prune(network: nn.Module, plan: Plan) -> nn.Module:
     """
     if plan_of(network) is not None:
         raise ConfigError("this network was cut already: cut the dense one by one plan for both")
-    if type(network) not in PRUNED:
+    if type(network) not in PRUNED and type(network) not in PRUNED.values():
         known = ", ".join(kind.__name__ for kind in PRUNED)
         raise ConfigError(f"a {type(network).__name__} cannot be saved with a plan; there are: {known}")
     apply_plan(network, plan)
-    network.__class__ = PRUNED[type(network)]
+    network.__class__ = PRUNED.get(type(network), type(network))
     network.register_to_config(pruning_plan=plan.to_dict())  # type: ignore[operator]
     return network
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
@@ -17,7 +16,6 @@ from zoo.shared.blocks.statistics import Kind
 from zoo.shared.errors import PatternError
 from zoo.shared.masks import Mask, MaskSet, tighten
 from zoo.shared.masks.patterns import NM, Pattern, Unstructured
-from zoo.shared.masks.topk import topk_mask
 from zoo.shared.pruning.budgets import kept_count
 
 #: Chooses the masks of a block's weights, by their name in the block; may change the weights, too.
@@ -127,43 +125,6 @@ def _mask(
 def kept_of(weight: Tensor, sparsity: float) -> int:
     """Entries that a weight keeps: all but floor(sparsity * entries)."""
     return kept_count(weight.numel(), sparsity)
-
-
-def rowwise_mask(
-    score: Float[Tensor, "out in"], kept: int, before: Bool[Tensor, "out in"] | None = None
-) -> Bool[Tensor, "out in"]:
-    """Keep the best of each row, `kept` entries in all: every row the same number, but for a remainder, whose
-    entries go to the rows with the best next score. Ties go to the lower index.
-
-    Args:
-        score: of each entry.
-        kept: entries in all.
-        before: what an earlier mask kept; nothing else is. Rows that have fewer entries left than their share
-            keep all of them, and the others share the rest.
-
-    Raises:
-        PatternError: a count that the matrix cannot keep, or scores that are NaN.
-    """
-    rows, columns = score.shape
-    left = rows * columns if before is None else int(before.count_nonzero())
-    if not 0 <= kept <= left:
-        raise PatternError(f"a matrix {rows}x{columns} keeps 0 to {left} entries; received {kept}")
-    if bool(score.isnan().any()):
-        raise PatternError(f"{int(score.isnan().sum())} of {score.numel()} scores are NaN")
-    if before is None:
-        available = torch.full((rows,), columns, device=score.device)
-    else:
-        score, available = score.masked_fill(~before, -torch.inf), before.sum(1)
-    level = 0 if before is not None else kept // max(1, rows)
-    while level < columns and int(available.clamp(max=level + 1).sum()) <= kept:
-        level += 1
-    counts, order = available.clamp(max=level), score.argsort(dim=1, descending=True, stable=True)
-    if extra := kept - int(counts.sum()):
-        places = order.gather(1, counts.clamp(max=columns - 1).unsqueeze(1))
-        following = score.gather(1, places).squeeze(1).masked_fill(available <= level, -torch.inf)
-        counts = counts + topk_mask(following, extra)
-    ranked = torch.arange(columns, device=score.device) < counts.unsqueeze(1)
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, ranked)
 
 
 def nm_pattern(pattern: Pattern) -> NM | None:

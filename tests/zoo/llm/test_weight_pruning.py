@@ -12,10 +12,11 @@ from zoo.llm.loss import language_forward
 from zoo.llm.methods.sparsegpt import sparsegpt_prune_, sparsegpt_pruner
 from zoo.llm.methods.wanda import wanda_mask, wanda_pruner
 from zoo.llm.models.blocks import find_blocks
-from zoo.llm.pruning import prune_blocks, resolve_sparsity, rowwise_mask
+from zoo.llm.pruning import prune_blocks, resolve_sparsity
 from zoo.shared.errors import ActivationError, BudgetError
 from zoo.shared.masks import Mask, MaskSet, masks_of, set_masks
 from zoo.shared.masks.patterns import NM, Unstructured, parse_pattern
+from zoo.shared.masks.topk import rowwise_mask
 from zoo.shared.pruning.hessians import inverse_factor
 
 

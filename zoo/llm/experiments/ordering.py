@@ -23,10 +23,11 @@ from zoo.llm.experiments.common import (
 )
 from zoo.llm.methods.sparsegpt import sparsegpt_pruner
 from zoo.llm.methods.wanda import wanda_pruner
-from zoo.llm.pruning import kept_of, nm_pattern, open_sparsity, prune_blocks, rowwise_mask
+from zoo.llm.pruning import kept_of, nm_pattern, open_sparsity, prune_blocks
 from zoo.shared.blocks import RunningBlock
 from zoo.shared.masks import Mask
 from zoo.shared.masks.patterns import Pattern, Unstructured, parse_pattern
+from zoo.shared.masks.topk import rowwise_mask
 
 ARMS = ("sparsegpt", "wanda", "magnitude", "random")
 

@@ -23,9 +23,10 @@ from zoo.harness.stats import seed_difference
 from zoo.harness.tables import Verdict
 from zoo.llm.methods.ecoflap import tensor_counts, zeroth_order_scores
 from zoo.llm.methods.wanda import wanda_pruner
-from zoo.llm.pruning import kept_of, prune_blocks, rowwise_mask
+from zoo.llm.pruning import kept_of, prune_blocks
 from zoo.shared.masks import Mask
 from zoo.shared.masks.patterns import Unstructured
+from zoo.shared.masks.topk import rowwise_mask
 
 _NUMBERS = tuple(str(number) for number in range(19))
 _WORDS = ("<image>", "<begin>", "left", "right", "equal", "sum", *_NUMBERS)

@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from zoo.llm.data.calibration import Calibrated, extras_of
-from zoo.llm.pruning import Prune, matrix_pruner, prune_blocks, resolve_sparsity, rowwise_mask
+from zoo.llm.pruning import Prune, matrix_pruner, prune_blocks, resolve_sparsity
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks.patterns import NM, Pattern, parse_pattern
+from zoo.shared.masks.topk import rowwise_mask
 from zoo.shared.measure.modes import float32
 from zoo.shared.train import Job
 

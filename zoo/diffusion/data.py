@@ -1,0 +1,160 @@
+"""Pictures with captions: scikit-learn's digits, embedded, and MNIST below $ZOO_DATA/mnist.
+
+A caption is a template filled with the word of a class; the vocabulary is that of the templates.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from zoo.bundles.sources import Source
+from zoo.errors import DataError
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = ("a photo of a {}", "the digit {}", "a {}", "a drawing of the number {}", "{}")
+SOURCES = {
+    "digits": Source(
+        "scikit-learn digits (1,797 images of 8x8)",
+        "UCI Optical Recognition of Handwritten Digits, through scikit-learn",
+        "CC BY 4.0",
+    ),
+    "mnist": Source("MNIST, 16x16 (padded to 32, 2x2 mean)", "LeCun, Cortes and Burges", "not stated"),
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images [n, C, H, W] in [-1, 1] with their classes.
+
+    Attributes:
+        name: of the set.
+        train, test: images; `test` is never trained on.
+        train_labels, test_labels: classes, indices of `WORDS`.
+    """
+
+    name: str
+    train: Float[Tensor, "n C H W"]
+    train_labels: Int[Tensor, " n"]
+    test: Float[Tensor, "m C H W"]
+    test_labels: Int[Tensor, " m"]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return tuple(self.train.shape[1:])  # type: ignore[return-value]
+
+
+@functools.lru_cache(maxsize=2)
+def load_pictures(name: str) -> Pictures:
+    """The set of that name.
+
+    Raises:
+        DataError: an unknown name, or files that are not below ZOO_DATA.
+    """
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        images = torch.from_numpy(bunch.images.astype(np.float32))[:, None] / 8 - 1
+        labels = torch.from_numpy(bunch.target.astype(np.int64))
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        images, labels = images[order], labels[order]
+        return Pictures(name, images[500:], labels[500:], images[:500], labels[:500])
+    if name == "mnist":
+        return Pictures(name, *_mnist("train"), *_mnist("t10k"))
+    raise DataError(f"Unknown picture set {name!r}. There are: {', '.join(SOURCES)}.")
+
+
+def _mnist(part: str) -> tuple[Tensor, Tensor]:
+    root = os.environ.get("ZOO_DATA")
+    folder = Path(root) / "mnist" if root else None
+    if folder is None or not folder.is_dir():
+        raise DataError(
+            f"MNIST is not at {folder or '$ZOO_DATA/mnist'}. Set ZOO_DATA to the folder with mnist/."
+        )
+    images = _idx(folder / f"{part}-images-idx3-ubyte.gz", 3)
+    labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz", 1)
+    if len(images) != len(labels):
+        raise DataError(f"{folder}: {len(images)} images and {len(labels)} labels of {part}")
+    padded = F.pad(torch.from_numpy(images.copy()).float()[:, None] / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
+    return F.avg_pool2d(padded, 2), torch.from_numpy(labels.astype(np.int64))
+
+
+def _idx(path: Path, dimensions: int) -> np.ndarray:
+    """The bytes of an IDX file (LeCun's format: a magic number, the sizes, the values)."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    head = np.frombuffer(content[: 4 + 4 * dimensions], ">u4")
+    shape = tuple(int(size) for size in head[1:])
+    if (
+        len(head) != 1 + dimensions
+        or head[0] != 0x800 + dimensions
+        or len(content) != 4 + 4 * dimensions + np.prod(shape)
+    ):
+        raise DataError(f"{path} is not an IDX file of {dimensions} dimensions")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def captions(labels: Int[Tensor, " n"], generator: torch.Generator | None = None) -> list[str]:
+    """A caption for each class: the first template, or one that a generator draws."""
+    chosen = [0] * len(labels)
+    if generator is not None:
+        chosen = torch.randint(len(TEMPLATES), (len(labels),), generator=generator).tolist()
+    return [TEMPLATES[t].format(WORDS[label]) for t, label in zip(chosen, labels.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class CaptionedNoise:
+    """Training batches of a text-to-image model: (images, noise, time steps, token ids).
+
+    Time steps are drawn uniformly; a tenth of the captions is empty, for guidance.
+
+    Args:
+        pictures: the data.
+        tokenise: captions -> ids [n, tokens].
+        times: time steps of the noise schedule.
+        batch: images per step.
+        steps: steps per epoch.
+    """
+
+    pictures: Pictures
+    tokenise: object
+    times: int
+    batch: int = 64
+    steps: int = 50
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def sized(self, batch: int) -> CaptionedNoise:
+        """The same data in batches of another size."""
+        return CaptionedNoise(self.pictures, self.tokenise, self.times, batch, self.steps)
+
+    def draw(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The batches of one epoch."""
+        images, labels = self.pictures.train, self.pictures.train_labels
+        for _ in range(self.steps):
+            chosen = torch.randint(len(images), (self.batch,), generator=generator)
+            noise = torch.randn(images[chosen].shape, generator=generator)
+            times = torch.randint(self.times, (self.batch,), generator=generator)
+            texts = captions(labels[chosen], generator)
+            empty = torch.rand(self.batch, generator=generator) < 0.1
+            texts = ["" if gone else text for gone, text in zip(empty.tolist(), texts, strict=True)]
+            yield images[chosen], noise, times, self.tokenise(texts)  # type: ignore[operator]
+
+    def example(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One noisy image with its time and caption, as the model takes it."""
+        return self.pictures.train[:1], torch.tensor([0]), self.tokenise([""])  # type: ignore[operator]

@@ -1,0 +1,64 @@
+"""The diffusion domain: its dense models and the job that trains them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.diffusion.data import CaptionedNoise, load_pictures
+from zoo.diffusion.models import TextToImage, noise_loss
+from zoo.errors import ConfigError
+from zoo.shared.train import Job, Recipe
+
+RECIPE = Recipe(
+    epochs=20, lr=2e-3, optimizer="adamw", weight_decay=0.01, ema=0.995, clip=1.0, warmup=0.05, decay="cosine"
+)
+SIZES: dict[str, dict[str, Any]] = {
+    "digits": {"side": 8, "widths": (24, 48), "attention": (True, True), "text_width": 48, "text_layers": 2},
+    "mnist": {"side": 16, "widths": (24, 48, 48), "text_width": 48, "text_layers": 2},
+}
+
+
+def dense_model(dataset: str, seed: int) -> TextToImage:
+    """The text-to-image network of a data set with fresh weights.
+
+    Raises:
+        ConfigError: no network is set up for that data set.
+    """
+    if dataset not in SIZES:
+        raise ConfigError(f"No network is set up for {dataset!r}. There are: {', '.join(SIZES)}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TextToImage(**SIZES[dataset])
+
+
+def make_job(
+    dataset: str,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    model: nn.Module | None = None,
+) -> Job:
+    """The job of predicting noise on a captioned picture set; an epoch is 50 steps.
+
+    Args:
+        dataset: see `zoo.diffusion.data.load_pictures`.
+        recipe: how to train; by default `RECIPE`.
+        seed: of order, noise and captions.
+        device: where to train.
+        model: whose tokenizer and noise schedule are used; by default those of the data set's own network.
+
+    Raises:
+        DataError: an unknown data set, or files that are not there.
+        ConfigError: a model of another domain.
+    """
+    used = recipe or RECIPE
+    owner = model if model is not None else dense_model(dataset, seed)
+    if not isinstance(owner, TextToImage):
+        raise ConfigError(f"{type(owner).__name__} is no text-to-image model of zoo.diffusion")
+    times = int(owner.scheduler.config.num_train_timesteps)
+    batches = CaptionedNoise(load_pictures(dataset), owner.tokenise, times, used.batch)
+    return Job(batches, loss=noise_loss, recipe=used, seed=seed, device=device)

@@ -1,0 +1,1 @@
+"""Papers on pruning diffusion models, one a file."""

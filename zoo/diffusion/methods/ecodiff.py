@@ -1,0 +1,215 @@
+"""EcoDiff, "Effortless Efficiency" (arXiv 2412.02852): heads and neurons removed by masks that are learned
+through the whole sampler, without touching a weight.
+
+The loss is the distance of the final images, so that errors of single steps may cancel or add up as they
+do in
+use. Each step is recomputed in the backward pass with the noise of its gates reproduced, so that the gradient
+is that of the loss; the authors' code draws new noise there. An emptied attention returns the bias of its
+projection; the authors' returns its input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zoo.diffusion.gates import gated
+from zoo.diffusion.parts import denoiser_of, prompts_of, require_finite
+from zoo.diffusion.plan import Plan
+from zoo.diffusion.sampling import require_differentiable, sample
+from zoo.diffusion.units import UnitGroup, unit_groups
+from zoo.errors import ConfigError
+from zoo.methods.contract import Sparsified
+from zoo.shared.errors import BudgetError
+from zoo.shared.learned.gates import hard_concrete
+from zoo.shared.masks import MaskSet
+from zoo.shared.masks.topk import topk_mask
+from zoo.shared.train import Job
+
+TEMPERATURE = 0.83
+
+
+@dataclasses.dataclass
+class EcoDiff:
+    """Remove attention heads and feed-forward neurons by masks learned through the whole sampler."""
+
+    needs_job: ClassVar[bool] = True
+
+    keep: float = 0.6
+    """Share of the heads, and of the neurons, that stay."""
+
+    score: Literal["learned", "norm", "random"] = "learned"
+    """What ranks units: learned masks, the norm of their columns in the down-projection, or chance."""
+
+    scope: Literal["global", "local"] = "global"
+    """Whether units compete in the whole network or within their module."""
+
+    updates: int = 45
+    """Steps of learning."""
+
+    steps: int = 8
+    """Sampling steps through which it learns."""
+
+    batch: int = 16
+    """Prompts per update."""
+
+    lr: float = 0.15
+    """Learning rate of the mask variables (AdamW without weight decay)."""
+
+    beta: float = 0.02
+    """Weight of the regulariser, the mean of sigmoid(0.4 lambda + 1)."""
+
+    start: float = 3.0
+    """Mask variables at the start."""
+
+    epsilon: float = 0.5
+    """How much the noise of the gates is tamed: log(u + epsilon) - log(1 - u + epsilon)."""
+
+    recompute: bool = True
+    """Recompute each step in the backward pass: the memory of one step, at 1.7 times the work."""
+
+    seed: int = 0
+    """Seed of prompts, noise and gates."""
+
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
+        """Cut `model` in place; it must offer `denoise`, `encode`, `scheduler` and `cut`.
+
+        Raises:
+            BudgetError: a share outside (0, 1].
+            ConfigError: no job to learn from, a model without units, a scheduler without gradients, or
+                weights that are not finite.
+        """
+        if not 0 < self.keep <= 1:
+            raise BudgetError(f"keep is a share of the units, above 0 and at most 1; received {self.keep}")
+        require_finite(model)
+        groups = unit_groups(denoiser_of(model))
+        if not groups:
+            raise ConfigError(f"{type(model).__name__} has no attention heads and no feed-forward neurons")
+        scores = self.scores(model, groups, job)
+        plan = Plan({name: tuple(kept) for name, kept in kept_units(groups, scores, self.keep, self.scope)})
+        target: Any = model
+        target.cut(plan)
+        kept = sum(len(units) for units in plan.units.values())
+        total = sum(group.count for group in groups)
+        return Sparsified(
+            model.eval(),
+            MaskSet({}),
+            hyperparameters=dataclasses.asdict(self),
+            parts={"units": {"kept": kept, "total": total, "pattern": "channel"}},
+            arguments=target.current_arguments(),
+        )
+
+    def scores(self, model: Any, groups: list[UnitGroup], job: Job | None) -> dict[str, Tensor]:
+        """A score per unit, by group; larger stays.
+
+        Raises:
+            ConfigError: learning without a job, or through a scheduler without gradients.
+        """
+        if self.score == "norm":
+            return {group.name: column_norms(denoiser_of(model), group) for group in groups}
+        if self.score == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            return {group.name: torch.rand(group.count, generator=generator) for group in groups}
+        if job is None:
+            raise ConfigError("masks are learned on prompts: give a job whose batches have them")
+        require_differentiable(model.scheduler)
+        return self._learn(model, groups, job)
+
+    def _learn(self, model: Any, groups: list[UnitGroup], job: Job) -> dict[str, Tensor]:
+        network = denoiser_of(model)
+        variables = {g.name: torch.full((g.count,), float(self.start), requires_grad=True) for g in groups}
+        optimizer = torch.optim.AdamW(variables.values(), lr=self.lr, weight_decay=0.0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        model.eval().requires_grad_(False)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                for noise, condition in _conditions(model, job, self.updates, self.batch, self.seed):
+                    target = sample(model, noise, condition, steps=self.steps)
+                    optimizer.zero_grad()
+                    self.descend(model, network, variables, noise, condition, target)
+                    optimizer.step()
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+        return {name: value.detach() for name, value in variables.items()}
+
+    def descend(
+        self,
+        model: Any,
+        network: nn.Module,
+        variables: dict[str, Tensor],
+        noise: Tensor,
+        condition: Tensor,
+        target: Tensor,
+    ) -> float:
+        """Add the gradient of ||F(z) - F_m(z)||^2 over the final images + beta R(lambda) to the variables.
+
+        Returns:
+            The loss, a mean over images and values.
+        """
+        with gated(network, gates(variables, self.epsilon)):  # also while steps are recomputed
+            made = sample(model, noise, condition, steps=self.steps, recompute=self.recompute)
+            pull = torch.stack([torch.sigmoid(0.4 * value + 1).mean() for value in variables.values()]).mean()
+            loss = (made - target).square().mean() + self.beta * pull
+            loss.backward()
+        return float(loss.detach())
+
+
+def gates(variables: dict[str, Tensor], epsilon: float) -> Callable[[UnitGroup], Tensor]:
+    """Hard-concrete gates with fresh noise at every call of a layer, so in every sampling step.
+
+    The noise comes from torch's own generator, whose state recomputation restores: the same gates are then
+    drawn again.
+    """
+
+    def draw(group: UnitGroup) -> Tensor:
+        logits = variables[group.name]
+        tamed = (torch.rand_like(logits) + epsilon) / (1 + 2 * epsilon)
+        return hard_concrete(logits, tamed, TEMPERATURE)
+
+    return draw
+
+
+def _conditions(model: Any, job: Job, updates: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(noise, encoded prompts) of every update."""
+    drawn = job.replace(seed=seed)
+    per = max(1, batch)
+    for update in range(updates):
+        noise, ids = prompts_of(drawn.sample(1, seed_offset=1 + update), per)
+        with torch.no_grad():
+            condition = model.encode(ids)
+        yield noise, condition  # outside: what follows needs gradients
+
+
+def column_norms(network: nn.Module, group: UnitGroup) -> Tensor:
+    """Per unit the norm of its columns in the down-projections, over the square root of their number."""
+    total = torch.zeros(group.count)
+    for part in group.columns:
+        weight = network.get_submodule(part.linear).weight
+        assert isinstance(weight, Tensor)
+        own = weight.detach()[:, part.start : part.start + group.count * group.width].float()
+        total += own.square().sum(0).view(group.count, group.width).sum(1)
+    return (total / group.width).sqrt()
+
+
+def kept_units(
+    groups: list[UnitGroup], scores: dict[str, Tensor], keep: float, scope: str
+) -> list[tuple[str, list[int]]]:
+    """The units that stay: the best `keep` of all heads and of all neurons, or of those of each module."""
+    chosen: list[tuple[str, list[int]]] = []
+    for kind in ("heads", "neurons"):
+        own = [group for group in groups if group.kind == kind]
+        pools = [own] if scope == "global" else [[group] for group in own]
+        for pool in pools:
+            if not pool:
+                continue
+            every = torch.cat([scores[group.name] for group in pool])
+            mask = topk_mask(every, max(1, round(keep * len(every))))
+            for group, part in zip(pool, mask.split([group.count for group in pool]), strict=True):
+                chosen.append((group.name, part.nonzero().flatten().tolist()))
+    return chosen

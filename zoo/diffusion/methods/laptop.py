@@ -1,0 +1,186 @@
+"""LAPTOP-Diff (arXiv 2404.11098): whole layers removed at once, chosen by a knapsack on what removing each
+alone
+does to the output, then normalised feature distillation from the dense network.
+
+Removed transformers become identities, removed residual layers their shortcut. The guided score is ours: it
+also weighs what a layer does to the difference that the prompt makes, which the plain score hardly sees.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zoo.diffusion.parts import denoiser_of, prompts_of, require_finite
+from zoo.diffusion.plan import Plan, drop_layer, set_module
+from zoo.diffusion.units import Layer, layers
+from zoo.errors import ConfigError
+from zoo.methods.contract import Sparsified
+from zoo.shared.errors import BudgetError
+from zoo.shared.masks import MaskSet
+from zoo.shared.pruning.knapsack import cheapest_cover
+from zoo.shared.train import Distillation, Job
+
+
+@dataclasses.dataclass
+class Laptop:
+    """Remove whole layers by a knapsack on their output loss, and distil the dense network into the rest."""
+
+    needs_job: ClassVar[bool] = True
+
+    share: float = 0.2
+    """Share of the denoiser's parameters to remove, at least."""
+
+    score: Literal["output", "guided", "magnitude", "random"] = "output"
+    """What a layer costs: the squared change of the output without it; the same for the output and for the
+    difference that the prompt makes; the sum of its squared weights; or chance."""
+
+    images: int = 128
+    """Noisy images on which the change is measured."""
+
+    distil: bool = False
+    """Whether to train on with distillation, by the job's recipe."""
+
+    output: float = 1.0
+    """Weight of the distance to the dense network's output."""
+
+    feature: float = 0.0
+    """Weight of the plain distances between the outputs of stages."""
+
+    normalised: float = 1.0
+    """Weight of the normalised distances between the outputs of stages."""
+
+    allow_unconditional: bool = False
+    """Whether every attention of a conditional network may go."""
+
+    seed: int = 0
+    """Seed of the noisy images and of a random choice."""
+
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
+        """Cut `model` in place, and distil if asked to.
+
+        Raises:
+            BudgetError: a share outside (0, 1), or more than all removable layers together.
+            ConfigError: no job, or a choice that leaves no attention to the prompt.
+        """
+        if not 0 < self.share < 1:
+            raise BudgetError(f"share is between 0 and 1; received {self.share}")
+        if job is None:
+            raise ConfigError("layers are scored on noisy images with prompts: give a job")
+        require_finite(model)
+        network, teacher = denoiser_of(model), copy.deepcopy(model) if self.distil else None
+        removable = [layer for layer in layers(network) if layer.removable]
+        total = sum(p.numel() for p in network.parameters())
+        weights = [layer.parameters for layer in removable]
+        if sum(weights) < self.share * total:
+            raise BudgetError(
+                f"{self.share:.1%} of the parameters cannot be removed: all removable layers together have "
+                f"{sum(weights) / total:.1%}"
+            )
+        costs = self.costs(model, removable, job)
+        chosen = [removable[i] for i in cheapest_cover(weights, costs, -int(-self.share * total // 1))]
+        if not self.allow_unconditional:
+            _require_attention(removable, chosen)
+        target: Any = model
+        target.cut(Plan(dropped=tuple(layer.name for layer in chosen)))
+        if teacher is not None:
+            self._distil(model, teacher, job)
+        parts = {
+            "layers": {"kept": len(removable) - len(chosen), "total": len(removable), "pattern": "whole"}
+        }
+        return Sparsified(
+            model.eval(),
+            MaskSet({}),
+            hyperparameters=dataclasses.asdict(self) | {"dropped": [layer.name for layer in chosen]},
+            parts=parts,
+            arguments=target.current_arguments(),
+        )
+
+    def costs(self, model: Any, removable: list[Layer], job: Job) -> list[float]:
+        """What each layer costs, see `score`."""
+        network = denoiser_of(model)
+        if self.score == "random":
+            return torch.rand(len(removable), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        if self.score == "magnitude":
+            sizes = [network.get_submodule(layer.name).parameters() for layer in removable]
+            return [float(sum(p.detach().square().sum() for p in own)) for own in sizes]
+        inputs = noisy_images(model, job.replace(seed=self.seed), self.images)
+        return [
+            output_loss(model, [layer.name], inputs, guided=self.score == "guided") for layer in removable
+        ]
+
+    def _distil(self, model: Any, teacher: nn.Module, job: Job) -> None:
+        stages = [name for name, _ in stage_modules(denoiser_of(model))]
+        prefix = next(path for path, module in model.named_modules() if module is denoiser_of(model))
+        names = {f"{prefix}.{name}": f"{prefix}.{name}" for name in stages}
+        distil = Distillation(
+            teacher.requires_grad_(False),
+            squared=self.output,
+            feature=self.feature,
+            normalised=self.normalised,
+            features=names,
+        )
+        job.replace(distil=distil).fit(model).run()
+
+
+@torch.no_grad()
+def noisy_images(model: Any, job: Job, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(noisy images, time steps spread over the schedule, token ids): common to all layers."""
+    batches = job.sample(-(-count // 16))
+    images = torch.cat([batch[0] for batch in batches])[:count]
+    noise, ids = prompts_of(batches, count)
+    times = torch.linspace(0, int(model.scheduler.config.num_train_timesteps) - 1, len(images)).long()
+    return model.scheduler.add_noise(images, noise, times), times, ids
+
+
+@torch.no_grad()
+def output_loss(
+    model: Any, dropped: list[str], inputs: tuple[Tensor, Tensor, Tensor], guided: bool = False
+) -> float:
+    """E||eps(without the layers) - eps||^2, a mean over images and values; the network is left as it was.
+
+    Guided, the same is added for eps(prompt) - eps(no prompt).
+    """
+    network = denoiser_of(model)
+    before = _outputs(model.eval(), inputs, guided)
+    held = [(name, drop_layer(network, name)) for name in dropped]
+    try:
+        after = _outputs(model, inputs, guided)
+    finally:
+        for name, layer in reversed(held):
+            set_module(network, name, layer)
+    return sum(float((a - b).square().mean()) for a, b in zip(after, before, strict=True))
+
+
+def _outputs(model: Any, inputs: tuple[Tensor, Tensor, Tensor], guided: bool) -> list[Tensor]:
+    x, times, ids = inputs
+    own = model(x, times, ids)
+    if not guided:
+        return [own]
+    return [own, own - model(x, times, model.tokenise([""] * len(ids)))]
+
+
+def stage_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Stages whose outputs keep their shape when layers go: down blocks, mid block and up blocks of a UNet,
+    or every block of a transformer."""
+    found = []
+    for name, child in network.named_children():
+        if isinstance(child, nn.ModuleList) and name.endswith("blocks"):
+            found += [(f"{name}.{index}", block) for index, block in enumerate(child)]
+        elif name == "mid_block":
+            found.append((name, child))
+    return found
+
+
+def _require_attention(removable: list[Layer], chosen: list[Layer]) -> None:
+    attention = {layer.name for layer in removable if layer.kind != "resnet"}
+    if attention and attention <= {layer.name for layer in chosen}:
+        raise ConfigError(
+            "every attention would go, and with it all that the prompt does. Remove less, use "
+            "score='guided', "
+            "or allow it with allow_unconditional=True."
+        )
