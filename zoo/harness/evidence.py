@@ -2,7 +2,7 @@
 
     {"per_seed": {"graph/teddy-gcn-cora-g30-w80": {"graph/cora": {"accuracy": {"0": 0.812, "1": 0.805}}}}}
 
-A script that trains a model over seeds records them here as it goes; `zoo verify` compares cards with it.
+`zoo make` records them here; `zoo verify` compares cards with them.
 """
 
 from __future__ import annotations
