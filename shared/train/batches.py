@@ -100,8 +100,8 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def samples_in(batch: Any) -> int:
-    """Samples of a batch: the length of its first tensor."""
-    return next((len(v) for v in tree_leaves(batch) if isinstance(v, Tensor) and v.dim()), 0)
+    """Samples of a batch: the length of its first tensor; a batch without one, e.g. a graph, is one sample."""
+    return next((len(v) for v in tree_leaves(batch) if isinstance(v, Tensor) and v.dim()), 1)
 
 
 def share_of(batch: Any, rank: int, processes: int) -> Any:

@@ -71,6 +71,8 @@ def resume(
     every_epochs: int = 0,
     every_steps: int = 0,
     seconds: float = 0.0,
+    last: bool = False,
+    until_step: int | None = None,
     note: Callable[[Fit], object] | None = None,
     after_step: Callable[[], object] | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -83,6 +85,8 @@ def resume(
         checkpoint: where its state is kept.
         every_epochs, every_steps: between two checkpoints; 0 for none.
         seconds: least time between two checkpoints.
+        last: whether the last state is kept, too, so that a finished training is not repeated.
+        until_step: as for `Fit.run`; the state is kept there.
         note: called after each step.
         after_step: as for `Fit.run`.
         facts: stored with the state.
@@ -95,30 +99,19 @@ def resume(
     """
     if (stored := checkpoint.read()) is not None:
         fit.load_state(stored[0])
-    last, due = time.monotonic(), False
+    written = time.monotonic()
+    every = every_steps or every_epochs * fit.steps_per_epoch
 
-    def keep() -> None:
-        nonlocal last, due
-        due = False
-        if writes and not fit.done and time.monotonic() - last >= seconds:
-            checkpoint.write(fit.state(), facts)
-            last = time.monotonic()
-
-    def stepped() -> None:
-        if after_step is not None:
-            after_step()
+    def on_step(_: Fit) -> None:
+        nonlocal written
         if note is not None:
             note(fit)
-        nonlocal due
-        due = due or every_steps > 0 and fit.step % every_steps == 0
-        if due and fit.step % fit.steps_per_epoch:  # else the epoch's score is part of what is kept
-            keep()
+        due = every and fit.step % every == 0 and time.monotonic() - written >= seconds
+        if writes and (last if fit.done else due or fit.step == until_step):
+            checkpoint.write(fit.state(), facts)
+            written = time.monotonic()
 
-    def on_epoch(_: Fit) -> None:
-        if due or every_epochs and fit.epoch % every_epochs == 0:
-            keep()
-
-    return fit.run(stepped, on_epoch=on_epoch)
+    return fit.run(after_step, until_step=until_step, on_step=on_step)
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..measure.account import count
 
@@ -27,7 +28,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def step_macs(model: nn.Module, example: tuple[Tensor, ...], dense_gradients: bool = False) -> float:
+def step_macs(model: nn.Module, example: tuple[Any, ...], dense_gradients: bool = False) -> float:
     """Multiply-accumulates of one training step on one sample: the forward product, and in the backward pass
     the products with the weights and for the weights.
 

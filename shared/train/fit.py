@@ -32,9 +32,9 @@ LOOK = 50  # steps between looks at the loss on a GPU
 
 @dataclass(frozen=True)
 class Best:
-    """The best validation epoch so far: its number, counted from 1, its score and the model's state."""
+    """The best score so far: the steps that were made until it, its value and the model's state."""
 
-    epoch: int
+    step: int
     score: float
     state: dict[str, Tensor]
 
@@ -47,8 +47,8 @@ class Fit:
         batches: see `as_batches`; moved to the model's device.
         recipe: see `Recipe`.
         loss: of model and batch.
-        score: of the model, in eval mode, on validation data after each epoch; larger is better. Asked for
-            only if the recipe selects the best epoch.
+        score: of the model, in eval mode, on validation data; larger is better. Asked for only if the recipe
+            selects by it.
         seed: of order, augmentation and dropout.
         parameters: what is trained, also as groups with learning rates of their own; by default everything.
         penalty: added to the loss of every batch.
@@ -121,8 +121,12 @@ class Fit:
 
     @property
     def epoch(self) -> int:
-        """Passes that are done."""
+        """Passes that are done; set it to begin later in the recipe, as a rewound ticket does."""
         return self.step // self.steps_per_epoch
+
+    @epoch.setter
+    def epoch(self, passes: int) -> None:
+        self.step = passes * self.steps_per_epoch
 
     @property
     def done(self) -> bool:
@@ -138,56 +142,72 @@ class Fit:
         after_step: Callable[[], object] | None = None,
         *,
         until: int | None = None,
+        until_step: int | None = None,
+        on_step: Callable[[Fit], object] | None = None,
         on_epoch: Callable[[Fit], object] | None = None,
     ) -> Fit:
-        """Train to the end of the recipe, or until so many epochs are done.
+        """Train to the end of the recipe, or until so many epochs or steps are done.
 
-        At the end the model has its averaged weights, if the recipe wants them, or those of the best epoch.
+        At the end the model has its averaged weights, if the recipe wants them, or those of the best score.
 
         Args:
-            after_step: called after each optimiser step.
-            until: epoch at which to stop; the learning rate keeps to the whole recipe.
+            after_step: called after each optimiser step, before its score.
+            until, until_step: epoch or step at which to stop; the learning rate keeps to the whole recipe.
+            on_step: called after each step, when its state is complete.
             on_epoch: called after each epoch.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            TrainingError: the loss is no longer finite, or data whose length is not what they say.
         """
-        while not self.done and (until is None or self.epoch < until):
+        stop = self.steps if until is None else min(self.steps, until * self.steps_per_epoch)
+        stop = stop if until_step is None else min(stop, until_step)
+        while self.step < stop:
             self._ticked = clock(self.device)
-            self._run_epoch(after_step)
+            self._run_epoch(stop, after_step, on_step)
             self._tick()
-            if self.score is not None:
-                self._judge(self.score)
             if on_epoch is not None:
                 on_epoch(self)
         if self.done:
             self._finish()
         return self
 
-    def _run_epoch(self, after_step: Callable[[], object] | None) -> None:
+    def _run_epoch(
+        self,
+        stop: int,
+        after_step: Callable[[], object] | None,
+        on_step: Callable[[Fit], object] | None,
+    ) -> None:
         macs, epoch = self.macs(), self.epoch
-        self._called.train()
         # Seed and epoch alone decide what is drawn, so that a resumed run needs no stored random state.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         drawn, size = iter(self.batches.draw(generator)), self.recipe.accumulate
-        passed = self.step - epoch * self.steps_per_epoch
-        for _ in itertools.islice(drawn, passed * size):
+        first, last = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
+        for _ in itertools.islice(drawn, (self.step - first) * size):
             pass  # a run that was stopped within an epoch goes on where it was
-        while not self.done and (group := [*itertools.islice(drawn, size)]):
+        while self.step < min(stop, last):
+            if not (group := [*itertools.islice(drawn, size)]):
+                raise TrainingError(
+                    f"the data gave {self.step - first} steps in epoch {epoch + 1} where their length "
+                    f"promises {self.steps_per_epoch}; let __len__ and the number of batches agree"
+                )
             self._make_step(group)
             self._count(2 * macs * sum(map(samples_in, group)))
             if after_step is not None:
                 after_step()
-        if not self.done and self.step != (epoch + 1) * self.steps_per_epoch:
-            raise TrainingError(
-                f"the data gave {self.step - epoch * self.steps_per_epoch} steps in epoch {epoch + 1} where "
-                f"their length promises {self.steps_per_epoch}; let __len__ and the number of batches agree"
-            )
+            if self.score is not None and self._is_scored():
+                self._judge(self.score)
+            if on_step is not None:
+                on_step(self)
+
+    def _is_scored(self) -> bool:
+        every = self.recipe.score_every or self.steps_per_epoch
+        return self.done or self.step % every == 0
 
     def _make_step(self, group: list[Any]) -> None:
         for settings, scale in zip(self.optimizer.param_groups, self._scales, strict=True):
             settings["lr"] = self.learning_rate(self.step) * scale
         self._stepped.zero_grad()
+        self._called.train()
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
@@ -273,11 +293,13 @@ class Fit:
             parameter.copy_(weight)
 
     def _judge(self, score: Callable[[nn.Module], float]) -> None:
+        self._tick()
         with self._averaged(), torch.no_grad(), eval_mode(self.model):
             value = score(self.model)
             if self.best is None or value >= self.best.score:
                 state = {k: v.detach().clone() for k, v in self._state_of_model().items()}
-                self.best = Best(self.epoch, value, state)
+                self.best = Best(self.step, value, state)
+        self._ticked = clock(self.device)
 
     def _finish(self) -> None:
         if self.best is not None:
@@ -312,7 +334,7 @@ class Fit:
         tensors |= {f"average/{i}": value for i, value in enumerate(self._average)}
         if self.best is not None:
             tensors |= {f"best/{name}": value for name, value in self.best.state.items()}
-            tensors["best_score"] = torch.tensor([self.best.epoch, self.best.score], dtype=torch.float64)
+            tensors["best_score"] = torch.tensor([self.best.step, self.best.score], dtype=torch.float64)
         spent = torch.tensor([self._own.flops, self._own.seconds], dtype=torch.float64)
         return {**tensors, "step": torch.tensor(self.step), "spent": spent}
 
@@ -330,8 +352,8 @@ class Fit:
         for index, value in enumerate(self._average):
             value.copy_(average[str(index)])
         if "best_score" in tensors:
-            epoch, score = tensors["best_score"].tolist()
-            self.best = Best(int(epoch), score, part(tensors, "best/"))
+            step, score = tensors["best_score"].tolist()
+            self.best = Best(int(step), score, part(tensors, "best/"))
         self.step = int(tensors["step"])
         flops, seconds = tensors["spent"].tolist()
         for cost in (self.cost, self._own):

@@ -40,6 +40,7 @@ class Recipe:
             none.
         select: the weights of the `last` step, or those of the epoch of `best` validation score, the last of
             equals.
+        score_every: steps between two scores for that choice; 0 for one after each epoch.
 
     Raises:
         TrainingError: a number out of range, or a name that nobody knows.
@@ -59,6 +60,7 @@ class Recipe:
     autocast: str = ""
     ema: float = 0.0
     select: str = "last"
+    score_every: int = 0
     decayed: str = "all"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -66,7 +68,7 @@ class Recipe:
         for name in ("epochs", "batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be at least 1; received {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "momentum", "clip", "steps"):
+        for name in ("lr", "weight_decay", "momentum", "clip", "steps", "score_every"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise TrainingError(f"{name} must be finite and not negative; received {value}")

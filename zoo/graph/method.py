@@ -17,7 +17,7 @@ from zoo.graph.data import load_graph
 from zoo.graph.models import GAT, GraphModel
 from zoo.graph.teddy import check_sparsity, ticket_mask
 from zoo.graph.ticket import EdgeTicket
-from zoo.graph.train import Fit, L0Ball, TrainConfig
+from zoo.graph.train import L0Ball, graph_job, graph_recipe, train_best
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks import MaskSet, set_masks
 
@@ -70,11 +70,17 @@ class Teddy:
             teacher = model(*model.prepare(data.x, data.edge_index)).float()
         student = reinitialised(model, self.seed)
         keep = self._edges(student, data)
-        recipe = TrainConfig(self.epochs, self.lr, self.weight_decay, self.distillation)
+        job = graph_job(
+            student,
+            data,
+            graph_recipe(self.epochs, self.lr, self.weight_decay),
+            keep=keep,
+            teacher=teacher,
+            distillation=self.distillation,
+            seed=self.seed,
+        )
         constraint = L0Ball.for_sparsity(student, self.weight_sparsity)
-        best = Fit(student, data, recipe, keep=keep, teacher=teacher, constraint=constraint).run()
-        student.load_state_dict(best.weights)
-        masks = MaskSet(best.masks)
+        masks = MaskSet(train_best(student, job, constraint).masks)
         set_masks(student, masks)
         student.ticket = EdgeTicket.draw(data.edge_index, int(data.num_nodes), keep)
         options = dataclasses.asdict(self) | {"dataset": dataset}

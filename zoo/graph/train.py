@@ -1,17 +1,16 @@
-"""Full-batch training on one graph, one epoch at a time.
+"""Full-batch training on one graph: what the one loop, `zoo.shared.train.Fit`, is given for it.
 
-`Fit` is TEDDY's recipe with its parts optional: cross-entropy on the training nodes, distillation from a
-teacher's logits over all nodes, Adam, and a constraint on the weights after each step. The result is taken at
-the epoch of best validation accuracy, the last of equals, measured after the constraint. `Fit.state_dict`
-holds everything that decides what follows - weights, moments, best epoch, random number generator - so that a
-resumed run equals an uninterrupted one.
+TEDDY's recipe is cross-entropy on the training nodes, distillation from a teacher's logits over all nodes,
+Adam, and a constraint on the weights after each step; the result is taken at the epoch of best validation
+accuracy, the last of equals, measured after the constraint.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,34 +21,25 @@ from torch_geometric.data import Data
 from zoo.errors import ConfigError
 from zoo.graph.models import Features, GraphModel
 from zoo.shared.learned.constraints import project_l0_
+from zoo.shared.train import Job, Recipe, output_kl
 
 # Called after each optimiser step; returns the mask of each parameter, by name.
-Constraint = Callable[[GraphModel], dict[str, Tensor]]
+Constraint = Callable[[nn.Module], dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """The paper's recipe.
-
-    Args:
-        epochs: full-batch epochs.
-        lr: Adam's learning rate.
-        weight_decay: L2 penalty added to the gradient of every tensor.
-        distillation: lambda, the weight of the distillation term.
-    """
-
-    epochs: int = 200
-    lr: float = 0.01
-    weight_decay: float = 5e-4
-    distillation: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ConfigError(f"epochs must be at least 1. Received: {self.epochs}.")
-        for name in ("lr", "weight_decay", "distillation"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} must be finite and not negative. Received: {value}.")
+def graph_recipe(epochs: int = 200, lr: float = 0.01, weight_decay: float = 5e-4) -> Recipe:
+    """The paper's recipe: Adam at a constant rate with an L2 penalty on every tensor, the best epoch."""
+    return Recipe(
+        epochs,
+        lr,
+        batch=1,
+        weight_decay=weight_decay,
+        optimizer="adam",
+        options={"fused": True},
+        warmup=0.0,
+        decay="constant",
+        select="best",
+    )
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,7 @@ class L0Ball:
         total = sum(p.numel() for p in model.parameters())
         return cls(total - math.ceil(total * sparsity))
 
-    def __call__(self, model: GraphModel) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module) -> dict[str, Tensor]:
         names, tensors = zip(*model.named_parameters(), strict=True)
         return dict(zip(names, project_l0_([t.data for t in tensors], self.kept), strict=True))
 
@@ -75,14 +65,95 @@ class FixedMasks:
 
     masks: Mapping[str, Tensor]
 
-    def __call__(self, model: GraphModel) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters():
             if name in self.masks:
                 parameter.data.mul_(self.masks[name])
         return dict(self.masks)
 
 
-@dataclass
+@dataclass(frozen=True)
+class WholeGraph:
+    """A graph as the only batch of an epoch, converted once for the model that is trained on it.
+
+    Attributes:
+        features, graph: what `GraphModel.prepare` made.
+        labels: class of every node.
+        train_nodes, val_nodes: ids.
+    """
+
+    features: Features
+    graph: Any
+    labels: Int[Tensor, " nodes"]
+    train_nodes: Int[Tensor, " train"]
+    val_nodes: Int[Tensor, " val"]
+
+    @classmethod
+    def of(cls, model: GraphModel, data: Data, keep: Bool[Tensor, " E"] | None = None) -> WholeGraph:
+        """A graph for a model, on its device.
+
+        Args:
+            keep: the entries of `data.edge_index` to train on; by default those of the model's ticket.
+        """
+        device = next(model.parameters()).device
+        features, graph = model.prepare(data.x, data.edge_index, keep)
+        nodes = (mask.nonzero().flatten().to(device) for mask in (data.train_mask, data.val_mask))
+        return cls(features.to(device), graph.to(device), data.y.to(device), *nodes)
+
+    def __len__(self) -> int:
+        return 1
+
+    def draw(self, generator: torch.Generator) -> Iterator[WholeGraph]:
+        """The graph."""
+        yield self
+
+    def example(self) -> tuple[Any, ...]:
+        """Features and prepared edges of all nodes."""
+        return self.features, self.graph
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Share of the validation nodes that the model classifies rightly."""
+        return accuracy_of(model(self.features, self.graph), self.labels, self.val_nodes)
+
+
+def graph_job(
+    model: GraphModel,
+    data: Data,
+    recipe: Recipe | None = None,
+    *,
+    keep: Bool[Tensor, " E"] | None = None,
+    teacher: Float[Tensor, "nodes classes"] | None = None,
+    distillation: float = 1.0,
+    seed: int = 0,
+) -> Job:
+    """Training a model on one graph.
+
+    Args:
+        model: whose inputs the graph is converted to.
+        data: features, labels and split.
+        recipe: by default `graph_recipe()`.
+        keep: the entries of `data.edge_index` to train on; by default those of the model's ticket, else all.
+        teacher: logits of every node to distil from.
+        distillation: weight of that term.
+        seed: of dropout.
+
+    Raises:
+        ConfigError: a weight that is negative or not finite.
+    """
+    if not 0 <= distillation < math.inf:
+        raise ConfigError(f"distillation must be finite and not negative. Received: {distillation}.")
+    whole = WholeGraph.of(model, data, keep)
+    target = None if teacher is None or distillation == 0 else teacher.to(whole.labels.device)
+
+    def loss(trained: nn.Module, batch: WholeGraph) -> Tensor:
+        logits = trained(batch.features, batch.graph)
+        return distilled_loss(logits, batch.labels, batch.train_nodes, target, distillation)
+
+    device = whole.labels.device
+    return Job(whole, loss, whole.accuracy, recipe or graph_recipe(), seed, device)
+
+
+@dataclass(frozen=True)
 class Best:
     """What the best validation epoch left behind."""
 
@@ -93,93 +164,20 @@ class Best:
     masks: dict[str, Tensor]
 
 
-class Fit:
-    """A training run on one graph.
+def train_best(model: GraphModel, job: Job, constraint: Constraint | None = None) -> Best:
+    """Train a model in place; it ends with the weights of the best epoch.
 
     Args:
-        model: trained in place.
-        data: features, labels and split.
-        config: the recipe.
-        keep: the entries of `data.edge_index` to train on; all by default.
-        teacher: logits of every node to distil from, weighted by `config.distillation`.
-        constraint: applied to the weights after each step.
-        optimizer: by default Adam with the recipe's settings.
+        constraint: applied to the weights after each step; must leave weights alone that meet it already.
     """
-
-    def __init__(
-        self,
-        model: GraphModel,
-        data: Data,
-        config: TrainConfig,
-        *,
-        keep: Bool[Tensor, " E"] | None = None,
-        teacher: Float[Tensor, "nodes classes"] | None = None,
-        constraint: Constraint | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        backward: Callable[[Tensor], None] | None = None,
-    ) -> None:
-        self.model, self.config, self.constraint = model, config, constraint
-        self.device = next(model.parameters()).device
-        features, graph = model.prepare(data.x, data.edge_index, keep)
-        self.features: Features = features.to(self.device)
-        self.graph = graph.to(self.device)
-        self.labels = data.y.to(self.device)
-        self.train_nodes = data.train_mask.nonzero().flatten().to(self.device)
-        self.val_nodes = data.val_mask.nonzero().flatten().to(self.device)
-        self.teacher = (
-            None if teacher is None or config.distillation == 0 else teacher.to(self.device).log_softmax(1)
-        )
-        self.optimizer = optimizer or torch.optim.Adam(
-            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
-        self.backward = backward or (lambda loss: loss.backward())
-        self.epoch = 0
-        self.best: Best | None = None
-        self.last_loss = math.nan
-
-    @property
-    def done(self) -> bool:
-        return self.epoch >= self.config.epochs
-
-    def run(self, on_epoch: Callable[[Fit], None] | None = None) -> Best:
-        """Train to the end; `on_epoch` is called after each epoch."""
-        while not self.done:
-            self.step()
-            if on_epoch is not None:
-                on_epoch(self)
-        return self.result()
-
-    def result(self) -> Best:
-        """The best epoch so far.
-
-        Raises:
-            ConfigError: no epoch has been trained.
-        """
-        if self.best is None:
-            raise ConfigError("No epoch has been trained yet.")
-        return self.best
-
-    def step(self) -> None:
-        """One epoch: loss, optimiser, constraint, validation."""
-        self.model.train()
-        logits = self.model(self.features, self.graph)
-        loss = distilled_loss(logits, self.labels, self.train_nodes, self.teacher, self.config.distillation)
-        self.optimizer.zero_grad()
-        self.backward(loss)
-        self.optimizer.step()
-        masks = self.constraint(self.model) if self.constraint is not None else {}
-        self.last_loss = float(loss.detach())
-        self.epoch += 1
-        self._validate(masks)
-
-    @torch.no_grad()
-    def _validate(self, masks: dict[str, Tensor]) -> None:
-        self.model.eval()
-        logits = self.model(self.features, self.graph)
-        accuracy = accuracy_of(logits, self.labels, self.val_nodes)
-        if self.best is None or accuracy >= self.best.val_accuracy:
-            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-            self.best = Best(self.epoch, accuracy, logits, weights, masks)
+    fit = job.fit(model, macs=lambda: 0.0)
+    fit.run(None if constraint is None else lambda: constraint(model))
+    best, whole = fit.best, job.batches
+    assert best is not None  # the recipe selects by the score
+    masks = constraint(model) if constraint is not None else {}
+    with torch.no_grad():
+        logits = model.eval()(whole.features, whole.graph)
+    return Best(best.step, best.score, logits, best.state, masks)
 
 
 def distilled_loss(
@@ -196,14 +194,11 @@ def distilled_loss(
         logits: the model's output.
         labels: class of every node.
         train_nodes: ids of the nodes whose labels may be used.
-        teacher: log-probabilities of the teacher, or None for no distillation.
+        teacher: logits of the teacher, or None for no distillation.
         weight: lambda.
     """
-    log_p = logits.log_softmax(1)
-    loss = functional.nll_loss(log_p[train_nodes], labels[train_nodes])
-    if teacher is not None:
-        loss = loss + weight * functional.kl_div(log_p, teacher, reduction="batchmean", log_target=True)
-    return loss
+    loss = functional.cross_entropy(logits[train_nodes], labels[train_nodes])
+    return loss if teacher is None else loss + weight * output_kl(logits, teacher)
 
 
 def accuracy_of(

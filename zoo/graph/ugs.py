@@ -21,15 +21,16 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch_geometric.data import Data
 
 from zoo.graph.adjacency import Adjacency
-from zoo.graph.models import GraphModel
+from zoo.graph.models import Features, GraphModel
 from zoo.graph.teddy import keep_highest, released_level, with_self_loops
-from zoo.graph.train import Best, Fit, FixedMasks, TrainConfig, accuracy_of
+from zoo.graph.train import Best, FixedMasks, WholeGraph, graph_job, graph_recipe, train_best
+from zoo.shared.train import Job, Recipe
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class UGSConfig:
     s1: float = 1e-2
     s2: float = 1e-2
     noise: float = 1e-5
+
+    def recipe(self) -> Recipe:
+        """Of weights and masks alike."""
+        return graph_recipe(self.epochs, self.lr, self.weight_decay)
 
     @classmethod
     def released(cls, dataset: str, epochs: int = 200) -> UGSConfig:
@@ -102,14 +107,19 @@ def ugs(
         if k in levels:
             begun = time.process_time()
             _rewind(model, initial, masks)
-            recipe = TrainConfig(config.epochs, config.lr, config.weight_decay, distillation=0.0)
-            best = Fit(model, data, recipe, keep=keep[:entries], constraint=FixedMasks(masks)).run()
+            job = graph_job(model, data, config.recipe(), keep=keep[:entries], seed=_drawn_seed())
+            best = train_best(model, job, FixedMasks(masks))
             now = time.process_time()
             found[k] = UGSLevel(best, keep[:entries], now - start - readout_seconds)
             readout_seconds += (
                 now - begun
             )  # the readings of earlier levels are no part of reaching a later one
     return found
+
+
+def _drawn_seed() -> int:
+    """Of dropout, from torch's random state as everything else here."""
+    return int(torch.randint(2**31, ()))
 
 
 def _rewind(model: GraphModel, initial: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
@@ -129,50 +139,60 @@ def _train_masks(
     """|mask| of every entry of `full` and of every weight at the best validation epoch; -1 for what is
     already cut.
     """
-    nodes = int(data.num_nodes)
-    features, graph = model.prepare(data.x, data.edge_index, keep[: data.edge_index.shape[1]])
-    pairs, pair_of, is_loop = _pairs(graph, nodes)
-    weights = dict(model.named_parameters())
-    edge_mask = (1 + config.noise * torch.randn(len(pairs))).requires_grad_()
-    weight_mask = {
-        name: (1 + config.noise * torch.randn(p.shape)).requires_grad_() for name, p in weights.items()
-    }
-    trained = [*weights.values(), edge_mask, *weight_mask.values()]
-    optimizer = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    train_nodes, val_nodes = (m.nonzero().flatten() for m in (data.train_mask, data.val_mask))
+    whole = WholeGraph.of(model, data, keep[: data.edge_index.shape[1]])
+    masked = _Masked(model, whole.graph, int(data.num_nodes), masks, config.noise)
 
-    def logits() -> Tensor:
-        soft = {name: p * (masks[name] * weight_mask[name]) for name, p in weights.items()}
-        entry_weight = torch.where(is_loop, 1.0, edge_mask[pair_of])
-        out: Tensor = functional_call(model, soft, (features, graph.with_weight(entry_weight)))
+    def loss(trained: nn.Module, batch: WholeGraph) -> Tensor:
+        logits = trained(batch.features, batch.graph)
+        return functional.cross_entropy(logits[batch.train_nodes], batch.labels[batch.train_nodes])
+
+    def penalty() -> Tensor:
+        weights = torch.stack([mask.abs().sum() for mask in masked.weight_mask.values()]).sum()
+        return config.s1 * masked.edge_mask.abs().sum() + config.s2 * weights
+
+    job = Job(whole, loss, whole.accuracy, config.recipe(), _drawn_seed())
+    job.fit(masked, penalty=penalty, macs=lambda: 0.0).run()
+    with torch.no_grad():
+        edges = masked.edge_mask.abs()
+        edge_score = _entry_scores(full, keep, int(data.num_nodes), masked.pairs, edges)
+        found = {name: masked.weight_mask[name.replace(".", "/")].abs() for name in masks}
+        return edge_score, {name: torch.where(masks[name], m, -1.0) for name, m in found.items()}
+
+
+class _Masked(nn.Module):
+    """A model with a mask for every undirected edge and for every weight, all of them trained.
+
+    Args:
+        graph: the edges as prepared for the model.
+        nodes: of the graph.
+        masks: which weights are left.
+        noise: standard deviation around one of the masks at the start.
+    """
+
+    def __init__(
+        self, model: GraphModel, graph: Adjacency, nodes: int, masks: dict[str, Tensor], noise: float
+    ) -> None:
+        super().__init__()
+        self.model, self.left = model, masks
+        self.pairs, self.pair_of, self.is_loop = _pairs(graph, nodes)
+
+        def ones(shape: torch.Size) -> nn.Parameter:
+            return nn.Parameter(1 + noise * torch.randn(shape))
+
+        self.edge_mask = ones(self.pairs.shape)
+        # A dot is no part of a parameter's name.
+        self.weight_mask = nn.ParameterDict(
+            {name.replace(".", "/"): ones(p.shape) for name, p in model.named_parameters()}
+        )
+
+    def forward(self, features: Features, graph: Adjacency) -> Float[Tensor, "nodes classes"]:
+        soft = {
+            name: p * (self.left[name] * self.weight_mask[name.replace(".", "/")])
+            for name, p in self.model.named_parameters()
+        }
+        entry_weight = torch.where(self.is_loop, 1.0, self.edge_mask[self.pair_of])
+        out: Tensor = functional_call(self.model, soft, (features, graph.with_weight(entry_weight)))
         return out
-
-    best_accuracy = -1.0
-    best_edges, best_weights = edge_mask.detach(), {n: m.detach() for n, m in weight_mask.items()}
-    for _ in range(config.epochs):
-        model.train()
-        loss = functional.cross_entropy(logits()[train_nodes], data.y[train_nodes])
-        optimizer.zero_grad()
-        loss.backward()
-        _add_l1(edge_mask, config.s1)
-        for mask in weight_mask.values():
-            _add_l1(mask, config.s2)
-        optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            accuracy = accuracy_of(logits(), data.y, val_nodes)
-        if accuracy >= best_accuracy:
-            best_accuracy = accuracy
-            best_edges = edge_mask.detach().clone()
-            best_weights = {n: m.detach().clone() for n, m in weight_mask.items()}
-    edge_score = _entry_scores(full, keep, nodes, pairs, best_edges.abs())
-    weight_score = {n: torch.where(masks[n], m.abs(), -1.0) for n, m in best_weights.items()}
-    return edge_score, weight_score
-
-
-def _add_l1(mask: Tensor, coefficient: float) -> None:
-    if mask.grad is not None:
-        mask.grad.add_(mask.detach().sign(), alpha=coefficient)
 
 
 def _pairs(graph: Adjacency, nodes: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import functools
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
 
 from zoo.bundles.catalog import cache_folder
 from zoo.bundles.sources import Source
 from zoo.errors import DataError
+from zoo.shared.measure.modes import eval_mode
 from zoo.shared.store.io import atomic_write
 
 VALIDATION = 0.1  # share of the training images that no training sees
@@ -240,3 +242,47 @@ def shifted_and_mirrored(
     index = torch.arange(n, device=images.device)[:, None, None]
     picked = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class ImageBatches:
+    """Shuffled batches of training images, made where the images are; the last, short one of an epoch is left
+    out unless it is the only one. What is drawn does not depend on the device."""
+
+    data: Images
+    batch: int
+
+    def __len__(self) -> int:
+        return max(1, len(self.data.train) // self.batch)
+
+    def draw(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        device, count = self.data.device, len(self.data.train)
+        order = torch.randperm(count, generator=generator).to(device)
+        moves = drawn_moves(count, generator).to(device) if self.data.augment else None
+        for start in range(0, len(self) * self.batch, self.batch):
+            chosen = slice(start, start + self.batch)
+            part = self.data.train.take(order[chosen])
+            images = part.images if moves is None else shifted_and_mirrored(part.images, moves[:, chosen])
+            yield self.data.normalised(images), part.labels
+
+    def sized(self, batch: int) -> ImageBatches:
+        """The same images in batches of another size."""
+        return replace(self, batch=batch)
+
+    def example(self) -> tuple[Tensor, ...]:
+        return (self.data.normalised(self.data.train.images[:1]),)
+
+
+def correct(model: nn.Module, data: Images, split: Split, batch: int = 500) -> Bool[Tensor, " n"]:
+    """Which images of a split the model, put in eval mode for it, classifies rightly."""
+    found = []
+    with torch.no_grad(), eval_mode(model):
+        for start in range(0, len(split), batch):
+            logits = model(data.normalised(split.images[start : start + batch]))
+            found.append(logits.argmax(1) == split.labels[start : start + batch])
+    return torch.cat(found).cpu()
+
+
+def accuracy(model: nn.Module, data: Images, split: Split) -> float:
+    """Share of a split that the model classifies rightly."""
+    return float(correct(model, data, split).double().mean())

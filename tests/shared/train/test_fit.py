@@ -137,14 +137,27 @@ def test_a_step_at_the_end_of_an_epoch_is_kept_with_its_score(tmp_path) -> None:
     file = Checkpoint(tmp_path, {})
     resume(fit, file, every_steps=fit.steps_per_epoch)
     stored = file.read()
-    assert stored is not None and stored[0]["best_score"].tolist() == [1.0, 2.0]
-    assert fit.best is not None and fit.best.epoch == 1
+    assert stored is not None and stored[0]["best_score"].tolist() == [6.0, 2.0]
+    assert fit.best is not None and fit.best.step == fit.steps_per_epoch == 6
     assert torch.equal(fit.model[0].weight, fit.best.state["0.weight"])
 
 
 def test_last_of_equal_scores_wins() -> None:
     fit = Fit(net(), loader(), Recipe(epochs=3, select="best"), score=lambda _: 1.0).run()
-    assert fit.best is not None and fit.best.epoch == 3
+    assert fit.best is not None and fit.best.step == fit.steps
+
+
+def test_scores_between_epochs() -> None:
+    scores = iter([1.0, 3.0, 2.0])
+    fit = Fit(net(), loader(), Recipe(steps=5, select="best", score_every=2), score=lambda _: next(scores))
+    assert fit.run().best is not None and fit.best.step == 4 and next(scores, None) is None
+
+
+def test_a_run_stops_at_a_step_and_goes_on() -> None:
+    whole = Fit(net(), loader(), Recipe(epochs=2)).run()
+    parts = Fit(net(), loader(), Recipe(epochs=2))
+    assert parts.run(until_step=4).step == 4 and not parts.done
+    assert equal(parts.run().state(), whole.state())
 
 
 def test_steps_instead_of_epochs() -> None:

@@ -18,7 +18,7 @@ from zoo.errors import ConfigError, DataError, TaskError
 from zoo.harness.experiments import CellCache
 from zoo.harness.tasks import get_task
 from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, TASKS, Registry
-from zoo.shared.errors import BudgetError, MaskError, PatternError
+from zoo.shared.errors import BudgetError, MaskError, PatternError, TrainingError
 from zoo.shared.masks import masks_of, set_masks
 from zoo.shared.pruning.sparsifier import sparsify
 from zoo.vision import claims, studies
@@ -138,12 +138,8 @@ def test_training_cost_counts_kept_weights(net, images):
     assert with_dense == pytest.approx(dense / 3 + 2 * dense / 12, rel=0.02)
 
 
-def test_bad_recipes_and_diverging_training_are_refused(net, images):
-    with pytest.raises(ConfigError, match="epochs"):
-        Recipe(epochs=0)
-    with pytest.raises(ConfigError, match="lr"):
-        Recipe(lr=float("nan"))
-    with pytest.raises(ConfigError, match="lower the lr"):
+def test_diverging_training_is_refused(net, images):
+    with pytest.raises(TrainingError, match="lower the lr"):
         Fit(net, ImageBatches(images, 16), Recipe(epochs=8, lr=1e30, batch=16)).run()
 
 
