@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from zoo.bundles.catalog import card, list_models
     from zoo.bundles.hub import pull, push
     from zoo.bundles.store import info, load, save
-    from zoo.finetuning import finetune
     from zoo.harness.compare import compare
     from zoo.harness.experiments import reproduce
     from zoo.harness.runner import evaluate
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from zoo.methods.front import sparsify
     from zoo.registry import register_architecture, register_experiment, register_method
     from zoo.shared.train import Job, Recipe
+    from zoo.training.finetune import finetune
 
 __all__ = [
     "Job",
@@ -56,7 +56,7 @@ _HOMES = {
     "card": "zoo.bundles.catalog",
     "compare": "zoo.harness.compare",
     "evaluate": "zoo.harness.runner",
-    "finetune": "zoo.finetuning",
+    "finetune": "zoo.training.finetune",
     "info": "zoo.bundles.store",
     "list_models": "zoo.bundles.catalog",
     "load": "zoo.bundles.store",

@@ -3,6 +3,7 @@
 from .batches import Batches, as_batches
 from .checkpoint import Checkpoint, resume
 from .cost import Cost, clock, step_macs
+from .device import device_named
 from .fit import Fit
 from .job import Job
 from .losses import Distillation, Loss, cross_entropy, output_kl
@@ -20,6 +21,7 @@ __all__ = [
     "as_batches",
     "clock",
     "cross_entropy",
+    "device_named",
     "output_kl",
     "resume",
     "step_macs",

@@ -100,7 +100,7 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def samples_in(batch: Any) -> int:
-    """Samples of a batch: the length of its first tensor; a batch without one, e.g. a graph, is one sample."""
+    """Samples of a batch: the length of its first tensor; a graph, say, that is no tensor is one."""
     return next((len(v) for v in tree_leaves(batch) if isinstance(v, Tensor) and v.dim()), 1)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..errors import TrainingError
+from ..errors import SparseError, TrainingError
 from ..masks import masks_of
 from ..masks.hold import unwrap_optimizer
 from ..measure.modes import eval_mode
@@ -53,7 +53,7 @@ class Fit:
         parameters: what is trained, also as groups with learning rates of their own; by default everything.
         penalty: added to the loss of every batch.
         macs: multiply-accumulates of a step on one sample, asked for at each epoch; by default `step_macs`,
-            or NaN where the data do not tell what the model takes.
+            or NaN where it cannot be counted.
         cost: where flops and seconds are added.
         distil: adds distillation to the loss.
         accelerator: an `accelerate.Accelerator`; every process takes its share of each batch.
@@ -255,10 +255,9 @@ class Fit:
 
     def _step_macs(self) -> float:
         try:
-            example = self.batches.example()
-        except TrainingError:
-            return math.nan  # the cost is unknown, the training is not
-        return step_macs(self.model, moved(example, self.device))
+            return step_macs(self.model, moved(self.batches.example(), self.device))
+        except SparseError:  # batches of another form, or masked weights that are computed on the fly
+            return math.nan
 
     def _count(self, flops: float) -> None:
         self.cost.flops += flops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from ..errors import MaskError, TrainingError
 from ..masks import masks_of
 from .batches import Batches, as_batches, moved
 from .cost import Cost
+from .device import device_named
 from .fit import Fit
 from .losses import Distillation, Loss, cross_entropy
 from .recipe import Parameters, Recipe
@@ -34,7 +36,7 @@ class Job:
         distil: distillation from a teacher in every training.
 
     Raises:
-        TrainingError: data without a length or without a batch.
+        TrainingError: data without a length or without a batch, or a device that is not there.
     """
 
     batches: Any
@@ -48,6 +50,7 @@ class Job:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batches", as_batches(self.batches))
+        object.__setattr__(self, "device", device_named(self.device))
 
     def replace(self, **fields: Any) -> Job:
         """The same job with other fields; `cost` is shared unless another is given."""
@@ -61,13 +64,14 @@ class Job:
         parameters: Parameters | None = None,
         penalty: Callable[[], Tensor] | None = None,
         macs: Callable[[], float] | None = None,
+        accelerator: Any = None,
         **changes: Any,
     ) -> Fit:
         """A training that is ready to run.
 
         Args:
             model: trained in place, on the job's device.
-            parameters, penalty, macs: as for `Fit`.
+            parameters, penalty, macs, accelerator: as for `Fit`.
             seed: instead of the job's.
             changes: fields of the recipe to replace, e.g. `epochs=3`.
 
@@ -86,6 +90,7 @@ class Job:
             macs=macs,
             cost=self.cost,
             distil=self.distil,
+            accelerator=accelerator,
         )
 
     def fit_masked(self, model: nn.Module, **options: Any) -> Fit:
@@ -105,9 +110,9 @@ class Job:
         """The first `limit` batches of an epoch drawn with the job's seed plus an offset, on its device: for
         scores, statistics and calibration."""
         generator = torch.Generator().manual_seed(self.seed + seed_offset)
-        drawn = self.batches.draw(generator)
         device = torch.device(self.device)
-        return [moved(batch, device) for _, batch in zip(range(limit), drawn, strict=False)]
+        drawn = itertools.islice(self.batches.draw(generator), limit)
+        return [moved(batch, device) for batch in drawn]
 
     def _sized(self, batch: int | None) -> Batches:
         made: Batches = self.batches

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, MAKERS, METHODS, TASKS
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, JOBS, MAKERS, METHODS, TASKS
 
 ARCHITECTURES.register("graph/gcn", "zoo.graph.models:GCN")
 ARCHITECTURES.register("graph/gin", "zoo.graph.models:GIN")
@@ -23,6 +23,7 @@ TASKS.register("graph/digits", "zoo.graph.tasks:Digits")
 EXPERIMENTS.register("teddy", "zoo.graph.reproduce:TeddyExperiment")
 MAKERS.register("graph/dense", "zoo.graph.makers:dense")
 FINETUNERS.register("graph", "zoo.graph.finetune:Finetune")
+JOBS.register("graph", "zoo.graph.domain:make_job")
 
 _PUBLIC = {
     "GAT": "models",

@@ -20,16 +20,7 @@ from torch_geometric.data import Data
 from zoo.errors import UnknownNameError
 from zoo.graph.models import GAT, GCN, GIN, GraphModel
 from zoo.graph.teddy import Order, released_level, ticket_mask
-from zoo.graph.train import (
-    Best,
-    Constraint,
-    FixedMasks,
-    L0Ball,
-    accuracy_of,
-    graph_job,
-    graph_recipe,
-    train_best,
-)
+from zoo.graph.train import Best, Constraint, Fit, FixedMasks, L0Ball, TrainConfig, accuracy_of
 from zoo.graph.ugs import UGSConfig, ugs
 from zoo.harness.experiments import CellCache
 from zoo.shared.store.io import atomic_write
@@ -119,7 +110,7 @@ def dense_run(setting: Setting, data: Data, seed: int, cells: CellCache) -> dict
     def compute() -> dict[str, Any]:
         model = new_model(setting.architecture, data, setting.hidden, seed)
         start = time.process_time()
-        best = train_best(model, graph_job(model, data, graph_recipe(setting.epochs), seed=seed))
+        best = Fit(model, data, TrainConfig(setting.epochs, distillation=0.0)).run()
         seconds = time.process_time() - start
         teacher.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(
@@ -167,17 +158,9 @@ def arm_run(
         model = new_model(setting.architecture, data, setting.hidden, seed)
         start = time.process_time()
         constraint = _constraint(model, spec, weight_sparsity, teacher)
+        recipe = TrainConfig(setting.epochs, distillation=weight)
         logits = teacher["logits"] if spec.distilled else None
-        job = graph_job(
-            model,
-            data,
-            graph_recipe(setting.epochs),
-            keep=keep,
-            teacher=logits,
-            distillation=weight,
-            seed=seed,
-        )
-        best = train_best(model, job, constraint)
+        best = Fit(model, data, recipe, keep=keep, teacher=logits, constraint=constraint).run()
         seconds = time.process_time() - start + (dense["seconds"] if dense else 0.0)
         total = sum(p.numel() for p in model.parameters())
         kept = sum(int(m.sum()) for m in best.masks.values()) if best.masks else total

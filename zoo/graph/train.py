@@ -180,6 +180,42 @@ def train_best(model: GraphModel, job: Job, constraint: Constraint | None = None
     return Best(best.step, best.score, logits, best.state, masks)
 
 
+@dataclass(frozen=True)
+class TrainConfig:
+    """`graph_recipe` and a weight of distillation, until the study of TEDDY has moved to a `Job`."""
+
+    epochs: int = 200
+    lr: float = 0.01
+    weight_decay: float = 5e-4
+    distillation: float = 1.0
+
+
+@dataclass
+class Fit:
+    """`train_best`, until the study of TEDDY has moved to it."""
+
+    model: GraphModel
+    data: Data
+    config: TrainConfig
+    keep: Tensor | None = None
+    teacher: Tensor | None = None
+    constraint: Constraint | None = None
+
+    def run(self) -> Best:
+        """Train; dropout follows torch's random state."""
+        config, seed = self.config, int(torch.randint(2**31, ()))
+        job = graph_job(
+            self.model,
+            self.data,
+            graph_recipe(config.epochs, config.lr, config.weight_decay),
+            keep=self.keep,
+            teacher=self.teacher,
+            distillation=config.distillation,
+            seed=seed,
+        )
+        return train_best(self.model, job, self.constraint)
+
+
 def distilled_loss(
     logits: Float[Tensor, "nodes classes"],
     labels: Int[Tensor, " nodes"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, GENERATORS, MAKERS, METHODS, TASKS
+from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, GENERATORS, JOBS, MAKERS, METHODS, TASKS
 
 ARCHITECTURES.register("llm/llama", "zoo.llm.models:llama")
 ARCHITECTURES.register("llm/transformers", "zoo.llm.models:from_config")
@@ -35,6 +35,7 @@ EXPERIMENTS.register("gqsa", "zoo.llm.experiments.gqsa:GqsaExperiment")
 EXPERIMENTS.register("flash-llm", "zoo.llm.experiments.flash_llm:FlashLLMExperiment")
 MAKERS.register("llm/dense", "zoo.llm.makers:dense")
 FINETUNERS.register("llm", "zoo.llm.finetune:Finetune")
+JOBS.register("llm", "zoo.llm.domain:make_job")
 GENERATORS.register("llm", "zoo.llm.generate:generate")
 TASKS.register("llm/sparsity-embedded", "zoo.llm.sparsity_task:EmbeddedSparsity")
 TASKS.register("llm/sparsity-tinystories", "zoo.llm.sparsity_task:TinyStoriesSparsity")

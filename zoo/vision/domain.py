@@ -1,18 +1,25 @@
-"""The job of the domain: images by name, cross-entropy, accuracy on the validation images."""
+"""Jobs on the image sets, the super-resolution patches and the point clouds of the zoo."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from zoo.devices import checked_device
+from zoo.bundles.sources import Source
 from zoo.errors import ConfigError
-from zoo.shared.train import Job, Recipe
-from zoo.vision.data import load_images
+from zoo.shared.train import Job, Recipe, device_named
+from zoo.vision import data, superres
+from zoo.vision.data import ImageBatches, Images, accuracy, load_images
+from zoo.vision.lidar.data import KITTI, KITTI_FRAMES, SOURCE, real_frame, scene_frames
+from zoo.vision.lidar.detector import Detector
+from zoo.vision.lidar.train import detector_job
 from zoo.vision.superres import PatchBatches, l1_loss, load_t91
-from zoo.vision.train import ImageBatches, accuracy
 from zoo.vision.upscalers import Upscaler
+
+SCENES = 240  # generated scenes, unless told otherwise
+SOURCES: dict[str, Source] = {**data.SOURCES, "t91": superres.SOURCE, "scenes": SOURCE, "kitti": KITTI}
 
 
 def make_job(
@@ -20,47 +27,68 @@ def make_job(
     *,
     recipe: Recipe | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     model: nn.Module | None = None,
+    limit: int = 0,
 ) -> Job:
-    """The job of training on these images.
+    """Classification, super-resolution or detection, as the data say.
 
     Args:
-        dataset: digits, cifar10-jpeg or cifar10-true, or t91 for upscalers; by default those of the first
-            figure on the model's card, and t91 for an upscaler.
-        recipe: how to train.
-        seed: of order, augmentation and fresh weights.
-        device: where to train.
-        model: for whom.
+        dataset: digits, cifar10-jpeg or cifar10-true to classify; t91 for patches to enlarge; scenes
+            (generated) or kitti for boxes in point clouds. By default what the model is made for: the images
+            of the first figure on its card, t91 for an upscaler, scenes for a detector.
+        recipe: by default that of its kind.
+        seed: of order and augmentation.
+        device: where models are trained.
+        model: whose scale patches have; by default 2.
+        limit: use the first so many training images or frames; 0 for all (240 generated scenes).
 
     Raises:
-        ConfigError: no data set is named and the model has no card, or there is no such device.
-        DataError: no such images, or they are not at hand.
+        ConfigError: no data set is named, and the model has no card.
+        DataError: an unknown name, or data that are not at hand.
     """
-    recipe = recipe or Recipe()
-    place = checked_device(device)
-    if isinstance(model, Upscaler):
-        if dataset not in (None, "t91"):
-            raise ConfigError(f"upscalers train on t91; received {dataset!r}")
-        patches = PatchBatches(load_t91(model.scale), batch=recipe.batch, device=place)
-        return Job(patches, loss=l1_loss, recipe=recipe, seed=seed, device=device)
-    data = load_images(dataset or dataset_of(model)).to(place)
-    return Job(
-        ImageBatches(data, recipe.batch),
-        score=lambda made: accuracy(made, data, data.val),
-        recipe=recipe,
-        seed=seed,
-        device=device,
-    )
+    dataset, device = dataset or dataset_of(model), device_named(device)
+    known = {Upscaler: ("t91",), Detector: ("scenes", "kitti")}
+    for kind, names in known.items():
+        if isinstance(model, kind) and dataset not in names:
+            raise ConfigError(f"{kind.__name__.lower()}s train on {' or '.join(names)}; received {dataset!r}")
+    if dataset == "t91":
+        pairs = load_t91(int(getattr(model, "scale", 2)))[: limit or None]
+        recipe = recipe or Recipe(lr=1e-3, batch=8, weight_decay=0.0, optimizer="adam")
+        patches = PatchBatches(pairs, batch=recipe.batch, device=device)
+        return Job(patches, l1_loss, None, recipe, seed, device)
+    if dataset == "scenes":
+        return detector_job(scene_frames("train", limit or SCENES), recipe, seed, device)
+    if dataset == "kitti":
+        frames = [real_frame("lidar-kitti-mini", name) for name in KITTI_FRAMES[: limit or None]]
+        return detector_job(frames, recipe, seed, device)
+    images = load_images(dataset)
+    return image_job(images.subset(limit) if limit else images, recipe, seed, device)
 
 
 def dataset_of(model: nn.Module | None) -> str:
-    """The images of the first figure on the card of a model from the zoo.
+    """What a model is trained on unless told otherwise, see `make_job`.
 
     Raises:
-        ConfigError: the model is not from the zoo.
+        ConfigError: an image classifier without a card.
     """
-    info: Any = getattr(model, "zoo_info", None)
-    if info is None:
+    if isinstance(model, Upscaler):
+        return "t91"
+    if isinstance(model, Detector):
+        return "scenes"
+    known: Any = getattr(model, "zoo_info", None)
+    if known is None:
         raise ConfigError("This model has no card that names its images: give the option dataset.")
-    return str(info.card.metrics[0].task).partition("/")[2]
+    return str(known.card.metrics[0].task).partition("/")[2]
+
+
+def image_job(
+    images: Images, recipe: Recipe | None = None, seed: int = 0, device: str | torch.device = "cpu"
+) -> Job:
+    """Classification of images; the score is the accuracy on the validation part."""
+    there, recipe = images.to(device_named(device)), recipe or Recipe()
+
+    def score(model: nn.Module) -> float:
+        return accuracy(model, there, there.val)
+
+    return Job(ImageBatches(there, recipe.batch), score=score, recipe=recipe, seed=seed, device=device)

@@ -8,20 +8,18 @@ from torch import nn
 
 from zoo.bundles.make import Work
 from zoo.bundles.recipes import Row
-from zoo.checkpoints import CheckpointFile
 from zoo.methods.contract import Sparsified, default_recipe
 from zoo.methods.iss_p import ISSP
 from zoo.registry import ARCHITECTURES
 from zoo.shared.masks import MaskSet
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Checkpoint, Recipe, resume
 from zoo.vision.data import load_images
-from zoo.vision.domain import make_job
+from zoo.vision.domain import image_job, make_job
 from zoo.vision.lidar.arms import make_arm
 from zoo.vision.lidar.data import scene_frames
-from zoo.vision.lidar.train import DetectorFit, DetectorRecipe, run_with_checkpoints
+from zoo.vision.lidar.train import detector_job, detector_recipe
 from zoo.vision.models import reinitialised
 from zoo.vision.spark.command import Pretrain
-from zoo.vision.train import ImageBatches
 
 
 def classifier(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
@@ -36,9 +34,7 @@ def classifier(row: Row, seed: int, start: nn.Module | None, work: Work) -> Spar
     if start is not None:
         head = {k: v for k, v in model.state_dict().items() if k.startswith("linear.")}
         model.load_state_dict({**start.state_dict(), **head})
-    recipe = Recipe(**row.recipe)
-    batches = ImageBatches(data.to(work.device), recipe.batch)
-    Job(batches, recipe=recipe, seed=seed, device=work.device).fit(model).run()
+    image_job(data, Recipe(**row.recipe), seed, work.device).fit(model, macs=lambda: 0.0).run()
     return Sparsified(model.cpu().eval(), MaskSet({}), arguments=model.current_arguments())
 
 
@@ -65,9 +61,9 @@ def detector(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsi
     Options: `arm`, see `zoo.vision.lidar.arms`; `scenes`, how many.
     """
     frames = scene_frames("train", row.options["scenes"])
-    recipe = DetectorRecipe(**row.recipe, device=work.device)
-    fit = DetectorFit(make_arm(row.options["arm"], seed), frames, recipe, seed)
-    run_with_checkpoints(fit, CheckpointFile(work.folder, {**row.identity(), "seed": seed}))
+    job = detector_job(frames, detector_recipe(**row.recipe), seed, work.device)
+    fit = job.fit(make_arm(row.options["arm"], seed), macs=lambda: 0.0)
+    resume(fit, Checkpoint(work.folder, {**row.identity(), "seed": seed}), every_epochs=1, seconds=20.0)
     model: Any = fit.model.cpu().eval()
     return Sparsified(model, MaskSet({}), arguments=model.current_arguments())
 

@@ -19,7 +19,9 @@ from zoo.graph.data import load_graph
 from zoo.graph.finetune import Finetune
 from zoo.graph.models import GAT, GCN, GIN
 from zoo.graph.transfer import transferred
+from zoo.shared.errors import FormatError, IdentityError, SparseError
 from zoo.shared.masks import masks_of
+from zoo.shared.train import Checkpoint
 
 TICKET = "graph/teddy-gcn-digits-g60-w95"
 
@@ -41,7 +43,7 @@ def test_zeros_stay_and_the_bundle_is_whole(tmp_path, capsys):
     assert card.dense_twin == "graph/dense-gcn-digits"
     assert card.sparsity.parts == find(TICKET).card.sparsity.parts
     assert card.method.hyperparameters["finetuned"]["epochs"] == 4
-    assert "test accuracy" in capsys.readouterr().err
+    assert "pruned weights that are zero" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["tuned"]  # the checkpoint is gone
 
 
@@ -94,34 +96,35 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
 
 def interrupted(tmp_path: Path, monkeypatch) -> Path:
     """A checkpoint of a run of 6 epochs that was stopped after 2."""
-    from zoo.graph.checkpoint import Checkpoint
 
     class Stop(Exception):
         pass
 
-    save = Checkpoint.save
+    write = Checkpoint.write
 
-    def save_and_stop(self, fit):
-        save(self, fit)
+    def write_and_stop(self, *state):
+        write(self, *state)
         raise Stop
 
-    monkeypatch.setattr(Checkpoint, "save", save_and_stop)
+    monkeypatch.setattr(Checkpoint, "write", write_and_stop)
     with pytest.raises(Stop):
         Finetune(TICKET, tmp_path / "tuned", epochs=6, checkpoint_every=2).run()
-    monkeypatch.setattr(Checkpoint, "save", save)
+    monkeypatch.setattr(Checkpoint, "write", write)
     return tmp_path / ".tuned.checkpoint" / "state.safetensors"
 
 
 def test_a_checkpoint_of_other_options_is_refused(tmp_path, monkeypatch):
     assert interrupted(tmp_path, monkeypatch).exists()
-    with pytest.raises(ConfigError, match="other options.*Delete"):
+    with pytest.raises(IdentityError, match="other options.*Delete"):
         Finetune(TICKET, tmp_path / "tuned", epochs=6, checkpoint_every=2, lr=0.1).run()
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, monkeypatch):
     file = interrupted(tmp_path, monkeypatch)
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ConfigError, match="cannot be read.*Delete"):
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(FormatError, match="cannot be read.*checksum.*Delete"):
         Finetune(TICKET, tmp_path / "tuned", epochs=6, checkpoint_every=2).run()
 
 
@@ -131,13 +134,24 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, monkeypatch):
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"lr": float("nan")}, "lr must be finite"),
+        ({"distillation": -1.0}, "distillation must be finite"),
         ({"twin": "graph/no-such-twin"}, "No dense twin 'graph/no-such-twin'"),
+        ({"dataset": "pubmed"}, "No dense twin to stand beside on pubmed"),
+        ({"device": "cuda:99"}, "no device 'cuda:99'"),
     ],
 )
 def test_impossible_options_are_refused(tmp_path, options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(SparseError, match=message):
         Finetune(TICKET, tmp_path / "tuned", **options).run()
     assert not (tmp_path / "tuned").exists()
+
+
+def test_distillation_asks_the_dense_twin(tmp_path):
+    paths = [
+        Finetune(TICKET, tmp_path / str(weight), epochs=3, distillation=weight).run() for weight in (0.0, 5.0)
+    ]
+    plain, taught = (load(path).conv1.lin.weight for path in paths)
+    assert not torch.equal(plain, taught)
 
 
 def test_an_output_that_is_there_is_kept(tmp_path):

@@ -17,7 +17,6 @@ import torch
 
 from zoo.bundles.catalog import find
 from zoo.bundles.store import load
-from zoo.checkpoints import CheckpointFile
 from zoo.cli import main
 from zoo.errors import ConfigError, DataError
 from zoo.llm.finetune import Finetune
@@ -25,10 +24,11 @@ from zoo.llm.generate import generate
 from zoo.llm.lora import attach_lora, detach_lora
 from zoo.llm.models import llama
 from zoo.llm.models.blocks import find_blocks
-from zoo.llm.train import Fit, TrainConfig, Windows, adamw
-from zoo.shared.errors import MaskError
+from zoo.llm.train import Windows, llm_recipe, window_loss
+from zoo.shared.errors import IdentityError, MaskError, TrainingError
 from zoo.shared.masks import masks_of
 from zoo.shared.pruning.sparsifier import sparsify
+from zoo.shared.train import Checkpoint, Fit, Job, resume
 
 DENSE = "llm/dense-shakespeare"
 
@@ -47,94 +47,87 @@ def text(length: int = 2000):
 
 
 def test_rates_rise_and_fall_to_zero():
-    config = TrainConfig(steps=100, lr=1.0, warmup=0.1)
-    rates = [config.rate(step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1.0
-    assert rates[9:] == sorted(rates[9:], reverse=True) and 0 < rates[-1] < 0.01
-    assert config.rate(54) == pytest.approx(0.5, abs=0.02)
+    recipe = llm_recipe(100, lr=1.0)
+    rates = [recipe.learning_rate(step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[4] == 1.0
+    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.01
+    assert rates[52] == pytest.approx(0.5, abs=0.02)
+
+
+def passes(windows: Windows, seed: int) -> torch.Tensor:
+    return torch.cat([*windows.draw(torch.Generator().manual_seed(seed))])
 
 
 def test_a_pass_sees_each_window_once_and_passes_differ():
-    windows = Windows(torch.arange(1000), window=10, batch=7, seed=3)
-    again = Windows(torch.arange(1000), window=10, batch=7, seed=3)
-    steps = windows.per_pass // 7
-    first = torch.cat([windows(step) for step in range(steps)])
-    assert len(set(first[:, 0].tolist())) == len(first)
+    windows = Windows(torch.arange(1000), window=10, batch=7)
+    first = passes(windows, 3)
+    assert len(set(first[:, 0].tolist())) == len(first) == 7 * len(windows) == windows.per_pass // 7 * 7
     assert torch.equal(first[:, 1:] - first[:, :1], torch.arange(1, 11).expand(len(first), 10))
-    assert torch.equal(again(5), windows(5)) and torch.equal(windows(0), again(0))
-    assert not torch.equal(windows(windows.per_pass), windows(0))
+    assert torch.equal(passes(windows, 3), first) and not torch.equal(passes(windows, 4), first)
+    assert {int(passes(windows, seed)[0, 0]) % 10 for seed in range(20)} != {0}  # the cuts move
+    few = windows.sized(200)
+    assert len(few) == 1 and len(passes(few, 0)) == few.per_pass  # the only batch may be short
     with pytest.raises(DataError, match="fewer than two windows of 10"):
-        Windows(torch.arange(20), window=10, batch=1, seed=0)
+        Windows(torch.arange(20), window=10, batch=1)
 
 
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"steps": 0}, "steps must be"),
-        ({"lr": 0.0}, "lr and clip"),
-        ({"lr": float("nan")}, "lr and clip"),
-        ({"weight_decay": -1.0}, "weight_decay"),
-        ({"warmup": 1.0}, "warmup"),
-    ],
-)
-def test_impossible_recipes_are_refused(wrong, message):
-    with pytest.raises(ConfigError, match=message):
-        TrainConfig(**{"steps": 5, **wrong})
+def fit_of(model, steps: int, lr: float = 1e-2, accelerator=None) -> Fit:
+    job = Job(Windows(text(), 16, 4), window_loss, recipe=llm_recipe(steps, 4, lr))
+    return job.fit(model, accelerator=accelerator)
 
 
 def test_training_learns_and_resumes_to_the_same_bits(tmp_path):
-    config = TrainConfig(steps=40, batch=4, window=16, lr=1e-2)
-    windows = Windows(text(), 16, 4, seed=0)
-    whole = Fit(tiny(), windows, config)
-    whole.advance()
-    first = whole.last_loss
+    whole = fit_of(tiny(), 40)
+    whole.run(until_step=1)
+    start = whole.last_loss
     whole.run()
-    assert whole.last_loss < first / 4
-    stopped = Fit(tiny(), windows, config)
-    file = CheckpointFile(tmp_path / "run", {"a": 1})
-    assert not stopped.restore(file)
-    for _ in range(17):
-        stopped.advance()
-    stopped.write(file)
-    resumed = Fit(tiny(seed=5), Windows(text(), 16, 4, seed=0), config)
-    assert resumed.restore(file) and resumed.step == 17
-    resumed.run()
+    assert whole.last_loss < start - 1
+    file = Checkpoint(tmp_path / "run", {"a": 1})
+    resume(fit_of(tiny(), 40), file, until_step=17)
+    resumed = resume(fit_of(tiny(1), 40), file)
+    assert resumed.step == 40
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
-    with pytest.raises(ConfigError, match="other options"):
-        stopped.restore(CheckpointFile(tmp_path / "run", {"a": 2}))
+    with pytest.raises(IdentityError, match="other options"):
+        Checkpoint(tmp_path / "run", {"a": 2}).read()
+
+
+class Rank:
+    """What the loop asks of Accelerate, as one of several processes that exchange nothing."""
+
+    def __init__(self, rank: int, processes: int) -> None:
+        self.process_index, self.num_processes = rank, processes
+
+    def prepare(self, *things):
+        return things
+
+    def backward(self, loss):
+        loss.backward()
 
 
 def test_shares_of_a_batch_add_up_to_it():
-    config, windows = TrainConfig(steps=1, batch=4, window=16), Windows(text(), 16, 4, seed=0)
     gradients = []
     for rank, processes in ((0, 1), (0, 2), (1, 2)):
-        model = tiny()
-        seen: list[torch.Tensor] = []
-
-        def keep(loss, model=model, seen=seen):
-            loss.backward()
-            seen.append(model.lm_head.weight.grad.clone())
-
-        Fit(model, windows, config, backward=keep, share=(rank, processes)).advance()
-        gradients.append(seen[0])
+        job = Job(Windows(text(), 16, 4), window_loss, recipe=llm_recipe(1, 4))
+        fit = job.fit(tiny(), accelerator=Rank(rank, processes), clip=0.0)
+        fit.run()
+        gradients.append(fit.model.lm_head.weight.grad)
     torch.testing.assert_close(gradients[0], (gradients[1] + gradients[2]) / 2)
-    with pytest.raises(ConfigError, match="multiple of the 3 processes"):
-        Fit(tiny(), windows, config, share=(0, 3))
+    with pytest.raises(TrainingError, match="multiple of the 3 processes"):
+        fit_of(tiny(), 1, accelerator=Rank(0, 3)).run()
 
 
 def test_a_loss_that_is_not_finite_stops_the_training():
     model = tiny()
     model.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(DataError, match="loss is nan at step 0"):
-        Fit(model, Windows(text(), 16, 4, seed=0), TrainConfig(steps=1, batch=4, window=16)).advance()
+    with pytest.raises(TrainingError, match="loss became nan at step 0"):
+        fit_of(model, 1).run()
 
 
 def adapted(model, steps: int = 12):
     """Train low-rank updates of a model; returns it before they are taken off."""
     attach_lora(model, rank=4, seed=1)
-    config = TrainConfig(steps=steps, batch=4, window=16, lr=2e-2)
-    fit = Fit(model, Windows(text(), 16, 4, seed=0), config)
+    fit = fit_of(model, steps, lr=2e-2)
     before = fit.model(input_ids=text(32)[None]).logits
     fit.run()
     return before
@@ -193,7 +186,7 @@ def test_low_rank_options_that_cannot_be_are_refused():
     assert names == [f"{block.mlp_name}.down_proj.weight" for block in find_blocks(model)]
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained and all(n.endswith((".a", ".b")) and "down_proj" in n for n in trained)
-    assert len(adamw(model, TrainConfig(steps=1)).param_groups) == 1
+    assert not any(p.dim() < 2 for p in fit_of(model, 1).parameters if p.requires_grad)
 
 
 # What the command line does, on a toy model, since each run is a process of its own.

@@ -15,13 +15,13 @@ from zoo.errors import ConfigError
 from zoo.harness.experiments import CellCache
 from zoo.harness.verify import verify
 from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, TASKS
-from zoo.vision.lidar import data, experiment, finetune
+from zoo.vision.finetune import Finetune
+from zoo.vision.lidar import data, experiment
 from zoo.vision.lidar.arms import make_arm
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.experiment import DSVTExperiment, DSVTExperimentConfig
 from zoo.vision.lidar.pictures import bev_picture, recall_text
 from zoo.vision.lidar.tasks import Scenes, detections
-from zoo.vision.lidar.train import DetectorRecipe
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def bundles(tmp_path) -> Path:
 def test_everything_is_registered():
     assert ARCHITECTURES.get("vision/lidar-detector") is Detector
     assert TASKS.get("vision/lidar-scenes") is Scenes
-    assert FINETUNERS.get("lidar") is finetune.FinetuneLidar
+    assert "lidar" not in FINETUNERS.names()
     assert EXPERIMENTS.get("dsvt") is DSVTExperiment
 
 
@@ -62,18 +62,20 @@ def test_bundles_verify_and_fine_tune(bundles, tmp_path, capsys):
     assert isinstance(model, Detector)
     assert sum(p.numel() for p in model.parameters()) < 200_000
     assert (own / "weights.safetensors").stat().st_size < 700_000
-    options = {"scenes": 2, "epochs": 1, "batch": 2}
+    options = {"train_images": 2, "epochs": 1, "batch": 2}
     # Beside the twin, where it is found.
-    tuned = finetune.FinetuneLidar(str(own), bundles / "tuned", **options).run()
+    tuned = Finetune(str(own), bundles / "tuned", **options).run()
     assert failed(tuned) == []
-    assert "zoo finetune lidar --model" in load(tuned).zoo_info.card.training.command
+    assert "zoo finetune vision --model" in load(tuned).zoo_info.card.training.command
     assert any(
         not torch.equal(p, q) for p, q in zip(model.parameters(), load(tuned).parameters(), strict=True)
     )
     with pytest.raises(ConfigError, match="is there already"):
-        finetune.FinetuneLidar(str(own), bundles / "tuned", **options).run()
-    with pytest.raises(ConfigError, match="is no detector that this command can train"):
-        finetune.FinetuneLidar("vision/dense-convnet-digits", tmp_path / "x").run()
+        Finetune(str(own), bundles / "tuned", **options).run()
+    with pytest.raises(ConfigError, match="Distillation needs classes"):
+        Finetune(str(own), tmp_path / "x", distillation=1.0, **options).run()
+    with pytest.raises(ConfigError, match="no model of the vision domain"):
+        Finetune("graph/dense-gcn-digits", tmp_path / "x").run()
 
 
 def test_the_experiment_resumes_from_its_cells(tmp_path):
@@ -96,10 +98,3 @@ def test_pictures_show_points_and_boxes():
     (found,) = detections(model, [frame])
     assert bev_picture(frame, found, model, "a scene", least=0.0)[:4] == b"\x89PNG"
     assert recall_text(frame, found, model.classes).count(" of ") == 3
-
-
-def test_devices_that_are_not_there_are_refused():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(ConfigError, match="no device 'cuda' here; use --device cpu"):
-        DetectorRecipe(device="cuda")

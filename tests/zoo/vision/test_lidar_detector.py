@@ -22,7 +22,7 @@ from zoo.vision.lidar.experiment import DSVTExperimentConfig, equal_time_epochs
 from zoo.vision.lidar.openpcdet import OpenPCDetBackbone, detector_from_openpcdet, load_openpcdet_state
 from zoo.vision.lidar.scenes import CLASSES, SceneConfig, make_scene
 from zoo.vision.lidar.tasks import Scenes, detections, scores, truth_of
-from zoo.vision.lidar.train import DetectorFit, DetectorRecipe
+from zoo.vision.lidar.train import detector_job, detector_recipe
 from zoo.vision.lidar.voxelise import Grid
 
 TINY = SceneConfig(beams=12, steps=96, objects=((1, 2), (1, 2), (1, 1)), distractors=(1, 2))
@@ -261,7 +261,7 @@ def test_arms_have_equal_parameters():
 @pytest.mark.parametrize("name", list(ARMS))
 def test_arms_train_and_detect(name):
     frames = tiny_frames()
-    fit = DetectorFit(make_arm(name, 0), frames, DetectorRecipe(epochs=3, batch=2, lr=2e-3))
+    fit = detector_job(frames, detector_recipe(3, 2, 2e-3)).fit(make_arm(name, 0), macs=lambda: 0.0)
     losses = []
     fit.run(on_epoch=lambda f: losses.append(f.last_loss))
     assert losses[-1] < losses[0]
@@ -272,11 +272,11 @@ def test_arms_train_and_detect(name):
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one():
-    frames, recipe = tiny_frames(), DetectorRecipe(epochs=2, batch=2)
-    whole = DetectorFit(make_arm("dsvt", 0), frames, recipe).run()
-    first = DetectorFit(make_arm("dsvt", 0), frames, recipe)
+    job = detector_job(tiny_frames(), detector_recipe(epochs=2, batch=2))
+    whole = job.fit(make_arm("dsvt", 0), macs=lambda: 0.0).run()
+    first = job.fit(make_arm("dsvt", 0), macs=lambda: 0.0)
     first.run(until=1)
-    second = DetectorFit(make_arm("dsvt", 1), frames, recipe)
+    second = job.fit(make_arm("dsvt", 1), macs=lambda: 0.0)
     second.load_state({name: value.clone() for name, value in first.state().items()})
     second.run()
     for name, value in whole.model.state_dict().items():

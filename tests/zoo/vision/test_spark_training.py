@@ -20,6 +20,7 @@ from zoo.cli import main
 from zoo.errors import ConfigError
 from zoo.harness.experiments import reproduce
 from zoo.harness.verify import verify_bundle
+from zoo.shared.errors import IdentityError
 from zoo.vision.data import load_images
 from zoo.vision.makers import classifier
 from zoo.vision.models import ResNet, reinitialised
@@ -78,7 +79,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (tmp_path / "killed").exists()
-    with pytest.raises(ConfigError, match="other options"):
+    with pytest.raises(IdentityError, match="other options"):
         Pretrain(tmp_path / "killed", epochs=7, width=4, decoder=8, ratio=0.5, batch=128).run()
     options = {"width": 4, "decoder": 8, "ratio": 0.5, "batch": 128, "execution": "grid", "epochs": 6}
     resumed = Pretrain(tmp_path / "killed", **options).run()

@@ -115,7 +115,7 @@ def label_of(name: str) -> int:
 
 
 class FrameBatches:
-    """Shuffled batches of frames, turned, mirrored and scaled at random; see `zoo.vision.train.Batches`.
+    """Shuffled batches of frames, turned, mirrored and scaled at random; see `zoo.shared.train.Batches`.
 
     Args:
         frames: to train on; they are moved to the device once.

@@ -1,54 +1,43 @@
-"""Training of detectors: the domain's one loop with AdamW and clipped gradients."""
+"""Training of detectors: AdamW, clipped gradients, the sum of the head's losses."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from zoo.checkpoints import CheckpointFile
-from zoo.errors import ConfigError
+from zoo.shared.train import Checkpoint, Fit, Job, Recipe, device_named, resume
 from zoo.vision.lidar.data import Batch, Frame, FrameBatches
 from zoo.vision.lidar.detector import Detector
-from zoo.vision.train import Fit, Recipe
 
 CLIP = 10.0  # largest norm of a step's gradients (the reference's)
-CHECKPOINT_SECONDS = 20.0  # least time between two checkpoints
 
 
-@dataclass(frozen=True)
-class DetectorRecipe:
-    """How a detector is trained.
+def detector_recipe(epochs: int = 30, batch: int = 8, lr: float = 3e-3, weight_decay: float = 0.01) -> Recipe:
+    """AdamW with a linear warm-up and a linear decay; `batch` is in frames."""
+    return Recipe(epochs, lr, batch, weight_decay, optimizer="adamw", clip=CLIP)
+
+
+def detector_job(
+    frames: Sequence[Frame],
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Job:
+    """Training a detector on frames.
 
     Args:
-        epochs: passes over the frames.
-        batch: frames per step.
-        lr: peak of AdamW's learning rate, after a linear warm-up and before a linear decay.
-        weight_decay: decoupled.
-        device: where, e.g. cpu or cuda.
-
-    Raises:
-        ConfigError: a number out of range, or a device that is not there.
+        frames: to train on.
+        recipe: by default `detector_recipe()`.
+        seed: of shuffling and augmentation.
+        device: where to train.
     """
-
-    epochs: int = 30
-    batch: int = 8
-    lr: float = 3e-3
-    weight_decay: float = 0.01
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        self.plain()
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"no device {self.device!r} here; use --device cpu")
-
-    def plain(self) -> Recipe:
-        """As the domain's loop takes it."""
-        return Recipe(self.epochs, self.lr, self.batch, self.weight_decay, optimizer="adam")
+    recipe = recipe or detector_recipe()
+    batches = FrameBatches(frames, recipe.batch, device_named(device))
+    return Job(batches, detection_loss, recipe=recipe, seed=seed, device=device)
 
 
 def detection_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -57,54 +46,23 @@ def detection_loss(model: nn.Module, batch: Batch) -> Tensor:
     return torch.stack(list(terms.values())).sum()
 
 
-class DetectorFit(Fit):
-    """A training of a detector.
+@dataclass(frozen=True)
+class DetectorRecipe:
+    """`detector_recipe` with a device, until the study of DSVT has moved to a `Job`."""
 
-    Args:
-        model: trained in place; moved to the recipe's device.
-        frames: to train on.
-        recipe: see `DetectorRecipe`.
-        seed: of shuffling and augmentation.
-    """
-
-    def __init__(
-        self, model: Detector, frames: Sequence[Frame], recipe: DetectorRecipe, seed: int = 0
-    ) -> None:
-        batches = FrameBatches(frames, recipe.batch, recipe.device)
-        super().__init__(
-            model.to(recipe.device), batches, recipe.plain(), loss=detection_loss, seed=seed, macs=lambda: 0.0
-        )
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-        self.optimizer.register_step_pre_hook(self._clip)
-
-    def _clip(self, *_: Any) -> None:
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+    epochs: int = 30
+    batch: int = 8
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    device: str = "cpu"
 
 
-def run_with_checkpoints(
-    fit: Fit,
-    file: CheckpointFile,
-    note: Callable[[Fit], object] | None = None,
-    every: float = CHECKPOINT_SECONDS,
-) -> Fit:
-    """Run a training to its end, going on where an interrupted one stopped.
+def DetectorFit(model: Detector, frames: Sequence[Frame], recipe: DetectorRecipe, seed: int = 0) -> Fit:
+    """`detector_job(...).fit(...)`, until the study of DSVT has moved to a `Job`."""
+    plain = detector_recipe(recipe.epochs, recipe.batch, recipe.lr, recipe.weight_decay)
+    return detector_job(frames, plain, seed, recipe.device).fit(model, macs=lambda: 0.0)
 
-    Args:
-        fit: fresh.
-        file: where the state is kept.
-        note: called after each epoch.
-        every: seconds between checkpoints.
-    """
-    if (stored := file.read()) is not None:
-        fit.load_state(stored[0])
-    last = time.monotonic()
 
-    def on_epoch(running: Fit) -> None:
-        nonlocal last
-        if note is not None:
-            note(running)
-        if running.epoch < running.recipe.epochs and time.monotonic() - last >= every:
-            file.write(running.state(), {})
-            last = time.monotonic()
-
-    return fit.run(on_epoch=on_epoch)
+def run_with_checkpoints(fit: Fit, file: Checkpoint) -> Fit:
+    """`resume`, until the study of DSVT has moved to it."""
+    return resume(fit, file, every_epochs=1, seconds=20.0)

@@ -6,9 +6,8 @@ after a kill, and its result equals that of an uninterrupted run.
 
 from __future__ import annotations
 
-import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,11 +15,9 @@ import torch
 
 from zoo.bundles.catalog import find
 from zoo.bundles.publish import About, Figure, Trained, publish
-from zoo.checkpoints import CheckpointFile
-from zoo.errors import ConfigError
-from zoo.harness.tuning import checkpoint_folder, command_of, options_of
 from zoo.progress import progress_bar
-from zoo.vision.base import checked_device
+from zoo.shared.train import Checkpoint, Fit, Recipe, device_named, resume
+from zoo.training.options import check_target, checkpoint_folder, command_of, options_of
 from zoo.vision.data import SOURCES, Images, load_images
 from zoo.vision.models import ResNet, reinitialised
 from zoo.vision.spark.encoder import SparKEncoder
@@ -29,7 +26,6 @@ from zoo.vision.spark.objective import SparK
 from zoo.vision.spark.pictures import write_sheet
 from zoo.vision.spark.pretraining import held_out_loss, pretraining
 from zoo.vision.spark.probe import fit_head
-from zoo.vision.train import Fit, Recipe
 
 CITATION = (
     "Tian et al. Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling. ICLR "
@@ -110,19 +106,16 @@ class Pretrain:
                 nothing or everything, or a checkpoint of another run.
             SparseError: whatever data or saving refuse.
         """
-        if self.checkpoint_every < 1:
-            raise ConfigError(f"checkpoint_every must be at least 1. Received: {self.checkpoint_every}.")
-        if self.out.exists() and not self.overwrite:
-            raise ConfigError(f"{self.out} is there already. Add --overwrite, or choose another --out.")
+        check_target(self)
         start = time.perf_counter()
         model, loss = self.pretrained()
         path = self._publish(model, time.perf_counter() - start, loss)
-        shutil.rmtree(checkpoint_folder(self.out), ignore_errors=True)
+        self._checkpoint().remove()
         return path
 
     def pretrained(self) -> tuple[ResNet, float]:
         """The network with a linear probe as its head, and the loss on hidden cells of held-out images."""
-        device = checked_device(self.device)
+        device = device_named(self.device)
         recipe = Recipe(self.epochs, self.lr, self.batch, 0.0, optimizer="adam")
         data = load_images(self.dataset)
         spark = self.spark(data)
@@ -146,25 +139,24 @@ class Pretrain:
             encoder = SparKEncoder(net, (height, width), self.cell, channels)
             return SparK(encoder, self.decoder, execution=self.execution)
 
+    def _checkpoint(self) -> Checkpoint:
+        options = {name: value for name, value in options_of(self).items() if name != "twin"}
+        return Checkpoint(checkpoint_folder(self.out), options)
+
     def _train(self, fit: Fit, spark: SparK) -> None:
-        options = {k: v for k, v in options_of(self).items() if k not in ("pictures", "twin")}
-        file = CheckpointFile(checkpoint_folder(self.out), options)
-        if (stored := file.read()) is not None:
-            fit.load_state(stored[0])
+        checkpoint = self._checkpoint()
+        if (stored := checkpoint.read()) is not None:
             spark.execution = Choice.parse(stored[1]["execution"])
         facts = {"execution": str(spark.execution)}
         with progress_bar() as progress:
 
-            def on_epoch(fit: Fit) -> None:
-                progress(fit.epoch, fit.recipe.epochs, f"loss on hidden cells {fit.last_loss:.4f}")
-                if fit.epoch % self.checkpoint_every == 0 and fit.epoch < fit.recipe.epochs:
-                    file.write(fit.state(), facts)
+            def note(fit: Fit) -> None:
+                progress(fit.step, fit.steps, f"loss on hidden cells {fit.last_loss:.4f}")
 
-            fit.run(on_epoch=on_epoch)
+            resume(fit, checkpoint, every_epochs=self.checkpoint_every, note=note, facts=facts)
 
     def _publish(self, model: ResNet, seconds: float, loss: float) -> Path:
-        places = ("out", "overwrite", "name", "twin", "pictures", "device", "checkpoint_every")
-        options = {k: v for k, v in asdict(self).items() if k not in places}
+        options = {name: value for name, value in options_of(self).items() if name != "twin"}
         source = SOURCES[self.dataset]
         trained = Trained(
             {self.seed: model},

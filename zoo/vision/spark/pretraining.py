@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.shared.measure.modes import eval_mode
-from zoo.vision.data import Images, Split
+from zoo.shared.train import Fit, Recipe
+from zoo.vision.data import ImageBatches, Images, Split
 from zoo.vision.spark.masking import draw_cells
 from zoo.vision.spark.objective import SparK, hidden_loss
-from zoo.vision.train import Batch, Fit, ImageBatches, Recipe
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class MaskedBatches:
     def __len__(self) -> int:
         return len(ImageBatches(self.data, self.batch))
 
-    def draw(self, generator: torch.Generator) -> Iterator[Batch]:
+    def draw(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         shuffled = ImageBatches(self.data, self.batch).draw(generator)
         for images, _ in shuffled:
             cells = draw_cells(len(images), self.grid, self.ratio, generator)
@@ -52,7 +52,7 @@ def mixed_precision(images: Tensor) -> torch.autocast:
     return torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda)
 
 
-def reconstruction_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+def reconstruction_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
     """The loss of a SparK model on a batch of images and visible cells."""
     images, cells = batch
     with mixed_precision(images):

@@ -1,0 +1,41 @@
+"""Jobs on the graphs of the zoo."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from zoo.errors import ConfigError
+from zoo.graph.data import load_graph
+from zoo.graph.method import dataset_of
+from zoo.graph.models import GraphModel
+from zoo.graph.train import graph_job
+from zoo.shared.train import Job, Recipe
+
+
+def make_job(
+    dataset: str | None = None,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    model: nn.Module | None = None,
+) -> Job:
+    """Full-batch training on a graph by name.
+
+    Args:
+        dataset: cora, citeseer, pubmed, cs or digits; by default the one on the model's card.
+        recipe: by default TEDDY's.
+        seed: of dropout.
+        device: where to train; the model is moved there.
+        model: whose inputs the graph is converted to; of the zoo's GCN, GAT and GIN.
+
+    Raises:
+        ConfigError: no such model is given, or one without a card and no graph.
+        DataError: an unknown graph.
+    """
+    if not isinstance(model, GraphModel):
+        raise ConfigError(
+            f"a graph is prepared for one of the zoo's GCN, GAT and GIN. Received: {type(model).__name__}."
+        )
+    return graph_job(model.to(device), load_graph(dataset or dataset_of(model)), recipe, seed=seed)
