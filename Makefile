@@ -9,12 +9,13 @@ export ZOO_DATA
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test bench sanitize lint clean
+.PHONY: help setup demo test bench attack sanitize lint clean
 
 help:
 	@echo "make demo   install into $(VENV) and run the main job on embedded data (no download)"
 	@echo "make test   install into $(VENV) and run the tests, the linter and the type checker"
 	@echo "make bench  install into $(VENV) and run every benchmark (quietest on an idle machine)"
+	@echo "make attack  hostile files, bundles and hubs, kills and flipped bits, for ATTACK_SECONDS (240)"
 	@echo "make sanitize   the tests of the ops on kernels built with the address and the thread sanitizer"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make clean  remove $(VENV), caches and build folders"
@@ -56,6 +57,10 @@ test: $(VENV)/.installed-test $(VENV)/.kernels
 
 bench: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/zoo bench all
+
+ATTACK_SECONDS ?= 240
+attack: $(VENV)/.installed-test
+	$(BIN)/python -m tests.attack --seconds $(ATTACK_SECONDS)
 
 sanitize: $(VENV)/.installed-test
 	$(BIN)/python -m zoo.shared.ops.build --sanitize address --test

@@ -19,6 +19,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/design.md",
     "docs/format.md",
+    "docs/security.md",
     *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "zoo").glob("*/README.md"))),
 )
 
