@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import ActivationError, SparseError, StructureError
-from ..masks import Mask, masks_of
+from ..masks import Mask, MaskSet, masks_of
 from .chains import block_name, find_chains
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -117,7 +117,7 @@ def walk_blocks(
     if not batches:
         raise ActivationError("No calibration batches; pass at least one.")
     held: Opened = opened or (lambda name: nullcontext())
-    chains, masks = find_chains(model), masks_of(model) or {}
+    chains, masks = find_chains(model), masks_of(model) or MaskSet({})
     total, done = sum(len(chain) for chain in chains.values()), 0
     for path, chain in chains.items():
         hidden, calls = _record(model, path, chain, batches, forward)

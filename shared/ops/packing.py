@@ -199,7 +199,8 @@ def _pack_affine(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | No
     mask = masks["weight"]
     for matrix, keep in ((weight, mask), (weight.t(), _transposed(mask))):
         linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias is not None, device="meta")
-        linear.weight, linear.bias = nn.Parameter(matrix.detach().contiguous()), bias
+        linear.weight = nn.Parameter(matrix.detach().contiguous())
+        linear.register_parameter("bias", bias)
         if _agree(module, linear):
             return _pack_linear(linear, {"weight": keep})
     return None

@@ -152,6 +152,22 @@ def sparsify_command(argv: Sequence[str]) -> int:
     from zoo.bundles.catalog import find
     from zoo.harness.making import Origin, make_bundle
 
+    if (handler := foreign_folder(options.model)) is not None:
+        domain, sparsify_folder = handler
+        origin = Origin(
+            options.name or f"{domain}/{options.out.name}", method_name, command_line("sparsify", argv)
+        )
+        with progress_bar() as progress:
+            said = sparsify_folder(
+                Path(options.model),
+                method,
+                origin,
+                options.out,
+                overwrite=options.overwrite,
+                progress=progress,
+            )
+        note(said)
+        return _show_new(options.out, options.json) if (options.out / "card.yaml").is_file() else OK
     source = find(options.model)
     name = options.name or f"{source.card.domain}/{options.out.name}"
     origin = Origin(name, method_name, command_line("sparsify", argv))
@@ -170,6 +186,20 @@ def sparsify_command(argv: Sequence[str]) -> int:
             progress=progress,
         )
     return _show_new(path, options.json, before=options.model) if first else OK
+
+
+def foreign_folder(model: str) -> tuple[str, Any] | None:
+    """The domain and function that take a folder of another library; None for a bundle or a name."""
+    from zoo.registry import FOLDERS
+
+    folder = Path(model)
+    if not folder.is_dir() or (folder / "card.yaml").is_file():
+        return None
+    for name in FOLDERS.names():
+        domain, _, marker = name.partition("/")
+        if (folder / marker).is_file():
+            return domain, FOLDERS.get(name)
+    return None
 
 
 def rebase_command(argv: Sequence[str]) -> int:

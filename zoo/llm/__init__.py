@@ -8,7 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, GENERATORS, JOBS, MAKERS, METHODS, TASKS
+from zoo.registry import (
+    ARCHITECTURES,
+    EXPERIMENTS,
+    FINETUNERS,
+    FOLDERS,
+    GENERATORS,
+    JOBS,
+    MAKERS,
+    METHODS,
+    TASKS,
+)
 
 ARCHITECTURES.register("llm/llama", "zoo.llm.models:llama")
 ARCHITECTURES.register("llm/transformers", "zoo.llm.models:from_config")
@@ -36,6 +46,8 @@ EXPERIMENTS.register("flash-llm", "zoo.llm.experiments.flash_llm:FlashLLMExperim
 MAKERS.register("llm/dense", "zoo.llm.makers:dense")
 FINETUNERS.register("llm", "zoo.llm.finetune:Finetune")
 JOBS.register("llm", "zoo.llm.domain:make_job")
+FOLDERS.register("llm/config.json", "zoo.llm.folders:sparsify_folder")
+TASKS.register("llm/text", "zoo.llm.tasks:TextFile")
 GENERATORS.register("llm", "zoo.llm.generate:generate")
 TASKS.register("llm/sparsity-embedded", "zoo.llm.sparsity_task:EmbeddedSparsity")
 TASKS.register("llm/sparsity-tinystories", "zoo.llm.sparsity_task:TinyStoriesSparsity")

@@ -23,6 +23,7 @@ from zoo.bundles.publish import About, Figure, Trained, publish
 from zoo.errors import ConfigError
 from zoo.harness.tasks import get_task
 from zoo.llm.data.tokenization import to_extras, tokenizer_of
+from zoo.llm.generate import to_extras as generation_extras
 from zoo.llm.models import architecture_of, load_pretrained
 
 PROTOCOL = "test documents in disjoint windows of the model's context; float32 arithmetic on stored weights"
@@ -51,6 +52,7 @@ def save_dense(
     """
     architecture = architecture_of(model)
     extras = to_extras(tokenizer_of(model)) if architecture["args"]["tokenizer"] is None else {}
+    extras |= generation_extras(model)
     figures = [Figure(task, _METRICS.get(get_task(task).primary, ()), PROTOCOL) for task in tasks]
     trained = Trained({0: model}, architecture, seconds=seconds, extras=extras)
     return publish(trained, about, figures, folder, overwrite=overwrite)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
@@ -76,16 +78,18 @@ def generate(
         )
     if not ids:
         raise ConfigError("This model's tokenizer has no token to begin a text with: give a prompt.")
-    config = GenerationConfig(
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    config: Any = copy.deepcopy(model.generation_config)  # penalties, and which tokens end a text
+    config.update(
         max_new_tokens=min(max_new_tokens, context - len(ids)),
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else None,
         top_k=None,
         top_p=None,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=pad,
     )
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
     device = next(model.parameters()).device
     inputs = torch.tensor([ids], device=device)
     streamer = _Streamer(tokenizer, on_text, len(ids))
@@ -101,6 +105,31 @@ def generate(
     first, last, count = streamer.first, streamer.last, len(streamer.ids)
     rate = (count - 1) / (last - first) if count > 1 and last > first else None
     return Generated(streamer.text, len(ids), count, first - streamer.start, rate)
+
+
+def to_extras(model: nn.Module) -> dict[str, Tensor]:
+    """A model's generation configuration as a bundle's extra tensor, where it adds to its configuration."""
+    own: Any = model.generation_config
+    configuration: Any = model.config
+    told, known = own.to_diff_dict(), GenerationConfig.from_model_config(configuration).to_diff_dict()
+    differs = {key: value for key, value in told.items() if known.get(key) != value}
+    differs.pop("transformers_version", None)
+    if not differs:
+        return {}
+    return {"generation/json": torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)}
+
+
+def take_extras(model: nn.Module, extras: Mapping[str, Tensor]) -> None:
+    """Give a loaded model the generation configuration of its bundle; see `to_extras`.
+
+    Raises:
+        ConfigError: what is stored is no such configuration.
+    """
+    try:
+        fields = json.loads(extras["json"].numpy().tobytes())
+        model.generation_config = GenerationConfig.from_dict(fields)  # type: ignore[assignment]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"The stored generation configuration cannot be read: {error}.") from error
 
 
 class _Streamer(BaseStreamer):

@@ -34,9 +34,9 @@ from zoo.llm.data.calibration import random_windows
 from zoo.llm.data.tokenization import token_stream, tokenizer_in
 from zoo.llm.methods.sparsegpt import sparsegpt_pruner
 from zoo.llm.methods.wanda import wanda_pruner
-from zoo.llm.models.blocks import find_blocks
 from zoo.llm.pruning import prune_blocks, resolve_sparsity
 from zoo.progress import progress_bar
+from zoo.shared.blocks import find_chains
 from zoo.shared.masks.patterns import parse_pattern
 from zoo.shared.store.io import write_json
 
@@ -153,8 +153,20 @@ def skeleton(folder: Path) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    find_blocks(model)
     return model.eval()
+
+
+def _before_blocks(model: nn.Module) -> list[str]:
+    """Names of the parameters outside the blocks, but for the output layer: what embedding a text needs."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    paths = [f"{path}." for path in find_chains(model)]
+    heads = {id(parameter) for parameter in (head.parameters() if head is not None else ())}
+    tied = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if not any(name.startswith(path) for path in paths) and id(parameter) not in heads - tied
+    ]
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -270,15 +282,16 @@ class Large:
     def _prune(self, source: Path, prune: Any) -> tuple[int, int]:
         shards, model = Shards(source), skeleton(source)
         batches = list(self._windows(source, model).split(1))
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-        name = next(name for name, module in model.named_modules() if module is embedding)
-        fill(embedding, {"weight": shards.read(f"{name}.weight")})
+        outside = _before_blocks(model)
+        fill(model, {name: shards.read(name) for name in outside})
         store = BlockStore(model, shards, self.out)
         counts = [0, 0]
 
         def counting(block: Any) -> Any:
-            # All is embedded by now: the table makes room for the blocks.
-            embedding.to("meta")
+            # All is embedded by now: the tables make room for the blocks.
+            fill(
+                model, {name: torch.empty(model.get_parameter(name).shape, device="meta") for name in outside}
+            )
             masks = prune(block)
             counts[0] += sum(mask.kept for mask in masks.values())
             counts[1] += sum(mask.numel for mask in masks.values())

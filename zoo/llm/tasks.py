@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from zoo.errors import ConfigError
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
 from zoo.llm.data import corpus, words
 from zoo.llm.data.tokenization import tokenizer_of
@@ -185,3 +186,18 @@ def _digest(texts: Iterable[str]) -> str:
     for text in texts:
         content.update(text.encode() + b"\0")
     return content.hexdigest()[:16]
+
+
+class TextFile(Perplexity):
+    """Perplexity on the documents of a .txt or .jsonl file, or of a text of the zoo, that are for testing.
+
+    Args:
+        argument: path or name, see `zoo.llm.data.corpus`.
+    """
+
+    def __init__(self, argument: str) -> None:
+        if not corpus(argument).test:
+            raise ConfigError(
+                f"{argument} holds no document to test on; give a text of two documents or more"
+            )
+        self.name, self.text = f"llm/text:{argument}", argument  # type: ignore[misc]

@@ -24,7 +24,14 @@ from zoo.llm.data import corpus
 from zoo.names import suggestion
 
 END = "<|endoftext|>"  # begins and ends a document; id 0 of the packaged tokenizers
-_SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token", "clean_up_tokenization_spaces")
+_SETTINGS = (
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "clean_up_tokenization_spaces",
+    "chat_template",
+)
 
 
 def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerFast:

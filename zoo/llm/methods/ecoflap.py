@@ -269,7 +269,7 @@ class ECoFLaP(Calibrated):
         """
         with float32(model):
             data = self.sample(model, job)
-            run = {"loss_fn": data.loss, "forward": data.forward}
+            run: dict[str, Any] = {"loss_fn": data.loss, "forward": data.forward}
             if self.coarse == "zeroth":
                 scores = zeroth_order_scores(model, data.batches, eps=self.eps, seed=self.seed, **run)
             else:

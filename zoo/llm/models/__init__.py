@@ -33,6 +33,7 @@ from zoo.llm.models.quantised import group_arguments, with_empty_groups
 #: First part of an extra tensor's name -> "module:function". When a bundle with extras `first/rest` is
 #: loaded, function(model, {rest: tensor}) puts them where the model uses them (thresholds, groups, ...).
 EXTRAS = {
+    "generation": "zoo.llm.generate:take_extras",
     "thresholds": "zoo.llm.models.serving:take_extras",
     "tokenizer": "zoo.llm.data.tokenization:take_extras",
 }
@@ -208,7 +209,7 @@ def architecture_of(model: nn.Module) -> dict[str, Any]:
 
 
 def load_pretrained(
-    source: str | os.PathLike[str], dtype: torch.dtype = torch.float32, tokenizer: bool = True
+    source: str | os.PathLike[str], dtype: torch.dtype | str = torch.float32, tokenizer: bool = True
 ) -> PreTrainedModel:
     """A causal LM from a local transformers folder or a hub id, in eval mode on the CPU.
 
@@ -217,7 +218,7 @@ def load_pretrained(
 
     Args:
         source: folder written by `save_pretrained`, or `owner/name` on the hub.
-        dtype: precision of the weights in memory.
+        dtype: precision of the weights in memory; "auto" for that of the file.
         tokenizer: whether to load the tokenizer from the same place, for `tokenizer_of`.
 
     Raises:
