@@ -93,10 +93,10 @@ void maps(const Shape& s, const float* x, const float* weight, const float* bias
 
 // x [images, channels, height, width], weight [channels, kernel, kernel], bias [channels] or null, y [images, channels,
 // out_height, out_width], all contiguous; relu: negative results become zero.
-ZOO_EXPORT void zoo_depthwise_conv(const float* x, const float* weight, const float* bias, float* y, int64_t images,
+ZOO_EXPORT int64_t zoo_depthwise_conv(const float* x, const float* weight, const float* bias, float* y, int64_t images,
                                    int64_t channels, int64_t height, int64_t width, int64_t out_height,
                                    int64_t out_width, int64_t kernel, int64_t stride, int64_t padding, int64_t relu,
-                                   int64_t threads) {
+                                   int64_t threads) try {
   using namespace zoo;
   const Shape s{height, width, out_height, out_width, kernel, stride, padding};
   threads = worthwhile(threads, images * channels * out_height * out_width * kernel * kernel / Lanes<float>::kCount);
@@ -106,4 +106,5 @@ ZOO_EXPORT void zoo_depthwise_conv(const float* x, const float* weight, const fl
     else if (kernel == 3 && stride == 2) maps<3, 2>(s, x, weight, bias, y, channels, positive, begin, end);
     else maps<0, 0>(s, x, weight, bias, y, channels, positive, begin, end);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH

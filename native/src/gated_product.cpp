@@ -5,6 +5,7 @@
 // One sweep over the active channels serves both products: while the rows of U are multiplied, those of D are on their
 // way from memory, and the other way round. The channels are cut into a number of parts that does not depend on the
 // threads; each part sums into its own copy of y, and the copies are added in order.
+#include "zoo/check.hpp"
 #include "zoo/export.hpp"
 #include "zoo/packed.hpp"
 #include "zoo/parallel.hpp"
@@ -35,6 +36,8 @@ struct DenseSource {
   const T* data;
   int64_t cols;
   static constexpr int kRows = 4;  // rows taken together: several streams of the memory are open
+
+  void check(const int32_t*, int64_t) const {}  // there is no index
 
   // sums[r][b] = row rows[r] times x[b], where xs holds the vectors of the batch side by side, kLanes values of each.
   // Meanwhile the rows of `next` that have the same numbers are fetched.
@@ -91,7 +94,12 @@ template <class T>
 struct BitSource {
   Packed<T> w;
   int64_t cols;  // padded to a multiple of 16
+  int64_t entries;
   static constexpr int kRows = 1;
+
+  void check(const int32_t* rows, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) check_rows(w, kBitmask, entries, rows[i], rows[i] + 1);
+  }
 
   // visit(k, expanded, chain) for each kLanes columns of a row, chain = 0, 1, 2, 3, 0, ...
   template <class Visit>
@@ -195,6 +203,8 @@ template <int B, class Source>
 void run(const Source& up, const Source& down, const Problem& p, int64_t parts, int64_t threads) {
   constexpr int kRows = B <= 2 ? Source::kRows : 1;
   parallel_for(parts, threads, [&](int64_t from, int64_t to) {
+    const int64_t first = p.count * from / parts, last = p.count * to / parts;
+    for (const Source* each : {&up, &down}) each->check(p.active + first, last - first);
     for (int64_t part = from; part < to; ++part) {
       float* y = p.y + part * B * p.ldy;
       int64_t i = p.count * part / parts;
@@ -221,11 +231,11 @@ void run_batch(int64_t batch, const Source& up, const Source& down, const Proble
 // x [batch, in] and g [batch, hidden] float; batch is 1, 2, 4 or 8. U [hidden, up_stride] and D [hidden, down_stride] of
 // `type`: with null bits dense, their rows padded to a multiple of 16 values; else packed by mask bits in panels of
 // `panel` columns, of which in and out count. bias [hidden] or null. y [batch, down_stride] is written.
-ZOO_EXPORT void zoo_gated_product(const float* x, const float* g, const void* up, const void* up_bits,
+ZOO_EXPORT int64_t zoo_gated_product(const float* x, const float* g, const void* up, const void* up_bits,
                                   const int32_t* up_pointer, const float* bias, const void* down, const void* down_bits,
                                   const int32_t* down_pointer, float* y, int64_t batch, int64_t in, int64_t hidden,
-                                  int64_t out, int64_t up_stride, int64_t down_stride, int64_t panel, int64_t type,
-                                  int64_t threads) {
+                                  int64_t out, int64_t up_stride, int64_t down_stride, int64_t panel,
+                                     int64_t up_entries, int64_t down_entries, int64_t type, int64_t threads) try {
   using zoo::kLanes;
   auto* active = zoo::scratch_of<int32_t>(hidden, 0);
   auto* gates = zoo::scratch_of<float>(hidden * batch + up_stride * batch, 1);
@@ -257,7 +267,8 @@ ZOO_EXPORT void zoo_gated_product(const float* x, const float* g, const void* up
     } else {
       const zoo::Packed<T> u{static_cast<const T*>(up), up_bits, up_pointer, hidden, in, panel, 1};
       const zoo::Packed<T> d{static_cast<const T*>(down), down_bits, down_pointer, hidden, out, panel, 1};
-      zoo::run_batch(batch, zoo::BitSource<T>{u, up_stride}, zoo::BitSource<T>{d, down_stride}, problem, parts,
+      zoo::run_batch(batch, zoo::BitSource<T>{u, up_stride, up_entries},
+                     zoo::BitSource<T>{d, down_stride, down_entries}, problem, parts,
                      threads);
     }
   });
@@ -266,4 +277,5 @@ ZOO_EXPORT void zoo_gated_product(const float* x, const float* g, const void* up
     for (int64_t part = 1; part < parts; ++part) total += sums[part * size + k];
     y[k] = total;
   }
-}
+  return zoo::kOk;
+} ZOO_CATCH

@@ -133,8 +133,8 @@ void with_batch(int64_t batch, Body&& body) {
 
 // x [batch, inputs] float; y [batch, stride] float, holding the bias or zeros, is added to. batch is 1, 2, 4 or 8. An input
 // is active where any row of x is not zero there; finding them is part of this call.
-ZOO_EXPORT void zoo_gather_linear_input(const float* x, const void* weight, const void* scales, float* y, int64_t batch,
-                                        int64_t inputs, int64_t stride, int64_t kind, int64_t group, int64_t threads) {
+ZOO_EXPORT int64_t zoo_gather_linear_input(const float* x, const void* weight, const void* scales, float* y, int64_t batch,
+                                        int64_t inputs, int64_t stride, int64_t kind, int64_t group, int64_t threads) try {
   auto* active = zoo::scratch_of<int32_t>(inputs + 1, 0);
   auto* factors = zoo::scratch_of<float>((inputs + 1) * batch, 1);
   zoo::with_rows(kind, weight, scales, stride, group, [&](const auto& rows) {
@@ -156,13 +156,14 @@ ZOO_EXPORT void zoo_gather_linear_input(const float* x, const void* weight, cons
       });
     });
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // x [batch, inputs] float; y [batch, outputs] float, holding the bias or zeros, is added to at the outputs that any row
 // of `wanted` [batch, outputs] marks. batch is 1, 2, 4 or 8; stride >= inputs.
-ZOO_EXPORT void zoo_gather_linear_output(const float* x, const void* weight, const void* scales, const uint8_t* wanted,
+ZOO_EXPORT int64_t zoo_gather_linear_output(const float* x, const void* weight, const void* scales, const uint8_t* wanted,
                                          float* y, int64_t batch, int64_t inputs, int64_t outputs, int64_t stride,
-                                         int64_t kind, int64_t group, int64_t threads) {
+                                         int64_t kind, int64_t group, int64_t threads) try {
   using zoo::kLanes;
   auto* xs = zoo::scratch_of<float>(stride * batch, 0);
   auto* active = zoo::scratch_of<int32_t>(outputs + 1, 1);
@@ -187,4 +188,5 @@ ZOO_EXPORT void zoo_gather_linear_output(const float* x, const void* weight, con
       });
     });
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH

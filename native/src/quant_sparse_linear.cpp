@@ -3,6 +3,7 @@
 //
 // pointer[row] is the first group of a row; columns[g] the group's number along the row; codes[g] group / 2 bytes, the
 // first value in the low half of the first byte; scales[g] f16; zeros[g] uint8.
+#include "zoo/check.hpp"
 #include "zoo/export.hpp"
 #include "zoo/parallel.hpp"
 #include "zoo/simd.hpp"
@@ -112,6 +113,22 @@ void few_rows(const Groups& w, const float* xs, float* y, int64_t from, int64_t 
   }
 }
 
+// Groups of a row rise, so that none is there twice and no row has more than fit.
+void check(const Groups& w, int64_t from, int64_t to, int64_t entries) {
+  check_ends(w.pointer + from, to - from, entries);
+  const int64_t limit = w.cols / w.group;
+  bool fits = true;
+  for (int64_t row = from; row < to; ++row) {
+    int64_t before = -1;
+    for (int64_t j = w.pointer[row]; j < w.pointer[row + 1]; ++j) {
+      fits &= w.columns[j] > before && w.zeros[j] < 16;
+      before = w.columns[j];
+    }
+    fits &= before < limit;
+  }
+  if (!fits) throw Failure{kBadIndex};
+}
+
 template <int B>
 void direct(const Groups& w, const float* x, const float* bias, float* y, int64_t threads) {
   float* xs = scratch_of<float>(w.cols * B, 0);
@@ -131,15 +148,28 @@ void direct(const Groups& w, const float* x, const float* bias, float* y, int64_
 }  // namespace
 }  // namespace zoo
 
+// The parts of a weight of groups, as zoo_quant_sparse_linear takes them.
+ZOO_EXPORT int64_t zoo_groups_check(const void* zeros, const void* columns, const int32_t* pointer, int64_t entries,
+                                    int64_t rows, int64_t cols, int64_t group) try {
+  if (pointer[0] != 0 || pointer[rows] != entries) throw zoo::Failure{zoo::kBadPointer};
+  const zoo::Groups w{nullptr, nullptr, static_cast<const uint8_t*>(zeros), static_cast<const uint16_t*>(columns),
+                      pointer, rows, cols, group};
+  zoo::check(w, 0, rows, entries);
+  return zoo::kOk;
+} ZOO_CATCH
+
 // x [batch, cols] and y [batch, rows] float, contiguous; cols a multiple of group, group a multiple of 16; bias [rows]
 // or null.
-ZOO_EXPORT void zoo_quant_sparse_linear(const float* x, const void* codes, const void* scales, const void* zeros,
+ZOO_EXPORT int64_t zoo_quant_sparse_linear(const float* x, const void* codes, const void* scales, const void* zeros,
                                         const void* columns, const int32_t* pointer, const float* bias, float* y,
-                                        int64_t batch, int64_t rows, int64_t cols, int64_t group, int64_t threads) {
+                                        int64_t batch, int64_t entries, int64_t rows, int64_t cols,
+                                           int64_t group, int64_t threads) try {
+  if (pointer[0] != 0 || pointer[rows] != entries) throw zoo::Failure{zoo::kBadPointer};
   const zoo::Groups w{static_cast<const uint8_t*>(codes), static_cast<const zoo::f16*>(scales),
                       static_cast<const uint8_t*>(zeros), static_cast<const uint16_t*>(columns), pointer, rows, cols,
                       group};
-  threads = zoo::worthwhile(threads, pointer[rows] * group);
+  zoo::check(w, 0, rows, entries);
+  threads = zoo::worthwhile(threads, entries * group);
   for (int64_t b = 0; b < batch; b += zoo::kBlock) {
     const float* xb = x + b * cols;
     float* yb = y + b * rows;
@@ -150,4 +180,5 @@ ZOO_EXPORT void zoo_quant_sparse_linear(const float* x, const void* codes, const
       default: zoo::direct<zoo::kBlock>(w, xb, bias, yb, threads);
     }
   }
-}
+  return zoo::kOk;
+} ZOO_CATCH

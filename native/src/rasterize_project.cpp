@@ -319,10 +319,10 @@ using namespace zoo;
 
 // sizes: count, bases, channels, width, height, antialiased. Writes a record, a depth and a number of tiles per Gaussian;
 // result: {status, index of the first Gaussian at fault}.
-ZOO_EXPORT void zoo_rasterize_project(const float* means, const float* quats, const float* scales,
+ZOO_EXPORT int64_t zoo_rasterize_project(const float* means, const float* quats, const float* scales,
                                       const float* opacities, const float* sh, const float* values, const float* shift,
                                       const double* camera, const int64_t* sizes, float* records, double* depths,
-                                      int32_t* tiles, int64_t* result, int64_t threads) {
+                                      int32_t* tiles, int64_t* result, int64_t threads) try {
   const Scene scene = scene_of(means, quats, scales, opacities, sh, values, shift, sizes);
   const View& view = *reinterpret_cast<const View*>(camera);
   const int64_t stride = record_floats(scene.drawn());
@@ -342,23 +342,24 @@ ZOO_EXPORT void zoo_rasterize_project(const float* means, const float* quats, co
   const bool good = fault.load() == scene.count;
   result[0] = good ? kDone : check(scene, fault.load());
   result[1] = fault.load();
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // `partial` has, for each tile of each Gaussian in the order of Gaussians, its sums over the pixels of that tile.
-ZOO_EXPORT void zoo_rasterize_pull_back(const float* means, const float* quats, const float* scales,
+ZOO_EXPORT int64_t zoo_rasterize_pull_back(const float* means, const float* quats, const float* scales,
                                         const float* opacities, const float* sh, const float* values,
                                         const float* shift, const double* camera, const int64_t* sizes,
                                         const int32_t* tiles, const int64_t* first, const float* partial,
                                         float* grad_means, float* grad_quats, float* grad_scales, float* grad_opacities,
                                         float* grad_sh, float* grad_values, float* grad_shift, int64_t* result,
-                                        int64_t threads) {
+                                        int64_t threads) try {
   const Scene scene = scene_of(means, quats, scales, opacities, sh, values, shift, sizes);
   const View& view = *reinterpret_cast<const View*>(camera);
   const Gradients grad{grad_means, grad_quats, grad_scales, grad_opacities, grad_sh, grad_values, grad_shift};
   const int64_t width = kMoments + scene.drawn(), team = worthwhile(threads, 64 * scene.count);
   double* sums = new (std::nothrow) double[static_cast<size_t>(width * team)];
   result[0] = sums == nullptr ? kNoMemory : kDone;
-  if (sums == nullptr) return;
+  if (sums == nullptr) return kOk;
   parallel_for(team, team, [&](int64_t from, int64_t to) {
     for (int64_t part = from; part < to; ++part) {
       double* sum = sums + width * part;
@@ -372,4 +373,5 @@ ZOO_EXPORT void zoo_rasterize_pull_back(const float* means, const float* quats, 
     }
   });
   delete[] sums;
-}
+  return zoo::kOk;
+} ZOO_CATCH

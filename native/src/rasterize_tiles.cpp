@@ -449,9 +449,9 @@ using namespace zoo;
 // sizes: count, width, height, channels (depth included). first: [count + 1], the first entry of each Gaussian in their
 // order; pointer: [tiles + 1], filled here; entries: 2 int32 for each; image: [channels + 1, height, width], the last
 // plane alpha.
-ZOO_EXPORT void zoo_rasterize_draw(const float* records, const double* depths, const int32_t* tiles,
+ZOO_EXPORT int64_t zoo_rasterize_draw(const float* records, const double* depths, const int32_t* tiles,
                                    const int64_t* first, const int64_t* sizes, int64_t* pointer, int32_t* entries,
-                                   float* image, int64_t* result, int64_t threads) {
+                                   float* image, int64_t* result, int64_t threads) try {
   guarded(result, [&] {
     const Image size{sizes[1], sizes[2], sizes[3]};
     auto* list = reinterpret_cast<Entry*>(entries);
@@ -462,12 +462,13 @@ ZOO_EXPORT void zoo_rasterize_draw(const float* records, const double* depths, c
       draw(size, tile, records, list + pointer[index], list + pointer[index + 1], work, image);
     });
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // flow: the gradient for `image`; partial: [entries, kMoments + channels], written whole.
-ZOO_EXPORT void zoo_rasterize_trace(const float* records, const int64_t* sizes, const int64_t* pointer,
+ZOO_EXPORT int64_t zoo_rasterize_trace(const float* records, const int64_t* sizes, const int64_t* pointer,
                                     const int32_t* entries, const float* image, const float* flow, float* partial,
-                                    int64_t* result, int64_t threads) {
+                                    int64_t* result, int64_t threads) try {
   guarded(result, [&] {
     const Image size{sizes[1], sizes[2], sizes[3]};
     const auto* list = reinterpret_cast<const Entry*>(entries);
@@ -478,4 +479,5 @@ ZOO_EXPORT void zoo_rasterize_trace(const float* records, const int64_t* sizes, 
       trace(size, tile, records, list + pointer[index], list + pointer[index + 1], image, flow, work, partial);
     });
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH

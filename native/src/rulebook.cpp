@@ -147,15 +147,15 @@ struct Kernel {
 using namespace zoo;
 
 // problem: {0}; {1, row}: that row lies outside of the space; {2, row, other}: both rows are the same site.
-ZOO_EXPORT void zoo_sites_check(const int32_t* sites, int64_t number, int64_t dims, int64_t batch,
-                                const int64_t* shape, int64_t* problem) {
+ZOO_EXPORT int64_t zoo_sites_check(const int32_t* sites, int64_t number, int64_t dims, int64_t batch,
+                                const int64_t* shape, int64_t* problem) try {
   const Space space(dims, batch, shape);
   problem[0] = 0;
   for (int64_t row = 0; row < number; ++row) {
     if (space.holds(sites + row * (dims + 1))) continue;
     problem[0] = 1;
     problem[1] = row;
-    return;
+    return kOk;
   }
   SiteTable table(space.volume(), number);
   for (int64_t row = 0; row < number; ++row) {
@@ -164,14 +164,15 @@ ZOO_EXPORT void zoo_sites_check(const int32_t* sites, int64_t number, int64_t di
     problem[0] = 2;
     problem[1] = other;
     problem[2] = row;
-    return;
+    return kOk;
   }
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // neighbours[row, k]: the row of the site at offset (k - centre) * dilation, or -1. Sizes are odd. Sites are checked.
-ZOO_EXPORT void zoo_submanifold_neighbours(const int32_t* sites, int64_t number, int64_t dims, int64_t batch,
+ZOO_EXPORT int64_t zoo_submanifold_neighbours(const int32_t* sites, int64_t number, int64_t dims, int64_t batch,
                                            const int64_t* shape, const int64_t* geometry, int64_t threads,
-                                           int32_t* neighbours) {
+                                           int32_t* neighbours) try {
   const Space space(dims, batch, shape);
   const Kernel kernel(dims, geometry);
   SiteTable table(space.volume(), number);
@@ -210,12 +211,13 @@ ZOO_EXPORT void zoo_submanifold_neighbours(const int32_t* sites, int64_t number,
       }
     }
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // keys: distinct keys, in order, of the output sites that any input reaches; there is room for
 // number * product of ceil(size / (stride / gcd(stride, dilation))).
-ZOO_EXPORT void zoo_conv_sites(const int32_t* sites, int64_t number, int64_t dims, int64_t batch,
-                               const int64_t* out_shape, const int64_t* geometry, int64_t* keys, int64_t* count) {
+ZOO_EXPORT int64_t zoo_conv_sites(const int32_t* sites, int64_t number, int64_t dims, int64_t batch,
+                               const int64_t* out_shape, const int64_t* geometry, int64_t* keys, int64_t* count) try {
   const Space out(dims, batch, out_shape);
   const Kernel kernel(dims, geometry);
   *count = 0;
@@ -227,19 +229,20 @@ ZOO_EXPORT void zoo_conv_sites(const int32_t* sites, int64_t number, int64_t dim
     for (size_t w = 0; w < marks.size(); ++w)
       for (uint64_t word = marks[w]; word != 0; word &= word - 1)
         keys[(*count)++] = static_cast<int64_t>(w << 6) + __builtin_ctzll(word);
-    return;
+    return kOk;
   }
   for (int64_t row = 0; row < number; ++row)
     kernel.reached(sites + row * (dims + 1), out, [&](int64_t, int64_t key) { keys[(*count)++] = key; });
   std::sort(keys, keys + *count);
   *count = std::unique(keys, keys + *count) - keys;
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // Neighbour tables of a convolution in both directions: forward[output, k] = input, backward[input, k] = output.
 // The outputs may be fewer than the inputs reach.
-ZOO_EXPORT void zoo_conv_neighbours(const int32_t* sites, int64_t number, const int64_t* out_keys, int64_t outputs,
+ZOO_EXPORT int64_t zoo_conv_neighbours(const int32_t* sites, int64_t number, const int64_t* out_keys, int64_t outputs,
                                     int64_t dims, int64_t batch, const int64_t* out_shape, const int64_t* geometry,
-                                    int64_t threads, int32_t* forward, int32_t* backward) {
+                                    int64_t threads, int32_t* forward, int32_t* backward) try {
   const Space out(dims, batch, out_shape);
   const Kernel kernel(dims, geometry);
   const int64_t offsets = kernel.offsets;
@@ -257,10 +260,11 @@ ZOO_EXPORT void zoo_conv_neighbours(const int32_t* sites, int64_t number, const 
       });
     }
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // total: entries of a neighbour table that are not -1.
-ZOO_EXPORT void zoo_pairs_total(const int32_t* neighbours, int64_t entries, int64_t threads, int64_t* total) {
+ZOO_EXPORT int64_t zoo_pairs_total(const int32_t* neighbours, int64_t entries, int64_t threads, int64_t* total) try {
   std::atomic<int64_t> sum{0};
   parallel_for(entries, threads, [&](int64_t begin, int64_t end) {
     int64_t found = 0;
@@ -268,11 +272,12 @@ ZOO_EXPORT void zoo_pairs_total(const int32_t* neighbours, int64_t entries, int6
     sum += found;
   });
   *total = sum;
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // counts[tile, k]: neighbours that the targets of a tile (`tile` consecutive rows) have at offset k.
-ZOO_EXPORT void zoo_pairs_count(const int32_t* neighbours, int64_t targets, int64_t offsets, int64_t tile,
-                                int64_t threads, int64_t* counts) {
+ZOO_EXPORT int64_t zoo_pairs_count(const int32_t* neighbours, int64_t targets, int64_t offsets, int64_t tile,
+                                int64_t threads, int64_t* counts) try {
   parallel_for((targets + tile - 1) / tile, threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       int64_t* own = counts + t * offsets;
@@ -281,11 +286,12 @@ ZOO_EXPORT void zoo_pairs_count(const int32_t* neighbours, int64_t targets, int6
         for (int64_t k = 0; k < offsets; ++k) own[k] += neighbours[row * offsets + k] >= 0;
     }
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // Pairs (source, target) of segment (tile, k), by rising target: start[t * offsets + k] ... start[t * offsets + k + 1].
-ZOO_EXPORT void zoo_pairs_fill(const int32_t* neighbours, int64_t targets, int64_t offsets, int64_t tile,
-                               const int64_t* start, int64_t threads, int32_t* source, int32_t* target) {
+ZOO_EXPORT int64_t zoo_pairs_fill(const int32_t* neighbours, int64_t targets, int64_t offsets, int64_t tile,
+                               const int64_t* start, int64_t threads, int32_t* source, int32_t* target) try {
   parallel_for((targets + tile - 1) / tile, threads, [&](int64_t begin, int64_t end) {
     // Gathered without branches (whether there is a neighbour is anybody's guess), with room for one stray entry.
     std::vector<int32_t> from(tile + 1), to(tile + 1);
@@ -302,4 +308,5 @@ ZOO_EXPORT void zoo_pairs_fill(const int32_t* neighbours, int64_t targets, int64
       }
     }
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH

@@ -128,6 +128,7 @@ void run_team(int64_t threads, TeamTask task, void* context) {
 void* scratch(int64_t bytes, int slot) {
   thread_local Buffer buffers[4];
   Buffer& buffer = buffers[slot];
+  if (bytes < 0) throw std::bad_alloc();
   if (buffer.bytes < bytes) {
     // Large buffers lie on huge pages where the system grants them: panels of x are read all over the place.
     const int64_t page = bytes >= kHugePage / 2 ? kHugePage : 4096;
@@ -138,7 +139,7 @@ void* scratch(int64_t bytes, int slot) {
     if (page == kHugePage && buffer.memory) madvise(buffer.memory.get(), static_cast<size_t>(rounded), MADV_HUGEPAGE);
 #endif
     buffer.bytes = buffer.memory ? rounded : 0;
-    if (!buffer.memory) std::abort();
+    if (!buffer.memory) throw std::bad_alloc();
   }
   return buffer.memory.get();
 }
@@ -157,7 +158,7 @@ void expect_large(void* memory, int64_t bytes) {
 }  // namespace zoo
 
 // Number of the interface between the libraries and shared/ops/_native.py; both must agree.
-ZOO_EXPORT int64_t zoo_abi_version() { return 3; }
+ZOO_EXPORT int64_t zoo_abi_version() { return 4; }
 
 // Hands over GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch uses.
 ZOO_EXPORT void zoo_set_openmp(void* parallel, void* thread_number, void* team_size) {
@@ -166,9 +167,16 @@ ZOO_EXPORT void zoo_set_openmp(void* parallel, void* thread_number, void* team_s
   zoo::openmp.team_size = reinterpret_cast<decltype(zoo::openmp.team_size)>(team_size);
 }
 
+// Asks for scratch memory: the self-test of what a kernel does where there is none.
+ZOO_EXPORT int64_t zoo_selftest_memory(int64_t bytes) try {
+  zoo::scratch(bytes, 3);
+  return zoo::kOk;
+} ZOO_CATCH
+
 // counts[i] = number of threads whose static share holds item i: the self-test of the thread team.
-ZOO_EXPORT void zoo_selftest_threads(int64_t* counts, int64_t items, int64_t threads) {
+ZOO_EXPORT int64_t zoo_selftest_threads(int64_t* counts, int64_t items, int64_t threads) try {
   zoo::parallel_for(items, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) counts[i] += 1;
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH

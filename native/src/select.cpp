@@ -295,8 +295,8 @@ using namespace zoo;
 
 // result: {key of the kept-th largest magnitude, ties to keep, ties there are, NaNs}; with NaNs only the last is set.
 // 1 <= kept <= sum of counts. `bytes` per value: 4 (float) or 2 (half, bfloat16); `infinity` is the key of infinity.
-ZOO_EXPORT void zoo_kth_magnitude(void* const* tensors, const int64_t* counts, int64_t number, int64_t kept,
-                                  int64_t bytes, int64_t infinity, int64_t threads, int64_t* result) {
+ZOO_EXPORT int64_t zoo_kth_magnitude(void* const* tensors, const int64_t* counts, int64_t number, int64_t kept,
+                                  int64_t bytes, int64_t infinity, int64_t threads, int64_t* result) try {
   typed(bytes, [&](auto bits) {
     using Bits = decltype(bits);
     const Sequence<Bits> all(tensors, counts, number);
@@ -306,11 +306,12 @@ ZOO_EXPORT void zoo_kth_magnitude(void* const* tensors, const int64_t* counts, i
     result[2] = selected.equal;
     result[3] = selected.nans;
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // Zeroes in place whatever is not kept.
-ZOO_EXPORT void zoo_keep_selected(void* const* tensors, const int64_t* counts, int64_t number, int64_t key,
-                                  int64_t ties, int64_t equal, int64_t bytes, int64_t threads) {
+ZOO_EXPORT int64_t zoo_keep_selected(void* const* tensors, const int64_t* counts, int64_t number, int64_t key,
+                                  int64_t ties, int64_t equal, int64_t bytes, int64_t threads) try {
   typed(bytes, [&](auto bits) {
     using Bits = decltype(bits);
     const Sequence<Bits> all(tensors, counts, number);
@@ -318,11 +319,12 @@ ZOO_EXPORT void zoo_keep_selected(void* const* tensors, const int64_t* counts, i
       for (int64_t i = 0; i < n; ++i) p[i] = keep(p[i]) ? p[i] : Bits{0};
     });
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // mask: one byte per entry of the whole sequence, 1 where it is kept.
-ZOO_EXPORT void zoo_mark_selected(void* const* tensors, const int64_t* counts, int64_t number, int64_t key,
-                                  int64_t ties, int64_t equal, int64_t bytes, int64_t threads, uint8_t* mask) {
+ZOO_EXPORT int64_t zoo_mark_selected(void* const* tensors, const int64_t* counts, int64_t number, int64_t key,
+                                  int64_t ties, int64_t equal, int64_t bytes, int64_t threads, uint8_t* mask) try {
   typed(bytes, [&](auto bits) {
     using Bits = decltype(bits);
     const Sequence<Bits> all(tensors, counts, number);
@@ -330,11 +332,12 @@ ZOO_EXPORT void zoo_mark_selected(void* const* tensors, const int64_t* counts, i
       for (int64_t i = 0; i < n; ++i) mask[first + i] = keep(p[i]) ? 1 : 0;
     });
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // Zeroes, in each of several tensors of `count` entries, those where the mask is 0: the mask is read once for all.
-ZOO_EXPORT void zoo_apply_mask(void* const* tensors, const int64_t* bytes, int64_t number, const uint8_t* mask,
-                               int64_t count, int64_t threads) {
+ZOO_EXPORT int64_t zoo_apply_mask(void* const* tensors, const int64_t* bytes, int64_t number, const uint8_t* mask,
+                               int64_t count, int64_t threads) try {
   const int64_t chunks = (count + kChunk - 1) / kChunk;
   parallel_for(chunks, threads, [&](int64_t from, int64_t to) {
     for (int64_t c = from; c < to; ++c) {
@@ -346,4 +349,5 @@ ZOO_EXPORT void zoo_apply_mask(void* const* tensors, const int64_t* bytes, int64
       }
     }
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH

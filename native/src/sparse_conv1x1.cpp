@@ -10,6 +10,7 @@
 // additions: panels of any width then give the same bits.
 #include <type_traits>
 
+#include "zoo/check.hpp"
 #include "zoo/export.hpp"
 #include "zoo/packed.hpp"
 #include "zoo/parallel.hpp"
@@ -196,10 +197,10 @@ void run_piece(const Job<T>& job, bool blocks, const float* map, int64_t number,
 
 // x [images, cols, pixels] and y [images, rows, pixels] float, contiguous; pixels >= 16; bias [rows] or null; W of
 // layout csr or rows4, values of `type`; relu: negative results become zero.
-ZOO_EXPORT void zoo_sparse_conv1x1(const float* x, const void* values, const void* index, const int32_t* pointer,
-                                   const float* bias, float* y, int64_t images, int64_t pixels, int64_t rows,
-                                   int64_t cols, int64_t panel, int64_t layout, int64_t type, int64_t relu,
-                                   int64_t threads) {
+ZOO_EXPORT int64_t zoo_sparse_conv1x1(const float* x, const void* values, const void* index, const int32_t* pointer,
+                                   const float* bias, float* y, int64_t images, int64_t pixels,
+                                      int64_t entries, int64_t rows, int64_t cols, int64_t panel, int64_t layout,
+                                      int64_t type, int64_t relu, int64_t threads) try {
   const bool blocks = layout == zoo::kRows4;
   const int64_t segment_rows = blocks ? (rows + 3) / 4 : rows;
   const int64_t pieces = zoo::pieces_of(pixels);
@@ -211,7 +212,9 @@ ZOO_EXPORT void zoo_sparse_conv1x1(const float* x, const void* values, const voi
       const zoo::Job<T> job{w, bias, y + image * rows * pixels, pixels, w.panels(), relu != 0};
       zoo::run_piece(job, blocks, x + image * cols * pixels, item % pieces, from, to);
     };
-    threads = zoo::worthwhile(threads, pointer[w.panels() * segment_rows] * images * (pixels / zoo::kLanes));
+    zoo::check_whole(w, layout, entries);
+    zoo::check_rows(w, layout, entries, 0, segment_rows);
+    threads = zoo::worthwhile(threads, entries * images * (pixels / zoo::kLanes));
     // Few pieces are shared by rows; each thread then copies them for itself.
     if (images * pieces >= 4 * threads) {
       zoo::parallel_for(images * pieces, threads, [&](int64_t begin, int64_t end) {
@@ -223,4 +226,5 @@ ZOO_EXPORT void zoo_sparse_conv1x1(const float* x, const void* values, const voi
       for (int64_t item = 0; item < images * pieces; ++item) run(item, from, to);
     });
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH

@@ -5,6 +5,7 @@
 // caches, so that each kept weight is one broadcast and V fused multiply-adds on a tile of V vectors of the batch.
 #include <cmath>
 
+#include "zoo/check.hpp"
 #include "zoo/export.hpp"
 #include "zoo/packed.hpp"
 #include "zoo/parallel.hpp"
@@ -214,8 +215,8 @@ int64_t tile_vectors(int64_t batch, int64_t panel) {
 }
 
 template <class T>
-void batched(const Packed<T>& w, int64_t layout, const float* x, const float* bias, float* y, int64_t batch,
-             int64_t threads) {
+void batched(const Packed<T>& w, int64_t layout, int64_t entries, const float* x, const float* bias, float* y,
+             int64_t batch, int64_t threads) {
   const int64_t step = layout == kRows4 ? 4 : 1;
   const int64_t segment_rows = (w.rows + step - 1) / step;
   for (int64_t b = 0; b < batch;) {
@@ -227,6 +228,7 @@ void batched(const Packed<T>& w, int64_t layout, const float* x, const float* bi
       transpose_in(x + b * w.cols + from, w.cols, columns, to - from, xt + from * width, width);
     });
     parallel_rows(w.pointer, segment_rows, kRowCost, threads, [&](int64_t from, int64_t to) {
+      if (b == 0) check_rows(w, layout, entries, from, to);
       const int64_t last = std::min(to * step, w.rows);
       for (int64_t row = from * step; row < to * step; ++row) {
         const vf start = splat(bias != nullptr && row < last ? bias[row] : 0.0f);
@@ -243,9 +245,11 @@ void batched(const Packed<T>& w, int64_t layout, const float* x, const float* bi
 // ---- choice of the loop --------------------------------------------------------------------------------------------
 
 template <class T, class Rows>
-void direct(const Packed<T>& w, int64_t segment_rows, int64_t step, const float* bias, float* y, int64_t batch,
+void direct(const Packed<T>& w, int64_t layout, int64_t entries, const float* bias, float* y, int64_t batch,
             int64_t threads, Rows&& rows) {
-  parallel_rows(w.pointer, segment_rows, kRowCost, threads, [&](int64_t from, int64_t to) {
+  const int64_t step = layout == kRows4 ? 4 : 1;
+  parallel_rows(w.pointer, (w.rows + step - 1) / step, kRowCost, threads, [&](int64_t from, int64_t to) {
+    check_rows(w, layout, entries, from, to);  // by the thread that reads the index next
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t row = from * step; row < std::min(to * step, w.rows); ++row)
         y[b * w.rows + row] = bias != nullptr ? bias[row] : 0.0f;
@@ -264,12 +268,13 @@ void bitmask_rows_of(int64_t batch, const Packed<T>& w, const float* xs, float* 
 }
 
 template <class T>
-void bitmask_small(const Packed<T>& w, const float* x, const float* bias, float* y, int64_t batch, int64_t threads) {
+void bitmask_small(const Packed<T>& w, int64_t entries, const float* x, const float* bias, float* y, int64_t batch,
+                   int64_t threads) {
   float* xs = scratch_of<float>((w.cols + 63) / 64 * 64 * batch, 0);
   for (int64_t k = 0; k < (w.cols + 63) / 64 * 64; k += kLanes)
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t i = 0; i < kLanes; ++i) xs[k * batch + b * kLanes + i] = k + i < w.cols ? x[b * w.cols + k + i] : 0;
-  direct(w, w.rows, 1, bias, y, batch, threads, [&](int64_t from, int64_t to) {
+  direct(w, kBitmask, entries, bias, y, batch, threads, [&](int64_t from, int64_t to) {
     switch (w.width) {
       case 2: return bitmask_rows_of<2>(batch, w, xs, y, from, to);
       case 4: return bitmask_rows_of<4>(batch, w, xs, y, from, to);
@@ -279,12 +284,11 @@ void bitmask_small(const Packed<T>& w, const float* x, const float* bias, float*
 }
 
 template <class T>
-void run(const Packed<T>& w, int64_t layout, const float* x, const float* bias, float* y, int64_t batch,
-         int64_t threads) {
-  if (layout == kBitmask) return bitmask_small(w, x, bias, y, batch, threads);
-  if (batch > 1) return batched(w, layout, x, bias, y, batch, threads);
-  const int64_t step = layout == kRows4 ? 4 : 1;
-  direct(w, (w.rows + step - 1) / step, step, bias, y, 1, threads, [&](int64_t from, int64_t to) {
+void run(const Packed<T>& w, int64_t layout, int64_t entries, const float* x, const float* bias, float* y,
+         int64_t batch, int64_t threads) {
+  if (layout == kBitmask) return bitmask_small(w, entries, x, bias, y, batch, threads);
+  if (batch > 1) return batched(w, layout, entries, x, bias, y, batch, threads);
+  direct(w, layout, entries, bias, y, 1, threads, [&](int64_t from, int64_t to) {
     if (layout == kCsr) csr_vector(w, x, y, from, to);
     else if (layout == kRows4) rows4_vector(w, x, y, from, to);
     else columns_vector(w, x, y, from, to);
@@ -295,28 +299,30 @@ void run(const Packed<T>& w, int64_t layout, const float* x, const float* bias, 
 }  // namespace zoo
 
 // x [batch, cols] and y [batch, rows] float, contiguous; bias [rows] or null; values of `type` and csr columns padded by
-// kOverread entries; pointer int32 [panels * segment rows + 1]. The bitmask layout takes a batch of 1 to 4; its `width`
+// kOverread entries; pointer int32 [panels * segment rows + 1], up to `entries` (blocks of block layouts). The bitmask layout takes a batch of 1 to 4; its `width`
 // is the kept values per eight columns where an N:M pattern fixes them (2 or 4), otherwise 1.
-ZOO_EXPORT void zoo_sparse_linear(const float* x, const void* values, const void* index, const int32_t* pointer,
-                                  const float* bias, float* y, int64_t batch, int64_t rows, int64_t cols,
-                                  int64_t panel, int64_t layout, int64_t width, int64_t type, int64_t threads) {
-  if (batch == 0 || rows == 0) return;
+ZOO_EXPORT int64_t zoo_sparse_linear(const float* x, const void* values, const void* index, const int32_t* pointer,
+                                  const float* bias, float* y, int64_t batch, int64_t entries, int64_t rows,
+                                     int64_t cols, int64_t panel, int64_t layout, int64_t width, int64_t type,
+                                     int64_t threads) try {
+  if (batch == 0 || rows == 0) return zoo::kOk;
   zoo::with_type(type, [&](auto tag) {
     using T = decltype(tag);
     const zoo::Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, width};
-    const int64_t segment_rows = layout == zoo::kRows4 ? (rows + 3) / 4 : rows;
-    const int64_t steps = pointer[w.panels() * segment_rows] * ((batch + zoo::kLanes - 1) / zoo::kLanes);
-    zoo::run(w, layout, x, bias, y, batch, zoo::worthwhile(threads, steps));
+    zoo::check_whole(w, layout, entries);
+    const int64_t steps = entries * ((batch + zoo::kLanes - 1) / zoo::kLanes);
+    zoo::run(w, layout, entries, x, bias, y, batch, zoo::worthwhile(threads, steps));
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // The same csr weight in panels of `narrow` columns, which divides `panel`: values of `bytes` each and index are written
 // with kOverread entries of padding, narrow_pointer has ceil(cols / narrow) * rows + 1 entries.
-ZOO_EXPORT void zoo_csr_narrow(const void* values, const uint16_t* index, const int32_t* pointer, void* narrow_values,
+ZOO_EXPORT int64_t zoo_csr_narrow(const void* values, const uint16_t* index, const int32_t* pointer, void* narrow_values,
                                uint16_t* narrow_index, int32_t* narrow_pointer, int64_t rows, int64_t cols,
-                               int64_t panel, int64_t narrow, int64_t bytes) {
+                               int64_t panel, int64_t narrow, int64_t bytes) try {
   const int64_t panels = (cols + panel - 1) / panel, parts = (cols + narrow - 1) / narrow;
-  const int64_t entries = pointer[panels * rows];
+  const int64_t entries = pointer[panels * rows];  // checked, as is the index
   const auto for_each = [&](auto&& visit) {  // visit(entry, narrow segment, column in the narrow panel)
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t row = 0; row < rows; ++row)
@@ -341,4 +347,5 @@ ZOO_EXPORT void zoo_csr_narrow(const void* values, const uint16_t* index, const 
   else fill(uint16_t{});
   for (int64_t i = parts * rows; i > 0; --i) narrow_pointer[i] = narrow_pointer[i - 1];
   narrow_pointer[0] = 0;
-}
+  return zoo::kOk;
+} ZOO_CATCH

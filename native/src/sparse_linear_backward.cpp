@@ -1,5 +1,6 @@
 // Gradients of y = x W^T for a csr W (see packed.hpp): grad_x = grad_y W, and for each kept weight
 // grad_value = sum over the batch of grad_y[b, row] * x[b, col].
+#include "zoo/check.hpp"
 #include "zoo/export.hpp"
 #include "zoo/packed.hpp"
 #include "zoo/parallel.hpp"
@@ -63,13 +64,17 @@ void backward(const Packed<T>& w, const float* x, const float* grad_y, float* gr
 }  // namespace zoo
 
 // grad_x [batch, cols] is overwritten, grad_values (one float per stored value) is added to; either may be null.
-ZOO_EXPORT void zoo_sparse_linear_backward(const float* x, const float* grad_y, const void* values, const void* index,
+ZOO_EXPORT int64_t zoo_sparse_linear_backward(const float* x, const float* grad_y, const void* values, const void* index,
                                            const int32_t* pointer, float* grad_x, float* grad_values, int64_t batch,
-                                           int64_t rows, int64_t cols, int64_t panel, int64_t type, int64_t threads) {
-  if (batch == 0 || rows == 0 || cols == 0) return;
+                                              int64_t entries, int64_t rows, int64_t cols, int64_t panel, int64_t type,
+                                              int64_t threads) try {
+  if (batch == 0 || rows == 0 || cols == 0) return zoo::kOk;
   zoo::with_type(type, [&](auto tag) {
     using T = decltype(tag);
     const zoo::Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, 1};
+    zoo::check_whole(w, zoo::kCsr, entries);
+    zoo::check_rows(w, zoo::kCsr, entries, 0, rows);
     zoo::backward(w, x, grad_y, grad_x, grad_values, batch, threads);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH

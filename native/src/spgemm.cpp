@@ -397,32 +397,34 @@ Csr<T, Index> csr(const void* crow, const void* col, const void* value) {
 using namespace zoo;
 
 // work[0 .. rows]: multiplications in the rows before each row.
-ZOO_EXPORT void zoo_spgemm_work(const void* a_crow, const void* a_col, const void* b_crow, int64_t rows,
-                                int64_t index_bytes, int64_t threads, int64_t* work) {
+ZOO_EXPORT int64_t zoo_spgemm_work(const void* a_crow, const void* a_col, const void* b_crow, int64_t rows,
+                                int64_t index_bytes, int64_t threads, int64_t* work) try {
   typed(4, index_bytes, [&](auto, auto index) {
     using Index = decltype(index);
     count_work(static_cast<const Index*>(a_crow), static_cast<const Index*>(a_col), static_cast<const Index*>(b_crow),
                rows, threads, work);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
-ZOO_EXPORT void zoo_spgemm_count(const void* a_crow, const void* a_col, const void* b_crow, const void* b_col,
+ZOO_EXPORT int64_t zoo_spgemm_count(const void* a_crow, const void* a_col, const void* b_crow, const void* b_col,
                                  const int64_t* work, int64_t rows, int64_t cols, int64_t index_bytes, int64_t threads,
-                                 int64_t* counts) {
+                                 int64_t* counts) try {
   typed(4, index_bytes, [&](auto, auto index) {
     using Index = decltype(index);
     count_entries(csr<float, Index>(a_crow, a_col, nullptr), csr<float, Index>(b_crow, b_col, nullptr), work, rows,
                   cols, threads, counts);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // crow: where each row of the product starts, the prefix sum of what zoo_spgemm_count gave. Null: the product stays in
 // scratch memory, where each row starts at its work[row], until zoo_spgemm_pack fetches it from the same thread; counts
 // tells how many entries the rows have.
-ZOO_EXPORT void zoo_spgemm(const void* a_crow, const void* a_col, const void* a_value, const void* b_crow,
+ZOO_EXPORT int64_t zoo_spgemm(const void* a_crow, const void* a_col, const void* a_value, const void* b_crow,
                            const void* b_col, const void* b_value, const int64_t* work, const void* crow, void* col,
                            void* value, int64_t* counts, int64_t rows, int64_t cols, int64_t sorted,
-                           int64_t value_bytes, int64_t index_bytes, int64_t threads) {
+                           int64_t value_bytes, int64_t index_bytes, int64_t threads) try {
   typed(value_bytes, index_bytes, [&](auto v, auto index) {
     using T = decltype(v);
     using Index = decltype(index);
@@ -439,11 +441,12 @@ ZOO_EXPORT void zoo_spgemm(const void* a_crow, const void* a_col, const void* a_
     expect_large(value, start[rows] * value_bytes);
     run(start, static_cast<Index*>(col), static_cast<T*>(value));
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // Moves the rows that zoo_spgemm left in scratch memory to where crow says.
-ZOO_EXPORT void zoo_spgemm_pack(const int64_t* work, const void* crow, void* col, void* value, int64_t rows,
-                                int64_t value_bytes, int64_t index_bytes, int64_t threads) {
+ZOO_EXPORT int64_t zoo_spgemm_pack(const int64_t* work, const void* crow, void* col, void* value, int64_t rows,
+                                int64_t value_bytes, int64_t index_bytes, int64_t threads) try {
   typed(value_bytes, index_bytes, [&](auto v, auto index) {
     using T = decltype(v);
     using Index = decltype(index);
@@ -458,16 +461,18 @@ ZOO_EXPORT void zoo_spgemm_pack(const int64_t* work, const void* crow, void* col
       }
     });
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
-ZOO_EXPORT void zoo_spgemm_sampled(const void* p_crow, const void* p_col, const void* g_crow, const void* g_col,
+ZOO_EXPORT int64_t zoo_spgemm_sampled(const void* p_crow, const void* p_col, const void* g_crow, const void* g_col,
                                    const void* g_value, const void* b_crow, const void* b_col, const void* b_value,
                                    void* out, int64_t rows, int64_t cols, int64_t value_bytes, int64_t index_bytes,
-                                   int64_t threads) {
+                                   int64_t threads) try {
   typed(value_bytes, index_bytes, [&](auto value, auto index) {
     using T = decltype(value);
     using Index = decltype(index);
     sampled(csr<T, Index>(p_crow, p_col, nullptr), csr<T, Index>(g_crow, g_col, g_value),
             csr<T, Index>(b_crow, b_col, b_value), rows, cols, static_cast<T*>(out), threads);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH

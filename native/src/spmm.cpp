@@ -273,32 +273,6 @@ void transpose(const Index* crow, const Index* col, int64_t rows, int64_t cols, 
   }
 }
 
-// 0: valid; 1: crow does not start at 0, falls or does not end at `entries`; 2: a column outside [0, cols).
-template <class Index>
-int64_t check(const Index* crow, const Index* col, int64_t rows, int64_t cols, int64_t entries, int64_t threads) {
-  if (crow[0] != 0 || crow[rows] != entries) return 1;
-  std::atomic<bool> falls{false}, outside{false};
-  using Unsigned = std::make_unsigned_t<Index>;  // its differences wrap, and the top bit tells what is negative
-  constexpr int kSign = 8 * sizeof(Index) - 1;
-  parallel_for(rows, threads, [&](int64_t begin, int64_t end) {
-    Unsigned bad = 0;
-    for (int64_t row = begin; row < end; ++row)
-      bad |= static_cast<Unsigned>(crow[row + 1]) - static_cast<Unsigned>(crow[row]);
-    if (bad >> kSign) falls = true;
-  });
-  if (falls) return 1;
-  const Unsigned last = static_cast<Unsigned>(std::min<int64_t>(cols - 1, std::numeric_limits<Index>::max()));
-  parallel_for(entries, threads, [&](int64_t begin, int64_t end) {
-    Unsigned bad = 0;
-    for (int64_t e = begin; e < end; ++e) {
-      const Unsigned c = static_cast<Unsigned>(col[e]);
-      bad |= c | (last - c);
-    }
-    if (bad >> kSign) outside = true;
-  });
-  return outside ? 2 : 0;
-}
-
 // Calls op(value type, index type) for the widths in bytes that Python names.
 template <class Op>
 void typed(int64_t value_bytes, int64_t index_bytes, Op&& op) {
@@ -314,9 +288,9 @@ void typed(int64_t value_bytes, int64_t index_bytes, Op&& op) {
 using namespace zoo;
 
 // reduce: 0 sum, 1 mean, 2 max (which alone writes `arg`). `weight` and `order` may be null.
-ZOO_EXPORT void zoo_spmm(const void* crow, const void* col, const void* weight, const void* order, const void* x,
+ZOO_EXPORT int64_t zoo_spmm(const void* crow, const void* col, const void* weight, const void* order, const void* x,
                          void* out, int32_t* arg, int64_t rows, int64_t features, int64_t entries, int64_t reduce,
-                         int64_t value_bytes, int64_t index_bytes, int64_t threads) {
+                         int64_t value_bytes, int64_t index_bytes, int64_t threads) try {
   typed(value_bytes, index_bytes, [&](auto value, auto index) {
     using T = decltype(value);
     using Index = decltype(index);
@@ -327,13 +301,14 @@ ZOO_EXPORT void zoo_spmm(const void* crow, const void* col, const void* weight, 
     else
       spmm_sum(a, static_cast<const T*>(x), rows, features, reduce == 1, static_cast<T*>(out), threads);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // Either gradient may be null.
-ZOO_EXPORT void zoo_spmm_max_backward(const void* crow, const void* col, const void* weight, const void* x,
+ZOO_EXPORT int64_t zoo_spmm_max_backward(const void* crow, const void* col, const void* weight, const void* x,
                                       const void* grad, const int32_t* arg, void* grad_x, void* grad_weight,
                                       int64_t rows, int64_t cols, int64_t features, int64_t value_bytes,
-                                      int64_t index_bytes, int64_t threads) {
+                                      int64_t index_bytes, int64_t threads) try {
   typed(value_bytes, index_bytes, [&](auto value, auto index) {
     using T = decltype(value);
     using Index = decltype(index);
@@ -344,32 +319,26 @@ ZOO_EXPORT void zoo_spmm_max_backward(const void* crow, const void* col, const v
     if (grad_weight)
       spmm_max_grad_weight(a, g, arg, static_cast<const T*>(x), rows, features, static_cast<T*>(grad_weight), threads);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
-ZOO_EXPORT void zoo_sddmm(const void* crow, const void* col, const void* a, const void* b, void* out, int64_t rows,
-                          int64_t features, int64_t value_bytes, int64_t index_bytes, int64_t threads) {
+ZOO_EXPORT int64_t zoo_sddmm(const void* crow, const void* col, const void* a, const void* b, void* out, int64_t rows,
+                          int64_t features, int64_t value_bytes, int64_t index_bytes, int64_t threads) try {
   typed(value_bytes, index_bytes, [&](auto value, auto index) {
     using T = decltype(value);
     using Index = decltype(index);
     sddmm(static_cast<const Index*>(crow), static_cast<const Index*>(col), static_cast<const T*>(a),
           static_cast<const T*>(b), rows, features, static_cast<T*>(out), threads);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
-ZOO_EXPORT void zoo_csr_transpose(const void* crow, const void* col, void* t_crow, void* t_col, void* t_order,
-                                  int64_t rows, int64_t cols, int64_t index_bytes) {
+ZOO_EXPORT int64_t zoo_csr_transpose(const void* crow, const void* col, void* t_crow, void* t_col, void* t_order,
+                                  int64_t rows, int64_t cols, int64_t index_bytes) try {
   typed(4, index_bytes, [&](auto, auto index) {
     using Index = decltype(index);
     transpose(static_cast<const Index*>(crow), static_cast<const Index*>(col), rows, cols,
               static_cast<Index*>(t_crow), static_cast<Index*>(t_col), static_cast<Index*>(t_order));
   });
-}
-
-ZOO_EXPORT void zoo_csr_check(const void* crow, const void* col, int64_t rows, int64_t cols, int64_t entries,
-                              int64_t index_bytes, int64_t threads, int64_t* problem) {
-  typed(4, index_bytes, [&](auto, auto index) {
-    using Index = decltype(index);
-    *problem = check(static_cast<const Index*>(crow), static_cast<const Index*>(col), rows, cols, entries,
-                     threads);
-  });
-}
+  return zoo::kOk;
+} ZOO_CATCH

@@ -335,69 +335,75 @@ using namespace zoo;
 
 // weight [out, offsets, in]. transposed: y has `in` channels and x has `out`, the gradient for the input; flipped: the
 // offsets count backwards, as they do when the pairs of a submanifold convolution are read the other way round.
-ZOO_EXPORT void zoo_sparse_conv(const int32_t* source, const int32_t* target, const int64_t* start, const void* x,
+ZOO_EXPORT int64_t zoo_sparse_conv(const int32_t* source, const int32_t* target, const int64_t* start, const void* x,
                                 const void* weight, const void* bias, void* y, int64_t targets, int64_t offsets,
                                 int64_t tile, int64_t out, int64_t in, int64_t transposed, int64_t flipped,
-                                int64_t bytes, int64_t threads) {
+                                int64_t bytes, int64_t threads) try {
   typed(bytes, [&](auto value) {
     using T = decltype(value);
     convolve(Pairs{source, target, start, targets, offsets, tile}, static_cast<const T*>(x),
              static_cast<const T*>(weight), static_cast<const T*>(bias), out, in, transposed != 0, flipped != 0,
              static_cast<T*>(y), threads);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
-ZOO_EXPORT void zoo_sparse_conv_grad_weight(const int32_t* source, const int32_t* target, const int64_t* start,
+ZOO_EXPORT int64_t zoo_sparse_conv_grad_weight(const int32_t* source, const int32_t* target, const int64_t* start,
                                             const void* x, const void* grad, void* grad_weight, int64_t targets,
                                             int64_t offsets, int64_t tile, int64_t out, int64_t in, int64_t bytes,
-                                            int64_t threads) {
+                                            int64_t threads) try {
   typed(bytes, [&](auto value) {
     using T = decltype(value);
     convolve_grad_weight(Pairs{source, target, start, targets, offsets, tile}, static_cast<const T*>(x),
                          static_cast<const T*>(grad), out, in, static_cast<T*>(grad_weight), threads);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
 // weight [offsets, channels].
-ZOO_EXPORT void zoo_sparse_depthwise(const int32_t* source, const int32_t* target, const int64_t* start, const void* x,
+ZOO_EXPORT int64_t zoo_sparse_depthwise(const int32_t* source, const int32_t* target, const int64_t* start, const void* x,
                                      const void* weight, const void* bias, void* y, int64_t targets, int64_t offsets,
-                                     int64_t tile, int64_t channels, int64_t flipped, int64_t bytes, int64_t threads) {
+                                     int64_t tile, int64_t channels, int64_t flipped, int64_t bytes, int64_t threads) try {
   typed(bytes, [&](auto value) {
     using T = decltype(value);
     depthwise(Pairs{source, target, start, targets, offsets, tile}, static_cast<const T*>(x),
               static_cast<const T*>(weight), static_cast<const T*>(bias), channels, flipped != 0, static_cast<T*>(y),
               threads);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
-ZOO_EXPORT void zoo_sparse_depthwise_grad_weight(const int32_t* source, const int32_t* target, const int64_t* start,
+ZOO_EXPORT int64_t zoo_sparse_depthwise_grad_weight(const int32_t* source, const int32_t* target, const int64_t* start,
                                                  const void* x, const void* grad, void* grad_weight, int64_t targets,
                                                  int64_t offsets, int64_t tile, int64_t channels, int64_t bytes,
-                                                 int64_t threads) {
+                                                 int64_t threads) try {
   typed(bytes, [&](auto value) {
     using T = decltype(value);
     depthwise_grad_weight(Pairs{source, target, start, targets, offsets, tile}, static_cast<const T*>(x),
                           static_cast<const T*>(grad), channels, static_cast<T*>(grad_weight), threads);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
-ZOO_EXPORT void zoo_sparse_max_pool(const int32_t* source, const int32_t* target, const int64_t* start, const void* x,
+ZOO_EXPORT int64_t zoo_sparse_max_pool(const int32_t* source, const int32_t* target, const int64_t* start, const void* x,
                                     void* y, int32_t* arg, int64_t targets, int64_t offsets, int64_t tile,
-                                    int64_t channels, int64_t bytes, int64_t threads) {
+                                    int64_t channels, int64_t bytes, int64_t threads) try {
   typed(bytes, [&](auto value) {
     using T = decltype(value);
     max_pool(Pairs{source, target, start, targets, offsets, tile}, static_cast<const T*>(x), channels,
              static_cast<T*>(y), arg, threads);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH
 
-ZOO_EXPORT void zoo_sparse_max_pool_grad(const int32_t* source, const int32_t* target, const int64_t* start,
+ZOO_EXPORT int64_t zoo_sparse_max_pool_grad(const int32_t* source, const int32_t* target, const int64_t* start,
                                          const void* grad, const int32_t* arg, void* grad_x, int64_t targets,
                                          int64_t offsets, int64_t tile, int64_t channels, int64_t bytes,
-                                         int64_t threads) {
+                                         int64_t threads) try {
   typed(bytes, [&](auto value) {
     using T = decltype(value);
     max_pool_grad(Pairs{source, target, start, targets, offsets, tile}, static_cast<const T*>(grad), arg, channels,
                   static_cast<T*>(grad_x), threads);
   });
-}
+  return zoo::kOk;
+} ZOO_CATCH

@@ -13,15 +13,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
-ABI_VERSION = 3  # zoo_abi_version() in native/src/runtime.cpp
+from ..errors import OpError
+
+ABI_VERSION = 4  # zoo_abi_version() in native/src/runtime.cpp
 LEVELS = ("portable", "avx2", "avx512")
 FOLDER = Path(__file__).parent
 
 _log = logging.getLogger("zoo.shared.ops")
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 
 
 class NativeMissing(Exception):
@@ -115,15 +118,60 @@ def isa() -> str:
     return _load()[1]
 
 
+# Of `enum Code` in native/include/zoo/export.hpp.
+BAD_POINTER, BAD_INDEX, NO_MEMORY = 1, 2, 3
+
+
+def refuse(code: int, entry: Callable[..., int]) -> NoReturn:
+    """Raise what a code other than 0 of an exported function means."""
+    name = getattr(entry, "__name__", "a native kernel")
+    if code == NO_MEMORY:
+        raise MemoryError(f"{name}: out of memory for what the kernel needs beside its result")
+    if code in (BAD_POINTER, BAD_INDEX):
+        pointer = "its pointer does not rise from 0 to the number of entries"
+        what = (
+            pointer
+            if code == BAD_POINTER
+            else "an entry of it lies outside of what it counts, or is not in order"
+        )
+        raise OpError(
+            f"{name}: an index was changed after it was made: {what}. Pack again, or load it again."
+        )
+    raise OpError(f"{name} failed inside (code {code}): the threads that it asked for could not be started")
+
+
+def _checked(code: int, entry: Callable[..., int], _: object) -> int:
+    if code:
+        refuse(code, entry)
+    return code
+
+
 @functools.cache
-def function(name: str, signature: str) -> Callable[..., None]:
-    """The exported C function `name`. `signature` has a letter per argument: p address, i int64, d
-    double."""
-    entry = getattr(_load()[0], name, None)
-    if entry is None:
-        raise NativeMissing(f"the native library has no {name}: it is older than this code, build it again")
+def function(name: str, signature: str) -> Callable[..., int]:
+    """The exported C function `name`, which raises OpError or MemoryError where it fails.
+
+    `signature` has a letter per argument: p address, i int64, d double.
+    """
+    entry = _entry(name, signature)
+    entry.errcheck = _checked
+    return entry
+
+
+@functools.cache
+def value(name: str, signature: str) -> Callable[..., int]:
+    """The exported C function `name` as it is: for one that returns a number, or a code that is looked at."""
+    return _entry(name, signature)
+
+
+def _entry(name: str, signature: str) -> Any:
+    try:
+        entry = _load()[0][name]  # an object of its own in every call, unlike the attribute
+    except AttributeError as error:
+        raise NativeMissing(
+            f"the native library has no {name}: it is older than this code, build it again"
+        ) from error
     entry.argtypes = [_TYPES[letter] for letter in signature]
-    entry.restype = None
+    entry.restype = ctypes.c_int64
     return entry
 
 
@@ -132,6 +180,22 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype is not torch.float32:
         tensor = tensor.float()
     return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+_INFINITY = {
+    torch.float32: 0x7F800000,
+    torch.bfloat16: 0x7F80,
+    torch.float16: 0x7C00,
+    torch.float64: 0x7FF0000000000000,
+}
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether no entry is infinite or NaN."""
+    if tensor.device.type != "cpu" or not available() or not tensor.is_contiguous():
+        return bool(torch.isfinite(tensor).all())
+    size, infinity = tensor.element_size(), _INFINITY[tensor.dtype]
+    return value("zoo_finite", "piii")(tensor.data_ptr(), tensor.numel(), size, infinity) == 1
 
 
 def threads() -> int:

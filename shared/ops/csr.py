@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native
-from ._cache import DerivedCache
-from .derived import Checked
+from .cache import Derived
 
 
 class Transposed(NamedTuple):
@@ -22,8 +21,7 @@ class Transposed(NamedTuple):
     order: Int[Tensor, " entries"]
 
 
-_transposes: DerivedCache[Transposed] = DerivedCache(capacity=32)
-_in_order = Checked()
+_transposes = Derived[Transposed](capacity=32)
 
 
 def csr_from_edges(
@@ -78,24 +76,13 @@ def check_values(crow: Tensor, col: Tensor, cols: int) -> None:
     Raises:
         OpError: crow does not rise from 0 to the number of entries, or a column lies outside [0, cols).
     """
-    if _in_order.knows((crow, col), cols):
-        return
     rows, entries = crow.numel() - 1, col.numel()
     if crow.device.type == "cpu" and crow.is_contiguous() and col.is_contiguous() and _native.available():
-        problem = torch.zeros(1, dtype=torch.int64)
-        _native.function("zoo_csr_check", "ppiiiiip")(
-            crow.data_ptr(),
-            col.data_ptr(),
-            rows,
-            cols,
-            entries,
-            crow.element_size(),
-            _native.threads(),
-            problem.data_ptr(),
-        )
-        bad_rows, bad_cols = problem.item() == 1, problem.item() == 2
+        sizes = (rows, cols, entries, crow.element_size(), _native.threads())
+        code = _native.value("zoo_csr_check", "ppiiiii")(crow.data_ptr(), col.data_ptr(), *sizes)
+        bad_rows, bad_cols = code == _native.BAD_POINTER, code == _native.BAD_INDEX
     else:
-        bad_rows = bool(crow[0] != 0) or bool(crow[-1] != entries) or bool((crow.diff() < 0).any())
+        bad_rows = bool(crow[0] != 0) or bool(crow[-1] != entries) or bool((crow[1:] < crow[:-1]).any())
         bad_cols = bool(((col < 0) | (col >= cols)).any())
     if bad_rows:
         raise OpError(
@@ -104,15 +91,14 @@ def check_values(crow: Tensor, col: Tensor, cols: int) -> None:
         )
     if bad_cols:
         raise OpError(f"columns must lie in [0, {cols}). Received: {int(col.min())} ... {int(col.max())}.")
-    _in_order.add((crow, col), cols)
 
 
 def transposed(crow: Tensor, col: Tensor, cols: int) -> Transposed:
-    """The transposed CSR index, kept while `crow` and `col` live. The caller has checked both.
+    """The transposed CSR index, kept while `crow` and `col` live as they are. The caller has checked both.
 
     int64 indices are narrowed to int32 where they fit, which halves the memory traffic of every later use.
     """
-    return _transposes.get((crow, col), cols, lambda: _transpose(crow, col, cols))
+    return _transposes.get((crow, col), lambda: _transpose(crow, col, cols), cols)
 
 
 def _transpose(crow: Tensor, col: Tensor, cols: int) -> Transposed:

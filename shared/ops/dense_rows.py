@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import OpError
-from .derived import Derived
+from .cache import Derived
 from .memory import on_huge_pages
 
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4")  # in the order of `enum Kind` in gather_linear.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 ALIGN = 16
-_dequantised = Derived()
+_dequantised = Derived[Tensor]()
 _MANY = 128  # rows of x from which the transposed product is the faster one (Zen 3, two threads)
 
 
@@ -84,11 +84,12 @@ class DenseRows:
         return self.data.numel() * self.data.element_size() + scales
 
     def dense(self) -> Float[Tensor, "rows cols"]:
-        """The matrix: a view for the float kinds, fp32 (kept while the weight lives) for the quantised
-        ones."""
+        """The matrix: a view for the float kinds; fp32, kept while the weight lives as it is, for the
+        quantised ones."""
         if not self.quantised:
             return self.data[:, : self.cols]
-        return _dequantised.get(self.data, self._dequantise)[:, : self.cols]
+        sources = (self.data,) if self.scales is None else (self.data, self.scales)
+        return _dequantised.get(sources, self._dequantise, (self.kind, self.group))[:, : self.cols]
 
     def _dequantise(self) -> Tensor:
         codes = self.data.float()

@@ -5,6 +5,9 @@ torch's own kernel is fast on channels-last maps only, and those are slow for `s
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -46,6 +49,7 @@ def depthwise_conv(
     return reference(x, weight, bias, stride=stride, padding=padding, relu=relu)
 
 
+@dispatch.in_own_precision
 def reference(
     x: Float[Tensor, "batch channels height width"],
     weight: Float[Tensor, "channels 1 size size"],
@@ -63,15 +67,15 @@ def reference(
 def plan(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> dispatch.Plan:
     """The backend that `depthwise_conv` would run these arguments on."""
     offered: tuple[str, ...] = ("reference", "dense")  # which are the same: there are no zeros to skip
-    if x.dtype == weight.dtype == torch.float32 and x.is_contiguous():
-        offered = ("native", *offered)
+    if x.dtype == weight.dtype == torch.float32:  # other maps are copied first
+        offered = ("native", *offered) if x.is_contiguous() else (*offered, "native")
     return dispatch.choose("depthwise_conv", x.device, offered, "float32", (1.0,))
 
 
 def _native_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, relu: bool
 ) -> Tensor:
-    size = weight.shape[2]
+    x, size = x.contiguous(), weight.shape[2]
     height, width = ((n + 2 * padding - size) // stride + 1 for n in x.shape[2:])
     y = x.new_empty(*x.shape[:2], height, width)
     kernels, wide_bias = _native.plain(weight), None if bias is None else _native.plain(bias)
@@ -92,4 +96,10 @@ def _native_forward(
     return y
 
 
-dispatch.register("depthwise_conv", plan=plan)
+def _examples() -> Iterator[dispatch.Example]:
+    for size, stride in ((3, 1), (3, 2), (5, 1)):
+        call = functools.partial(depthwise_conv, stride=stride, padding=1)
+        yield dispatch.Example(call, (torch.randn(2, 4, 9, 11), torch.randn(4, 1, size, size)))
+
+
+dispatch.register("depthwise_conv", plan=plan, examples=_examples)

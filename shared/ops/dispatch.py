@@ -22,13 +22,14 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.autograd import forward_ad as forward_mode
 
 from ..bench.timing import compare
 from ..errors import OpError
@@ -90,12 +91,26 @@ def requested() -> str:
     return _requested.get()
 
 
+@contextlib.contextmanager
+def for_gradients() -> Iterator[None]:
+    """Let products of a backward pass choose for themselves where the forward's backend has none for them."""
+    with backend("auto") if requested() in ("vendor", "dense", "triton") else contextlib.nullcontext():
+        yield
+
+
 def direct(*tensors: torch.Tensor | None) -> bool:
     """True where torch's dispatcher would add nothing but its cost to a call of a custom op.
 
     That is an eager call on plain tensors that needs no gradient, under no mode (fake tensors, tracing,
-    vmap).
+    vmap), of which none is a view that still has to be negated.
+
+    Raises:
+        OpError: a tensor carries a tangent: forward-mode derivatives would be lost without a word.
     """
+    if _compiling():
+        return False
+    if forward_mode._current_level >= 0 or _functorch_level() is not None:
+        refuse_tangents(*tensors)
     if not eager():
         return False
     trains = _grad_enabled()
@@ -105,6 +120,8 @@ def direct(*tensors: torch.Tensor | None) -> bool:
         kind = type(tensor)
         if (kind is not _Tensor and kind is not _Parameter) or (trains and tensor.requires_grad):
             return False
+        if tensor.is_neg():
+            return False
     return True
 
 
@@ -113,27 +130,54 @@ def eager() -> bool:
     return not (_compiling() or _modes()) and _functorch_level() is None
 
 
+def refuse_transforms(op: str) -> None:
+    """Raise OpError under torch.func (vmap, grad ...), for an op that is not defined there."""
+    if not _compiling() and _functorch_level() is not None:
+        raise OpError(f"{op} is not defined under torch.func: call it outside of vmap, grad and jvp")
+
+
+def refuse_tangents(*tensors: torch.Tensor | None) -> None:
+    """Raise OpError where a tensor carries a tangent, or `torch.func` wants a derivative: custom ops have
+    derivatives for `backward` only."""
+    if _compiling():
+        return
+    if any(level.key() in _DERIVATIVES for level in _functorch_stack() or ()):
+        raise OpError(
+            "the sparse operations have no derivative under torch.func (jvp, grad, jacrev ...): use "
+            "torch.autograd.grad or backward"
+        )
+    if forward_mode._current_level >= 0 and any(
+        tensor is not None and forward_mode.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise OpError(
+            "the sparse operations have no forward-mode derivative: the tangent would be lost. Use backward, "
+            "or take the dense form (to_dense) there"
+        )
+
+
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+def in_own_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorator: run outside of autocast, so that every backend computes and returns the dtype of x."""
+
+    @functools.wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
 # Looked up once, as the look-ups would take as long as the answers.
 _compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _modes, _functorch_level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
+_functorch_stack = torch._C._functorch.get_interpreter_stack
+_DERIVATIVES = (torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Grad)
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
-
-
-def recall(plans: dict[Hashable, str], call: tuple[Hashable, ...], make: Callable[[], Plan]) -> str:
-    """The backend of a call that a weight has seen before, without building its plan again.
-
-    Args:
-        plans: the weight's memory; entries of another request, thread count or table do not match.
-        call: what the plan depends on: op, dtype and size of x.
-        make: the plan, for a call not seen before.
-    """
-    key = (call, _requested.get(), torch.get_num_threads(), id(table()))
-    found = plans.get(key)
-    if found is None:
-        if len(plans) >= 256:  # a batch size per call: forget
-            plans.clear()
-        found = plans[key] = make().backend
-    return found
 
 
 def choose(
@@ -224,17 +268,64 @@ def _read(path: Path) -> dict[tuple[str, str], list[Entry]]:
     return grouped
 
 
+@dataclass(frozen=True)
+class Example:
+    """A call for the conformance suite (`conformance.check_op`).
+
+    Attributes:
+        call: runs the op; takes the inputs and returns one tensor. It must not keep what it returns.
+        inputs: floating-point tensors; the first is the one that a product multiplies.
+        differentiable: whether gradients reach all of them.
+        tolerance: relative and absolute, of one backend's result against another's.
+    """
+
+    call: Callable[..., torch.Tensor]
+    inputs: tuple[torch.Tensor, ...]
+    differentiable: bool = True
+    tolerance: float = 1e-4
+
+    def run(self, *instead: torch.Tensor) -> torch.Tensor:
+        """The call, with the first inputs replaced."""
+        return self.call(*instead, *self.inputs[len(instead) :])
+
+
 _calibrators: dict[str, Callable[[bool], list[Entry]]] = {}
 _planners: dict[str, Callable[..., Plan]] = {}
+_examples: dict[str, Callable[[], Iterable[Example]]] = {}
 
 
 def register(
-    op: str, *, plan: Callable[..., Plan], calibrate: Callable[[bool], list[Entry]] | None = None
+    op: str,
+    *,
+    plan: Callable[..., Plan],
+    calibrate: Callable[[bool], list[Entry]] | None = None,
+    examples: Callable[[], Iterable[Example]] | None = None,
 ) -> None:
-    """Make `op` known to `explain` (its `plan` takes the op's arguments) and to `calibrate`."""
+    """Make `op` known to `explain` (its `plan` takes the op's arguments), to `calibrate` and, by examples, to
+    `conformance.check_op`."""
     _planners[op] = plan
+    if examples is not None:
+        _examples[op] = examples
     if calibrate is not None:
         _calibrators[op] = calibrate
+
+
+def registered() -> list[str]:
+    """The names of all ops."""
+    return sorted(_planners)
+
+
+def examples(op: str, seed: int = 0) -> list[Example]:
+    """The examples of an op, the same for the same seed.
+
+    Raises:
+        OpError: no such op.
+    """
+    if op not in _examples:
+        raise OpError(f"op {op!r} registers no examples: there are those of {', '.join(sorted(_examples))}")
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return list(_examples[op]())
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
@@ -248,7 +339,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _planners:
-        raise OpError(f"unknown op {name!r}: there are {', '.join(sorted(_planners))}")
+        raise OpError(f"unknown op {name!r}: there are {', '.join(registered())}")
     return _planners[name](*args, **kwargs)
 
 

@@ -12,6 +12,8 @@ Both matrices are stored row by row of the hidden channels, dense (`DenseRows`) 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +23,6 @@ from torch import Tensor
 from ..errors import OpError
 from . import _native, dispatch, triton
 from .dense_rows import ALIGN, DenseRows, linear, product, store_rows
-from .derived import Derived
 from .gather_linear import MOST_BATCH
 from .layout import PANEL, VALUE_TYPES
 from .sparse_linear import sparse_linear
@@ -31,7 +32,6 @@ __all__ = ["DenseRows", "SparseWeight", "gated_product", "pack", "plan", "refere
 
 Rows = DenseRows | SparseWeight
 _FLOATS = ("float32", "bfloat16", "float16")
-_dense = Derived()
 
 
 def gated_product(
@@ -120,9 +120,9 @@ def _stride(rows: Rows) -> int:
 
 
 def _matrix(rows: Rows) -> Tensor:
-    """The matrix with its zeros; of a packed weight a copy that is kept while the weight lives."""
+    """The matrix with its zeros; of a packed weight a copy."""
     if isinstance(rows, SparseWeight):
-        return _dense.get(rows.values, rows.to_dense)
+        return rows.expanded(rows.values.dtype)
     return rows.dense()
 
 
@@ -160,6 +160,7 @@ def _check(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor | None) -
         raise OpError(f"up_bias must be [{hidden}], received {tuple(up_bias.shape)}")
 
 
+@dispatch.in_own_precision
 def _forward(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor | None) -> Tensor:
     _check(x, g, up, down, up_bias)
     backend = dispatch.choose("gated_product", x.device, *_case(x, up)).backend
@@ -185,7 +186,12 @@ def _dense_product(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor |
         u = sparse_linear(x, up, bias)
     else:
         u = linear(x, up.dense().to(x.dtype), bias)
-    return product(g * u, _matrix(down).to(x.dtype))
+    h = g * u
+    if torch.is_grad_enabled() and (x.requires_grad or g.requires_grad):
+        # A closed gate that met an infinite product made a NaN of it, which is not in the sum.
+        return product(torch.where((g == 0) & ~torch.isfinite(u), 0, h), _matrix(down).to(x.dtype))
+    y = product(h, _matrix(down).to(x.dtype))
+    return y if _native.finite(y) else reference(x, g, up, down, up_bias)
 
 
 def _native_product(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor | None) -> Tensor:
@@ -199,7 +205,7 @@ def _native_product(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor 
         flat, gates = (torch.nn.functional.pad(t, (0, 0, 0, batch - rows)) for t in (flat, gates))
     y = torch.empty(batch, stride)
     values = VALUE_TYPES.index(up.values.dtype if isinstance(up, SparseWeight) else up.data.dtype)
-    _native.function("zoo_gated_product", "ppppppppppiiiiiiiii")(
+    _native.function("zoo_gated_product", "ppppppppppiiiiiiiiiii")(
         flat.data_ptr(),
         gates.data_ptr(),
         *_addresses(up),
@@ -213,6 +219,7 @@ def _native_product(x: Tensor, g: Tensor, up: Rows, down: Rows, up_bias: Tensor 
         _stride(up),
         stride,
         PANEL,
+        *(each.kept if isinstance(each, SparseWeight) else 0 for each in (up, down)),
         values,
         _native.threads(),
     )
@@ -256,4 +263,20 @@ def _(x: Tensor, g: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rest[12])
 
 
-dispatch.register("gated_product", plan=plan)
+def _examples() -> Iterator[dispatch.Example]:
+    up, down = torch.randn(40, 24), torch.randn(40, 20)
+    kept_up, kept_down = torch.rand(40, 24) < 0.5, torch.rand(40, 20) < 0.5
+    stored = (store_rows(up), store_rows(down))
+    packed = (pack(up, kept_up, "bitmask"), pack(down, kept_down, "bitmask"))
+    for rows in (stored, packed):
+        for batch in (1, 3, 12):
+            gates = torch.randn(batch, 40) * (torch.rand(batch, 40) < 0.4)
+            call = functools.partial(_example_call, up=rows[0], down=rows[1], g=gates)
+            yield dispatch.Example(call, (torch.randn(batch, 24),))
+
+
+def _example_call(x: Tensor, g: Tensor, up: Rows, down: Rows) -> Tensor:
+    return gated_product(x, g, up, down)
+
+
+dispatch.register("gated_product", plan=plan, examples=_examples)

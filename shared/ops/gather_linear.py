@@ -165,6 +165,7 @@ def case(x: Tensor, weight: DenseRows, share: float) -> tuple[tuple[str, ...], s
     return offered, weight.kind, (float(max(1, weight.rows * weight.cols)), float(batch), share)
 
 
+@dispatch.in_own_precision
 def _forward(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias, weight.rows, weight.cols)
     backend = _plan("gather_linear", x, weight, _share(x)).backend
@@ -173,7 +174,9 @@ def _forward(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
     if backend == "dense":
         matrix = weight.dense()
         y = x.to(matrix.dtype) @ matrix if x.dtype != torch.float64 else x @ matrix.double()
-        return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+        y = (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+        # An input that is zero in every row met an infinite weight, and is not in the sum.
+        return y if _native.finite(y) else reference(x, weight, bias)
     if backend == "triton":
         from .triton import gather
 
@@ -219,6 +222,7 @@ def _native_input(x: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.cols)
 
 
+@dispatch.in_own_precision
 def _forward_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias, weight.cols, weight.rows)
     _check_active(x, weight, active)
@@ -391,5 +395,27 @@ def _calibrate(op: str, quick: bool) -> list[dispatch.Entry]:
     return entries
 
 
-dispatch.register("gather_linear", plan=plan, calibrate=calibrate_inputs)
-dispatch.register("gather_linear_rows", plan=plan_rows, calibrate=calibrate_rows)
+# A dense product is made in the dtype of the weight.
+_TOLERANCES = {"bfloat16": 0.1, "float16": 0.01, **dict.fromkeys(("float32", "int8", "int4"), 1e-4)}
+
+
+def _examples() -> Iterator[dispatch.Example]:
+    for kind in KINDS:
+        weight = store_rows(torch.randn(33, 40), kind, 16)
+        for batch in (1, 5, 9):
+            x = torch.randn(batch, 33) * (torch.rand(33) < 0.5)
+            call = functools.partial(gather_linear, weight=weight)
+            yield dispatch.Example(call, (x,), tolerance=_TOLERANCES[kind])
+
+
+def _examples_rows() -> Iterator[dispatch.Example]:
+    for kind in KINDS:
+        weight = store_rows(torch.randn(33, 40), kind, 16)
+        for batch in (1, 5, 9):
+            active = torch.rand(batch, 33) < 0.5
+            call = functools.partial(gather_linear_rows, weight=weight, active=active)
+            yield dispatch.Example(call, (torch.randn(batch, 40),), tolerance=_TOLERANCES[kind])
+
+
+dispatch.register("gather_linear", plan=plan, calibrate=calibrate_inputs, examples=_examples)
+dispatch.register("gather_linear_rows", plan=plan_rows, calibrate=calibrate_rows, examples=_examples_rows)

@@ -7,14 +7,12 @@ here.
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from ..errors import OpError
-from .derived import Derived, version
+from . import _native
 
 LAYOUTS = (
     "bitmask",
@@ -87,13 +85,8 @@ def dense_of(
     height = block_of(layout, width)[0]
     padded = -(-shape[0] // height) * height
     flat = values.new_zeros(padded * shape[1])
-    flat = flat.index_copy(0, rows * shape[1] + cols, values[: values.numel() - OVERREAD])
+    flat = flat.index_add(0, rows * shape[1] + cols, values[: values.numel() - OVERREAD])
     return flat.view(padded, shape[1])[: shape[0]]
-
-
-# Weights whose index was found in range, so that the check is repeated only after an in-place change of the
-# index (a state dict copied into a module).
-_in_range = Derived()
 
 
 def check_weight(
@@ -129,19 +122,7 @@ def check_weight(
         )
     if torch.compiler.is_compiling() or not _is_plain(index):
         return  # tracing: there is no content to look at; the op checks again when it runs
-    # A pointer is recognised by a weak reference: its id may be another tensor's after it is gone.
-    stamp = (weakref.ref(pointer), version(pointer), values.numel(), layout, shape, width)
-    checked: list[_Stamp] = _in_range.get(index, list)
-    if not any(_same_stamp(stamp, known) for known in checked):
-        _check_ranges(values, index, pointer, layout, shape, width)
-        checked[:] = [stamp, *checked[:3]]
-
-
-_Stamp = tuple[weakref.ref[Tensor], int, int, str, tuple[int, int], int]
-
-
-def _same_stamp(stamp: _Stamp, known: _Stamp) -> bool:
-    return stamp[0]() is known[0]() and stamp[1:] == known[1:]
+    _check_ranges(values, index, pointer, layout, shape, width)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -157,8 +138,18 @@ def _check_ranges(
         raise OpError(
             f"a {layout} weight {shape} has {segments} segments, its pointer {tuple(pointer.shape)} entries"
         )
+    for name, tensor in (("values", values), ("index", index), ("pointer", pointer)):
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise OpError(f"the memory of the {name} was given back: load the weight again")
+    if index.device.type == "cpu" and _native.available() and _fits(values, index, layout, shape, width):
+        entries = (values.numel() - OVERREAD) // (height * block_width)
+        numbers = (entries, *shape, panel, LAYOUTS.index(layout), width, _native.threads())
+        if not _native.value("zoo_packed_check", "ppiiiiiii")(index.data_ptr(), pointer.data_ptr(), *numbers):
+            return
+    # What is wrong is said here, in sums of int64: a column is int16, and the next after 32767 is not -32768.
+    index = index if layout == "bitmask" else index.long()
     entries = int(pointer[-1])
-    if int(pointer[0]) != 0 or bool((pointer.diff() < 0).any()):
+    if int(pointer[0]) != 0 or bool((pointer[1:] < pointer[:-1]).any()):
         raise OpError("the pointer of a packed weight must start at 0 and never fall")
     if values.shape != (entries * height * block_width + OVERREAD,):
         raise OpError(
@@ -189,7 +180,22 @@ def _check_ranges(
             f"{tuple(index.shape)}"
         )
     limit = torch.cat(
-        [limits.repeat_interleave(pointer.diff().long()), index.new_full((OVERREAD,), block_width).long()]
+        [limits.repeat_interleave(pointer.diff().long()), index.new_full((OVERREAD,), block_width)]
     )
     if bool(((index < 0) | (index + block_width > limit) | (index % block_width != 0)).any()):
         raise OpError(f"a column of the index lies outside its panel, or beyond the {shape[1]} columns")
+
+
+def _fits(values: Tensor, index: Tensor, layout: str, shape: tuple[int, int], width: int) -> bool:
+    """Whether an index has the size that a native check may read for so many values."""
+    height, block_width = block_of(layout, width)
+    if (values.numel() - OVERREAD) % (height * block_width) or values.numel() < OVERREAD:
+        return False
+    if layout == "bitmask":
+        return index.shape == (-(-shape[1] // PANEL) * shape[0], PANEL // 8)
+    return index.shape == ((values.numel() - OVERREAD) // (height * block_width) + OVERREAD,)
+
+
+def used_bits(index: Integer[Tensor, "segments bytes"], cols: int) -> Integer[Tensor, "segments used"]:
+    """The bytes of mask bits that belong to columns; a matrix of one narrow panel has many that do not."""
+    return index if cols >= PANEL else index[:, : -(-cols // 64) * 8]

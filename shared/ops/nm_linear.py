@@ -10,6 +10,7 @@ through torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import dispatch
-from .derived import Derived
+from .cache import Derived
 from .sparse_linear import plan as sparse_plan
 from .sparse_linear import reference as sparse_reference
 from .sparse_linear import sparse_linear
@@ -27,7 +28,7 @@ from .weights import SparseWeight, pack
 __all__ = ["NMWeight", "nm_linear", "pack_nm", "plan", "reference"]
 
 PATTERNS = ((2, 4), (1, 4), (2, 8), (4, 8))
-_semi_structured = Derived()
+_semi_structured = Derived[Tensor]()
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +135,18 @@ def _vendor_takes(x: Tensor, weight: NMWeight) -> bool:
 
 def _semi(weight: NMWeight, dtype: torch.dtype) -> Tensor:
     return _semi_structured.get(
-        weight.packed.values, lambda: torch.sparse.to_sparse_semi_structured(weight.to_dense().to(dtype))
+        weight.packed.content,
+        lambda: torch.sparse.to_sparse_semi_structured(weight.to_dense().detach().to(dtype)),
+        dtype,
     )
 
 
-dispatch.register("nm_linear", plan=plan)
+def _examples() -> Iterator[dispatch.Example]:
+    for n, m in PATTERNS:
+        mask = (torch.rand(6, 64 // m, m).argsort(-1) < n).reshape(6, 64)
+        weight = pack_nm(torch.randn(6, 64), mask, n, m)
+        for batch in (1, 9):
+            yield dispatch.Example(lambda x, weight=weight: nm_linear(x, weight), (torch.randn(batch, 64),))
+
+
+dispatch.register("nm_linear", plan=plan, examples=_examples)

@@ -14,12 +14,10 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native, dispatch
-from .derived import Checked
 from .rulebook import Pairs
 
 _NATIVE_TYPES = (torch.float32, torch.float64)
 _PAIRS = "Tensor source, Tensor target, Tensor start, int targets, int tile"
-_in_order = Checked()  # lists, for so many sites and offsets
 _BACK = "Tensor b_source, Tensor b_target, Tensor b_start, int b_tile"
 
 
@@ -67,15 +65,20 @@ def _check(
     x: Tensor, source: Tensor, target: Tensor, start: Tensor, targets: int, tile: int, offsets: int
 ) -> None:
     """Refuse lists that no rulebook can have made: the kernels trust their indices."""
-    lists, numbers = (source, target, start), (x.shape[0], targets, tile, offsets)
-    if _in_order.knows(lists, numbers):
-        return
-    segments = -(-targets // tile) * offsets
-    if start.numel() != segments + 1 or source.dtype != torch.int32 or target.dtype != torch.int32:
+    segments = -(-targets // tile) * offsets if tile > 0 else -1
+    kinds = (source.dtype, target.dtype, start.dtype)
+    if start.numel() != segments + 1 or kinds != (torch.int32, torch.int32, torch.int64):
         raise OpError(f"these pair lists are not for {targets} targets and a kernel of {offsets} offsets")
+    for each in (source, target, start):
+        if not each.is_contiguous() or each.dim() != 1 or each.device != x.device:
+            raise OpError(f"pair lists must be contiguous vectors on {x.device}, received {each.device}")
+    if source.device.type == "cpu" and source.shape == target.shape and _native.available():
+        numbers = (source.numel(), offsets, x.shape[0], targets, tile, _native.threads())
+        if not _native.value("zoo_pairs_check", "pppiiiiii")(*_arguments(source, target, start), *numbers):
+            return
     if source.shape != target.shape or int(start[-1]) != source.numel():
         raise OpError(f"pair lists of {source.numel()} and {target.numel()} entries, not {int(start[-1])}")
-    if int(start[0]) != 0 or bool((start.diff() < 0).any()):
+    if int(start[0]) != 0 or bool((start[1:] < start[:-1]).any()):
         raise OpError("the starts of pair lists begin at 0 and never fall")
     if source.numel():
         (low, high), (first, last) = source.aminmax(), target.aminmax()
@@ -84,9 +87,13 @@ def _check(
                 f"the pair lists name sites {int(low)} to {int(high)} of {x.shape[0]} "
                 f"and outputs {int(first)} to {int(last)} of {targets}"
             )
-    _in_order.add(lists, numbers)
+    segment = torch.arange(segments, device=start.device).repeat_interleave(start.diff())
+    falls = (target[1:] <= target[:-1]) & (segment[1:] == segment[:-1])
+    if bool((target.long() // tile != segment // max(offsets, 1)).any()) or bool(falls.any()):
+        raise OpError("a pair stands in the segment of another tile of targets, or its targets do not rise")
 
 
+@dispatch.in_own_precision
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs, transposed: bool, flipped: bool
 ) -> Tensor:
@@ -180,6 +187,7 @@ def _(
     mutates_args=(),
     schema=f"(Tensor x, Tensor grad, int offsets, {_PAIRS}) -> Tensor",
 )
+@dispatch.in_own_precision
 def _grad_weight(
     x: Tensor,
     grad: Tensor,

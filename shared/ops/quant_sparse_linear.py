@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,14 +22,12 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native, dispatch, triton
-from ._cache import DerivedCache
-from .derived import Checked
-from .settled import Settled, dense_run, native_run
+from .cache import Calls, Derived, native_run, owned_run
 
 __all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference"]
 
-_dense: DerivedCache[Tensor] = DerivedCache(256)
-_in_range = Checked()
+_dense = Derived[Tensor](1024)
+_REFERENCE_PRODUCTS = 1 << 24  # that the reference holds at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +42,7 @@ class QuantGroups:
         pointer: int32 [out + 1], the first group of each row.
         shape: (out, in).
         group: G, a multiple of 16 that divides `in`.
-        settled: how calls seen before ran.
+        calls: how calls seen before ran, see `cache.py`.
     """
 
     codes: Integer[Tensor, "groups bytes"]
@@ -53,13 +52,13 @@ class QuantGroups:
     pointer: Integer[Tensor, " rows_and_end"]
     shape: tuple[int, int]
     group: int
-    settled: Settled = field(default_factory=Settled, init=False, repr=False)
+    calls: Calls = field(default_factory=Calls, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
-        """Raise OpError if the parts do not fit; their content is read again only after it was changed."""
+        """Raise OpError if the parts do not fit; their content is read in every call."""
         rows, cols = self.shape
         if self.group < 16 or self.group % 16 or cols % self.group or cols // self.group > 2**15:
             raise OpError(
@@ -85,13 +84,14 @@ class QuantGroups:
                 )
         if torch.compiler.is_compiling() or type(self.pointer) is not Tensor or self.pointer.is_meta:
             return  # tracing: there is no content to look at; the op checks again when it runs
-        parts, form = (self.pointer, self.columns, self.zeros), (self.shape, self.group)
-        if not _in_range.knows(parts, form):
-            self._check_ranges()
-            _in_range.add(parts, form)
+        if self.pointer.device.type == "cpu" and _native.available():
+            places = (self.zeros.data_ptr(), self.columns.data_ptr(), self.pointer.data_ptr())
+            if not _native.value("zoo_groups_check", "pppiiii")(*places, groups, *self.shape, self.group):
+                return
+        self._check_ranges()
 
     def _check_ranges(self) -> None:
-        if int(self.pointer[0]) != 0 or bool((self.pointer.diff() < 0).any()):
+        if int(self.pointer[0]) != 0 or bool((self.pointer[1:] < self.pointer[:-1]).any()):
             raise OpError("the pointer of grouped weights must start at 0 and never fall")
         if int(self.pointer[-1]) != self.columns.numel():
             raise OpError(
@@ -99,6 +99,10 @@ class QuantGroups:
             )
         if bool(((self.columns < 0) | (self.columns >= self.shape[1] // self.group)).any()):
             raise OpError(f"a group number lies outside the {self.shape[1] // self.group} groups of a row")
+        row_of = self.pointer.diff().long()
+        row = torch.repeat_interleave(torch.arange(self.shape[0], device=row_of.device), row_of)
+        if bool(((self.columns[1:] <= self.columns[:-1]) & (row[1:] == row[:-1])).any()):
+            raise OpError("the group numbers of a row must rise: none may be there twice")
         if bool((self.zeros > 15).any()):
             raise OpError("a zero point lies outside 0..15")
 
@@ -117,14 +121,25 @@ class QuantGroups:
         return sum(part.numel() * part.element_size() for part in self.parts)
 
     def to_dense(self) -> Float[Tensor, "out in"]:
-        """The weight in fp32, with zeros where no group is kept."""
-        q = torch.stack([self.codes & 15, self.codes >> 4], -1).flatten(1).float()
-        values = (q - self.zeros.float().unsqueeze(1)) * self.scales.float().unsqueeze(1)
-        rows = torch.repeat_interleave(
-            torch.arange(self.shape[0], device=self.codes.device), self.pointer.diff().long()
-        )
+        """The weight in fp32, with zeros where no group is kept.
+
+        Raises:
+            OpError: the parts do not fit (any more).
+        """
+        self.check()
+        values = self.dequantised()
         dense = values.new_zeros(self.shape[0], self.shape[1] // self.group, self.group)
-        return dense.index_put((rows, self.columns.long()), values).flatten(1)
+        return dense.index_put((self.group_rows(), self.columns.long()), values).flatten(1)
+
+    def dequantised(self) -> Float[Tensor, "groups group"]:
+        """The kept groups in fp32."""
+        q = torch.stack([self.codes & 15, self.codes >> 4], -1).flatten(1).float()
+        return (q - self.zeros.float().unsqueeze(1)) * self.scales.float().unsqueeze(1)
+
+    def group_rows(self) -> Integer[Tensor, " groups"]:
+        """The row of each kept group."""
+        rows = torch.arange(self.shape[0], device=self.codes.device)
+        return torch.repeat_interleave(rows, self.pointer.diff().long())
 
 
 def quantise_groups(
@@ -173,7 +188,7 @@ def quant_sparse_linear(
         OpError: shapes, dtypes or devices that do not fit.
     """
     if dispatch.direct(x, weight.codes, bias):
-        run = weight.settled.find(x, bias, weight.shape[0])
+        run = weight.calls.find(x, bias, weight.shape[0])
         if run is not None:
             return run(x, bias)
         weight.check()
@@ -184,10 +199,16 @@ def quant_sparse_linear(
 def reference(
     x: Float[Tensor, "*batch in"], weight: QuantGroups, bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """The definition: the dequantised weight times x, in fp32 (fp64 for fp64)."""
+    """The definition: each kept group, dequantised, times its x, in fp32 (fp64 for fp64)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dense = weight.to_dense().to(wide)
-    return torch.nn.functional.linear(x.to(wide), dense, None if bias is None else bias.to(wide)).to(x.dtype)
+    values, rows = weight.dequantised().to(wide), weight.group_rows()
+    flat = x.reshape(-1, weight.shape[1] // weight.group, weight.group).to(wide)
+    y = flat.new_zeros(flat.shape[0], weight.shape[0])
+    step = max(1, _REFERENCE_PRODUCTS // max(1, values.numel()))
+    for some, at in zip(flat.split(step), y.split(step), strict=True):
+        at.index_add_(1, rows, (some[:, weight.columns.long()] * values).sum(-1))
+    y = y if bias is None else y + bias.to(wide)
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def plan(
@@ -218,22 +239,28 @@ def case(x: Tensor, weight: QuantGroups) -> tuple[tuple[str, ...], str, tuple[fl
 def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
     backend = plan(x, weight, bias).backend
     if backend == "native" and x.numel() and weight.shape[0]:
-        function = _native.function("zoo_quant_sparse_linear", "ppppppppiiiii")
+        function = _native.value("zoo_quant_sparse_linear", "ppppppppiiiiii")
         y_shape = (*x.shape[:-1], weight.shape[0])
-        sizes = (math.prod(y_shape[:-1]), *weight.shape, weight.group)
+        sizes = (math.prod(y_shape[:-1]), weight.columns.numel(), *weight.shape, weight.group)
         run = native_run(function, weight.parts, y_shape, sizes)
-        weight.settled.keep(x, run, *weight.parts)
+        weight.calls.keep(x, run, weight.parts)
         return run(x, bias)
     if backend == "dense":
-        form = (weight.shape, x.dtype)
-        run = dense_run(_dense.get(weight.parts, form, lambda: weight.to_dense().to(x.dtype)))
-        weight.settled.keep(x, run, *weight.parts)
-        return run(x, bias)
+        weight.calls.keep(x, owned_run(weight, _dense_forward), weight.parts)
+        return _dense_forward(x, weight, bias)
     if backend == "triton":
         from .triton import quant
 
         return quant.quant_sparse_linear(x, weight, bias)
     return reference(x, weight, bias)
+
+
+@dispatch.in_own_precision
+def _dense_forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
+    dense = _dense.get(weight.parts, lambda: weight.to_dense().to(x.dtype), (weight.shape, x.dtype))
+    y = torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    # A group that is not kept met an infinite x, and is not in the sum.
+    return y if _native.finite(y) else reference(x, weight, bias)
 
 
 @torch.library.custom_op(
@@ -313,4 +340,12 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
     return entries
 
 
-dispatch.register("quant_sparse_linear", plan=plan, calibrate=calibrate)
+def _examples() -> Iterator[dispatch.Example]:
+    for group in (16, 32):
+        weight = quantise_groups(torch.randn(9, 96), torch.rand(9, 96 // group) < 0.5, group)
+        for batch in (1, 3, 9, 0):
+            call = functools.partial(quant_sparse_linear, weight=weight)
+            yield dispatch.Example(call, (torch.randn(batch, 96),))
+
+
+dispatch.register("quant_sparse_linear", plan=plan, calibrate=calibrate, examples=_examples)

@@ -1,7 +1,7 @@
 """Rulebooks: which input site meets which output site at which offset of a kernel.
 
 A rulebook depends only on the sites and on the kernel's geometry, so one is made per site set and geometry
-and kept while the tensor of sites lives; the layers of a network share it.
+and kept while the tensor of sites lives as it is; the layers of a network share it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native
-from ._cache import DerivedCache
+from .cache import Derived
 from .sparse_tensor import check_sites, site_keys, sites_of_keys
 
 # Pairs per (tile, offset) to aim at: eight groups of six rows read each panel of weights, and the sums of a
@@ -96,7 +96,7 @@ class Rulebook:
 
 # Forward pairs, backward pairs and the output sites that were found; not those that the caller gave, with
 # which the entry is to go.
-_made: DerivedCache[tuple[Pairs, Pairs, Any]] = DerivedCache(capacity=256)
+_made = Derived[tuple[Pairs, Pairs, Any]](capacity=256)
 
 
 def geometry(dims: int, kernel: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Geometry:
@@ -137,7 +137,7 @@ def submanifold_rulebook(
         pairs = _pairs(_submanifold_neighbours(indices, shape, batch_size, shaped), indices.shape[0])
         return pairs, pairs, None
 
-    there, back, _ = _made.get((indices,), ("submanifold", shape, batch_size, shaped), build)
+    there, back, _ = _made.get((indices,), build, ("submanifold", shape, batch_size, shaped))
     return Rulebook(there, back, True, indices, shape, shaped)
 
 
@@ -168,7 +168,7 @@ def conv_rulebook(
         sites = sites_of_keys(keys, out_shape)
         return _pairs(forward, indices.shape[0]), _pairs(backward, sites.shape[0]), sites
 
-    there, back, sites = _made.get((indices,), ("conv", shape, batch_size, shaped), build)
+    there, back, sites = _made.get((indices,), build, ("conv", shape, batch_size, shaped))
     return Rulebook(there, back, False, sites, out_shape, shaped)
 
 
@@ -204,7 +204,7 @@ def conv_rulebook_onto(
             forward, backward = _neighbours_onto(indices, keys, out_shape, shaped)
         return _pairs(forward, indices.shape[0]), _pairs(backward, onto.shape[0]), None
 
-    there, back, _ = _made.get((indices, onto), ("onto", shape, batch_size, shaped), build)
+    there, back, _ = _made.get((indices, onto), build, ("onto", shape, batch_size, shaped))
     return Rulebook(there, back, False, onto, out_shape, shaped)
 
 

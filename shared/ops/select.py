@@ -6,7 +6,8 @@ model at every step, so they may read the memory once or twice, and allocate nex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,7 @@ def threshold_reference(tensors: Sequence[Float[Tensor, ...]], kept: int) -> Thr
 
 
 def _check(tensors: Sequence[Tensor], kept: int) -> None:
+    dispatch.refuse_transforms("selection")
     if not tensors:
         raise OpError("there are no tensors to select from")
     first = tensors[0]
@@ -157,6 +159,7 @@ def _select(pointers: _Pointers, kept: int) -> tuple[int, int, int]:
     return key, ties, equal
 
 
+@dispatch.in_own_precision
 def _reference(tensors: Sequence[Tensor], kept: int) -> Threshold:
     _refuse_nans(sum(int(tensor.isnan().sum()) for tensor in tensors))
     return threshold_reference(tensors, kept)
@@ -275,5 +278,28 @@ def _(tensors: Sequence[Tensor], mask: Tensor) -> None:
     return None
 
 
-for _function in (threshold_and_ties, keep_largest_, largest_masks):
-    dispatch.register(_function.__name__, plan=_explain)
+def _examples(call: Callable[[Tensor], Tensor]) -> Iterator[dispatch.Example]:
+    for dtype in (torch.float32, torch.float16):
+        yield dispatch.Example(call, (torch.randint(-9, 9, (7, 11)).to(dtype),), differentiable=False)
+
+
+def _threshold_of(x: Tensor) -> Tensor:
+    return torch.tensor(threshold_and_ties([x, x[:2]], 31))
+
+
+def _largest_of(x: Tensor) -> Tensor:
+    kept = x.detach().clone()
+    keep_largest_([kept], 31)
+    return kept
+
+
+def _masks_of(x: Tensor) -> Tensor:
+    return torch.cat(largest_masks([x, x[:2]], 31)).float()
+
+
+for _function, _example in (
+    (threshold_and_ties, _threshold_of),
+    (keep_largest_, _largest_of),
+    (largest_masks, _masks_of),
+):
+    dispatch.register(_function.__name__, plan=_explain, examples=functools.partial(_examples, _example))

@@ -9,7 +9,9 @@ it must be passed (`submanifold_rulebook`, `conv_rulebook`): looking it up is no
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -20,7 +22,7 @@ from . import dispatch
 from .pair_channel_ops import depthwise_op, max_pool_op
 from .pair_ops import convolve, plan, sparse_conv_op
 from .rulebook import Pairs, Rulebook, conv_rulebook, submanifold_rulebook
-from .sparse_tensor import like
+from .sparse_tensor import SparseConvTensor, like
 
 Weight = Float[Tensor, "out ..."]
 
@@ -188,6 +190,7 @@ def _convolve(
             f"Received: {x.shape[0]} sites, weight {tuple(weight.shape)}."
         )
     lists = (*_lists(there), *_lists(back)[:3], back.tile)
+    dispatch.refuse_tangents(weight, bias)
     if groups == 1 and dispatch.direct(x, weight, bias, there.source):
         return convolve(x, weight.flatten(1, -2), bias, there, transposed=False, flipped=False)
     if groups == 1:
@@ -197,6 +200,7 @@ def _convolve(
 
 def _check_features(x: Any) -> None:
     features, indices = x.features, x.indices
+    dispatch.refuse_tangents(features)
     if features.ndim != 2 or features.shape[0] != indices.shape[0] or not features.is_floating_point():
         raise OpError(
             f"features must be floating-point, [{indices.shape[0]} sites, channels]. "
@@ -227,9 +231,48 @@ def _kernel(x: Any, weight: Tensor, bias: Tensor | None, groups: int) -> tuple[i
     return tuple(weight.shape[1:-1])
 
 
+def _explain_pool(x: Any, *_args: Any, **_options: Any) -> dispatch.Plan:
+    return plan(x.features, x.features, x.features.shape[0])
+
+
 def _explain(x: Any, weight: Tensor, *_args: Any, **_options: Any) -> dispatch.Plan:
     return plan(x.features, weight, x.features.shape[0])
 
 
-for _name in ("subm_conv", "sparse_conv", "inverse_conv"):
-    dispatch.register(_name, plan=_explain)
+def _examples(name: str) -> Iterator[dispatch.Example]:
+    for shape in ((9,), (6, 7), (4, 5, 5)):
+        sites = (torch.rand(2, *shape) < 0.3).nonzero().int()
+        call = functools.partial(_example_call, name, sites, shape)
+        x, kernel = torch.randn(len(sites), 5), (3,) * len(shape)
+        if name in _POOLS:
+            yield dispatch.Example(call, (x,))
+            continue
+        yield dispatch.Example(call, (x, torch.randn(6, *kernel, 5), torch.randn(6)))
+        if name != "inverse_conv":
+            yield dispatch.Example(call, (x, torch.randn(5, *kernel, 1), torch.randn(5)))
+
+
+def _example_call(name: str, sites: Tensor, shape: tuple[int, ...], x: Tensor, *weights: Tensor) -> Tensor:
+    grid = SparseConvTensor(x, sites, shape, 2)
+    groups = x.shape[1] if weights and weights[0].shape[-1] == 1 else 1
+    if name in _POOLS:
+        result = _POOLS[name](grid, 3, stride=2, padding=1)
+    elif name == "subm_conv":
+        result = subm_conv(grid, *weights, groups=groups)
+    elif name == "sparse_conv":
+        result = sparse_conv(grid, *weights, stride=2, padding=1, groups=groups)
+    else:
+        ones = x.new_ones(5, *weights[0].shape[1:-1], 5)
+        there = sparse_conv(grid, ones, stride=2, padding=1)
+        result = inverse_conv(there, *weights, fine=grid, stride=2, padding=1)
+    return cast(Tensor, result.features)
+
+
+_POOLS = {"sparse_max_pool": sparse_max_pool, "sparse_avg_pool": sparse_avg_pool}
+for _name in ("subm_conv", "sparse_conv", "inverse_conv", *_POOLS):
+    _pools = _name in _POOLS
+    dispatch.register(
+        _name,
+        plan=_explain_pool if _pools else _explain,
+        examples=functools.partial(_examples, _name),
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,10 +21,9 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native, dispatch
-from .derived import Derived
+from .cache import Run, native_run, owned_run
 from .layout import LAYOUTS, PANEL, VALUE_TYPES
-from .settled import native_run
-from .sparse_linear import csr_index, narrow_form, sparse_linear
+from .sparse_linear import entries_of, narrow_form, sparse_linear
 from .sparse_linear import reference as linear_reference
 from .weights import SparseWeight, pack
 
@@ -34,7 +34,6 @@ MIN_PIXELS = 16  # pixels that the kernel's smallest tile needs on any instructi
 # on a piece has three vectors on any instruction set, so that narrow panels change no bit
 # (native/src/sparse_conv1x1.cpp).
 NARROW, NARROW_PIXELS = 128, 33
-_dense = Derived()
 
 
 def sparse_conv1x1(
@@ -58,7 +57,7 @@ def sparse_conv1x1(
     if _is_rows(x):
         y = sparse_linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
     elif dispatch.direct(x, weight.values, bias):
-        run = weight.settled.find(x, bias, weight.shape[0], ("maps", relu))
+        run = weight.calls.find(x, bias, weight.shape[0], ("maps", relu))
         if run is not None:
             return run(x, bias)
         weight.check()
@@ -114,36 +113,60 @@ def _is_rows(x: Tensor) -> bool:
     return pixels < MIN_PIXELS or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
 
 
+@dispatch.in_own_precision
 def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool = False) -> Tensor:
-    _check(x, weight, bias)
-    call = ("sparse_conv1x1", x.dtype, x.numel())
-    backend = dispatch.recall(weight.plans, call, lambda: plan(x, weight, bias))
+    backend = plan(x, weight, bias).backend
     if backend == "native" and x.numel() and weight.kept:
         return _native_forward(x, weight, bias, relu)
     if backend == "dense":
-        dense = _dense.get(weight.values, weight.to_dense).to(x.dtype)
-        y = torch.matmul(dense, x.flatten(2)).reshape(x.shape[0], weight.shape[0], *x.shape[2:])
+        y = torch.matmul(weight.expanded(x.dtype), x.flatten(2)).reshape(
+            x.shape[0], weight.shape[0], *x.shape[2:]
+        )
         if bias is not None:
             y += bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2))
+        if not _native.finite(y):  # a stored zero met an infinite x, which is not in the sum
+            y = reference(x, weight, bias)
     else:
         y = reference(x, weight, bias)
     return y.relu_() if relu else y
 
 
 def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool) -> Tensor:
-    layout, index = csr_index(weight)
-    form = (weight.values, index, weight.pointer, PANEL)
-    final = layout != "csr" or weight.shape[1] <= NARROW or math.prod(x.shape[2:]) < NARROW_PIXELS
-    if not final:
-        form = narrow_form(*form[:3], weight.shape, NARROW)
-        final = form[3] == NARROW
-    function = _native.function("zoo_sparse_conv1x1", "ppppppiiiiiiiii")
-    kind = (LAYOUTS.index(layout), VALUE_TYPES.index(weight.values.dtype), int(relu))
-    sizes = (x.shape[0], math.prod(x.shape[2:]), *weight.shape, form[3], *kind)
-    run = native_run(function, form[:3], (x.shape[0], weight.shape[0], *x.shape[2:]), sizes)
-    if final:
-        weight.settled.keep(x, run, weight.values, weight.index, weight.pointer, kind=("maps", relu))
+    if weight.layout == "bitmask" or _in_narrow_panels(x, weight):
+        run = owned_run(weight, functools.partial(_expanded_forward, relu=relu))
+    else:
+        run = _conv_run(x, weight, weight.layout, weight.parts, PANEL, relu)
+    weight.calls.keep(x, run, weight.parts, ("maps", relu))
     return run(x, bias)
+
+
+def _expanded_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool) -> Tensor:
+    """By a copy of the index, which is looked up by content, and in narrow panels also of the values."""
+    layout, index = weight.by_columns()
+    form, panel = (weight.values, index, weight.pointer), PANEL
+    if _in_narrow_panels(x, weight):
+        form, panel = narrow_form(weight, index, NARROW), NARROW
+    return _conv_run(x, weight, layout, form, panel, relu)(x, bias)
+
+
+def _in_narrow_panels(x: Tensor, weight: SparseWeight) -> bool:
+    wide = weight.layout in ("csr", "bitmask") and weight.shape[1] > NARROW
+    return wide and math.prod(x.shape[2:]) >= NARROW_PIXELS and not weight.values.requires_grad
+
+
+def _conv_run(
+    x: Tensor,
+    weight: SparseWeight,
+    layout: str,
+    form: tuple[Tensor, Tensor, Tensor],
+    panel: int,
+    relu: bool,
+) -> Run:
+    """The native convolution by a weight in this form."""
+    function = _native.value("zoo_sparse_conv1x1", "ppppppiiiiiiiiii")
+    kind = (LAYOUTS.index(layout), VALUE_TYPES.index(weight.values.dtype), int(relu))
+    sizes = (x.shape[0], math.prod(x.shape[2:]), entries_of(weight), *weight.shape, panel, *kind)
+    return native_run(function, form, (x.shape[0], weight.shape[0], *x.shape[2:]), sizes)
 
 
 @torch.library.custom_op(
@@ -239,4 +262,12 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
     return entries
 
 
-dispatch.register("sparse_conv1x1", plan=plan, calibrate=calibrate)
+def _examples() -> Iterator[dispatch.Example]:
+    for layout in ("csr", "bitmask", "rows4"):
+        weight = pack(torch.randn(8, 150), torch.rand(8, 150) < 0.3, layout)
+        for size in ((2, 150, 5, 7), (1, 150, 3), (0, 150, 4, 4)):
+            inputs = (torch.randn(*size), torch.randn(8))
+            yield dispatch.Example(lambda x, bias, weight=weight: sparse_conv1x1(x, weight, bias), inputs)
+
+
+dispatch.register("sparse_conv1x1", plan=plan, calibrate=calibrate, examples=_examples)

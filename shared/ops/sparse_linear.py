@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +20,8 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native, dispatch, triton
-from ._cache import DerivedCache
-from .derived import Derived
-from .layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, columns_of_bits
-from .memory import on_huge_pages
-from .settled import dense_run, native_run
+from .cache import Derived, Run, native_run, owned_run
+from .layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, block_of
 from .weights import SparseWeight, pack
 
 __all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_linear"]
@@ -46,7 +44,7 @@ def sparse_linear(
         OpError: shapes, dtypes or devices that do not fit, or a backend that cannot run this.
     """
     if dispatch.direct(x, weight.values, bias):
-        run = weight.settled.find(x, bias, weight.shape[0])
+        run = weight.calls.find(x, bias, weight.shape[0])
         if run is not None:
             return run(x, bias)
         weight.check()
@@ -60,7 +58,7 @@ def reference(
     x: Float[Tensor, "*batch in"], weight: SparseWeight, bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
     """The definition: each kept weight times its x, summed per row (in fp32; in fp64 for fp64)."""
-    flat, wide = x.reshape(-1, x.shape[-1]), _accumulator(x, weight.values)
+    flat, wide = x.reshape(x.shape[:-1].numel(), x.shape[-1]), _accumulator(x, weight.values)
     rows, cols = weight.coordinates()
     rows = rows.clamp(max=weight.shape[0])  # the padding rows of 4x1 blocks, cut off below
     values = weight.values[: weight.kept].to(wide)
@@ -93,8 +91,8 @@ _EXPAND_DENSITY = 0.25
 # A large batch meets a part of x that outgrows the nearest caches unless panels are narrow; from this batch
 # on a second copy of the weight pays (benchmarks/sparse_linear.py: 1.1 to 1.6 times as fast at batch 64).
 NARROW, NARROW_BATCH = 256, 48
-_dense, _csr, _columns = Derived(), Derived(), Derived()
-_narrow = DerivedCache[list[tuple[Tensor, Tensor, Tensor] | None]](capacity=1024)
+_csr = Derived[Tensor]()
+_narrow = Derived[tuple[Tensor, Tensor, Tensor]](1024)
 
 
 def _accumulator(x: Tensor, values: Tensor) -> torch.dtype:
@@ -138,37 +136,52 @@ def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[f
 
 def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias)
+    backend = _plan(x, weight).backend
     if x.numel() == 0 or weight.kept == 0:
         y = x.new_zeros(*x.shape[:-1], weight.shape[0])
         return y if bias is None else y + bias.to(y.dtype)
-    call = ("sparse_linear", x.dtype, x.numel())
-    backend = dispatch.recall(weight.plans, call, lambda: _plan(x, weight))
     if backend == "native":
         return _native_forward(x, weight, bias)
     if backend == "dense":
-        run = dense_run(_dense_form(weight, x.dtype))
-        weight.settled.keep(x, run, weight.values)
-        return run(x, bias)
+        weight.calls.keep(x, owned_run(weight, _dense_forward), weight.parts)
+        return _dense_forward(x, weight, bias)
     if backend == "vendor":
-        matrix = _csr.get(weight.values, lambda: _torch_csr(weight))
-        y = (matrix @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], weight.shape[0])
-        return y.contiguous() if bias is None else y + bias
-    if backend == "triton":
+        return _vendor_forward(x, weight, bias)
+    if backend == "triton":  # a check of the index would wait for the device: once per shape and address
+        weight.calls.keep(x, owned_run(weight, _triton_forward), weight.parts)
         return _triton_forward(x, weight, bias)
     return reference(x, weight, bias)
 
 
-def _dense_form(weight: SparseWeight, dtype: torch.dtype) -> Tensor:
-    forms: dict[torch.dtype, Tensor] = _dense.get(weight.values, dict)
-    if dtype not in forms:
-        forms[dtype] = on_huge_pages(weight.to_dense().to(dtype))
-    return forms[dtype]
+@dispatch.in_own_precision
+def _dense_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+    narrow_bias = None if bias is None else bias.to(x.dtype)
+    y = torch.nn.functional.linear(x, weight.expanded(x.dtype), narrow_bias)
+    # A stored zero that met an infinite x made a NaN of it, which is not in the sum.
+    return y if _native.finite(y) else _without_zeros(x, weight, bias)
+
+
+def _without_zeros(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+    """The product by a backend that multiplies kept weights only."""
+    narrow = torch.float64 not in (x.dtype, weight.values.dtype)
+    if narrow and x.device.type == "cpu" and _native.available():
+        return _native_run(x, weight)(x, bias)
+    return reference(x, weight, bias)
+
+
+@dispatch.in_own_precision
+def _vendor_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+    matrix = _csr.get(weight.content, lambda: _torch_csr(weight))
+    y = (matrix @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], weight.shape[0])
+    y = y.contiguous() if bias is None else y + bias
+    # MKL multiplies an infinite x by zeros of its own.
+    return y if _native.finite(y) else _without_zeros(x, weight, bias)
 
 
 def _torch_csr(weight: SparseWeight) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        dense = weight.to_dense().to_sparse_csr()
+        dense = weight.to_dense().detach().to_sparse_csr()
     # With 32-bit indices MKL is up to 2.6 times as fast as with torch's default of 64.
     return torch.sparse_csr_tensor(
         dense.crow_indices().int(),
@@ -179,31 +192,47 @@ def _torch_csr(weight: SparseWeight) -> Tensor:
     )
 
 
-def csr_index(weight: SparseWeight) -> tuple[str, Tensor]:
-    """Layout and index of a weight that kernels without a bitmask loop take; the values keep their
-    order."""
-    if weight.layout != "bitmask":
-        return weight.layout, weight.index
-    return "csr", _columns.get(weight.index, lambda: columns_of_bits(weight.index))
-
-
 def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
-    cols = weight.shape[1]
-    batch = x.numel() // cols
-    layout, index = weight.layout, weight.index
-    if layout == "bitmask" and batch > _EXPAND_BATCH:
-        layout, index = csr_index(weight)
-    form = (weight.values, index, weight.pointer, PANEL)
-    kind = (LAYOUTS.index(layout), weight.width, VALUE_TYPES.index(weight.values.dtype))
-    y_shape = (*x.shape[:-1], weight.shape[0])
-    narrow = layout == "csr" and batch >= NARROW_BATCH and cols > 2 * NARROW
-    if narrow:
-        form = narrow_form(*form[:3], weight.shape, NARROW)
-    function = _native.function("zoo_sparse_linear", "ppppppiiiiiiii")
-    run = native_run(function, form[:3], y_shape, (batch, *weight.shape, form[3], *kind))
-    if not narrow:
-        weight.settled.keep(x, run, weight.values, weight.index, weight.pointer)
+    run = _native_run(x, weight)
+    weight.calls.keep(x, run, weight.parts)
     return run(x, bias)
+
+
+def _native_run(x: Tensor, weight: SparseWeight) -> Run:
+    batch = x.numel() // weight.shape[1]
+    by_columns = weight.layout == "bitmask" and batch > _EXPAND_BATCH
+    if by_columns or (weight.layout == "csr" and _in_narrow_panels(weight, batch)):
+        return owned_run(weight, _expanded_forward)
+    return _linear_run(x, weight, weight.layout, weight.parts, PANEL)
+
+
+def _expanded_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+    """By a copy of the index, which is looked up by content, and in narrow panels also of the values."""
+    layout, index = weight.by_columns()
+    form, panel = (weight.values, index, weight.pointer), PANEL
+    if _in_narrow_panels(weight, x.numel() // weight.shape[1]):
+        form, panel = narrow_form(weight, index, NARROW), NARROW
+    return _linear_run(x, weight, layout, form, panel)(x, bias)
+
+
+def _in_narrow_panels(weight: SparseWeight, batch: int) -> bool:
+    return batch >= NARROW_BATCH and weight.shape[1] > 2 * NARROW and not weight.values.requires_grad
+
+
+def _linear_run(
+    x: Tensor, weight: SparseWeight, layout: str, form: tuple[Tensor, Tensor, Tensor], panel: int
+) -> Run:
+    """The native product of a weight in this form."""
+    function = _native.value("zoo_sparse_linear", "ppppppiiiiiiiii")
+    batch, y_shape = x.numel() // weight.shape[1], (*x.shape[:-1], weight.shape[0])
+    kind = (LAYOUTS.index(layout), weight.width, VALUE_TYPES.index(weight.values.dtype))
+    return native_run(function, form, y_shape, (batch, entries_of(weight), *weight.shape, panel, *kind))
+
+
+def entries_of(weight: SparseWeight) -> int:
+    """Entries of the index: stored weights, or blocks of them."""
+    height, width = block_of(weight.layout, weight.width)
+    return weight.kept // (height * width)
 
 
 def _triton_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
@@ -217,32 +246,19 @@ def _triton_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
         elif batch > bitmask.MOST_PLAIN_BATCH and bool(torch.isfinite(flat).all()):
             multiply = bitmask.multiply_wide
         else:
-            index = csr_index(weight)[1]
+            index = weight.by_columns()[1]
     y = multiply(flat, weight.values, index, weight.pointer, rows, bias)
     return y.reshape(*x.shape[:-1], rows)
 
 
-def narrow_form(
-    values: Tensor, index: Tensor, pointer: Tensor, shape: tuple[int, int], panel: int
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """A csr weight in panels of so many columns, and their columns; as it is when its values are met for the
-    first time.
-
-    A step of training changes the values, and putting them in another order costs as much as it saves.
-    """
-    seen = _narrow.get((values, index, pointer), (shape, panel), list[tuple[Tensor, Tensor, Tensor] | None])
-    if not seen:
-        seen.append(None)
-        return values, index, pointer, PANEL
-    form = seen[0]
-    if form is None:
-        form = seen[0] = _make_narrow(values, index, pointer, shape, panel)
-    return *form, panel
+def narrow_form(weight: SparseWeight, index: Tensor, panel: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, index and pointer of a weight by columns, in panels of so many columns."""
+    return _narrow.get(weight.content, lambda: _make_narrow(weight, index, panel), panel)
 
 
-def _make_narrow(
-    values: Tensor, index: Tensor, pointer: Tensor, shape: tuple[int, int], panel: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _make_narrow(weight: SparseWeight, index: Tensor, panel: int) -> tuple[Tensor, Tensor, Tensor]:
+    weight.check()
+    values, pointer, shape = weight.values, weight.pointer, weight.shape
     segments = -(-shape[1] // panel) * shape[0]
     form = (torch.empty_like(values), torch.empty_like(index), pointer.new_empty(segments + 1))
     places = [tensor.data_ptr() for tensor in (values, index, pointer, *form)]
@@ -250,12 +266,14 @@ def _make_narrow(
     return form
 
 
+@dispatch.in_own_precision
 def _backward(
     grad: Tensor, x: Tensor, weight: SparseWeight, need_x: bool, need_values: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the stored values; an empty tensor where one is not needed."""
     rows, cols = weight.shape
-    flat, flat_grad = x.reshape(-1, cols), grad.reshape(-1, rows)
+    batch = x.shape[:-1].numel()
+    flat, flat_grad = x.reshape(batch, cols), grad.reshape(batch, rows)
     wide = _accumulator(x, weight.values)
     if (
         x.device.type == "cpu"
@@ -280,10 +298,11 @@ def _native_backward(
     grad: Tensor, flat: Tensor, weight: SparseWeight, need_x: bool, need_values: bool
 ) -> tuple[Tensor, Tensor]:
     grad, flat = grad.contiguous(), flat.contiguous()
-    _, index = csr_index(weight)
-    grad_x = torch.empty(flat.shape if need_x else 0)
+    _, index = weight.by_columns()
+    # Without rows no kernel writes it.
+    grad_x = (torch.empty if weight.shape[0] else torch.zeros)(flat.shape if need_x else 0)
     grad_values = torch.zeros(weight.values.shape if need_values else 0)
-    _native.function("zoo_sparse_linear_backward", "pppppppiiiiii")(
+    _native.function("zoo_sparse_linear_backward", "pppppppiiiiiii")(
         flat.data_ptr(),
         grad.data_ptr(),
         weight.values.data_ptr(),
@@ -292,6 +311,7 @@ def _native_backward(
         grad_x.data_ptr() if need_x else None,
         grad_values.data_ptr() if need_values else None,
         flat.shape[0],
+        weight.kept,
         *weight.shape,
         PANEL,
         VALUE_TYPES.index(weight.values.dtype),
@@ -456,4 +476,16 @@ def _example(side: int, density: float, layout: str) -> SparseWeight:
     return pack(torch.randn(side, side), mask, layout)
 
 
-dispatch.register("sparse_linear", plan=plan, calibrate=calibrate)
+def _examples() -> Iterator[dispatch.Example]:
+    for layout, density in (("bitmask", 0.5), ("csr", 0.3), ("rows4", 0.4), ("columns8", 0.4)):
+        weight = pack(torch.randn(13, 568), torch.rand(13, 568) < density, layout)
+        for batch in ((1,), (2, 3), (64,), (0,)):
+            inputs = (torch.randn(*batch, 568), torch.randn(13))
+            yield dispatch.Example(lambda x, bias, weight=weight: sparse_linear(x, weight, bias), inputs)
+    empty = pack(torch.zeros(0, 5))
+    yield dispatch.Example(lambda x: sparse_linear(x, empty), (torch.randn(2, 5),))
+    none_kept = pack(torch.zeros(3, 5))
+    yield dispatch.Example(lambda x: sparse_linear(x, none_kept), (torch.randn(2, 5),))
+
+
+dispatch.register("sparse_linear", plan=plan, calibrate=calibrate, examples=_examples)

@@ -7,6 +7,8 @@ result is allocated once and, but for small products, nothing holds the partial 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +81,8 @@ def _check(a: CSR, b: CSR) -> None:
             )
         if values.device != matrix.col.device:
             raise OpError(f"{name} has its values on {values.device}, its index on {matrix.col.device}")
+        if not 0 <= matrix.cols < 2**62:
+            raise OpError(f"{name} cannot have {matrix.cols} columns")
     if a.cols != b.crow.numel() - 1:
         raise OpError(f"A has {a.cols} columns and B {b.crow.numel() - 1} rows: their product is not defined")
     if a.values.dtype != b.values.dtype or a.col.dtype != b.col.dtype or a.col.device != b.col.device:
@@ -186,9 +190,12 @@ def _vendor_product(matrices: tuple[Tensor, ...], cols: int) -> tuple[Tensor, Te
     b = torch.sparse_csr_tensor(b_crow, b_col, b_values, (inner, cols), check_invariants=False)
     product = a @ b
     kind = matrices[1].dtype
-    return product.crow_indices().to(kind), product.col_indices().to(kind), product.values()
+    crow, col, values = product.crow_indices(), product.col_indices(), product.values()
+    order = (entry_rows(crow) * max(cols, 1) + col).argsort()  # which MKL leaves open
+    return crow.to(kind), col[order].to(kind), values[order]
 
 
+@dispatch.in_own_precision
 def _compute(
     a_crow: Tensor,
     a_col: Tensor,
@@ -356,6 +363,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(*inputs[:6], output[0], output[1])
 
 
+@dispatch.for_gradients()
 def _backward(ctx: Any, _crow: Any, _col: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a_crow, a_col, a_values, b_crow, b_col, b_values, crow, col = ctx.saved_tensors
     grad_a = grad_b = None
@@ -367,4 +375,22 @@ def _backward(ctx: Any, _crow: Any, _col: Any, grad: Tensor) -> tuple[Tensor | N
 
 
 _spgemm.register_autograd(_backward, setup_context=_save)
-dispatch.register("spgemm", plan=_explain)
+
+
+def _examples() -> Iterator[dispatch.Example]:
+    for index in (torch.int32, torch.int64):
+        crow = torch.tensor([0, 2, 2, 5, 6], dtype=index)
+        a_col, b_col = (
+            torch.tensor([0, 3, 1, 2, 3, 0], dtype=index),
+            torch.tensor([4, 0, 2, 1, 0, 4], dtype=index),
+        )
+        yield dispatch.Example(
+            functools.partial(_example_call, crow, a_col, b_col), (torch.randn(6), torch.randn(6))
+        )
+
+
+def _example_call(crow: Tensor, a_col: Tensor, b_col: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return spgemm(CSR(crow, a_col, a, 4), CSR(crow, b_col, b, 5)).values
+
+
+dispatch.register("spgemm", plan=_explain, examples=_examples)

@@ -10,7 +10,8 @@ times, max once.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native, dispatch
+from .cache import Recent
 from .csr import check_layout, check_values, entry_rows, transposed
-from .derived import Checked
 
 REDUCTIONS = ("sum", "mean", "max")
 _HALF = (torch.float16, torch.bfloat16)
 _NATIVE_TYPES = (torch.float32, torch.float64)
-# Graphs and calls that ran natively before: checks and plan take longer than a small product.
-_native_calls = Checked()
+# Calls that ran natively before: checks of arguments and the plan take longer than a small product.
+_native_calls = Recent()
 
 
 def spmm(
@@ -50,7 +51,8 @@ def spmm(
         OpError: dtypes, shapes or devices that do not fit, an index out of range, an unknown reduction.
     """
     plain = dispatch.direct(crow, col, weight, x)
-    if plain and reduce in ("sum", "mean") and _native_calls.knows((crow, col), _call(weight, x)):
+    if plain and reduce in ("sum", "mean") and _call(crow, col, weight, x) in _native_calls:
+        check_values(crow, col, x.shape[0])
         return _native_spmm(crow, col, weight, None, x, int(reduce == "mean"))
     check_layout(crow, col)
     _check_features(x, "x", crow)
@@ -85,6 +87,7 @@ def sddmm(
             f"a must be [{crow.numel() - 1} rows, {b.shape[1]} features] of b's dtype {b.dtype}. "
             f"Received: {tuple(a.shape)}, {a.dtype}."
         )
+    dispatch.refuse_tangents(a, b)
     if a.dtype in _HALF:
         return _sddmm(crow, col, a.float(), b.float()).to(a.dtype)
     return _sddmm(crow, col, a, b)
@@ -114,11 +117,12 @@ def sddmm_reference(
     return (a[entry_rows(crow)] * b[col.long()]).sum(1)
 
 
-def _call(weight: Tensor | None, x: Tensor) -> Hashable:
-    """All that the checks and the plan of a product depend on, but for the graph itself."""
+def _call(crow: Tensor, col: Tensor, weight: Tensor | None, x: Tensor) -> Hashable:
+    """All that the checks and the plan of a product depend on, but for the content of the graph."""
+    graph = (crow.shape, crow.dtype, crow.device, col.shape, col.dtype, col.device)
     of_weight = None if weight is None else (weight.shape, weight.dtype, weight.device)
     choice = (torch.get_num_threads(), dispatch.requested(), id(dispatch.table()))
-    return x.shape, x.dtype, x.device, of_weight, choice
+    return graph, x.shape, x.dtype, x.device, of_weight, choice
 
 
 def _check_features(x: Tensor, name: str, crow: Tensor) -> None:
@@ -229,14 +233,17 @@ def _vendor_spmm(crow: Tensor, col: Tensor, weight: Tensor | None, x: Tensor, me
     return out * _scale_of_mean(crow, x) if mean else out
 
 
+@dispatch.in_own_precision
 def _product(crow: Tensor, col: Tensor, weight: Tensor | None, x: Tensor, mean: bool) -> Tensor:
     check_values(crow, col, x.shape[0])
     backend = _plan("spmm", crow, col, x, vendor=True).backend
     if backend == "native":
-        _native_calls.add((crow, col), _call(weight, x))
+        _native_calls.add(_call(crow, col, weight, x))
         return _native_spmm(crow, col, weight, None, x, int(mean))
     if backend == "vendor":
-        return _vendor_spmm(crow, col, weight, x, mean)
+        y = _vendor_spmm(crow, col, weight, x, mean)
+        if _native.finite(y):  # MKL multiplies an infinite x by zeros of its own
+            return y
     return _reference_sum(crow, col, weight, x, mean)
 
 
@@ -307,6 +314,7 @@ def _save_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(crow, col, weight, x)
 
 
+@dispatch.for_gradients()
 def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     crow, col, weight, x = ctx.saved_tensors
     if ctx.mean:
@@ -321,6 +329,7 @@ def _save_transposed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(crow, col, weight, x)
 
 
+@dispatch.for_gradients()
 def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     crow, col, weight, x = ctx.saved_tensors
     grad_weight = _sddmm(crow, col, x, grad) if ctx.needs_input_grad[2] else None
@@ -332,6 +341,7 @@ def _save_sddmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@dispatch.for_gradients()
 def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     crow, col, a, b = ctx.saved_tensors
     grad_a = _spmm(crow, col, grad, b, False) if ctx.needs_input_grad[2] else None
@@ -419,6 +429,7 @@ def _save_max(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.save_for_backward(crow, col, weight, x, output[1])
 
 
+@dispatch.for_gradients()
 def _max_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     crow, col, weight, x, arg = ctx.saved_tensors
     grad_x, grad_weight = _spmm_max_backward(crow, col, weight, x, arg, grad)
@@ -427,5 +438,32 @@ def _max_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 _spmm_max.register_autograd(_max_backward, setup_context=_save_max)
 
-dispatch.register("spmm", plan=_explain_spmm)
-dispatch.register("sddmm", plan=_explain_sddmm)
+
+def _graphs() -> Iterator[tuple[Tensor, Tensor]]:
+    for index in (torch.int32, torch.int64):
+        row, col = torch.randint(0, 11, (60,)).sort().values, torch.randint(0, 7, (60,))
+        crow = torch.zeros(13, dtype=torch.int64)
+        crow[1:] = torch.bincount(row, minlength=12).cumsum(0)
+        yield crow.to(index), col.to(index)
+    yield torch.zeros(4, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+
+
+def _examples() -> Iterator[dispatch.Example]:
+    for crow, col in _graphs():
+        for reduce in REDUCTIONS:
+            inputs = (torch.randn(7, 5), torch.randn(col.numel()))
+            yield dispatch.Example(functools.partial(_example_call, crow, col, reduce), inputs)
+
+
+def _example_call(crow: Tensor, col: Tensor, reduce: str, x: Tensor, weight: Tensor) -> Tensor:
+    return spmm(crow, col, x, weight, reduce=reduce)
+
+
+def _examples_sddmm() -> Iterator[dispatch.Example]:
+    for crow, col in _graphs():
+        inputs = (torch.randn(crow.numel() - 1, 5), torch.randn(7, 5))
+        yield dispatch.Example(functools.partial(sddmm, crow, col), inputs)
+
+
+dispatch.register("spmm", plan=_explain_spmm, examples=_examples)
+dispatch.register("sddmm", plan=_explain_sddmm, examples=_examples_sddmm)

@@ -14,7 +14,6 @@ rows;
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from ..errors import OpError
-from .derived import version
+from .cache import Calls, Derived
 from .layout import (
     BLOCK_WIDTHS,
     LAYOUTS,
@@ -31,17 +30,21 @@ from .layout import (
     PANEL,
     STORED_TYPES,
     check_weight,
+    columns_of_bits,
     coordinates,
     dense_of,
     pack_bits,
+    used_bits,
 )
 from .memory import on_huge_pages
-from .settled import Settled
 
 # Above this share of zeros 16-bit columns are faster than bits at batch 1 (benchmarks/sparse_linear.py): bits
 # cost the same work however few are set. Values of 16 bits are spread with fewer instructions.
 BITMASK_LIMIT = 0.68
 BITMASK_LIMIT_HALF = 0.73
+
+
+_dense, _columns = Derived[Tensor](1024), Derived[Tensor](1024)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +60,7 @@ class SparseWeight:
         shape: (out, in).
         width: columns per block of "columns"; for "bitmask", 2 or 4 says that each eight columns keep just so
             many (an N:M pattern); 1 otherwise.
-        plans: the backends of calls seen before, for `dispatch.recall`.
-        settled: how calls of `sparse_linear` seen before ran.
-        seen: the state of the tensors that was last found in order.
+        calls: how calls seen before ran, see `cache.py`.
     """
 
     values: Float[Tensor, " stored"]
@@ -68,9 +69,7 @@ class SparseWeight:
     layout: str
     shape: tuple[int, int]
     width: int = 1
-    plans: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False)
-    settled: Settled = field(default_factory=Settled, init=False, repr=False)
-    seen: dict[str, tuple[object, ...]] = field(default_factory=dict, init=False, repr=False)
+    calls: Calls = field(default_factory=Calls, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.check()
@@ -80,17 +79,19 @@ class SparseWeight:
         return SparseWeight, (self.values, self.index, self.pointer, self.layout, self.shape, self.width)
 
     def check(self) -> None:
-        """Raise OpError if the parts do not fit; an index is read again only after it was changed."""
-        values, index, pointer = self.values, self.index, self.pointer
-        if torch.compiler.is_compiling() or values.is_meta or type(index) is not Tensor:
-            return check_weight(values, index, pointer, self.layout, self.shape, self.width)
-        # What may change under this object: content in place, and the storage of a tensor through `.data`.
-        tensors = (values, index, pointer)
-        places = [tensor.data_ptr() for tensor in tensors]
-        state = (version(index), version(pointer), values.dtype, values.numel(), *places)
-        if self.seen.get("state") != state:
-            check_weight(values, index, pointer, self.layout, self.shape, self.width)
-            self.seen["state"] = state
+        """Raise OpError if the parts do not fit each other. The index is read in every call."""
+        check_weight(self.values, self.index, self.pointer, self.layout, self.shape, self.width)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The stored tensors."""
+        return self.values, self.index, self.pointer
+
+    @property
+    def content(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What of the parts counts for the dense matrix: sources of what is derived from it."""
+        bits = used_bits(self.index, self.shape[1]) if self.layout == "bitmask" else self.index
+        return self.values, bits, self.pointer
 
     @property
     def kept(self) -> int:
@@ -113,8 +114,32 @@ class SparseWeight:
         return coordinates(self.index, self.pointer, self.layout, self.shape, self.width)
 
     def to_dense(self) -> Float[Tensor, "out in"]:
-        """The weight with its zeros; differentiable in `values`."""
+        """The weight with its zeros; differentiable in `values`.
+
+        Raises:
+            OpError: the index does not fit (any more).
+        """
+        self.check()
         return dense_of(self.values, self.index, self.pointer, self.layout, self.shape, self.width)
+
+    def expanded(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The weight with its zeros, in `dtype`, without gradient; kept while nothing trains."""
+        return _dense.get(self.content, lambda: on_huge_pages(self._expand(dtype)), dtype)
+
+    def _expand(self, dtype: torch.dtype) -> Tensor:
+        with torch.no_grad():
+            return self.to_dense().to(dtype)
+
+    def by_columns(self) -> tuple[str, Tensor]:
+        """Layout and index of the weight for kernels without a bitmask loop; the values keep their order."""
+        if self.layout != "bitmask":
+            return self.layout, self.index
+        _, bits, pointer = self.content
+        return "csr", _columns.get((bits, pointer), self._columns_of_bits)
+
+    def _columns_of_bits(self) -> Tensor:
+        self.check()
+        return columns_of_bits(self.index)
 
     def to(self, target: torch.device | torch.dtype | str) -> SparseWeight:
         """A copy on another device, or with values of another dtype."""

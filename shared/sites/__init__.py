@@ -1,32 +1,13 @@
-"""Coordinate sets (voxels, patches, tokens, points): unique, lookup, windows, neighbours, gather and scatter.
+"""Coordinates on a grid (voxels, patches, points): the cell of a point, keys of cells, windows.
 
-Sites are integer coordinates on a grid, one row each; rows of features go beside them in the same order.
-Everything is integer arithmetic and sorting, so that the result does not depend on the order of the points or
-on threads.
+Sites are integer coordinates, one row each; rows of features go beside them in the same order. Everything is
+integer arithmetic, so that the result does not depend on the order of the points or on threads. Which sites
+meet in a convolution is in `zoo.shared.ops.rulebook`.
 """
 
 from __future__ import annotations
 
-from .coordinates import SiteSet, Unique, pack_keys, quantize, unique_sites, unpack_keys
-from .groups import Padding, Windows, gather_rows, rank_in_group, scatter_rows, windows
-from .rulebook import Rulebook, convolve, neighbour_table, strided_rulebook, submanifold_rulebook
+from .coordinates import pack_keys, quantize, unpack_keys
+from .windows import Windows, windows
 
-__all__ = [
-    "Padding",
-    "Rulebook",
-    "SiteSet",
-    "Unique",
-    "Windows",
-    "convolve",
-    "gather_rows",
-    "neighbour_table",
-    "pack_keys",
-    "quantize",
-    "rank_in_group",
-    "scatter_rows",
-    "strided_rulebook",
-    "submanifold_rulebook",
-    "unique_sites",
-    "unpack_keys",
-    "windows",
-]
+__all__ = ["Windows", "pack_keys", "quantize", "unpack_keys", "windows"]

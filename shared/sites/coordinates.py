@@ -1,14 +1,12 @@
-"""Sets of integer coordinates: packed keys, uniqueness, lookup."""
+"""Integer coordinates on a grid: the cells of points, and row-major keys of cells."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ..errors import OpError
@@ -86,104 +84,6 @@ def unpack_keys(keys: Int64[Tensor, " sites"], extent: Sequence[int]) -> Int64[T
         for stride, side in zip((max(s, 1) for s in _strides(checked)), checked, strict=True)
     ]
     return torch.stack(columns, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class SiteSet:
-    """Different cells of a grid, in the order of their rows.
-
-    By convention the first dimension is the sample in a batch, the others are space.
-
-    Attributes:
-        coords: (sites, dims) int64.
-        extent: size of the grid in each dimension.
-
-    Raises:
-        OpError: coordinates that are no integers, out of range, or twice the same.
-    """
-
-    coords: Tensor
-    extent: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "extent", _check_extent(self.extent))
-        object.__setattr__(self, "coords", _checked(self.coords, self.extent))
-        ordered = self._sorted[0]
-        twice = (ordered[1:] == ordered[:-1]).nonzero()
-        if twice.numel():
-            cell = unpack_keys(ordered[twice[0]], self.extent)[0].tolist()
-            raise OpError(f"site {cell} occurs twice ({len(twice)} duplicates); merge with unique_sites")
-
-    def __len__(self) -> int:
-        return self.coords.shape[0]
-
-    @cached_property
-    def keys(self) -> Int64[Tensor, " sites"]:
-        """Packed coordinates, in the order of the rows."""
-        return _pack(self.coords, self.extent)
-
-    @cached_property
-    def _sorted(self) -> tuple[Tensor, Tensor]:
-        """(keys in rising order, the row of each)."""
-        ordered, rows = torch.sort(self.keys)
-        return ordered, rows
-
-    def lookup(self, coords: Int[Tensor, "queries dims"]) -> Int64[Tensor, " queries"]:
-        """The row of each queried cell, -1 where it is not in the set, as cells outside of the grid are."""
-        inside = _inside(coords, self.extent)
-        rows = self.lookup_keys(_pack(coords.long() * inside[:, None], self.extent))
-        return torch.where(inside, rows, -1)
-
-    def lookup_keys(self, keys: Int64[Tensor, " queries"]) -> Int64[Tensor, " queries"]:
-        """The row of each queried key, -1 where it is not in the set."""
-        ordered, rows = self._sorted
-        if not len(self):
-            return torch.full_like(keys, -1)
-        place = torch.searchsorted(ordered, keys).clamp_(max=len(self) - 1)
-        return torch.where(ordered[place] == keys, rows[place], -1)
-
-    def intersection(self, other: SiteSet) -> tuple[Int64[Tensor, " shared"], Int64[Tensor, " shared"]]:
-        """Rows of the cells that both sets have: (rows here, rows there), in the order of the rows here.
-
-        Raises:
-            OpError: the sets lie on different grids.
-        """
-        if self.extent != other.extent:
-            raise OpError(
-                f"sets on grids of extent {list(self.extent)} and {list(other.extent)}; bring them to one"
-            )
-        there = other.lookup_keys(self.keys)
-        here = (there >= 0).nonzero().squeeze(1)
-        return here, there[here]
-
-
-@dataclass(frozen=True, eq=False)
-class Unique:
-    """Sites without duplicates.
-
-    Attributes:
-        sites: the different cells, in row-major order.
-        inverse: for each given row the site it belongs to.
-        counts: for each site how many rows it stands for.
-    """
-
-    sites: SiteSet
-    inverse: Tensor
-    counts: Tensor
-
-
-def unique_sites(coords: Tensor, extent: Sequence[int]) -> Unique:
-    """The different cells among `coords`, in row-major order, whatever the order of the rows.
-
-    Args:
-        coords: integers, (points, dims).
-        extent: size of the grid.
-
-    Raises:
-        OpError: as `pack_keys`.
-    """
-    keys, inverse, counts = torch.unique(pack_keys(coords, extent), return_inverse=True, return_counts=True)
-    return Unique(SiteSet(unpack_keys(keys, extent), tuple(extent)), inverse, counts)
 
 
 def quantize(

@@ -28,7 +28,7 @@ from zoo.graph.sparse import SparseMatrix
 from zoo.graph.ticket import EdgeTicket
 from zoo.shared.masks import Mask
 from zoo.shared.ops import SparseLinear, pack
-from zoo.shared.ops.derived import Derived
+from zoo.shared.ops.cache import Derived
 from zoo.shared.ops.packing import MIN_SPARSITY, register_packer
 
 Features = Tensor | SparseMatrix
@@ -279,13 +279,14 @@ def project(x: Features, linear: nn.Module) -> Float[Tensor, "nodes out"]:
         return out
     if isinstance(linear, SparseLinear):
         # Both are sparse: the features are the sparser side, and decide which rows of W^T are read.
-        values = linear.values
-        dtype = x.value.dtype
-        return x @ _transposed.get(values, lambda: linear.weight.to_dense().t().to(dtype).contiguous())
+        weight, dtype = linear.weight, x.value.dtype
+        return x @ _transposed.get(
+            weight.content, lambda: weight.to_dense().t().to(dtype).contiguous(), dtype
+        )
     return x @ cast(Tensor, linear.weight).t().contiguous()
 
 
-_transposed = Derived()
+_transposed = Derived[Tensor]()
 
 
 @register_packer(pyg.Linear)

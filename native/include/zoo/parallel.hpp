@@ -3,8 +3,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
+
+#include "zoo/export.hpp"
 
 namespace zoo {
 
@@ -35,15 +38,22 @@ void parallel_for(int64_t items, int64_t threads, Body&& body) {
   struct Context {
     std::remove_reference_t<Body>* body;
     int64_t items;
+    std::atomic<Code> code{kOk};
   } context{&body, items};
   run_team(
       threads,
       [](void* raw, int64_t thread, int64_t team) {
         auto* c = static_cast<Context*>(raw);
         const int64_t begin = c->items * thread / team, end = c->items * (thread + 1) / team;
-        if (begin < end) (*c->body)(begin, end);
+        try {
+          if (begin < end) (*c->body)(begin, end);
+        } catch (...) {  // the team's runtime is no C++: nothing may be thrown through it
+          c->code = code_of_exception();
+        }
       },
       &context);
+  if (const Code code = context.code; code == kOutOfMemory) throw std::bad_alloc();
+  else if (code != kOk) throw Failure{code};
 }
 
 // body(begin, end) over row ranges that hold about equal shares of the entries counted by the prefix sum

@@ -4,6 +4,7 @@ pattern.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ...errors import BudgetError
 from ...masks.patterns import Pattern
-from ...masks.topk import kth_largest
+from ...ops.select import largest_masks
 
 
 def _finite_magnitudes(params: list[Tensor], caller: str) -> list[Tensor]:
@@ -54,23 +55,10 @@ def project_l0_(params: Iterable[Tensor], kept: int) -> list[Tensor]:
     if kept in (0, total):
         masks = [torch.full_like(p, kept > 0, dtype=torch.bool) for p in params]
     else:
-        threshold = kth_largest(torch.cat([m.reshape(-1) for m in magnitudes]), kept)
-        masks = _above(magnitudes, threshold, kept)
+        dtype = functools.reduce(torch.promote_types, (m.dtype for m in magnitudes))
+        masks = largest_masks([m.to(dtype) for m in magnitudes], kept)
     for p, mask in zip(params, masks, strict=True):
         p.mul_(mask).add_(0.0)  # adding turns -0.0 into 0.0; four times as fast as masked_fill_ on a CPU
-    return masks
-
-
-def _above(magnitudes: list[Tensor], threshold: Tensor, kept: int) -> list[Tensor]:
-    """Masks of the entries above `threshold`, and of so many equal ones (lowest index) as make `kept`."""
-    masks = [m >= threshold for m in magnitudes]
-    surplus = sum(int(mask.count_nonzero()) for mask in masks) - kept
-    for magnitude, mask in zip(reversed(magnitudes), reversed(masks), strict=True):
-        if surplus == 0:
-            break
-        ties = (magnitude == threshold).reshape(-1).nonzero().squeeze(1)[-surplus:]
-        mask.view(-1)[ties] = False
-        surplus -= len(ties)
     return masks
 
 

@@ -294,7 +294,7 @@ def test_rulebooks_are_shared_and_freed_with_the_sites() -> None:
     first = submanifold_rulebook(x.indices, (6, 6), 2, 3)
     assert submanifold_rulebook(x.indices, [6, 6], 2, (3, 3)).forward is first.forward
     assert submanifold_rulebook(x.indices, (6, 6), 2, 3, 2).forward is not first.forward
-    x.indices[0] = x.indices[0]  # written to: no longer the sites that were checked
+    x.indices[:2] = x.indices[:2].flip(0)  # in another order: no longer the sites that were checked
     assert submanifold_rulebook(x.indices, (6, 6), 2, 3).forward is not first.forward
     del x, first
     gc.collect()

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from zoo.errors import ConfigError, DataError
+from zoo.shared.sites import windows
 
 
 class Bucket(NamedTuple):
@@ -127,13 +128,9 @@ def partition(
             "shifts from 0 to the side, and sets of at least one voxel"
         )
     _check_inside(coords, size, batch_size)
-    place = coords[:, [3, 2, 1]] + coords.new_tensor(shift)
-    side = coords.new_tensor(window)
-    box = place.div(side, rounding_mode="floor")
-    local = place - box * side
-    count = [-(-(n + s) // w) for n, s, w in zip(size, shift, window, strict=True)]
+    number, local = windows(coords, (batch_size, *size[::-1]), window[::-1], shift[::-1])
+    local = local.flip(1)  # here x comes first
     (wx, wy, wz), volume = window, math.prod(window)
-    number = ((coords[:, 0] * count[2] + box[:, 2]) * count[1] + box[:, 1]) * count[0] + box[:, 0]
     x, y, z = local.unbind(1)
     keys, order_y = (number * volume + (y * wx + x) * wz + z).sort()
     twice = (keys[1:] == keys[:-1]).nonzero()

@@ -1,0 +1,57 @@
+"""Every registered op keeps the promises of `check_op`; one that breaks a promise does not pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.shared.errors import OpError
+from zoo.shared.ops import dispatch, gated_product, gather_linear, modules, select, sparse_conv, spgemm, spmm
+from zoo.shared.ops.conformance import check_op
+
+assert all(
+    (gated_product, gather_linear, modules, select, sparse_conv, spgemm, spmm)
+)  # which register theirs
+
+
+# Not made of sums that a backend may order as it likes; test_rasterize.py has its promises.
+APART = {"rasterize"}
+
+
+@pytest.mark.parametrize("name", [name for name in dispatch.registered() if name not in APART])
+def test_an_op_is_the_same_on_every_backend(name: str) -> None:
+    assert check_op(name) >= 10
+
+
+def test_the_suite_knows_every_op() -> None:
+    with pytest.raises(OpError, match="op 'nothing' registers no examples"):
+        dispatch.examples("nothing")
+
+
+@pytest.mark.parametrize(
+    ("broken", "promise"),
+    [
+        (lambda x: torch.nn.functional.linear(x, torch.eye(3)), "inf among the inputs"),
+        (lambda x: x.clone().detach(), "gradients"),
+        (lambda x: x * 1, "the tangent was lost"),
+        (lambda x: x * 2, "plain inputs"),
+        (
+            lambda x: x + x.view(-1).storage_offset() if x.is_contiguous() else x + 1,
+            "every second|transposed",
+        ),
+    ],
+)
+def test_a_broken_op_does_not_pass(broken: object, promise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(x: Tensor) -> Tensor:
+        if dispatch.requested() == "reference":
+            return x.clone()
+        assert callable(broken)
+        result: Tensor = broken(x)
+        return result
+
+    for registry in (dispatch._planners, dispatch._examples):
+        monkeypatch.setitem(registry, "broken", None)
+    monkeypatch.setitem(dispatch._examples, "broken", lambda: [dispatch.Example(call, (torch.randn(2, 3),))])
+    with pytest.raises(AssertionError, match=promise):
+        check_op("broken")

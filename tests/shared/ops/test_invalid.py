@@ -1,0 +1,217 @@
+"""Indices damaged behind an op's back: refused, or computed right where they still fit; never a crash.
+
+Run under the address sanitizer it shows that nothing is read or written outside:
+`ZOO_FUZZ=2000 python -m zoo.shared.ops.build --sanitize address --test tests/shared/ops/test_invalid.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.shared import ops
+from zoo.shared.errors import OpError
+from zoo.shared.ops import _native
+from zoo.shared.ops.gated_product import gated_product
+from zoo.shared.ops.gated_product import reference as gated_reference
+from zoo.shared.ops.quant_sparse_linear import quant_sparse_linear, quantise_groups
+from zoo.shared.ops.rulebook import conv_rulebook, submanifold_rulebook
+from zoo.shared.ops.sparse_conv import sparse_conv, sparse_max_pool, subm_conv
+from zoo.shared.ops.sparse_conv1x1 import sparse_conv1x1
+from zoo.shared.ops.sparse_linear import sparse_linear
+from zoo.shared.ops.sparse_tensor import SparseConvTensor
+from zoo.shared.ops.spgemm import CSR, spgemm
+from zoo.shared.ops.spmm import sddmm, spmm
+from zoo.shared.ops.weights import SparseWeight, pack
+
+TRIES = int(os.environ.get("ZOO_FUZZ", "60"))  # of each target
+Target = tuple[list[Tensor], Callable[[], Tensor]]
+
+
+def damage(tensor: Tensor, rng: random.Random) -> None:
+    """Write one wrong number, as numpy would: no version counter notices."""
+    if tensor.numel() == 0:
+        return
+    kind = torch.iinfo(tensor.dtype)
+    flat: Any = tensor.view(-1).numpy()
+    at = rng.choice([0, tensor.numel() - 1, rng.randrange(tensor.numel())])
+    old = int(flat[at])
+    new = rng.choice(
+        [
+            kind.min,
+            kind.max,
+            old + 1,
+            old - 1,
+            old ^ (1 << rng.randrange(kind.bits - 1)),
+            rng.randrange(kind.max),
+        ]
+    )
+    flat[at] = min(max(new, kind.min), kind.max)
+
+
+def packed(layout: str, batch: int, trains: bool) -> Target:
+    cols = 600 if layout != "wide" else 4500
+    name = "csr" if layout == "wide" else layout
+    weight = pack(torch.randn(12, cols), torch.rand(12, cols) < 0.3, name)
+    if trains:
+        weight = dataclasses.replace(weight, values=weight.values.requires_grad_())
+    x = torch.randn(batch, cols)
+
+    def run() -> Tensor:
+        y = sparse_linear(x, weight)
+        if not trains:
+            return y
+        (grad,) = torch.autograd.grad(y.sum(), weight.values)
+        return torch.cat([y.flatten(), grad[: weight.kept]]).detach()
+
+    return [weight.index, weight.pointer], run
+
+
+def pointwise(layout: str) -> Target:
+    weight, x = pack(torch.randn(8, 200), torch.rand(8, 200) < 0.3, layout), torch.randn(2, 200, 6, 7)
+    return [weight.index, weight.pointer], lambda: sparse_conv1x1(x, weight)
+
+
+def grouped(batch: int) -> Target:
+    weight, x = quantise_groups(torch.randn(9, 96), torch.rand(9, 6) < 0.5), torch.randn(batch, 96)
+    return [weight.columns, weight.pointer, weight.zeros], lambda: quant_sparse_linear(x, weight)
+
+
+def gated() -> Target:
+    up = pack(torch.randn(20, 70), torch.rand(20, 70) < 0.5, "bitmask")
+    down = pack(torch.randn(20, 50), torch.rand(20, 50) < 0.5, "bitmask")
+    x, g = torch.randn(2, 70), torch.randn(2, 20)
+
+    def run() -> Tensor:
+        for each in (up, down):
+            SparseWeight(*each.parts, each.layout, each.shape)  # the reference reads no bits that are wrong
+        if ops.dispatch.requested() == "reference":
+            return gated_reference(x, g, up, down)
+        return gated_product(x, g, up, down)
+
+    return [up.index, up.pointer, down.index, down.pointer], run
+
+
+def graph(index: torch.dtype, op: str) -> Target:
+    row, col = torch.randint(0, 11, (60,)).sort().values, torch.randint(0, 7, (60,)).to(index)
+    crow = torch.zeros(12, dtype=index)
+    crow[1:] = torch.bincount(row, minlength=11).cumsum(0)
+    x, values = torch.randn(7, 5, requires_grad=True), torch.randn(60)
+    eye = CSR(torch.arange(8, dtype=index), torch.arange(7, dtype=index), torch.randn(7), 7)
+
+    def run() -> Tensor:
+        if op == "sddmm":
+            return sddmm(crow, col, torch.ones(11, 5), x).detach()
+        if op == "spgemm":
+            return spgemm(CSR(crow, col, values, 7), eye).values
+        if op == "max":
+            return spmm(crow, col, x.detach(), values, reduce="max")
+        y = spmm(crow, col, x, values)
+        return torch.cat([y, torch.autograd.grad(y.sum(), x)[0]]).detach()
+
+    return [crow, col], run
+
+
+def convolution(kind: str) -> Target:
+    sites = (torch.rand(2, 9, 9) < 0.4).nonzero().int().contiguous()
+    grid = SparseConvTensor(torch.randn(len(sites), 4, requires_grad=True), sites, (9, 9), 2)
+    weight = torch.randn(4, 3, 3, 1 if kind == "depthwise" else 4)
+    if kind == "sites":
+        return [sites], lambda: subm_conv(grid, weight).features.detach()
+    book = (submanifold_rulebook if kind in ("subm", "depthwise") else conv_rulebook)(sites, (9, 9), 2, 3)
+    pairs = [*book.forward[:3], *book.backward[:3]]
+
+    def run() -> Tensor:
+        if kind == "pool":
+            result = sparse_max_pool(grid, 3, rulebook=book)
+        elif kind == "conv":
+            result = sparse_conv(grid, weight, rulebook=book)
+        else:
+            result = subm_conv(grid, weight, groups=4 if kind == "depthwise" else 1, rulebook=book)
+        grad = torch.autograd.grad(result.features.sum(), grid.features)[0]
+        return torch.cat([result.features, grad]).detach()
+
+    return pairs, run
+
+
+def targets() -> Iterator[tuple[str, Callable[[], Target]]]:
+    for layout in ("bitmask", "csr", "wide", "rows4", "columns8"):
+        for batch in (1, 7, 60):
+            yield f"{layout}-{batch}", lambda layout=layout, batch=batch: packed(layout, batch, False)
+        yield f"{layout}-trains", lambda layout=layout: packed(layout, 7, True)
+    for layout in ("bitmask", "csr", "rows4"):
+        yield f"conv1x1-{layout}", lambda layout=layout: pointwise(layout)
+    for batch in (1, 9):
+        yield f"groups-{batch}", lambda batch=batch: grouped(batch)
+    yield "gated", gated
+    for index in (torch.int32, torch.int64):
+        for op in ("sum", "max", "sddmm", "spgemm"):
+            yield f"{op}-{str(index)[6:]}", lambda index=index, op=op: graph(index, op)
+    for kind in ("subm", "depthwise", "conv", "pool", "sites"):
+        yield kind, lambda kind=kind: convolution(kind)
+
+
+@pytest.mark.skipif(not _native.available(), reason="no native library")
+@pytest.mark.parametrize(("name", "make"), list(targets()), ids=[name for name, _ in targets()])
+def test_damaged_indices_are_refused_or_computed_right(name: str, make: Callable[[], Target]) -> None:
+    rng = random.Random(name)
+    torch.manual_seed(rng.randrange(2**31))
+    refused = wrong = 0
+    tensors, run = make()
+    intact, right = [tensor.clone() for tensor in tensors], run()
+    for _ in range(TRIES):
+        with ops.backend("native"):
+            run()  # so that what is remembered of calls is remembered
+        for _ in range(rng.choice([1, 1, 2])):
+            damage(rng.choice(tensors), rng)
+        try:
+            with ops.backend(rng.choice(["native", "auto"])):
+                found = run()
+        except OpError:
+            refused += 1
+        else:
+            try:
+                with ops.backend("reference"):
+                    expected = run()
+            except OpError:  # of what no kernel reads, as bits far beyond the columns
+                expected = right
+            wrong += not torch.allclose(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+        for tensor, before in zip(tensors, intact, strict=True):
+            tensor.copy_(before)
+    print(f"{name}: {TRIES} tried, {refused} refused, {wrong} wrong")
+    assert refused and not wrong
+
+
+def test_impossible_sizes_are_refused_and_memory_that_is_not_there_is_a_memory_error() -> None:
+    one = torch.tensor([0, 1], dtype=torch.int64)
+    a = CSR(one, torch.zeros(1, dtype=torch.int64), torch.ones(1), 1)
+    for cols in (-5, -(2**63)):
+        with pytest.raises(OpError, match="columns"):
+            spgemm(a, a._replace(cols=cols))
+    if not _native.available():
+        pytest.skip("no native library")
+    with pytest.raises(MemoryError):
+        _native.function("zoo_selftest_memory", "i")(2**62)
+    with pytest.raises(MemoryError):
+        _native.function("zoo_selftest_memory", "i")(-8)
+
+
+def test_every_exported_function_lets_nothing_out() -> None:
+    """An exception that left the library would end the interpreter."""
+    sources = sorted((_native.FOLDER.resolve().parents[1] / "native" / "src").glob("*.cpp"))
+    if not sources:
+        pytest.skip("not a source checkout")
+    plain = {"zoo_abi_version", "zoo_set_openmp", "zoo_digest", "zoo_finite"}  # which throw nothing
+    for source in sources:
+        text = source.read_text()
+        for part in text.split("ZOO_EXPORT ")[1:]:
+            name = part.split("(")[0].split()[-1]
+            head, _, body = part.partition("{")
+            assert name in plain or (head.rstrip().endswith("try") and "\n} ZOO_CATCH" in body), name
