@@ -133,7 +133,7 @@ def eval_command(argv: Sequence[str]) -> int:
             options.execution,
             twins=options.twins or bool(options.report),
             seed=options.seed,
-            use_cache=not options.fresh,
+            use_cache=False if options.fresh else None,
             out=options.out,
             progress=progress,
         )
@@ -169,7 +169,7 @@ def compare_command(argv: Sequence[str]) -> int:
             margin=options.margin,
             confidence=options.confidence,
             seed=options.seed,
-            use_cache=not options.fresh,
+            use_cache=False if options.fresh else None,
             progress=progress,
         )
     if options.json:

@@ -69,7 +69,7 @@ def compare(
     margin: float | None = None,
     confidence: float = 0.95,
     seed: int = 0,
-    use_cache: bool = True,
+    use_cache: bool | None = None,
     progress: Progress | None = None,
 ) -> list[Comparison]:
     """Compare models sample by sample; the first is the reference. One model alone is compared with its
@@ -83,7 +83,8 @@ def compare(
         margin: by how much a model may be worse (in the metric's unit); see `Comparison.within_margin`.
         confidence: of the intervals.
         seed: of the evaluation and of the bootstrap.
-        use_cache: False measures again.
+        use_cache: as for `evaluate`: None keeps the records of bundles, True those of modules, too, False
+            measures again.
         progress: called as runs finish.
 
     Raises:

@@ -17,6 +17,7 @@ from torch import nn
 
 from zoo.bundles.store import load
 from zoo.errors import BundleError, ConfigError, TaskError, UnknownNameError
+from zoo.harness.compare import compare
 from zoo.harness.records import Record
 from zoo.harness.runner import evaluate
 from zoo.harness.tasks import Measure, Task, TaskResult, get_task, register_task
@@ -144,9 +145,12 @@ def test_a_bare_module_is_kept_only_when_asked(toy_zoo, tmp_path, monkeypatch):
     for use_cache in (None, False):
         assert evaluate(model, "toy/accuracy", use_cache=use_cache)[0].key == ""
     assert not (tmp_path / "zoo-cache" / "records").exists()
+    compare([model, toy_zoo["dense"]], "toy/accuracy")
+    assert len(list((tmp_path / "zoo-cache" / "records").iterdir())) == 1, "that of the bundle"
+    log.unlink()
     before = evaluate(model, "toy/accuracy", use_cache=True)[0]
     assert evaluate(model, "toy/accuracy", use_cache=True)[0] == before
-    assert log.read_text().count("\n") == 3
+    assert log.read_text().count("\n") == 1
     model.first.bias.data += 1.0
     assert evaluate(model, "toy/accuracy", use_cache=True)[0].key not in ("", before.key)
 
