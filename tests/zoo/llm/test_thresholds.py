@@ -135,28 +135,6 @@ def test_thresholds_over_sparse_weights(llama, batches):
         torch.testing.assert_close(logits(packed, ids), logits(llama, ids), atol=1e-4, rtol=1e-4)
 
 
-def test_other_families_with_biases_and_other_activations(batches):
-    from transformers import GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-    sizes = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-    }
-    torch.manual_seed(0)
-    for model in (GemmaForCausalLM(GemmaConfig(**sizes)), Qwen2ForCausalLM(Qwen2Config(**sizes))):
-        attach(model.eval(), some_thresholds(model, 0.1))
-        packed = pack_model(copy.deepcopy(model))
-        assert isinstance(packed.model.layers[0].mlp, PackedGatedMLP)
-        ids = batches[0][:, :2]
-        torch.testing.assert_close(logits(packed, ids), logits(model, ids), atol=1e-4, rtol=1e-4)
-
-
 def test_an_ffn_of_another_formula_stays_masked(llama):
     mlp = llama.model.layers[0].mlp
     attach(llama, some_thresholds(llama))
