@@ -89,6 +89,8 @@ def _reset(model: nn.Module) -> None:
         reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
         if callable(reset):
             reset()
+    for item in (*model.modules(), *model.parameters()):
+        item.__dict__.pop("_is_hf_initialized", None)  # transformers initialises nothing twice
     for module in model.modules():
         if callable(initialise := getattr(module, "init_weights", None)):
             try:

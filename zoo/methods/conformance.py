@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from zoo.errors import ZooError
-from zoo.methods.contract import Method, Sparsified, default_recipe, needs_job
+from zoo.methods.contract import Method, Sparsified, default_recipe
 from zoo.methods.front import made_method
 from zoo.registry import METHODS
 from zoo.shared.errors import SparseError
@@ -101,20 +101,20 @@ def check_method(
 
 
 def _run(method: Method, model: nn.Module, job: Callable[[], Job] | None) -> Sparsified:
-    if not (needs_job(method) or default_recipe(method)):
-        return method.sparsify(model)
     return method.sparsify(model, job() if job is not None else images_job(method))
 
 
 def _check_sparsity(name: str, made: Sparsified, sparsity: float) -> None:
     """As many zeros as asked for: over all masked weights, up to one per tensor where each is cut by itself;
-    or as many channels."""
+    or as many channels. What makes activations sparse has neither."""
     if (channels := made.extras.get("channels/keep")) is not None:
         kept, total, room = int(channels.sum()), channels.numel(), 0
     else:
         kept = sum(mask.kept for mask in made.masks.values())
         total = sum(mask.numel for mask in made.masks.values())
         room = len(made.masks)
+    if not total and made.extras:
+        return
     if total == 0 or abs(kept - kept_count(total, sparsity)) > room:
         raise ConformanceError(f"{name} keeps {kept} of {total} at a sparsity of {sparsity}")
     carried = masks_of(made.model)
