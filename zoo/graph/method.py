@@ -20,6 +20,7 @@ from zoo.graph.ticket import EdgeTicket
 from zoo.graph.train import L0Ball, graph_job, graph_recipe, train_best
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks import MaskSet, set_masks
+from zoo.shared.train import Job
 
 
 @dataclasses.dataclass
@@ -53,8 +54,13 @@ class Teddy:
     seed: int = 0
     """Of the new initial weights, of dropout and of a random order."""
 
-    def sparsify(self, model: nn.Module) -> Sparsified:
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Train a ticket; `model` is the teacher and stays as it is.
+
+        Args:
+            model: one of the zoo's GCN, GAT and GIN.
+            job: whose recipe and seed take the place of those among the options. The graph is that of
+                `dataset`: a job has it prepared, with all its edges.
 
         Raises:
             ConfigError: a model of another kind, or no graph to train on.
@@ -62,6 +68,10 @@ class Teddy:
         """
         if not isinstance(model, GraphModel):
             raise ConfigError(f"TEDDY trains the zoo's GCN, GAT and GIN. Received: {type(model).__name__}.")
+        if job is not None:
+            recipe = job.recipe
+            fields = {"epochs": recipe.epochs, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
+            return dataclasses.replace(self, **fields, seed=job.seed).sparsify(model)
         check_sparsity(self.edge_sparsity, "edge_sparsity")
         check_sparsity(self.weight_sparsity, "weight_sparsity")
         dataset = self.dataset or dataset_of(model)

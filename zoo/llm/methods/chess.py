@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import ConfigError
 from zoo.llm.data.calibration import Calibrated, extras_of
 from zoo.llm.gate_statistics import GateStatistics, gate_statistics
 from zoo.llm.models.thresholds import attach, to_extras
@@ -105,6 +106,10 @@ class Chess(Calibrated):
         """The attention's sparsity on this model."""
         if self.attention_sparsity is not None:
             return self.attention_sparsity
-        config: Any = model.config
+        config: Any = getattr(model, "config", None)
+        if config is None:
+            raise ConfigError(
+                f"CHESS takes language models of transformers; {type(model).__name__} has no config"
+            )
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return self.sparsity if int(text.hidden_size) >= _WIDE else self.sparsity / 2
