@@ -102,12 +102,16 @@ class Fit:
         self._scales = [
             group["lr"] / recipe.lr if recipe.lr else 1.0 for group in self.optimizer.param_groups
         ]
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._called, self._stepped = model, self.optimizer
         if accelerator is not None:
             self._called, self._stepped = accelerator.prepare(model, self.optimizer)
             self.optimizer = unwrap_optimizer(self._stepped)
         self._average = [p.detach().clone() for p in self.parameters] if recipe.ema else []
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained; asked of the optimiser, since rows may come and go (`RowResizer`)."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
     def steps_per_epoch(self) -> int:
