@@ -10,7 +10,7 @@ from zoo.graph.data import load_graph
 from zoo.graph.method import dataset_of
 from zoo.graph.models import GraphModel
 from zoo.graph.train import graph_job
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Job, Recipe, device_named
 
 
 def make_job(
@@ -38,4 +38,6 @@ def make_job(
         raise ConfigError(
             f"a graph is prepared for one of the zoo's GCN, GAT and GIN. Received: {type(model).__name__}."
         )
-    return graph_job(model.to(device), load_graph(dataset or dataset_of(model)), recipe, seed=seed)
+    return graph_job(
+        model.to(device_named(device)), load_graph(dataset or dataset_of(model)), recipe, seed=seed
+    )
