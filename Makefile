@@ -61,6 +61,7 @@ bench: $(VENV)/.installed-test $(VENV)/.kernels
 ATTACK_SECONDS ?= 240
 attack: $(VENV)/.installed-test
 	$(BIN)/python -m tests.attack --seconds $(ATTACK_SECONDS)
+	ZOO_FUZZ=500 $(BIN)/python -m zoo.shared.ops.build --sanitize address --test tests/shared/ops/test_invalid.py
 
 sanitize: $(VENV)/.installed-test
 	$(BIN)/python -m zoo.shared.ops.build --sanitize address --test
