@@ -26,8 +26,9 @@ from zoo.harness.subjects import Models, find_bundles, twin_of
 from zoo.harness.tables import Table
 from zoo.harness.tasks import Progress, get_task
 from zoo.report import numbers
-from zoo.shared.errors import SparseError
+from zoo.shared.errors import PatternError, SparseError
 from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.masks.patterns import NM, parse_pattern
 from zoo.shared.store.formats import save_packed
 from zoo.shared.store.io import read_json, sha256_file
 
@@ -266,11 +267,15 @@ def _sparsity(card: Card, model: nn.Module) -> Iterator[Check]:
 
 def _pattern(name: str, stated: str, masks: MaskSet) -> Check:
     """A pattern on the card against that of the masks, which were checked when they were read. A part without
-    masks of parameters is a list of things that are kept or not, which has no other pattern."""
+    masks of parameters (edges, channels, groups of a coded weight) keeps or drops things one by one: it may
+    state what they are, never how many of how many stay."""
     if name == "weights":
         found = "+".join(sorted({str(mask.pattern) for mask in masks.values()}))
         return _exact(f"{name}, pattern", stated, found)
-    ok = stated in ("unstructured", "channel")
+    try:
+        ok = stated == "channel" or not isinstance(parse_pattern(stated), NM)
+    except PatternError:
+        ok = False
     return Check(f"{name}, pattern", stated, stated if ok else "unstructured", ok)
 
 
