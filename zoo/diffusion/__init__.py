@@ -8,12 +8,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, METHODS
+from zoo.registry import ARCHITECTURES, JOBS, MAKERS, METHODS, TASKS
 
 ARCHITECTURES.register("diffusion/text-to-image", "zoo.diffusion.models:TextToImage")
 METHODS.register("prune-parts", "zoo.diffusion.methods.stable_diffusion:PruneParts")
 METHODS.register("ecodiff", "zoo.diffusion.methods.ecodiff:EcoDiff")
 METHODS.register("laptop", "zoo.diffusion.methods.laptop:Laptop")
+TASKS.register("diffusion/t2i-digits", "zoo.diffusion.tasks:Digits")
+TASKS.register("diffusion/t2i-mnist", "zoo.diffusion.tasks:Mnist")
+JOBS.register("diffusion", "zoo.diffusion.domain:make_job")
+MAKERS.register("diffusion/text-to-image", "zoo.diffusion.makers:text_to_image")
 
 _PUBLIC = {
     "TextToImage": "models",

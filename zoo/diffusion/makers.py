@@ -1,0 +1,21 @@
+"""Makers of recipe rows (`zoo make`) that are particular to diffusion."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from zoo.bundles.make import Work
+from zoo.bundles.recipes import Row
+from zoo.diffusion.domain import dense_model, make_job
+from zoo.methods.contract import Sparsified
+from zoo.shared.masks import MaskSet
+from zoo.shared.train import Recipe
+
+
+def text_to_image(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A dense text-to-image model, trained to predict noise."""
+    model = dense_model(str(row.dataset), seed)
+    recipe = Recipe(**row.recipe)
+    job = make_job(str(row.dataset), recipe=recipe, seed=seed, device=work.device, model=model)
+    job.fit(model).run()
+    return Sparsified(model.cpu().eval(), MaskSet({}), arguments=model.current_arguments())
