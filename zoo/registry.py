@@ -233,6 +233,11 @@ FOLDERS: Registry[Any] = Registry("folder handler", "zoo.folders")
 #: domain -> function that lets a model of the domain write, behind `zoo generate`
 GENERATORS: Registry[Any] = Registry("generator", "zoo.generators")
 
+#: ending of a file, ".ply" -> dataclass with `run() -> dict` and `describe(dict) -> str`: `zoo sparsify FILE`
+FILE_SPARSIFIERS: Registry[Any] = Registry(
+    "kind of file to sparsify", "zoo.file_sparsifiers", needs=("run", "describe")
+)
+
 register_architecture = ARCHITECTURES.register
 register_method = METHODS.register
 register_task = TASKS.register

@@ -136,10 +136,17 @@ class Reproduce:
 
 
 def sparsify_command(argv: Sequence[str]) -> int:
+<<<<<<< HEAD
     """`zoo sparsify MODEL --method NAME --out DIR ...`."""
     from zoo.methods.contract import default_recipe, needs_job
     from zoo.registry import METHODS
+=======
+    """`zoo sparsify MODEL --method NAME --out DIR ...`, or a file of a kind that a domain knows."""
+    from zoo.registry import FILE_SPARSIFIERS, METHODS
 
+    suffix = Path(argv[0]).suffix if argv else ""
+    if suffix and suffix in FILE_SPARSIFIERS:
+        return _sparsify_file(argv, FILE_SPARSIFIERS.get(suffix))
     method_name, rest = take_option(argv, "method", "prune")
     method_class: Any = METHODS.get(method_name)
     description = (
@@ -200,6 +207,16 @@ def foreign_folder(model: str) -> tuple[str, Any] | None:
         if (folder / marker).is_file():
             return domain, FOLDERS.get(name)
     return None
+
+
+def _sparsify_file(argv: Sequence[str], options_class: Any) -> int:
+    options = parse(options_class, argv, "sparsify")
+    report = options.run()
+    if options.json:
+        print_json(report)
+    else:
+        print(options.describe(report))
+    return OK
 
 
 def rebase_command(argv: Sequence[str]) -> int:

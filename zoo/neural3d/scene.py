@@ -55,6 +55,13 @@ class GaussianScene(nn.Module):
             scene.shN.copy_(splats.sh[:, 1:])
         return scene
 
+    def like(self, splats: Splats) -> GaussianScene:
+        """A scene of other Gaussians over the same background."""
+        red, green, blue = self.background.tolist()
+        other = GaussianScene.from_splats(splats, (red, green, blue))
+        other.antialiased = self.antialiased
+        return other
+
     def __len__(self) -> int:
         return len(self.means)
 

@@ -1,7 +1,7 @@
 """Posed views of a scene, for training and for testing: embedded ones and those in the folder ZOO_DATA.
 
-    views = load_views("shapes")              # embedded: made by a formula, with exact depth and masks
-    views = load_views("lego", longest=100)   # ZOO_DATA/nerf-synthetic-lego, each side divided by a whole number
+views = load_views("shapes")              # embedded: made by a formula, with exact depth and masks
+views = load_views("lego", longest=100)   # ZOO_DATA/nerf-synthetic-lego, each side divided by a whole number
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class View:
         for what in ("image", "mask", "depth"):
             found = getattr(self, what)
             if found is not None and tuple(found.shape[:2]) != wanted:
-                raise DataError(f"view {self.name!r}: {what} of {tuple(found.shape[:2])}, the camera has {wanted}")
+                raise DataError(
+                    f"view {self.name!r}: {what} of {tuple(found.shape[:2])}, the camera has {wanted}"
+                )
 
     def reduced(self, factor: int) -> View:
         """Means over squares of `factor` pixels; what is left over at right and below is cut. Depth is taken
@@ -59,11 +61,17 @@ class View:
 
         def mean(values: Tensor) -> Tensor:
             planes = values.reshape(*self.image.shape[:2], -1).permute(2, 0, 1)
-            return functional.avg_pool2d(planes, factor).permute(1, 2, 0).reshape(height, width, *values.shape[2:])
+            return (
+                functional.avg_pool2d(planes, factor)
+                .permute(1, 2, 0)
+                .reshape(height, width, *values.shape[2:])
+            )
 
         middle = slice(factor // 2, None, factor)
         depth = None if self.depth is None else self.depth[middle, middle][:height, :width]
-        return View(camera, mean(self.image), None if self.mask is None else mean(self.mask), depth, self.name)
+        return View(
+            camera, mean(self.image), None if self.mask is None else mean(self.mask), depth, self.name
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,9 @@ class Views:
 
     def __post_init__(self) -> None:
         if not self.train or not self.test:
-            raise DataError(f"{self.name}: {len(self.train)} views to train on and {len(self.test)} to test on")
+            raise DataError(
+                f"{self.name}: {len(self.train)} views to train on and {len(self.test)} to test on"
+            )
 
     @property
     def centre(self) -> Tensor:
@@ -145,7 +155,7 @@ def _folder(name: str) -> Path:
     root = os.environ.get("ZOO_DATA")
     if root is None or not (Path(root) / name).is_dir():
         raise DataError(
-            f"the views {name!r} are not in the folder that ZOO_DATA names ({root}); use the embedded 'shapes'"
+            f"the views {name!r} are not in the folder that ZOO_DATA names ({root}); 'shapes' are embedded"
         )
     return Path(root) / name
 
@@ -197,7 +207,9 @@ def load_transforms(path: Path, background: float = 1.0) -> list[tuple[View, str
     """
     data = _json(path)
     if any(abs(data.get(name, 0)) > 1e-9 for name in ("k1", "k2", "k3", "p1", "p2")):
-        raise DataError(f"{path}: distorted pictures; undistort them first (nerfstudio and COLMAP have commands)")
+        raise DataError(
+            f"{path}: distorted pictures; undistort them first (nerfstudio and COLMAP have commands)"
+        )
     views = []
     for number, frame in enumerate(data.get("frames", [])):
         try:
@@ -226,7 +238,9 @@ def load_transforms(path: Path, background: float = 1.0) -> list[tuple[View, str
 
 def _lego() -> Views:
     folder = _folder("nerf-synthetic-lego")
-    train, test = ([v for v, _ in load_transforms(folder / f"transforms_{s}.json")] for s in ("train", "test"))
+    train, test = (
+        [v for v, _ in load_transforms(folder / f"transforms_{s}.json")] for s in ("train", "test")
+    )
     return Views("lego", train, test, (1.0, 1.0, 1.0), licence="not stated by the source; not shipped")
 
 
@@ -256,7 +270,9 @@ def _posed(folder: Path, images: str, poses: str, k_name: str, offset: float = 0
     return views
 
 
-def _split(views: list[View], test: list[int], excluded: tuple[int, ...] = ()) -> tuple[list[View], list[View]]:
+def _split(
+    views: list[View], test: list[int], excluded: tuple[int, ...] = ()
+) -> tuple[list[View], list[View]]:
     train = [view for i, view in enumerate(views) if i not in test and i not in excluded]
     return train, [views[i] for i in test]
 
@@ -275,13 +291,17 @@ def _dtu() -> Views:
     masked = []
     for view, file in zip(views, sorted((folder / "mask").iterdir()), strict=True):
         mask = _picture(file)
-        masked.append(View(view.camera, view.image, mask if mask.ndim == 2 else mask[..., 0], None, view.name))
+        masked.append(
+            View(view.camera, view.image, mask if mask.ndim == 2 else mask[..., 0], None, view.name)
+        )
     with numpy.load(folder / "points3d.npz", allow_pickle=False) as data:
         points, colours = torch.from_numpy(data["xyz_unit"]), torch.from_numpy(data["rgb"] / 255).float()
     excluded = (3, 4, 5, 6, 7, *range(16, 22), *range(36, 40))
     train = [25, 22, 28, 40, 44, 48, 0, 8, 13]  # of the sparse-view protocol, in its order
     test = [i for i in range(len(masked)) if i not in train and i not in excluded]
-    return Views("dtu24", [masked[i] for i in train], [masked[i] for i in test], points=points, colours=colours)
+    return Views(
+        "dtu24", [masked[i] for i in train], [masked[i] for i in test], points=points, colours=colours
+    )
 
 
 def _strecha(folder: str, name: str, test: list[int]) -> Views:
@@ -293,7 +313,9 @@ def _strecha(folder: str, name: str, test: list[int]) -> Views:
 
 def _livingroom() -> Views:
     folder = _folder("rgbd-livingroom")
-    views = _posed(folder, "color", "c2w_opencv", "K", offset=0.5)  # its pixels are counted from their middles
+    views = _posed(
+        folder, "color", "c2w_opencv", "K", offset=0.5
+    )  # its pixels are counted from their middles
     deep = []
     for view, file in zip(views, sorted((folder / "depth_mm").iterdir()), strict=True):
         deep.append(View(view.camera, view.image, None, _picture(file) * 65.535, view.name))

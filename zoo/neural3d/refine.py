@@ -1,0 +1,69 @@
+"""Training a scene of Gaussians on views: learning rates by parameter, loss, job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.neural3d.metrics import psnr, ssim_map_mean
+from zoo.neural3d.scene import GaussianScene
+from zoo.neural3d.views import View, ViewBatches
+from zoo.shared.train import Job, Recipe
+
+# Learning rates of 3DGS (Kerbl et al. 2023); that of the means is for a scene of extent 1.
+RATES = {"means": 1.6e-4, "quats": 1e-3, "scales": 5e-3, "opacities": 5e-2, "sh0": 2.5e-3, "shN": 1.25e-4}
+
+
+def view_loss(model: nn.Module, view: View) -> Tensor:
+    """0.8 L1 + 0.2 (1 - SSIM) of a rendering against its picture (3DGS)."""
+    found = model(view.camera)
+    near = (found - view.image).abs().mean()
+    return 0.8 * near + 0.2 * (1 - ssim_map_mean(found, view.image))
+
+
+def mean_psnr(model: nn.Module, views: Sequence[View]) -> float:
+    """PSNR in dB, the mean over views."""
+    with torch.no_grad():
+        return sum(psnr(model(view.camera), view.image) for view in views) / len(views)
+
+
+def scene_job(
+    train: Sequence[View], test: Sequence[View] = (), *, steps: int, seed: int = 0, lr: float = 1.0
+) -> Job:
+    """The job of fitting a scene to views, one view a step.
+
+    Args:
+        lr: times the rates of `RATES`, falling to zero as a cosine.
+    """
+    recipe = Recipe(
+        steps=steps,
+        lr=lr,
+        weight_decay=0.0,
+        optimizer="adam",
+        warmup=0.0,
+        decay="cosine",
+        options={"eps": 1e-15},
+    )
+    views, judged = ViewBatches(list(train)), list(test)
+    score = (lambda model: mean_psnr(model, judged)) if judged else None
+    return Job(views, loss=view_loss, score=score, recipe=recipe, seed=seed)
+
+
+def rate_groups(scene: GaussianScene, extent: float, lr: float = 1.0) -> list[dict[str, Any]]:
+    """A group of parameters for each rate, as optimisers take them; `extent` is the cameras' distance."""
+    groups = []
+    for name, parameter in scene.named_parameters():
+        if parameter.numel():
+            rate = lr * RATES[name] * (extent if name == "means" else 1.0)
+            groups.append({"params": [parameter], "lr": rate, "name": name})
+    return groups
+
+
+def refine(scene: GaussianScene, job: Job, extent: float) -> GaussianScene:
+    """Fit a scene in place, to the end of the job's recipe."""
+    fit = job.fit(scene, parameters=rate_groups(scene, extent, job.recipe.lr), macs=lambda: 0.0)
+    fit.run()
+    return scene
