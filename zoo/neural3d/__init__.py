@@ -5,8 +5,21 @@ Importing this package does not import torch: everything is registered by addres
 
 from __future__ import annotations
 
-from zoo.registry import ARCHITECTURES, FILE_SPARSIFIERS
+from zoo.registry import ARCHITECTURES, FILE_SPARSIFIERS, MAKERS, METHODS, TASKS
 
 ARCHITECTURES.register("neural3d/gaussians", "zoo.neural3d.scene:GaussianScene")
 for _suffix in (".ply", ".splat", ".spz", ".sog"):
     FILE_SPARSIFIERS.register(_suffix, "zoo.neural3d.sparsify:SparsifyScene")
+METHODS.register("splat-pruning", "zoo.neural3d.methods.splat_pruning:SplatPruning")
+MAKERS.register("neural3d/gaussians", "zoo.neural3d.makers:gaussians")
+for _name, _class in (
+    ("shapes", "Shapes"),
+    ("lego-100", "Lego"),
+    ("fox-120", "Fox"),
+    ("fern-126", "Fern"),
+    ("dtu24-100", "DTU24"),
+    ("fountain-128", "Fountain"),
+    ("herzjesu-128", "HerzJesu"),
+    ("livingroom-128", "LivingRoom"),
+):
+    TASKS.register(f"neural3d/{_name}", f"zoo.neural3d.tasks:{_class}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ class GaussianScene(nn.Module):
         self,
         count: int,
         sh_degree: int = 0,
-        background: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        background: Sequence[float] = (0.0, 0.0, 0.0),
         antialiased: bool = False,
     ) -> None:
         super().__init__()
@@ -39,7 +41,9 @@ class GaussianScene(nn.Module):
         self.opacities = nn.Parameter(torch.zeros(count))
         self.sh0 = nn.Parameter(torch.zeros(count, 1, 3))
         self.shN = nn.Parameter(torch.zeros(count, (sh_degree + 1) ** 2 - 1, 3))
-        self.register_buffer("background", torch.tensor(background, dtype=torch.float32), persistent=False)
+        self.register_buffer(
+            "background", torch.tensor(list(background), dtype=torch.float32), persistent=False
+        )
         self.background: Tensor
 
     @classmethod

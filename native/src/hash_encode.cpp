@@ -1,0 +1,197 @@
+// Multi-resolution hash grid (Mueller et al. 2022): features of points in the unit cube, and their gradients.
+//
+// Going forward, and back to the points, a thread owns points; back to the table it owns levels, whose entries are
+// summed in the order of the points. So no result depends on the number of threads.
+#include <algorithm>
+#include <cmath>
+
+#include "zoo/export.hpp"
+#include "zoo/lanes.hpp"
+#include "zoo/parallel.hpp"
+#include "zoo/simd.hpp"
+
+namespace zoo {
+namespace {
+
+using Vec = Lanes<float>::Vec;
+using Bits = Lanes<float>::Bits;
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+constexpr int64_t kWidth = Lanes<float>::kCount;
+
+struct Grid {
+  const int64_t* resolution;  // [levels] cells on a side
+  const int64_t* offset;      // [levels + 1] first entry
+  int64_t levels, features;
+
+  bool dense(int64_t level) const {
+    const int64_t side = resolution[level] + 1;
+    return side * side * side == offset[level + 1] - offset[level];
+  }
+};
+
+ZOO_INLINE Vec to_floats(Bits v) { return __builtin_convertvector(v, Vec); }
+
+// Cells of kWidth points on one level: entries of the lowest corner's coordinates, and shares of the upper corners.
+struct Cells {
+  Words part[3][2];  // what each coordinate contributes to the entry, for the lower and the upper corner
+  Vec upper[3];
+  Words mask;
+  bool dense;
+
+  ZOO_INLINE Cells(const Grid& grid, int64_t level, const Vec* point) {
+    const auto side = static_cast<int32_t>(grid.resolution[level]);
+    dense = grid.dense(level);
+    const auto size = static_cast<uint32_t>(grid.offset[level + 1] - grid.offset[level]);
+    mask = Words{} + (size - 1);
+    const uint32_t hashed[3] = {1u, 2654435761u, 805459861u};
+    const uint32_t straight[3] = {1u, static_cast<uint32_t>(side + 1),
+                                  static_cast<uint32_t>(side + 1) * static_cast<uint32_t>(side + 1)};
+    for (int axis = 0; axis < 3; ++axis) {
+      Vec x = point[axis];
+      x = x > 0.0f ? x : Vec{};
+      x = x < 1.0f ? x : splat_vec(1.0f);
+      x *= static_cast<float>(side);
+      Bits cell = __builtin_convertvector(x, Bits);
+      cell = cell < side - 1 ? cell : Bits{} + (side - 1);
+      upper[axis] = x - to_floats(cell);
+      const auto factor = dense ? straight[axis] : hashed[axis];
+      part[axis][0] = reinterpret_cast<Words>(cell) * factor;
+      part[axis][1] = part[axis][0] + factor;
+    }
+  }
+
+  ZOO_INLINE Words entry(int corner) const {
+    const Words x = part[0][corner & 1], y = part[1][corner >> 1 & 1], z = part[2][corner >> 2];
+    return dense ? x + y + z : (x ^ y ^ z) & mask;
+  }
+  ZOO_INLINE Vec share(int axis, int corner) const {
+    return corner >> axis & 1 ? upper[axis] : 1.0f - upper[axis];
+  }
+};
+
+ZOO_INLINE Vec gather_floats(const float* from, Words index) {
+#if defined(__AVX512F__)
+  return _mm512_i32gather_ps(reinterpret_cast<__m512i>(index), from, 4);
+#elif defined(__AVX2__)
+  return _mm256_i32gather_ps(from, reinterpret_cast<__m256i>(index), 4);
+#else
+  Vec v;
+  for (int64_t i = 0; i < kWidth; ++i) v[i] = from[index[i]];
+  return v;
+#endif
+}
+
+// The points of `rows` that follow `begin`, at most kWidth, one coordinate after the other; absent ones are zero.
+ZOO_INLINE int64_t load_points(const float* points, const int64_t* rows, int64_t begin, int64_t end, Vec* point) {
+  const int64_t count = std::min(kWidth, end - begin);
+  for (int axis = 0; axis < 3; ++axis) point[axis] = Vec{};
+  for (int64_t i = 0; i < count; ++i)
+    for (int axis = 0; axis < 3; ++axis) point[axis][i] = points[3 * rows[begin + i] + axis];
+  return count;
+}
+
+void encode(const Grid& grid, const float* points, const float* table, const int64_t* rows, int64_t begin, int64_t end,
+            float* out) {
+  const int64_t width = grid.levels * grid.features, features = grid.features;
+  for (int64_t at = begin; at < end; at += kWidth) {
+    Vec point[3];
+    const int64_t count = load_points(points, rows, at, end, point);
+    for (int64_t level = 0; level < grid.levels; ++level) {
+      const Cells cells(grid, level, point);
+      const float* own = table + features * grid.offset[level];
+      for (int64_t f = 0; f < features; ++f) {
+        Vec sum{};
+        for (int corner = 0; corner < 8; ++corner) {
+          const Vec weight = cells.share(0, corner) * cells.share(1, corner) * cells.share(2, corner);
+          sum += weight * gather_floats(own + f, cells.entry(corner) * static_cast<uint32_t>(features));
+        }
+        for (int64_t i = 0; i < count; ++i) out[width * rows[at + i] + features * level + f] = sum[i];
+      }
+    }
+  }
+}
+
+void to_points(const Grid& grid, const float* points, const float* table, const int64_t* rows, int64_t begin,
+               int64_t end, const float* flow, float* grad) {
+  const int64_t width = grid.levels * grid.features, features = grid.features;
+  for (int64_t at = begin; at < end; at += kWidth) {
+    Vec point[3], sum[3] = {};
+    const int64_t count = load_points(points, rows, at, end, point);
+    for (int64_t level = 0; level < grid.levels; ++level) {
+      const Cells cells(grid, level, point);
+      const float* own = table + features * grid.offset[level];
+      const auto side = static_cast<float>(grid.resolution[level]);
+      for (int corner = 0; corner < 8; ++corner) {
+        Vec value{};
+        for (int64_t f = 0; f < features; ++f) {
+          Vec g{};
+          for (int64_t i = 0; i < count; ++i) g[i] = flow[width * rows[at + i] + features * level + f];
+          value += g * gather_floats(own + f, cells.entry(corner) * static_cast<uint32_t>(features));
+        }
+        value *= side;
+        for (int axis = 0; axis < 3; ++axis) {
+          const Vec across = cells.share((axis + 1) % 3, corner) * cells.share((axis + 2) % 3, corner) * value;
+          sum[axis] += corner >> axis & 1 ? across : -across;
+        }
+      }
+    }
+    for (int64_t i = 0; i < count; ++i)
+      for (int axis = 0; axis < 3; ++axis) {  // what was held at the border does not move
+        const float x = point[axis][i];
+        grad[3 * rows[at + i] + axis] = x >= 0.0f && x <= 1.0f ? sum[axis][i] : 0.0f;
+      }
+  }
+}
+
+void to_table(const Grid& grid, int64_t level, const float* points, const int64_t* rows, int64_t count,
+              const float* flow, float* grad) {
+  const int64_t width = grid.levels * grid.features, features = grid.features;
+  float* own = grad + features * grid.offset[level];
+  for (int64_t at = 0; at < count; at += kWidth) {
+    Vec point[3];
+    const int64_t here = load_points(points, rows, at, count, point);
+    const Cells cells(grid, level, point);
+    for (int corner = 0; corner < 8; ++corner) {
+      const Vec weight = cells.share(0, corner) * cells.share(1, corner) * cells.share(2, corner);
+      const Words entry = cells.entry(corner);
+      for (int64_t i = 0; i < here; ++i) {
+        const float* g = flow + width * rows[at + i] + features * level;
+        float* to = own + features * static_cast<int64_t>(entry[i]);
+        for (int64_t f = 0; f < features; ++f) to[f] += weight[i] * g[f];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace zoo
+
+using namespace zoo;
+
+// rows: the points to encode; of the others nothing is read or written. out: [points, levels * features].
+ZOO_EXPORT void zoo_hash_encode(const float* points, const float* table, const int64_t* rows, int64_t count,
+                                const int64_t* resolution, const int64_t* offset, int64_t levels, int64_t features,
+                                float* out, int64_t threads) {
+  const Grid grid{resolution, offset, levels, features};
+  const int64_t blocks = (count + kWidth - 1) / kWidth;
+  parallel_for(blocks, worthwhile(threads, 16 * count * levels), [&](int64_t begin, int64_t end) {
+    encode(grid, points, table, rows, begin * kWidth, std::min(end * kWidth, count), out);
+  });
+}
+
+// Either gradient may be null; both are zero where this is called.
+ZOO_EXPORT void zoo_hash_encode_backward(const float* points, const float* table, const int64_t* rows, int64_t count,
+                                         const int64_t* resolution, const int64_t* offset, int64_t levels,
+                                         int64_t features, const float* flow, float* grad_points, float* grad_table,
+                                         int64_t threads) {
+  const Grid grid{resolution, offset, levels, features};
+  const int64_t blocks = (count + kWidth - 1) / kWidth, team = worthwhile(threads, 16 * count * levels);
+  if (grad_points != nullptr)
+    parallel_for(blocks, team, [&](int64_t begin, int64_t end) {
+      to_points(grid, points, table, rows, begin * kWidth, std::min(end * kWidth, count), flow, grad_points);
+    });
+  if (grad_table != nullptr)
+    parallel_for(levels, team, [&](int64_t begin, int64_t end) {
+      for (int64_t level = begin; level < end; ++level) to_table(grid, level, points, rows, count, flow, grad_table);
+    });
+}

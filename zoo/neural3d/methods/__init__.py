@@ -1,0 +1,1 @@
+"""Methods of the neural3d domain, one a file."""

@@ -1,0 +1,91 @@
+"""Held-out views as tasks: how near a scene's renderings are to pictures that it was not trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.errors import TaskError
+from zoo.harness.tasks import Progress, Task, TaskResult
+from zoo.neural3d.metrics import psnr, ssim
+from zoo.neural3d.scene import GaussianScene
+from zoo.neural3d.views import Views, load_views
+
+
+class HeldOut(Task):
+    """PSNR and SSIM over the test views, one sample a view; also inside the object's mask where there is one.
+
+    LPIPS is not measured: its backbone's weights are not available here.
+    """
+
+    domain, primary, unit = "neural3d", "psnr", "dB"
+    views: str
+    longest: int | None = None
+
+    def _load(self) -> Views:
+        return load_views(self.views, longest=self.longest)
+
+    def measured_on(self) -> Any:
+        return [[view.image, view.camera.viewmat, view.camera.intrinsics] for view in self._load().test]
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        """Measure a scene.
+
+        Raises:
+            TaskError: a model that renders nothing.
+            DataError: the views are not there.
+        """
+        if not isinstance(model, GaussianScene):
+            raise TaskError(f"{self.name} takes scenes that render; received {type(model).__name__}")
+        views = self._load().test
+        masked = all(view.mask is not None for view in views)
+        samples: dict[str, list[float]] = {"psnr": [], "ssim": []}
+        if masked:
+            samples |= {"masked_psnr": [], "masked_ssim": []}
+        with torch.no_grad():
+            for number, view in enumerate(views, 1):
+                found = model(view.camera)
+                samples["psnr"].append(psnr(found, view.image))
+                samples["ssim"].append(ssim(found, view.image))
+                if masked:
+                    samples["masked_psnr"].append(psnr(found, view.image, view.mask))
+                    samples["masked_ssim"].append(ssim(found, view.image, view.mask))
+                if progress is not None:
+                    progress(number, len(views), view.name)
+        return TaskResult.from_samples(samples)
+
+
+class Shapes(HeldOut):
+    name, views = "neural3d/shapes", "shapes"
+
+
+class Lego(HeldOut):
+    """The 50 kept test views of NeRF-synthetic lego, at 100 x 100."""
+
+    name, views, longest = "neural3d/lego-100", "lego", 100
+
+
+class Fox(HeldOut):
+    name, views, longest = "neural3d/fox-120", "fox", 120
+
+
+class Fern(HeldOut):
+    name, views, longest = "neural3d/fern-126", "fern", 126
+
+
+class DTU24(HeldOut):
+    name, views, longest = "neural3d/dtu24-100", "dtu24", 100
+
+
+class Fountain(HeldOut):
+    name, views, longest = "neural3d/fountain-128", "fountain", 128
+
+
+class HerzJesu(HeldOut):
+    name, views, longest = "neural3d/herzjesu-128", "herzjesu", 128
+
+
+class LivingRoom(HeldOut):
+    name, views, longest = "neural3d/livingroom-128", "livingroom", 128
