@@ -169,21 +169,22 @@ void to_table(const Grid& grid, int64_t level, const float* points, const int64_
 using namespace zoo;
 
 // rows: the points to encode; of the others nothing is read or written. out: [points, levels * features].
-ZOO_EXPORT void zoo_hash_encode(const float* points, const float* table, const int64_t* rows, int64_t count,
-                                const int64_t* resolution, const int64_t* offset, int64_t levels, int64_t features,
-                                float* out, int64_t threads) {
+ZOO_EXPORT int64_t zoo_hash_encode(const float* points, const float* table, const int64_t* rows, int64_t count,
+                                   const int64_t* resolution, const int64_t* offset, int64_t levels, int64_t features,
+                                   float* out, int64_t threads) try {
   const Grid grid{resolution, offset, levels, features};
   const int64_t blocks = (count + kWidth - 1) / kWidth;
   parallel_for(blocks, worthwhile(threads, 16 * count * levels), [&](int64_t begin, int64_t end) {
     encode(grid, points, table, rows, begin * kWidth, std::min(end * kWidth, count), out);
   });
-}
+  return kOk;
+} ZOO_CATCH
 
 // Either gradient may be null; both are zero where this is called.
-ZOO_EXPORT void zoo_hash_encode_backward(const float* points, const float* table, const int64_t* rows, int64_t count,
-                                         const int64_t* resolution, const int64_t* offset, int64_t levels,
-                                         int64_t features, const float* flow, float* grad_points, float* grad_table,
-                                         int64_t threads) {
+ZOO_EXPORT int64_t zoo_hash_encode_backward(const float* points, const float* table, const int64_t* rows,
+                                            int64_t count, const int64_t* resolution, const int64_t* offset,
+                                            int64_t levels, int64_t features, const float* flow, float* grad_points,
+                                            float* grad_table, int64_t threads) try {
   const Grid grid{resolution, offset, levels, features};
   const int64_t blocks = (count + kWidth - 1) / kWidth, team = worthwhile(threads, 16 * count * levels);
   if (grad_points != nullptr)
@@ -194,4 +195,5 @@ ZOO_EXPORT void zoo_hash_encode_backward(const float* points, const float* table
     parallel_for(levels, team, [&](int64_t begin, int64_t end) {
       for (int64_t level = begin; level < end; ++level) to_table(grid, level, points, rows, count, flow, grad_table);
     });
-}
+  return kOk;
+} ZOO_CATCH

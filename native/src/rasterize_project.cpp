@@ -4,7 +4,7 @@
 // so no result depends on the number of threads.
 #include <atomic>
 #include <cmath>
-#include <new>
+#include <vector>
 
 #include "zoo/export.hpp"
 #include "zoo/gaussians.hpp"
@@ -320,8 +320,8 @@ using namespace zoo;
 // sizes: count, bases, channels, width, height, antialiased. Writes a record, a depth and a number of tiles per Gaussian;
 // result: {status, index of the first Gaussian at fault}.
 ZOO_EXPORT int64_t zoo_rasterize_project(const float* means, const float* quats, const float* scales,
-                                      const float* opacities, const float* sh, const float* values, const float* shift,
-                                      const double* camera, const int64_t* sizes, float* records, double* depths,
+                                         const float* opacities, const float* sh, const float* values,
+                                         const float* shift, const double* camera, const int64_t* sizes, float* records, double* depths,
                                       int32_t* tiles, int64_t* result, int64_t threads) try {
   const Scene scene = scene_of(means, quats, scales, opacities, sh, values, shift, sizes);
   const View& view = *reinterpret_cast<const View*>(camera);
@@ -342,7 +342,7 @@ ZOO_EXPORT int64_t zoo_rasterize_project(const float* means, const float* quats,
   const bool good = fault.load() == scene.count;
   result[0] = good ? kDone : check(scene, fault.load());
   result[1] = fault.load();
-  return zoo::kOk;
+  return kOk;
 } ZOO_CATCH
 
 // `partial` has, for each tile of each Gaussian in the order of Gaussians, its sums over the pixels of that tile.
@@ -351,18 +351,15 @@ ZOO_EXPORT int64_t zoo_rasterize_pull_back(const float* means, const float* quat
                                         const float* shift, const double* camera, const int64_t* sizes,
                                         const int32_t* tiles, const int64_t* first, const float* partial,
                                         float* grad_means, float* grad_quats, float* grad_scales, float* grad_opacities,
-                                        float* grad_sh, float* grad_values, float* grad_shift, int64_t* result,
-                                        int64_t threads) try {
+                                        float* grad_sh, float* grad_values, float* grad_shift, int64_t threads) try {
   const Scene scene = scene_of(means, quats, scales, opacities, sh, values, shift, sizes);
   const View& view = *reinterpret_cast<const View*>(camera);
   const Gradients grad{grad_means, grad_quats, grad_scales, grad_opacities, grad_sh, grad_values, grad_shift};
   const int64_t width = kMoments + scene.drawn(), team = worthwhile(threads, 64 * scene.count);
-  double* sums = new (std::nothrow) double[static_cast<size_t>(width * team)];
-  result[0] = sums == nullptr ? kNoMemory : kDone;
-  if (sums == nullptr) return kOk;
+  std::vector<double> sums(static_cast<size_t>(width * team));  // before any thread starts: it may throw
   parallel_for(team, team, [&](int64_t from, int64_t to) {
     for (int64_t part = from; part < to; ++part) {
-      double* sum = sums + width * part;
+      double* sum = sums.data() + width * part;
       for (int64_t i = scene.count * part / team; i < scene.count * (part + 1) / team; ++i) {
         if (tiles[i] == 0) continue;  // its gradients are zero, as they were when this was called
         for (int64_t k = 0; k < width; ++k) sum[k] = 0;
@@ -372,6 +369,5 @@ ZOO_EXPORT int64_t zoo_rasterize_pull_back(const float* means, const float* quat
       }
     }
   });
-  delete[] sums;
-  return zoo::kOk;
+  return kOk;
 } ZOO_CATCH

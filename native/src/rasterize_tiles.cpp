@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "zoo/export.hpp"
@@ -431,16 +430,6 @@ void over_tiles(const Image& image, const int64_t* pointer, int64_t vectors, int
   });
 }
 
-template <class Body>
-void guarded(int64_t* result, Body&& body) {
-  try {
-    body();
-    *result = kDone;
-  } catch (const std::bad_alloc&) {
-    *result = kNoMemory;
-  }
-}
-
 }  // namespace
 }  // namespace zoo
 
@@ -451,33 +440,29 @@ using namespace zoo;
 // plane alpha.
 ZOO_EXPORT int64_t zoo_rasterize_draw(const float* records, const double* depths, const int32_t* tiles,
                                    const int64_t* first, const int64_t* sizes, int64_t* pointer, int32_t* entries,
-                                   float* image, int64_t* result, int64_t threads) try {
-  guarded(result, [&] {
-    const Image size{sizes[1], sizes[2], sizes[3]};
-    auto* list = reinterpret_cast<Entry*>(entries);
-    fill_tiles(size, records, by_depth(depths, tiles, sizes[0]), first, pointer, list, threads);
-    over_tiles(size, pointer, size.channels * kVectors, threads, [&](int64_t index, Vec* work) {
-      const Tile tile(size, index);
-      const auto draw = size.channels == 4 ? draw_tile<4> : draw_tile<0>;
-      draw(size, tile, records, list + pointer[index], list + pointer[index + 1], work, image);
-    });
+                                   float* image, int64_t threads) try {
+  const Image size{sizes[1], sizes[2], sizes[3]};
+  auto* list = reinterpret_cast<Entry*>(entries);
+  fill_tiles(size, records, by_depth(depths, tiles, sizes[0]), first, pointer, list, threads);
+  over_tiles(size, pointer, size.channels * kVectors, threads, [&](int64_t index, Vec* work) {
+    const Tile tile(size, index);
+    const auto draw = size.channels == 4 ? draw_tile<4> : draw_tile<0>;
+    draw(size, tile, records, list + pointer[index], list + pointer[index + 1], work, image);
   });
-  return zoo::kOk;
+  return kOk;
 } ZOO_CATCH
 
 // flow: the gradient for `image`; partial: [entries, kMoments + channels], written whole.
 ZOO_EXPORT int64_t zoo_rasterize_trace(const float* records, const int64_t* sizes, const int64_t* pointer,
                                     const int32_t* entries, const float* image, const float* flow, float* partial,
-                                    int64_t* result, int64_t threads) try {
-  guarded(result, [&] {
-    const Image size{sizes[1], sizes[2], sizes[3]};
-    const auto* list = reinterpret_cast<const Entry*>(entries);
-    const int64_t vectors = (size.channels + 2) * kVectors + size.channels;
-    over_tiles(size, pointer, vectors, threads, [&](int64_t index, Vec* work) {
-      const Tile tile(size, index);
-      const auto trace = size.channels == 4 ? trace_tile<4> : trace_tile<0>;
-      trace(size, tile, records, list + pointer[index], list + pointer[index + 1], image, flow, work, partial);
-    });
+                                    int64_t threads) try {
+  const Image size{sizes[1], sizes[2], sizes[3]};
+  const auto* list = reinterpret_cast<const Entry*>(entries);
+  const int64_t vectors = (size.channels + 2) * kVectors + size.channels;
+  over_tiles(size, pointer, vectors, threads, [&](int64_t index, Vec* work) {
+    const Tile tile(size, index);
+    const auto trace = size.channels == 4 ? trace_tile<4> : trace_tile<0>;
+    trace(size, tile, records, list + pointer[index], list + pointer[index + 1], image, flow, work, partial);
   });
-  return zoo::kOk;
+  return kOk;
 } ZOO_CATCH

@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import OpError
 from . import _native
 
-# The first four as in native/include/zoo/gaussians.hpp.
-DONE, NO_MEMORY, NOT_FINITE, NO_ROTATION, TOO_MANY = range(5)
+# The first three as in native/include/zoo/gaussians.hpp.
+DONE, NOT_FINITE, NO_ROTATION, TOO_MANY = range(4)
 TILE = 8
 MOMENTS = 6
 SPLAT_FLOATS = 16
@@ -94,11 +93,6 @@ def _first(tiles: Tensor) -> Tensor:
     return first
 
 
-def _settle(result: ctypes.Array[ctypes.c_int64]) -> None:
-    if result[0] == NO_MEMORY:
-        raise OpError("out of memory while drawing Gaussians: draw fewer at once, or a smaller image")
-
-
 def forward(scene: Scene, camera: Camera, most_pairs: int) -> tuple[int, int, Drawn]:
     """Draw float32 Gaussians: outcome, the culprit's row or the number of pairs, and what was drawn."""
     scene = _plain(scene)
@@ -123,7 +117,7 @@ def forward(scene: Scene, camera: Camera, most_pairs: int) -> tuple[int, int, Dr
     status, row = (TOO_MANY, pairs) if pairs > most_pairs else (result[0], result[1])
     entries = torch.empty(0 if status != DONE else pairs, 2, dtype=torch.int32)
     if status == DONE:
-        _native.function("zoo_rasterize_draw", "p" * 9 + "i")(
+        _native.function("zoo_rasterize_draw", "p" * 8 + "i")(
             records.data_ptr(),
             depths.data_ptr(),
             tiles.data_ptr(),
@@ -132,10 +126,8 @@ def forward(scene: Scene, camera: Camera, most_pairs: int) -> tuple[int, int, Dr
             pointer.data_ptr(),
             entries.data_ptr(),
             image.data_ptr(),
-            result,
             threads,
         )
-        _settle(result)
     return status, row, (image, records, tiles, pointer, entries)
 
 
@@ -144,9 +136,8 @@ def backward(scene: Scene, camera: Camera, drawn: Drawn, grad: Tensor) -> tuple[
     image, records, tiles, pointer, entries = drawn
     scene, grad = _plain(scene), grad.contiguous()
     count, channels, threads = len(scene.means), _channels(scene), _native.threads()
-    result = (ctypes.c_int64 * 2)()
     partial = torch.empty(len(entries), MOMENTS + channels)
-    _native.function("zoo_rasterize_trace", "p" * 8 + "i")(
+    _native.function("zoo_rasterize_trace", "p" * 7 + "i")(
         records.data_ptr(),
         _sizes(count, camera.width, camera.height, channels),
         pointer.data_ptr(),
@@ -154,13 +145,11 @@ def backward(scene: Scene, camera: Camera, drawn: Drawn, grad: Tensor) -> tuple[
         image.data_ptr(),
         grad.data_ptr(),
         partial.data_ptr(),
-        result,
         threads,
     )
-    _settle(result)
     first = _first(tiles)
     grads = [torch.zeros(0 if tensor is None else tensor.shape) for tensor in scene]
-    _native.function("zoo_rasterize_pull_back", "p" * 20 + "i")(
+    _native.function("zoo_rasterize_pull_back", "p" * 19 + "i")(
         *_addresses(scene),
         camera.packed(),
         _scene_sizes(scene, camera),
@@ -168,8 +157,6 @@ def backward(scene: Scene, camera: Camera, drawn: Drawn, grad: Tensor) -> tuple[
         first.data_ptr(),
         partial.data_ptr(),
         *_addresses(tuple(g if t is not None else None for g, t in zip(grads, scene, strict=True))),
-        result,
         threads,
     )
-    _settle(result)
     return tuple(grads)

@@ -136,12 +136,8 @@ class Reproduce:
 
 
 def sparsify_command(argv: Sequence[str]) -> int:
-<<<<<<< HEAD
-    """`zoo sparsify MODEL --method NAME --out DIR ...`."""
-    from zoo.methods.contract import default_recipe, needs_job
-    from zoo.registry import METHODS
-=======
     """`zoo sparsify MODEL --method NAME --out DIR ...`, or a file of a kind that a domain knows."""
+    from zoo.methods.contract import default_recipe, needs_job
     from zoo.registry import FILE_SPARSIFIERS, METHODS
 
     suffix = Path(argv[0]).suffix if argv else ""

@@ -46,8 +46,7 @@ def start_of(views: Views, count: int, sh_degree: int, seed: int) -> GaussianSce
 
 def gaussians(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
     """A scene fitted to the row's views, of as many Gaussians as its architecture says."""
-    recipe = dict(row.recipe)
-    views = load_views(str(row.dataset), longest=recipe.pop("longest", None))
+    views = load_views(str(row.dataset))
     scene = start_of(views, row.arguments["count"], row.arguments.get("sh_degree", 0), seed)
-    refine(scene, scene_job(views.train, steps=recipe.pop("steps"), seed=seed, **recipe), views.extent)
+    refine(scene, scene_job(views.train, seed=seed, **row.recipe))
     return Sparsified(scene.eval(), MaskSet({}))

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import ConfigError
 from zoo.neural3d.metrics import psnr, ssim_map_mean
 from zoo.neural3d.scene import GaussianScene
-from zoo.neural3d.views import View, ViewBatches
+from zoo.neural3d.views import View, ViewBatches, middle_of_views
 from zoo.shared.train import Job, Recipe
 
 # Learning rates of 3DGS (Kerbl et al. 2023); that of the means is for a scene of extent 1.
 RATES = {"means": 1.6e-4, "quats": 1e-3, "scales": 5e-3, "opacities": 5e-2, "sh0": 2.5e-3, "shN": 1.25e-4}
+
+
+# Of a scene's training: the rates above fall to zero as a cosine.
+RECIPE: dict[str, Any] = {
+    "lr": 1.0,
+    "weight_decay": 0.0,
+    "optimizer": "adam",
+    "warmup": 0.0,
+    "decay": "cosine",
+    "options": {"eps": 1e-15},
+}
 
 
 def view_loss(model: nn.Module, view: View) -> Tensor:
@@ -31,25 +44,24 @@ def mean_psnr(model: nn.Module, views: Sequence[View]) -> float:
 
 
 def scene_job(
-    train: Sequence[View], test: Sequence[View] = (), *, steps: int, seed: int = 0, lr: float = 1.0
+    train: Sequence[View],
+    test: Sequence[View] = (),
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    **changes: Any,
 ) -> Job:
     """The job of fitting a scene to views, one view a step.
 
     Args:
-        lr: times the rates of `RATES`, falling to zero as a cosine.
+        test: views that score a scene.
+        recipe: by default `RECIPE`, whose `lr` is a factor on the rates of `RATES`.
+        changes: fields of the recipe to replace, e.g. `steps=300`.
     """
-    recipe = Recipe(
-        steps=steps,
-        lr=lr,
-        weight_decay=0.0,
-        optimizer="adam",
-        warmup=0.0,
-        decay="cosine",
-        options={"eps": 1e-15},
-    )
-    views, judged = ViewBatches(list(train)), list(test)
+    recipe = replace(recipe or Recipe(**RECIPE), **changes)
+    judged = list(test)
     score = (lambda model: mean_psnr(model, judged)) if judged else None
-    return Job(views, loss=view_loss, score=score, recipe=recipe, seed=seed)
+    return Job(ViewBatches(list(train)), loss=view_loss, score=score, recipe=recipe, seed=seed)
 
 
 def rate_groups(scene: GaussianScene, extent: float, lr: float = 1.0) -> list[dict[str, Any]]:
@@ -62,8 +74,28 @@ def rate_groups(scene: GaussianScene, extent: float, lr: float = 1.0) -> list[di
     return groups
 
 
-def refine(scene: GaussianScene, job: Job, extent: float) -> GaussianScene:
-    """Fit a scene in place, to the end of the job's recipe."""
-    fit = job.fit(scene, parameters=rate_groups(scene, extent, job.recipe.lr), macs=lambda: 0.0)
-    fit.run()
+def refine(scene: GaussianScene, job: Job) -> GaussianScene:
+    """Fit a scene in place, to the end of the job's recipe.
+
+    Raises:
+        ConfigError: a job whose batches are not views.
+    """
+    _, extent = middle_of_views(views_of(job))
+    job.fit(scene, parameters=rate_groups(scene, extent, job.recipe.lr), macs=lambda: 0.0).run()
     return scene
+
+
+def views_of(job: Job) -> list[View]:
+    """The views that a job trains on.
+
+    Raises:
+        ConfigError: its batches are not views.
+    """
+    views = getattr(job.batches, "views", None)
+    if not views or not isinstance(views[0], View):
+        raise ConfigError(
+            f"scenes are fitted to views; the job has {type(job.batches).__name__}: make it by "
+            "zoo.neural3d.refine.scene_job"
+        )
+    found: list[View] = views
+    return found

@@ -19,7 +19,7 @@ from zoo.cli.parsing import Positional, metavar
 from zoo.errors import ConfigError
 from zoo.neural3d.cameras import Camera
 from zoo.neural3d.formats import WRITERS, read_splats, write_splats
-from zoo.neural3d.importance import SCORES, cameras_around, middle_of, pruned
+from zoo.neural3d.importance import SCORES, cameras_around, pruned
 from zoo.neural3d.metrics import psnr
 from zoo.neural3d.packed import read_packed, steps_for, write_packed
 from zoo.neural3d.refine import refine, scene_job
@@ -102,7 +102,7 @@ class SparsifyScene:
             targets, _ = _pictures(whole, seen)
             train = [View(camera, image) for camera, image in zip(seen, targets, strict=True)]
             job = scene_job(train, steps=self.steps, seed=self.seed)
-            refine(scene, job, 2.6 * middle_of(before)[1])
+            refine(scene, job)
         after = self._write(scene.splats)
         found, seconds_after = _pictures(whole.like(after), judged)
         report["bytes"] = [_size(self.model), _size(self.out)]

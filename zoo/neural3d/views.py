@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,17 +102,23 @@ class Views:
 
     @property
     def centre(self) -> Tensor:
-        """[3], the point that the training cameras look at, by least squares over their axes."""
-        axes = torch.stack([view.camera.viewmat[2, :3] for view in self.train]).double()
-        eyes = torch.stack([view.camera.centre for view in self.train]).double()
-        across = torch.eye(3, dtype=torch.float64) - axes[:, :, None] * axes[:, None, :]
-        point: Tensor = torch.linalg.lstsq(across.sum(0), (across @ eyes[:, :, None]).sum(0)).solution
-        return point[:, 0].float()
+        """[3], the point that the training cameras look at."""
+        return middle_of_views(self.train)[0]
 
     @property
     def extent(self) -> float:
-        """Mean distance of the training cameras from the centre."""
-        return float(torch.stack([(v.camera.centre - self.centre).norm() for v in self.train]).mean())
+        """Mean distance of the training cameras from that point."""
+        return middle_of_views(self.train)[1]
+
+
+def middle_of_views(views: Sequence[View]) -> tuple[Tensor, float]:
+    """The point [3] that the views' cameras look at, by least squares over their axes, and their mean distance
+    from it."""
+    axes = torch.stack([view.camera.viewmat[2, :3] for view in views]).double()
+    eyes = torch.stack([view.camera.centre for view in views]).double()
+    across = torch.eye(3, dtype=torch.float64) - axes[:, :, None] * axes[:, None, :]
+    point = torch.linalg.lstsq(across.sum(0), (across @ eyes[:, :, None]).sum(0)).solution[:, 0]
+    return point.float(), float((eyes - point).norm(dim=1).mean())
 
 
 @dataclass(frozen=True)
@@ -133,11 +139,14 @@ class ViewBatches:
 
 
 def load_views(name: str, *, longest: int | None = None) -> Views:
-    """The views called `name`, no side longer than `longest` pixels.
+    """The views called `name`, no side longer than `longest` pixels; "lego-100" is "lego" with 100.
 
     Raises:
         DataError: an unknown name, or data that are not in ZOO_DATA.
     """
+    base, _, number = name.rpartition("-")
+    if longest is None and base in SETS and number.isdigit():
+        name, longest = base, int(number)
     if name not in SETS:
         raise DataError(f"unknown views {name!r}; there are {', '.join(sorted(SETS))}")
     if longest is not None and longest < 8:

@@ -42,7 +42,7 @@ struct Span {
 Span tile_rows(const Splat& splat, int64_t height);
 Span tile_columns(const Splat& splat, int64_t tile_row, int64_t width);
 
-// Outcomes at the C boundary; shared/ops/rasterize_native.py has the same numbers.
-enum Status : int64_t { kDone = 0, kNoMemory = 1, kNotFinite = 2, kNoRotation = 3 };
+// What is wrong with a Gaussian; shared/ops/rasterize_native.py has the same numbers.
+enum Status : int64_t { kDone = 0, kNotFinite = 1, kNoRotation = 2 };
 
 }  // namespace zoo

@@ -20,7 +20,7 @@ from zoo.shared.ops.rasterize_reference import sh_bases
 
 def _built() -> bool:
     try:
-        _native.function("zoo_rasterize_draw", "p" * 9 + "i")
+        _native.function("zoo_rasterize_draw", "p" * 8 + "i")
     except _native.NativeMissing:
         return False
     return True

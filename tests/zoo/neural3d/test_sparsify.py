@@ -109,7 +109,7 @@ def test_recovery_brings_the_picture_back() -> None:
     small = scene.like(splats.rows(pruned(scene, SCORES["removal-error"], 0.3, cameras)))
     before = mean_psnr(small, views)
     job = scene_job(views, steps=60)
-    refine(small, job, 2.0)
+    refine(small, job)
     assert mean_psnr(small, views) > before + 1.5 and len(small) == 120
     assert job.cost.seconds > 0
 

@@ -1,0 +1,47 @@
+"""Jobs on the views of the zoo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.errors import ConfigError
+from zoo.neural3d.refine import scene_job
+from zoo.neural3d.views import load_views
+from zoo.shared.train import Job, Recipe
+
+
+def make_job(
+    dataset: str | None = None,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    model: nn.Module | None = None,
+    limit: int = 0,
+) -> Job:
+    """Fit a scene to posed views.
+
+    Args:
+        dataset: views as `load_views` knows them, "shapes" or "lego-100"; by default those of the first figure
+            on the model's card.
+        recipe: by default `zoo.neural3d.refine.RECIPE`.
+        seed: of the order of the views.
+        device: the rasteriser's kernels run on the CPU.
+        model: whose card names the views.
+        limit: use the first so many training views; 0 for all.
+
+    Raises:
+        ConfigError: no views are named, and the model has no card.
+        DataError: an unknown name, or views that are not at hand.
+    """
+    if dataset is None:
+        known: Any = getattr(model, "zoo_info", None)
+        if known is None:
+            raise ConfigError("a scene without a card: name its views with --dataset, shapes or lego-100 say")
+        dataset = known.card.metrics[0].task.partition("/")[2]
+    views = load_views(dataset)
+    job = scene_job(views.train[: limit or None], views.test, recipe=recipe, seed=seed)
+    return job.replace(device=device)
