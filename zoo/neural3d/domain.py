@@ -25,8 +25,8 @@ def make_job(
     """Fit a scene to posed views.
 
     Args:
-        dataset: views as `load_views` knows them, "shapes" or "lego-100"; by default those of the first figure
-            on the model's card.
+        dataset: views as `load_views` knows them, "shapes" or "lego-100"; by default those of the first
+            figure on the model's card.
         recipe: by default `zoo.neural3d.refine.RECIPE`.
         seed: of the order of the views.
         device: the rasteriser's kernels run on the CPU.

@@ -112,8 +112,7 @@ class Views:
 
 
 def middle_of_views(views: Sequence[View]) -> tuple[Tensor, float]:
-    """The point [3] that the views' cameras look at, by least squares over their axes, and their mean distance
-    from it."""
+    """The point [3] that the views' cameras look at, by least squares, and their mean distance from it."""
     axes = torch.stack([view.camera.viewmat[2, :3] for view in views]).double()
     eyes = torch.stack([view.camera.centre for view in views]).double()
     across = torch.eye(3, dtype=torch.float64) - axes[:, :, None] * axes[:, None, :]

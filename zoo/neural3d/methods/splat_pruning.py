@@ -45,7 +45,7 @@ class SplatPruning:
         """A smaller scene; the one given stays as it is.
 
         Raises:
-            ConfigError: a model that is no scene of Gaussians, a job without views, or a share that keeps none.
+            ConfigError: a model that is no scene of Gaussians, a job without views, a share that keeps none.
         """
         if not isinstance(model, GaussianScene):
             raise ConfigError(f"splat-pruning takes a scene of Gaussians; received {type(model).__name__}")
