@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from zoo.bundles.hub import pull, push
     from zoo.bundles.store import info, load, save
     from zoo.harness.compare import compare
-    from zoo.harness.experiments import reproduce
     from zoo.harness.runner import evaluate
     from zoo.harness.tasks import register_task
     from zoo.harness.verify import verify
     from zoo.methods.front import sparsify
-    from zoo.registry import register_architecture, register_experiment, register_method
+    from zoo.registry import register_architecture, register_method, register_study
     from zoo.shared.train import Job, Recipe
+    from zoo.studies.runner import reproduce
     from zoo.training.finetune import finetune
 
 __all__ = [
@@ -41,8 +41,8 @@ __all__ = [
     "pull",
     "push",
     "register_architecture",
-    "register_experiment",
     "register_method",
+    "register_study",
     "register_task",
     "reproduce",
     "save",
@@ -63,10 +63,10 @@ _HOMES = {
     "pull": "zoo.bundles.hub",
     "push": "zoo.bundles.hub",
     "register_architecture": "zoo.registry",
-    "register_experiment": "zoo.registry",
     "register_method": "zoo.registry",
+    "register_study": "zoo.registry",
     "register_task": "zoo.harness.tasks",
-    "reproduce": "zoo.harness.experiments",
+    "reproduce": "zoo.studies.runner",
     "save": "zoo.bundles.store",
     "sparsify": "zoo.methods.front",
     "verify": "zoo.harness.verify",

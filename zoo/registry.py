@@ -218,7 +218,7 @@ def _distribution(entry: EntryPoint) -> str:
 ARCHITECTURES: Registry[Callable[..., Any]] = Registry("architecture", "zoo.architectures")
 METHODS: Registry[Any] = Registry("method", "zoo.methods", needs=("sparsify",))
 TASKS: Registry[Any] = Registry("task", "zoo.tasks", needs=("evaluate",), factories=True)
-EXPERIMENTS: Registry[Any] = Registry("experiment", "zoo.experiments", needs=("run",))
+STUDIES: Registry[Any] = Registry("study", "zoo.studies", needs=("run", "report"))
 FINETUNERS: Registry[Any] = Registry("fine-tuner", "zoo.finetuners", needs=("run",))
 #: domain -> `make_job(dataset, *, recipe, seed, device, model) -> zoo.Job`, behind `zoo sparsify`
 JOBS: Registry[Callable[..., Any]] = Registry("maker of jobs", "zoo.jobs")
@@ -241,7 +241,7 @@ FILE_SPARSIFIERS: Registry[Any] = Registry(
 register_architecture = ARCHITECTURES.register
 register_method = METHODS.register
 register_task = TASKS.register
-register_experiment = EXPERIMENTS.register
+register_study = STUDIES.register
 
 MAKERS.register("sparsify", "zoo.bundles.make:sparsify")
 for _name, _class in {  # methods that belong to no domain

@@ -27,7 +27,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     [
         "import zoo",
         "import zoo; zoo.list_models()",
-        "import zoo.registry as r; r.TASKS.names(); r.METHODS.names(); r.EXPERIMENTS.names()",
+        "import zoo.registry as r; r.TASKS.names(); r.METHODS.names(); r.STUDIES.names()",
         "import zoo; zoo.register_method; dir(zoo)",
         "import zoo.graph, zoo.llm, zoo.vision, zoo.diffusion, zoo.neural3d",
     ],

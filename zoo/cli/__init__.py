@@ -22,7 +22,7 @@ OK, CHECK_FAILED, USAGE, ENVIRONMENT, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 70, 13
 
 #: command -> (module under zoo.cli with a function of the command's name, summary)
 COMMANDS = {
-    "list": ("browse", "list models, tasks, methods, experiments"),
+    "list": ("browse", "list models, tasks, methods, studies"),
     "show": ("browse", "everything on a model's card"),
     "eval": ("measure", "evaluate models on tasks; table, JSON, Markdown or HTML page"),
     "compare": ("measure", "compare models sample by sample, with an interval and a test"),
@@ -32,7 +32,7 @@ COMMANDS = {
     "sparsify": ("make", "make a sparse model from a dense one, by any method"),
     "finetune": ("make", "fine-tune a sparse model; its zeros stay"),
     "generate": ("write", "let a language model write, with tokens per second"),
-    "reproduce": ("make", "run a paper's experiment: published, measured, verdict"),
+    "reproduce": ("studies", "run a paper's study, or list all: published, measured, verdict"),
     "bench": ("bench", "run the speed and size benchmarks of a source checkout"),
     "pull": ("ship", "fetch a model from a hub into the local cache"),
     "push": ("ship", "publish a model on a hub"),

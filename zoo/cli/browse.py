@@ -19,7 +19,7 @@ class List:
     glob: Annotated[str, Positional, metavar("GLOB")] = "*"
     """Which names, e.g. 'graph/*cora*' (quote it)."""
 
-    kind: Literal["models", "tasks", "methods", "experiments", "architectures", "finetuners"] = "models"
+    kind: Literal["models", "tasks", "methods", "studies", "architectures", "finetuners"] = "models"
     """What to list."""
 
     domain: str | None = None
@@ -71,8 +71,8 @@ def list_command(argv: Sequence[str]) -> int:
     if options.json:
         print_json([_brief(card) for card in cards])
         return 0
-    from zoo.harness.tables import Table
     from zoo.report.terminal import show_table
+    from zoo.studies.tables import Table
 
     rows = [
         [
@@ -135,7 +135,7 @@ def _list_names(options: List) -> int:
     known = {
         "tasks": registry.TASKS,
         "methods": registry.METHODS,
-        "experiments": registry.EXPERIMENTS,
+        "studies": registry.STUDIES,
         "architectures": registry.ARCHITECTURES,
         "finetuners": registry.FINETUNERS,
     }
@@ -174,7 +174,7 @@ def _brief(card: Card) -> dict[str, Any]:
 
 
 def _card_tables(card: Card) -> list[Any]:
-    from zoo.harness.tables import Table
+    from zoo.studies.tables import Table
 
     metrics = []
     for metric in card.metrics:

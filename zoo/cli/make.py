@@ -1,8 +1,7 @@
-"""`zoo pretrain`, `sparsify`, `finetune`, `reproduce`: options come from the dataclass of what is run."""
+"""`zoo pretrain`, `sparsify`, `finetune`: options come from the dataclass of what is run."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from zoo.cli import OK
 from zoo.cli.console import note, print_json, stdout
 from zoo.cli.parsing import Positional, command_line, is_help, metavar, parse, parse_with, take_option
 from zoo.errors import ConfigError
-from zoo.harness.tables import Table
 from zoo.progress import progress_bar
 from zoo.registry import Registry
+from zoo.studies.tables import Table
 
 
 @dataclass
@@ -116,23 +115,6 @@ class Train:
 
     json: bool = False
     """Print the new card as JSON."""
-
-
-@dataclass
-class Reproduce:
-    """Options of `zoo reproduce` itself; the experiment's own are added."""
-
-    results: Path = Path("results")
-    """Folder for NAME.json, NAME.md and the plots."""
-
-    cells: Path | None = None
-    """Folder of finished work, from which an interrupted run goes on; by default in the cache."""
-
-    report: Path | None = None
-    """Also write one HTML page."""
-
-    json: bool = False
-    """Print the result as JSON."""
 
 
 def sparsify_command(argv: Sequence[str]) -> int:
@@ -260,45 +242,6 @@ def _train(argv: Sequence[str], verb: str, registry: Registry[Any]) -> int:
     )
     path = config.run()
     return _show_new(path, options.json, before=getattr(config, "model", None))
-
-
-def reproduce_command(argv: Sequence[str]) -> int:
-    """`zoo reproduce NAME ...`."""
-    from zoo.registry import EXPERIMENTS
-
-    if not argv or argv[0].startswith("-"):
-        usage = (
-            f"usage: zoo reproduce NAME ...   with NAME one of: {', '.join(EXPERIMENTS.names()) or 'none'}"
-        )
-        if is_help(argv):
-            print(f"{usage}\n\nzoo reproduce NAME --help shows the options of an experiment.")
-            return OK
-        raise ConfigError(usage)
-    from zoo.harness.experiments import get_experiment, reproduce
-    from zoo.report.terminal import show_experiment
-
-    experiment = get_experiment(argv[0])
-    description = f"{experiment.title}. Paper: {experiment.paper}"
-    options, config = parse_with(
-        Reproduce, experiment.config_class, argv[1:], f"reproduce {argv[0]}", description
-    )
-    with progress_bar() as progress:
-        done = reproduce(argv[0], config, out=options.results, cells=options.cells, progress=progress)
-    if options.json:
-        print_json(dataclasses.asdict(done.result))
-    else:
-        show_experiment(stdout(), done.result)
-    files = list(done.files)
-    if options.report is not None:
-        from zoo.report.html import experiment_page
-        from zoo.shared.store.io import atomic_write
-
-        facts = {"Command": command_line("reproduce", argv), "Time": f"{done.seconds:.0f} s"}
-        page = experiment_page(experiment.title, f"Paper: {experiment.paper}", done.result, facts)
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        files.append(atomic_write(options.report, page.encode()))
-    note(f"{done.seconds:.0f} s; written: {', '.join(str(file) for file in files)}")
-    return OK
 
 
 def _show_new(path: Path, as_json: bool, before: Any = None) -> int:

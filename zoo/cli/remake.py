@@ -14,8 +14,8 @@ from zoo.cli import OK
 from zoo.cli.console import note, print_json, stdout
 from zoo.cli.parsing import Positional, metavar, parse
 from zoo.errors import ConfigError
-from zoo.harness.tables import Table
 from zoo.progress import progress_bar
+from zoo.studies.tables import Table
 
 if TYPE_CHECKING:
     from zoo.bundles.make import Target

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, JOBS, MAKERS, METHODS, TASKS
+from zoo.registry import ARCHITECTURES, FINETUNERS, JOBS, MAKERS, METHODS, STUDIES, TASKS
 
 ARCHITECTURES.register("graph/gcn", "zoo.graph.models:GCN")
 ARCHITECTURES.register("graph/gin", "zoo.graph.models:GIN")
@@ -20,7 +20,7 @@ TASKS.register("graph/citeseer", "zoo.graph.tasks:Citeseer")
 TASKS.register("graph/pubmed", "zoo.graph.tasks:Pubmed")
 TASKS.register("graph/cs", "zoo.graph.tasks:CoauthorCS")
 TASKS.register("graph/digits", "zoo.graph.tasks:Digits")
-EXPERIMENTS.register("teddy", "zoo.graph.reproduce:TeddyExperiment")
+STUDIES.register("teddy", "zoo.graph.studies.teddy:STUDY")
 MAKERS.register("graph/dense", "zoo.graph.makers:dense")
 FINETUNERS.register("graph", "zoo.graph.finetune:Finetune")
 JOBS.register("graph", "zoo.graph.domain:make_job")

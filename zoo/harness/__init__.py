@@ -1,4 +1,4 @@
-"""Evaluation: tasks, records, the cached runner, paired statistics, comparison, verification and experiments.
+"""Evaluation: tasks, records, the cached runner, paired statistics, comparison and verification.
 
 Import the modules directly (`from zoo.harness.tasks import Task`); this file imports nothing.
 """

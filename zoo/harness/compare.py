@@ -13,11 +13,11 @@ from zoo.bundles.store import Execution
 from zoo.errors import ConfigError, TaskError
 from zoo.harness.records import Record
 from zoo.harness.runner import evaluate
-from zoo.harness.stats import Difference, paired_difference
 from zoo.harness.subjects import Models, resolve
-from zoo.harness.tables import Table
 from zoo.harness.tasks import Progress, Task, get_task
 from zoo.report import numbers
+from zoo.studies.stats import Difference, paired_difference
+from zoo.studies.tables import Table
 
 Outcome = Literal["better", "worse", "no difference seen"]
 

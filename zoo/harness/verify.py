@@ -23,7 +23,6 @@ from zoo.errors import ConfigError, DataError, HubError, UnknownNameError
 from zoo.harness.records import Record
 from zoo.harness.runner import count_parameters, evaluate
 from zoo.harness.subjects import Models, find_bundles, twin_of
-from zoo.harness.tables import Table
 from zoo.harness.tasks import Progress, get_task
 from zoo.report import numbers
 from zoo.shared.errors import PatternError, SparseError
@@ -31,6 +30,7 @@ from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.masks.patterns import NM, parse_pattern
 from zoo.shared.store.formats import save_packed
 from zoo.shared.store.io import read_json, sha256_file
+from zoo.studies.tables import Table
 
 REPOSITORY = Path(__file__).parents[2]
 _OUTCOMES = {True: "ok", False: "failed", None: "not checked"}

@@ -10,13 +10,13 @@ from typing import Any
 
 from zoo.registry import (
     ARCHITECTURES,
-    EXPERIMENTS,
     FINETUNERS,
     FOLDERS,
     GENERATORS,
     JOBS,
     MAKERS,
     METHODS,
+    STUDIES,
     TASKS,
 )
 
@@ -37,12 +37,12 @@ TASKS.register("llm/cloze-wikitext2", "zoo.llm.tasks:ClozeWikiText2")
 TASKS.register("llm/cloze-tinystories", "zoo.llm.tasks:ClozeTinyStories")
 TASKS.register("llm/cloze-embedded", "zoo.llm.tasks:ClozeEmbedded")
 TASKS.register("lm_eval", "zoo.llm.lm_eval:LmEvalTask")
-EXPERIMENTS.register("chess", "zoo.llm.experiments.chess:ChessExperiment")
-EXPERIMENTS.register("llm-pruning", "zoo.llm.experiments.ordering:Ordering")
-EXPERIMENTS.register("ecoflap", "zoo.llm.experiments.ecoflap:EcoflapExperiment")
-EXPERIMENTS.register("cfsp", "zoo.llm.experiments.cfsp:CfspExperiment")
-EXPERIMENTS.register("gqsa", "zoo.llm.experiments.gqsa:GqsaExperiment")
-EXPERIMENTS.register("flash-llm", "zoo.llm.experiments.flash_llm:FlashLLMExperiment")
+STUDIES.register("chess", "zoo.llm.studies.chess:STUDY")
+STUDIES.register("llm-pruning", "zoo.llm.studies.pruning:STUDY")
+STUDIES.register("ecoflap", "zoo.llm.studies.ecoflap:STUDY")
+STUDIES.register("cfsp", "zoo.llm.studies.cfsp:STUDY")
+STUDIES.register("gqsa", "zoo.llm.studies.gqsa:STUDY")
+STUDIES.register("flash-llm", "zoo.llm.studies.flash_llm:STUDY")
 MAKERS.register("llm/dense", "zoo.llm.makers:dense")
 FINETUNERS.register("llm", "zoo.llm.finetune:Finetune")
 JOBS.register("llm", "zoo.llm.domain:make_job")

@@ -7,14 +7,13 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from zoo.harness.experiments import ExperimentResult
 from zoo.harness.records import Record
-from zoo.harness.tables import Plot, Table
 from zoo.report import numbers
 from zoo.report.plain import plain
 from zoo.report.plots import PALETTE, svg
 from zoo.report.summary import summarise
 from zoo.report.terminal import BAD, GOOD, verdict_table
+from zoo.studies.tables import Plot, Result, Table
 
 # Lighter partners of `plots.PALETTE` for a dark ground, in the same order.
 DARK_PALETTE = ("#56b4e9", "#ff9d5c", "#34d0a5", "#e6a3cb", "#e3c34a", "#9fd3f2", "#b59cf0", "#b4b4b4")
@@ -70,8 +69,8 @@ def _command(records: Sequence[Record]) -> str:
     return " ".join([*parts, "--report report.html"])
 
 
-def experiment_page(title: str, lead: str, result: ExperimentResult, facts: Mapping[str, str]) -> str:
-    """The page of an experiment: verdicts, then tables and plots."""
+def study_page(title: str, lead: str, result: Result, facts: Mapping[str, str]) -> str:
+    """The page of a study: verdicts, then tables and plots."""
     sections = [
         Section("Verdicts", "", [Table("", *_columns_rows(verdict_table(result)))]),
         *([Section("Notes", " ".join(result.notes))] if result.notes else []),

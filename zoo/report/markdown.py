@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from zoo.harness.experiments import ExperimentResult
 from zoo.harness.records import Record
-from zoo.harness.tables import Table
 from zoo.report.summary import summarise
 from zoo.report.terminal import verdict_table
+from zoo.studies.tables import Result, Table
 
 
 def table(content: Table) -> str:
@@ -27,14 +26,14 @@ def records_report(records: Sequence[Record], *, title: str = "Evaluation") -> s
     return "\n".join(parts)
 
 
-def experiment_report(
-    title: str, result: ExperimentResult, *, facts: Mapping[str, str], plot_files: Mapping[str, str]
+def study_report(
+    title: str, result: Result, *, facts: Mapping[str, str], plot_files: Mapping[str, str]
 ) -> str:
-    """An experiment: verdicts first, then tables, plots and what is needed to repeat it.
+    """A study: verdicts first, then tables, plots and what is needed to repeat it.
 
     Args:
         title: of the page.
-        result: what the experiment found.
+        result: what the study found.
         facts: name -> text, listed at the end (command, machine, time).
         plot_files: name of the plot -> path of its picture, relative to the report.
     """

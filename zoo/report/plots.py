@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
-from zoo.harness.tables import Plot, Series
 from zoo.report import numbers
+from zoo.studies.tables import Plot, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

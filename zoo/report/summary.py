@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from zoo.harness.records import Record
-from zoo.harness.tables import Plot, Series, Table
 from zoo.report import numbers
 from zoo.report.plots import pareto_front
+from zoo.studies.tables import Plot, Series, Table
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zoo.harness.experiments import ExperimentResult
-from zoo.harness.tables import Table
+from zoo.studies.tables import Result, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-GOOD, BAD = ("ok", "holds", "better"), ("failed", "does not hold", "worse")
+GOOD, BAD = ("ok", "holds", "better"), ("failed", "does not hold", "invalid", "worse")
 
 
 def show_table(console: Console, table: Table) -> None:
@@ -33,8 +32,8 @@ def show_table(console: Console, table: Table) -> None:
         console.print(Text(table.note, style="dim"))
 
 
-def show_experiment(console: Console, result: ExperimentResult) -> None:
-    """Print the tables, the verdicts and the notes of an experiment."""
+def show_study(console: Console, result: Result) -> None:
+    """Print the tables, the verdicts and the notes of a study."""
     for table in result.tables:
         show_table(console, table)
     show_table(console, verdict_table(result))
@@ -42,12 +41,15 @@ def show_experiment(console: Console, result: ExperimentResult) -> None:
         console.print(note, markup=False, highlight=False)
 
 
-def verdict_table(result: ExperimentResult) -> Table:
+def verdict_table(result: Result) -> Table:
     """The verdicts as a table: published, measured and verdict side by side."""
-    rows: list[list[Any]] = [[v.claim, v.published, v.measured, v.verdict, v.note] for v in result.verdicts]
-    columns = ["claim", "published", "measured", "verdict", "note"]
-    if not any(row[-1] for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    columns = ["claim", "published", "measured", "verdict", "smallest visible", "corrected p", "note"]
+    rows: list[list[Any]] = [
+        [v.claim, v.published, v.measured, v.verdict, v.visible, "" if v.p is None else f"{v.p:.2g}", v.note]
+        for v in result.verdicts
+    ]
+    used = [index for index in range(len(columns)) if index < 4 or any(row[index] for row in rows)]
+    columns, rows = [columns[i] for i in used], [[row[i] for i in used] for row in rows]
     return Table("Verdicts", columns, rows)
 
 

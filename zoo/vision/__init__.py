@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, JOBS, MAKERS, PRETRAINERS, TASKS
+from zoo.registry import ARCHITECTURES, FINETUNERS, JOBS, MAKERS, PRETRAINERS, STUDIES, TASKS
 
 ARCHITECTURES.register("vision/resnet", "zoo.vision.models:ResNet")
 ARCHITECTURES.register("vision/convnet", "zoo.vision.models:ConvNet")
@@ -31,11 +31,11 @@ MAKERS.register("vision/spark", "zoo.vision.makers:spark")
 MAKERS.register("vision/detector", "zoo.vision.makers:detector")
 FINETUNERS.register("vision", "zoo.vision.finetune:Finetune")
 PRETRAINERS.register("vision", "zoo.vision.spark.command:Pretrain")
-EXPERIMENTS.register("dsvt", "zoo.vision.lidar.experiment:DSVTExperiment")
-EXPERIMENTS.register("pruning-benchmark", "zoo.vision.reproduce:PruningBenchmark")
-EXPERIMENTS.register("pruning-claims", "zoo.vision.claims:PruningClaims")
-EXPERIMENTS.register("superres-pruning", "zoo.vision.upscaling_study:SuperresPruning")
-EXPERIMENTS.register("spark", "zoo.vision.spark.experiment:SparKStudy")
+STUDIES.register("dsvt", "zoo.vision.studies.dsvt:STUDY")
+STUDIES.register("pruning-benchmark", "zoo.vision.studies.pruning:STUDY")
+STUDIES.register("pruning-claims", "zoo.vision.studies.claims:STUDY")
+STUDIES.register("superres-pruning", "zoo.vision.studies.superres:STUDY")
+STUDIES.register("spark", "zoo.vision.studies.spark:STUDY")
 
 _PUBLIC = {
     "ConvNet": "models",

@@ -15,11 +15,11 @@ from zoo.shared.masks import MaskSet
 from zoo.shared.train import Checkpoint, Recipe, resume
 from zoo.vision.data import load_images
 from zoo.vision.domain import image_job, make_job
-from zoo.vision.lidar.arms import make_arm
 from zoo.vision.lidar.data import scene_frames
 from zoo.vision.lidar.train import detector_job, detector_recipe
 from zoo.vision.models import reinitialised
 from zoo.vision.spark.command import Pretrain
+from zoo.vision.studies.dsvt import make_arm
 
 
 def classifier(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
@@ -58,7 +58,7 @@ def spark(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsifie
 def detector(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
     """A LiDAR detector trained on generated scenes.
 
-    Options: `arm`, see `zoo.vision.lidar.arms`; `scenes`, how many.
+    Options: `arm`, see `zoo.vision.studies.dsvt`; `scenes`, how many.
     """
     frames = scene_frames("train", row.options["scenes"])
     job = detector_job(frames, detector_recipe(**row.recipe), seed, work.device)

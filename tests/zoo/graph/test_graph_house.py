@@ -15,20 +15,19 @@ import zoo.graph
 from zoo.bundles.catalog import find, list_models
 from zoo.bundles.store import load
 from zoo.errors import ConfigError, DataError, TaskError, UnknownNameError
-from zoo.graph.arms import Setting, arm_run, dense_run, new_model
 from zoo.graph.data import load_graph
 from zoo.graph.flops import count_graph
 from zoo.graph.method import Teddy
 from zoo.graph.models import GAT, GCN, GIN
-from zoo.graph.reproduce import TeddyConfig, TeddyExperiment, jobs
+from zoo.graph.studies import teddy
+from zoo.graph.studies.teddy import TeddyOptions, measure, new_model
 from zoo.graph.teddy import ticket_mask
 from zoo.graph.ticket import EdgeTicket
-from zoo.graph.verdicts import paired
-from zoo.harness.experiments import CellCache
 from zoo.harness.tasks import get_task
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, TASKS
+from zoo.registry import ARCHITECTURES, FINETUNERS, METHODS, STUDIES, TASKS
 from zoo.shared.masks import masks_of
 from zoo.shared.ops import SparseLinear
+from zoo.studies.cells import CellCache
 
 BUNDLES = [name.partition("/")[2] for name in list_models("graph/*")]
 DIGITS = [slug for slug in BUNDLES if "-digits" in slug]
@@ -45,7 +44,7 @@ def test_everything_is_registered_without_importing_torch():
     assert ARCHITECTURES.get("graph/gin") is GIN
     assert ARCHITECTURES.get("graph/gat") is GAT
     assert METHODS.get("teddy") is Teddy
-    assert EXPERIMENTS.get("teddy") is TeddyExperiment
+    assert STUDIES.get("teddy") is teddy.STUDY
     assert FINETUNERS.get("graph").__name__ == "Finetune"
     assert TASKS.names("graph/*") == [
         "graph/citeseer",
@@ -177,7 +176,7 @@ def test_the_method_refuses_what_it_cannot_train():
 
 @pytest.fixture
 def tiny():
-    return TeddyConfig(
+    return TeddyOptions(
         architectures=("gcn", "gat"),
         datasets=("digits",),
         levels=(5, 20),
@@ -191,49 +190,39 @@ def tiny():
 
 def test_the_experiment_runs_resumes_and_reports(tiny, tmp_path):
     tiny = dataclasses.replace(tiny, architectures=("gcn",), levels=(2,), main_levels=(2,))
-    first = TeddyExperiment().run(tiny, CellCache(tmp_path))
+    first = teddy.STUDY.run(tiny, CellCache(tmp_path))
     assert not [v for v in first.verdicts if v.verdict == "not measured" and "level" not in v.claim]
     assert {plot.name for plot in first.plots} == {"accuracy-gcn", "time-gcn"}
     rows = {(row["arm"], row["level"], row["seed"]) for row in first.rows}
     assert len(rows) == len(first.rows)
     again = CellCache(tmp_path)
-    second = TeddyExperiment().run(tiny, again)
+    second = teddy.STUDY.run(tiny, again)
     assert again.misses == 0
     assert second.tables == first.tables
     assert second.verdicts == first.verdicts
 
 
-def test_jobs_of_a_comparison_share_what_they_should(tiny):
-    work = list(jobs(tiny))
-    assert {job.seed for job in work} == {0, 1}
-    assert sum(job.arm == "ugs" for job in work) == 2
-    reversed_levels = {job.level for job in work if job.arm == "reversed"}
-    assert reversed_levels == {"k20"}
+def test_cases_of_a_comparison_share_what_they_should(tiny):
+    work = list(teddy.cases(tiny))
+    assert {case["seed"] for case in work} == {0, 1}
+    assert [case["level"] for case in work if case["arm"] == "ugs"] == ["k5 k20"] * 2
+    assert {case["level"] for case in work if case["arm"] == "reversed"} == {"k20"}
+    assert len({str(case) for case in work}) == len(work)
 
 
 def test_arms_at_a_level_have_equal_counts(tmp_path):
-    data, cells = load_graph("digits"), CellCache(tmp_path)
-    setting = Setting("gcn", "digits", epochs=1, hidden=8)
-    found = [arm_run(setting, data, arm, (0.3, 0.8), 0, cells) for arm in ("teddy", "random", "reversed")]
-    assert len({(run["edges_kept"], run["weights_kept"]) for run in found}) == 1
-    weights_only = arm_run(setting, data, "magnitude weights", (0.3, 0.8), 0, cells)
+    options, cells = TeddyOptions(epochs=1, hidden=8), CellCache(tmp_path)
+    place = {"dataset": "digits", "architecture": "gcn", "seed": 0, "level": "k7", "lambda": 1.0}
+
+    def run(arm):
+        return measure(teddy.ARMS[arm].make, options, {**place, "arm": arm}, cells)
+
+    found = [run(arm) for arm in ("teddy", "random", "reversed")]
+    assert len({(one["edges_kept"], one["weights_kept"]) for one in found}) == 1
+    weights_only = run("magnitude weights")
     assert weights_only["weights_kept"] == found[0]["weights_kept"]
-    assert weights_only["edges_kept"] == data.edge_index.shape[1]
-    assert found[0]["seconds"] > dense_run(setting, data, 0, cells)["seconds"]
-
-
-def row(arm: str, seed: int, level: str, test: float) -> dict[str, object]:
-    return {"arm": arm, "seed": seed, "level": level, "test": test}
-
-
-def test_differences_are_paired_by_seed():
-    rows = [row("teddy", seed, "k5", 0.8 + 0.01 * seed) for seed in range(4)]
-    rows += [row("random", seed, "k5", 0.79 + 0.01 * seed) for seed in range(3)]
-    found = paired(rows, "teddy", "random", ["k5"])
-    assert found is not None
-    assert (round(found.value, 9), round(found.high - found.low, 9), found.n) == (1.0, 0.0, 3)
-    assert paired(rows, "teddy", "ugs", ["k5"]) is None
-    assert paired(rows, "teddy", "random", ["k20"]) is None
+    assert weights_only["edges_kept"] == load_graph("digits").edge_index.shape[1]
+    assert found[0]["seconds"] > run("dense")["seconds"]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +237,7 @@ def test_differences_are_paired_by_seed():
 )
 def test_impossible_experiments_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        TeddyConfig(**options)
+        TeddyOptions(**options)
 
 
 def test_unknown_architectures_are_refused():

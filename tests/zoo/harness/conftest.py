@@ -42,7 +42,7 @@ def toy(toy_site: Path) -> ModuleType:
     registry.ARCHITECTURES.register("toy/mlp", zoo_toy.MLP)
     registry.TASKS.register("toy_param", zoo_toy.Parametrised)
     registry.METHODS.register("toy-half", zoo_toy.Half)
-    registry.EXPERIMENTS.register("toy", zoo_toy.ToyExperiment)
+    registry.STUDIES.register("toy", "zoo_toy:STUDY")
     registry.FINETUNERS.register("toy", zoo_toy.Finetune)
     registry.MAKERS.register("toy/dense", zoo_toy.make_dense)
     registry.RECIPES.register("toy", zoo_toy.recipes)

@@ -250,7 +250,22 @@ def test_reproduce(capsys, toy, tmp_path):
     assert "published" in out and "measured" in out and "verdict" in out
     assert "toy-accuracy.png" in err and "Verdicts" in page.read_text()
     code, out, _ = run(capsys, *command, "--json")
-    assert code == 0 and json.loads(out)["verdicts"][0]["claim"] == "more zeros cost accuracy"
+    assert code == 0 and json.loads(out)["verdicts"][0]["claim"] == "magnitude beats chance at 50 %"
+
+
+def test_reproduce_judges_again_and_lists(capsys, toy, tmp_path):
+    folder = tmp_path / "r"
+    assert run(capsys, "reproduce", "toy", "--seeds", "1", "--results", folder)[0] == 0
+    code, out, err = run(capsys, "reproduce", "--from-results", folder / "toy.json")
+    assert code == 0 and "magnitude beats chance" in out and "nothing measured" in err
+    page = tmp_path / "papers.md"
+    code, out, _ = run(capsys, "reproduce", "--list", "--results", folder, "--markdown", page, "--json")
+    rows = json.loads(out)
+    assert code == 0 and rows[-1]["verdict"] == "not yet" and len(rows) == 64 + 2
+    assert {row["command"] for row in rows} == {"", "zoo reproduce toy --seeds 1"}
+    assert "| Nobody, Journal of Toys 1 (2026) | magnitude beats chance at 50 % |" in page.read_text()
+    assert run(capsys, "reproduce", "--list", "--results", tmp_path / "nowhere")[0] == 2
+    assert run(capsys, "reproduce", "--from-results", page)[0] == 2
 
 
 def test_export_writes_what_any_program_reads(capsys, toy_zoo, tmp_path):

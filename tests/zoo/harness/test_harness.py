@@ -55,9 +55,9 @@ def test_tasks_by_name_and_with_an_argument(toy):
 
 def test_entry_points_of_another_package(toy_environment):
     script = (
-        "from zoo.harness.tasks import get_task; from zoo.registry import TASKS, METHODS, EXPERIMENTS\n"
+        "from zoo.harness.tasks import get_task; from zoo.registry import TASKS, METHODS, STUDIES\n"
         "print(type(get_task('toy/loss')).__module__, TASKS.names('toy/*'), METHODS.get('toy-half').__name__,"
-        "EXPERIMENTS.names('toy'))"
+        "STUDIES.names('toy'))"
     )
     done = subprocess.run([sys.executable, "-c", script], env=toy_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,13 +10,12 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from zoo.harness.experiments import ExperimentResult
 from zoo.harness.runner import evaluate
-from zoo.harness.tables import Plot, Series, Table, Verdict
 from zoo.report import html, markdown, numbers
 from zoo.report.plots import pareto_front, png, svg
 from zoo.report.summary import summarise, twin_of
-from zoo.report.terminal import show_experiment, show_table
+from zoo.report.terminal import show_study, show_table
+from zoo.studies.tables import Plot, Result, Series, Table, Verdict
 
 
 @pytest.mark.parametrize(
@@ -153,8 +152,8 @@ def test_the_page_escapes_what_it_is_given(records):
     evil = [record.model_copy(update={"model": "<script>alert(1)</script>&"}) for record in records[3:]]
     assert "<script>" not in html.records_page(evil)
     table = Table("<b>", ["<i>"], [["<u>|\n"]])
-    result = ExperimentResult([table], [Verdict("<a>", "<p>", "m", "holds")], notes=["<n>"])
-    text = html.experiment_page("<t>", "<l>", result, {"<k>": "<v>"})
+    result = Result([table], [Verdict("<a>", "<p>", "m", "holds")], notes=["<n>"])
+    text = html.study_page("<t>", "<l>", result, {"<k>": "<v>"})
     for tag in ("<b>", "<i>", "<u>", "<a>", "<n>", "<t>", "<l>", "<k>", "<v>"):
         assert tag not in text
     read_page(text)
@@ -182,17 +181,17 @@ def test_terminal_and_markdown(records):
     console = Console(file=stream, width=200)
     show_table(console, summarise(records)[0].table)
     assert "toy/tenth-mlp" in stream.getvalue() and "[" not in stream.getvalue()
-    result = ExperimentResult(
+    result = Result(
         [Table("T", ["a"], [["[red]x"]])],
-        [Verdict("c", "p", "m", "does not hold", "why")],
+        [Verdict("c", "p", "m", "does not hold", "2.0 points", "why")],
         [Plot("q", "Q", "x", "y", [Series("s", [0, 1], [0, 1])])],
     )
-    show_experiment(console, result)
+    show_study(console, result)
     assert "[red]x" in stream.getvalue() and "does not hold" in stream.getvalue()
     text = markdown.records_report(records)
     assert text.count("| toy/half-mlp |") == 2 and "Measured with zoo" in text
-    report = markdown.experiment_report("E", result, facts={"Time": "1 s"}, plot_files={"q": "q.png"})
-    for line in ("| c | p | m | does not hold | why |", "![Q](q.png)", "- Time: 1 s"):
+    report = markdown.study_report("E", result, facts={"Time": "1 s"}, plot_files={"q": "q.png"})
+    for line in ("| c | p | m | does not hold | 2.0 points | why |", "![Q](q.png)", "- Time: 1 s"):
         assert line in report
 
 

@@ -10,13 +10,14 @@ import torch
 from zoo.bundles.catalog import find
 from zoo.bundles.store import info, load, save
 from zoo.errors import BundleError, ConfigError
-from zoo.harness.experiments import CellCache, get_experiment
 from zoo.harness.tasks import get_task
 from zoo.llm.methods.chess import Chess
 from zoo.llm.models.serving import PackedGatedMLP
 from zoo.llm.models.thresholds import thresholds_of
 from zoo.registry import METHODS
 from zoo.shared.store.io import write_json
+from zoo.studies.cells import CellCache
+from zoo.studies.runner import get_study
 
 TWIN = "llm/dense-shakespeare"
 METHOD = Chess(sparsity=0.5, windows=4, length=64)
@@ -72,14 +73,14 @@ def test_registered_by_name():
         assert dataclasses.is_dataclass(METHODS.get(name))
 
 
-def test_the_experiment_sums_up(tmp_path):
-    experiment = get_experiment("chess")
+def test_the_study_sums_up(tmp_path):
+    study = get_study("chess")
     seconds = {"ours": {"median": 0.1}, "dense": {"median": 0.15}}
     labels = {"shape": "s", "weights": "float32", "batch": 1, "ours": "CHESS 50%", "skips": "35%"}
     goal = {"ratio": 1.25, "over": "dense", "reached": 1.5, "met": True}
     row = {"labels": labels, "seconds": seconds, "goal": goal}
     write_json(tmp_path / "llm_decode-s.json", {"rows": [row]})
-    config = experiment.config_class(
+    config = study.options(
         subjects=(TWIN,),
         seeds=1,
         windows=2,
@@ -89,16 +90,16 @@ def test_the_experiment_sums_up(tmp_path):
         step=2.0,
         speed=tmp_path,
     )
-    result = experiment.run(config, CellCache(tmp_path / "cells"))
+    result = study.run(config, CellCache(tmp_path / "cells"))
     arms = {row["arm"]: row for row in result.rows}
     assert len(arms) == 8 and arms["per-token oracle"]["errors"] < arms["CHESS"]["errors"]
     assert 0 < arms["CHESS"]["skipped"] < arms["CHESS + q, o"]["skipped"]
     assert [t.title for t in result.tables][-1].startswith("Decoding")
     speed = result.verdicts[-1]
     assert speed.measured == "1.50x" and speed.verdict == "holds"
-    again = experiment.run(config, CellCache(tmp_path / "cells"))
+    again = study.run(config, CellCache(tmp_path / "cells"))
     assert again.rows == result.rows
     empty = dataclasses.replace(config, speed=tmp_path / "nothing")
-    assert experiment.run(empty, CellCache(tmp_path / "cells")).verdicts[-1].verdict == "not measured"
+    assert study.run(empty, CellCache(tmp_path / "cells")).verdicts[-1].verdict == "not measured"
     with pytest.raises(ConfigError, match="at least one sparsity"):
-        experiment.config_class(sparsities=())
+        study.options(sparsities=())

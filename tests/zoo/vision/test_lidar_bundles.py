@@ -12,23 +12,23 @@ from zoo.bundles.make import Target, make
 from zoo.bundles.recipes import find_row
 from zoo.bundles.store import load
 from zoo.errors import ConfigError
-from zoo.harness.experiments import CellCache
 from zoo.harness.verify import verify
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, TASKS
+from zoo.registry import ARCHITECTURES, FINETUNERS, STUDIES, TASKS
+from zoo.studies.cells import CellCache
 from zoo.vision.finetune import Finetune
-from zoo.vision.lidar import data, experiment
-from zoo.vision.lidar.arms import make_arm
+from zoo.vision.lidar import data
 from zoo.vision.lidar.detector import Detector
-from zoo.vision.lidar.experiment import DSVTExperiment, DSVTExperimentConfig
 from zoo.vision.lidar.pictures import bev_picture, recall_text
 from zoo.vision.lidar.tasks import Scenes, detections
+from zoo.vision.studies import dsvt
+from zoo.vision.studies.dsvt import DSVTOptions, make_arm
 
 
 @pytest.fixture(autouse=True)
 def _few_scenes(monkeypatch):
     monkeypatch.setattr(Scenes, "frames", 2)
-    monkeypatch.setattr(experiment, "SPEED_FRAMES", 4)
-    monkeypatch.setattr(experiment, "SPEED_ROUNDS", 1)
+    monkeypatch.setattr(dsvt, "SPEED_FRAMES", 4)
+    monkeypatch.setattr(dsvt, "SPEED_ROUNDS", 1)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_everything_is_registered():
     assert ARCHITECTURES.get("vision/lidar-detector") is Detector
     assert TASKS.get("vision/lidar-scenes") is Scenes
     assert "lidar" not in FINETUNERS.names()
-    assert EXPERIMENTS.get("dsvt") is DSVTExperiment
+    assert STUDIES.get("dsvt") is dsvt.STUDY
 
 
 def failed(model: Path) -> list[str]:
@@ -78,15 +78,13 @@ def test_bundles_verify_and_fine_tune(bundles, tmp_path, capsys):
         Finetune("graph/dense-gcn-digits", tmp_path / "x").run()
 
 
-def test_the_experiment_resumes_from_its_cells(tmp_path):
-    config = DSVTExperimentConfig(
-        arms=("dsvt", "dense pillars"), seeds=2, scenes=2, test_scenes=2, epochs=1, batch=2
-    )
+def test_the_study_resumes_from_its_cells(tmp_path):
+    config = DSVTOptions(arms=("dsvt", "dense pillars"), seeds=2, scenes=2, test_scenes=2, epochs=1, batch=2)
     cells = CellCache(tmp_path)
-    result = DSVTExperiment().run(config, cells)
-    assert len(result.verdicts) == 2 and len(result.rows) == 8
+    result = dsvt.STUDY.run(config, cells)
+    assert len(result.verdicts) == 2 and len(result.rows) == 10
     computed = cells.misses
-    again = DSVTExperiment().run(config, cells)
+    again = dsvt.STUDY.run(config, cells)
     assert cells.misses == computed and again.rows == result.rows
     assert {table.title for table in result.tables} >= {"Size and time"}
     assert all(len(series.x) == 2 for series in result.plots[0].series)

@@ -10,7 +10,6 @@ import torch
 
 from zoo.errors import ConfigError, DataError, TaskError
 from zoo.shared.measure.account import count
-from zoo.vision.lidar.arms import ARMS, make_arm
 from zoo.vision.lidar.average_precision import Detections
 from zoo.vision.lidar.bev import BEVConfig, scatter_bev
 from zoo.vision.lidar.boxes import points_per_box, wrapped
@@ -18,12 +17,13 @@ from zoo.vision.lidar.center_head import CenterHead, HeadConfig, diou, focal_los
 from zoo.vision.lidar.data import Batch, Frame, FrameBatches, augmented, scene_frames
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.dsvt import DSVT, DSVTConfig
-from zoo.vision.lidar.experiment import DSVTExperimentConfig, equal_time_epochs
 from zoo.vision.lidar.openpcdet import OpenPCDetBackbone, detector_from_openpcdet, load_openpcdet_state
 from zoo.vision.lidar.scenes import CLASSES, SceneConfig, make_scene
 from zoo.vision.lidar.tasks import Scenes, detections, scores, truth_of
 from zoo.vision.lidar.train import detector_job, detector_recipe
 from zoo.vision.lidar.voxelise import Grid
+from zoo.vision.studies.dsvt import DETECTORS as ARMS
+from zoo.vision.studies.dsvt import DSVTOptions, equal_time_epochs, make_arm
 
 TINY = SceneConfig(beams=12, steps=96, objects=((1, 2), (1, 2), (1, 1)), distractors=(1, 2))
 
@@ -434,10 +434,10 @@ def test_the_task_takes_detectors_only(monkeypatch):
 
 
 def test_equal_time_gives_faster_arms_more_epochs():
-    config = DSVTExperimentConfig(arms=("dsvt", "dense pillars"), epochs=10)
+    config = DSVTOptions(arms=("dsvt", "dense pillars"), epochs=10)
     assert equal_time_epochs(config, {"dsvt": 0.3, "dense pillars": 0.2}) == {"dsvt": 10, "dense pillars": 15}
     with pytest.raises(ConfigError, match="Unknown arm"):
-        DSVTExperimentConfig(arms=("dsvd",))
+        DSVTOptions(arms=("dsvd",))
 
 
 def test_angles_wrap():

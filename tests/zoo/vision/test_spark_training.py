@@ -18,9 +18,9 @@ from zoo.bundles.make import Target, Work, make
 from zoo.bundles.recipes import find_row
 from zoo.cli import main
 from zoo.errors import ConfigError
-from zoo.harness.experiments import reproduce
 from zoo.harness.verify import verify_bundle
 from zoo.shared.errors import IdentityError
+from zoo.studies.runner import reproduce
 from zoo.vision.data import load_images
 from zoo.vision.makers import classifier
 from zoo.vision.models import ResNet, reinitialised
@@ -151,9 +151,9 @@ def test_the_study_reports_and_resumes(study):
     probes = {(row["arm"], row["labels"]): row["accuracy"] for row in first.rows if row["what"] == "probe"}
     assert len(probes) == 8 and all(0 < accuracy < 1 for accuracy in probes.values())
     assert len(set(probes.values())) > 4, "each arm has features of its own"
-    kept = sorted((folder / "cells").glob("*.json"))
+    kept = sorted((folder / "cells").glob("*.safetensors"))
     again = reproduce("spark", out=folder / "out", cells=folder / "cells", **TINY)
-    assert sorted((folder / "cells").glob("*.json")) == kept
+    assert sorted((folder / "cells").glob("*.safetensors")) == kept
     assert again.result == first
     assert json.loads((folder / "out" / "spark.json").read_text())["cells"]["computed"] == 0
 

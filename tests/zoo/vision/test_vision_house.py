@@ -15,19 +15,19 @@ import zoo.vision
 from zoo.bundles.store import info, load, save
 from zoo.cli import main
 from zoo.errors import ConfigError, DataError, TaskError
-from zoo.harness.experiments import CellCache
 from zoo.harness.tasks import get_task
-from zoo.registry import ARCHITECTURES, EXPERIMENTS, FINETUNERS, METHODS, TASKS, Registry
+from zoo.registry import ARCHITECTURES, FINETUNERS, METHODS, STUDIES, TASKS, Registry
 from zoo.shared.errors import BudgetError, MaskError, PatternError, TrainingError
 from zoo.shared.masks import masks_of, set_masks
 from zoo.shared.pruning.sparsifier import sparsify
-from zoo.vision import claims, studies
-from zoo.vision.arms import ARMS, Setting, arm_cell, dense_cell, unpacked
+from zoo.studies.cells import CellCache
 from zoo.vision.base import checked_device, clone
 from zoo.vision.data import drawn_moves, load_images, shifted_and_mirrored
 from zoo.vision.magnitude import MagnitudePruning
 from zoo.vision.models import MLP, ConvNet, ResNet, ViT, pretrained_resnet, reinitialised
-from zoo.vision.reproduce import BenchmarkConfig, PruningBenchmark, jobs
+from zoo.vision.studies import claims, pruning
+from zoo.vision.studies.common import unpacked
+from zoo.vision.studies.pruning import PruningOptions
 from zoo.vision.train import Fit, ImageBatches, Recipe, accuracy, step_macs
 
 needs_data = pytest.mark.skipif(not os.environ.get("ZOO_DATA"), reason="needs the images below ZOO_DATA")
@@ -59,8 +59,8 @@ def test_everything_is_registered_without_importing_torch():
         "fast-convnet",
     ):
         assert METHODS.get(name).__module__.startswith("zoo.methods.")
-    assert EXPERIMENTS.get("pruning-benchmark") is PruningBenchmark
-    assert EXPERIMENTS.get("pruning-claims") is claims.PruningClaims
+    assert STUDIES.get("pruning-benchmark") is pruning.STUDY
+    assert STUDIES.get("pruning-claims") is claims.STUDY
     assert FINETUNERS.get("vision").__name__ == "Finetune"
     assert zoo.vision.ResNet is ResNet
     with pytest.raises(AttributeError):
@@ -180,7 +180,7 @@ def test_tasks_refuse_models_of_other_images(net):
         get_task("vision/set5-x2").evaluate(net)
 
 
-SMALL = BenchmarkConfig(
+SMALL = PruningOptions(
     arms=("global magnitude", "random mask"),
     sparsities=(0.9,),
     seeds=2,
@@ -194,14 +194,15 @@ SMALL = BenchmarkConfig(
 
 def test_the_benchmark_resumes_from_its_cells(tmp_path):
     cells = CellCache(tmp_path)
-    result = PruningBenchmark().run(SMALL, cells)
-    assert len(result.rows) == len(list(jobs(SMALL))) == 8 and cells.misses == 8
+    result = pruning.STUDY.run(SMALL, cells)
+    assert len(result.rows) == len(list(pruning.cases(SMALL))) == 8
+    assert cells.misses == 8 + 2  # and the dense networks themselves
     again = CellCache(tmp_path)
-    assert PruningBenchmark().run(SMALL, again) == result and again.misses == 0
+    assert pruning.STUDY.run(SMALL, again) == result and again.misses == 0
     assert [t.title for t in result.tables][0] == "Accuracy (%)" and len(result.plots) == 2
-    row = arm_cell(SMALL.setting(), "global magnitude", 0.9, 0, again)
+    row = next(r for r in result.rows if (r["arm"], r["seed"]) == ("global magnitude", 0))
     assert unpacked(row).mean() == pytest.approx(row["accuracy"]) and row["images"] == 100
-    model, dense = dense_cell(SMALL.setting(), 0, again)
+    model, dense = pruning.dense_start(SMALL, {"width": 1.0, "seed": 0}, again)
     assert dense["sparsity"] == 0 and row["flops"] == dense["flops"] + row["own_flops"]
     assert masks_of(model) is None
 
@@ -209,8 +210,8 @@ def test_the_benchmark_resumes_from_its_cells(tmp_path):
 def test_outer_sparsities_are_for_the_main_arms(tmp_path):
     config = dataclasses.replace(SMALL, arms=("global magnitude", "LAMP"), outer=(0.98,), seeds=1)
     assert config.levels == (0.9, 0.98)
-    assert [job.arm for job in jobs(config) if job.sparsity == 0.98] == ["global magnitude"]
-    result = PruningBenchmark().run(config, CellCache(tmp_path))
+    assert [case["arm"] for case in pruning.cases(config) if case["level"] == 0.98] == ["global magnitude"]
+    result = pruning.STUDY.run(config, CellCache(tmp_path))
     lamp = next(row for row in result.tables[0].rows if row[0] == "LAMP")
     assert lamp[1] and lamp[2] == ""
     curves = {series.label: list(series.x) for series in result.plots[0].series}
@@ -218,8 +219,13 @@ def test_outer_sparsities_are_for_the_main_arms(tmp_path):
 
 
 def test_cells_are_the_same_on_every_device():
-    there = dataclasses.replace(SMALL.setting(), device="cuda")
-    assert there.key(arm="BiP", seed=1) == SMALL.setting().key(arm="BiP", seed=1)
+    case = {"arm": "BiP", "level": 0.9, "seed": 1, "width": 1.0}
+    key = pruning.STUDY.key(SMALL, case)
+    assert "device" not in key and key["code"] and key["data"]
+    assert pruning.STUDY.key(dataclasses.replace(SMALL, seeds=5), case) == key
+    assert pruning.STUDY.key(dataclasses.replace(SMALL, epochs=2), case) != key
+    assert pruning.STUDY.key(dataclasses.replace(SMALL, train_images=64), case)["data"] != key["data"]
+    assert pruning.STUDY.key(SMALL, {**case, "arm": "LAMP"})["code"] != key["code"]
     assert "device" not in MagnitudePruning(device="cuda").options()
     for name in ("nonsense", "cuda:99", "xpu"):
         with pytest.raises(ConfigError, match="device"):
@@ -228,37 +234,45 @@ def test_cells_are_the_same_on_every_device():
 
 def test_unknown_arms_and_impossible_options_are_refused():
     with pytest.raises(ConfigError, match="global magnitude"):
-        BenchmarkConfig(arms=("global magnitud",))
+        PruningOptions(arms=("global magnitud",))
     with pytest.raises(ConfigError, match="true pixels"):
-        BenchmarkConfig(dataset="cifar10-jpeg", pretrained=True)
+        PruningOptions(dataset="cifar10-jpeg", pretrained=True)
     with pytest.raises(BudgetError):
-        BenchmarkConfig(sparsities=(1.0,))
-    with pytest.raises(ConfigError, match="an epoch per phase; received 0, 3 and 0"):
-        BenchmarkConfig(epochs=0, arms=("soup of 3",))
+        PruningOptions(sparsities=(1.0,))
+    with pytest.raises(ConfigError, match="at least one epoch"):
+        PruningOptions(epochs=0)
     with pytest.raises(ConfigError, match="jackpots"):
-        claims.ClaimsConfig(studies=("jackpot",))
-    for make in ARMS.values():
-        assert 0 < make(0.9, Setting(epochs=1), 0).sparsity < 1
+        claims.ClaimsOptions(studies=("jackpot",))
 
 
 def test_studies_are_summed_up_by_their_claims():
-    runs = {
-        "soups": [
-            {
-                "soup": 90.0 + s,
-                "mean member": 88.0 + s,
-                "best member": 90.0 + s,
-                "greedy soup": 90.0,
-                "soup, norms not recalibrated": 20.0,
-                "one network, three times as long": 95.0 + s,
-            }
-            for s in range(3)
-        ]
-    }
-    result = claims.summarise(runs)
-    outcomes = {v.claim: v.verdict for v in result.verdicts}
-    assert list(outcomes.values()) == ["holds", "no difference seen", "holds", "does not hold"]
-    assert {c.first for s in studies.STUDIES.values() for c in s.claims}
+    rows = [
+        {
+            "study": "soups",
+            "seed": s,
+            "soup": 90.0 + s + s * s / 100,
+            "mean member": 88.0 + s,
+            "best member": 90.0 + s + (1 - s) / 10,
+            "greedy soup": 90.0,
+            "soup, norms not recalibrated": 20.0,
+            "one network, three times as long": 95.0 + s,
+        }
+        for s in range(3)
+    ]
+    result = claims.STUDY.report(rows, claims.ClaimsOptions())
+    assert [v.verdict for v in result.verdicts] == ["holds", "cannot be told", "holds", "does not hold"]
+    assert result.tables[0].rows[0][0] == "soup" and result.verdicts[0].paper == (28,)
+
+
+def test_every_claim_names_figures_that_its_study_gives():
+    import ast
+    import inspect
+
+    source = inspect.getsource(claims)
+    strings = {n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant)}
+    assert set(claims.CLAIMS) == set(claims.TITLES)
+    for claim in claims.STUDY.claims:
+        assert {claim.first, claim.second} <= strings
 
 
 def test_a_toy_package_adds_a_method_by_entry_point(tmp_path, monkeypatch):

@@ -11,17 +11,17 @@ import torch
 from zoo.bundles.store import load, save
 from zoo.cli import main
 from zoo.errors import ConfigError, DataError
-from zoo.harness.experiments import CellCache
 from zoo.harness.tasks import get_task
 from zoo.registry import FINETUNERS
 from zoo.shared.errors import BudgetError
 from zoo.shared.masks import masks_of
+from zoo.studies.cells import CellCache
 from zoo.vision.base import inner_weights
 from zoo.vision.iss_p import ISSP
 from zoo.vision.models import ConvNet
+from zoo.vision.studies.superres import BICUBIC, CHOICES, STUDY, SuperresOptions, cases
 from zoo.vision.superres import PatchBatches, load_t91, load_test, luma, quality
 from zoo.vision.upscalers import EDSR, SwinIR
-from zoo.vision.upscaling_study import BICUBIC, CHOICES, SuperresConfig, SuperresPruning, arms
 
 QUICK = {"epochs": 2, "steps": 4, "batch": 2, "patch": 8}
 
@@ -118,17 +118,17 @@ def test_what_can_not_be_trained_is_refused(data):
     with pytest.raises(ConfigError, match="device"):
         ISSP(0.5, device="cuda:99", **QUICK).sparsify(EDSR(1, 4))
     with pytest.raises(ConfigError, match="edsr"):
-        SuperresConfig(networks=("edsrr",))
+        SuperresOptions(networks=("edsrr",))
     with pytest.raises(ConfigError, match="sparsity 0"):
-        SuperresConfig(sparsities=(0.0,))
+        SuperresOptions(sparsities=(0.0,))
 
 
-def test_the_experiment_sums_up_its_cells(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("zoo.vision.upscaling_study.NETWORKS", {"edsr": lambda: EDSR(1, 4)})
-    config = SuperresConfig(networks=("edsr",), sparsities=(0.5, 0.75), seeds=2, epochs=2, steps=2, batch=2)
+def test_the_study_sums_up_its_cells(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("zoo.vision.studies.superres.NETWORKS", {"edsr": lambda: EDSR(1, 4)})
+    config = SuperresOptions(networks=("edsr",), sparsities=(0.5, 0.75), seeds=2, epochs=2, steps=2, batch=2)
     cells = CellCache(tmp_path / "cells")
-    result = SuperresPruning().run(config, cells)
-    assert len(result.rows) == len(arms(config)) == cells.misses == 2 * (1 + 2 * 4) + 1
+    result = STUDY.run(config, cells)
+    assert len(result.rows) == len(list(cases(config))) == cells.misses == 2 * (1 + 2 * 4) + 1
     assert len(result.verdicts) == 8 and all(v.verdict != "not measured" for v in result.verdicts)
     assert [row[0] for row in result.tables[0].rows] == [BICUBIC, "dense", *CHOICES, *CHOICES]
     assert len(result.plots) == 1

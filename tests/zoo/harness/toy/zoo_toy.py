@@ -1,4 +1,4 @@
-"""A package as somebody else would write it: architecture, tasks, method, recipes, experiment, fine-tuner."""
+"""A package as somebody else would write it: architecture, tasks, method, recipes, study, fine-tuner."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,13 @@ from zoo.bundles.card import mean_and_spread
 from zoo.bundles.make import Work
 from zoo.bundles.recipes import Row
 from zoo.bundles.store import load, save
-from zoo.harness.experiments import CellCache, Experiment, ExperimentResult, Plot, Series, Table, Verdict
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
 from zoo.methods.contract import Sparsified
 from zoo.methods.prune import Prune
 from zoo.shared.masks import MaskSet, masks_of
+from zoo.studies.cells import CellCache
+from zoo.studies.figures import Curves, Grid
+from zoo.studies.study import Arm, Claim, Study, grid
 
 IN, OUT = 12, 4
 
@@ -44,8 +45,8 @@ toy/dense = zoo_toy:make_dense
 [zoo.recipes]
 toy = zoo_toy:recipes
 
-[zoo.experiments]
-toy = zoo_toy:ToyExperiment
+[zoo.studies]
+toy = zoo_toy:STUDY
 
 [zoo.finetuners]
 toy = zoo_toy:Finetune
@@ -198,7 +199,7 @@ class Half:
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """Options of the experiment."""
+    """Options of the study."""
 
     seeds: int = 2
     """How many seeds."""
@@ -207,39 +208,29 @@ class ToyConfig:
     """Sparsities."""
 
 
-class ToyExperiment(Experiment):
-    """Accuracy against sparsity."""
-
-    name: ClassVar[str] = "toy"
-    title: ClassVar[str] = "Toy: pruned networks"
-    paper: ClassVar[str] = "Nobody, Journal of Toys 1 (2026)"
-    config_class: ClassVar[type] = ToyConfig
-
-    def run(self, config: ToyConfig, cells: CellCache, progress: Any = None) -> ExperimentResult:
-        jobs = [(level, seed) for level in config.levels for seed in range(config.seeds)]
-        rows = []
-        for index, (level, seed) in enumerate(jobs):
-            if progress:
-                progress(index, len(jobs), f"sparsity {level}, seed {seed}")
-            key = {"level": level, "seed": seed}
-            value = cells.cell(key, functools.partial(_cell, level, seed))
-            rows.append({**key, "accuracy": value})
-        means = [fmean(row["accuracy"] for row in rows if row["level"] == level) for level in config.levels]
-        cells_of_table = [[f"{x:.0%}", f"{y:.3f}"] for x, y in zip(config.levels, means, strict=True)]
-        table = Table("Accuracy", ["sparsity", "accuracy"], cells_of_table)
-        series = Series("toy", config.levels, means)
-        plot = Plot("accuracy", "Accuracy against sparsity", "sparsity", "accuracy", [series])
-        outcome = "holds" if means[0] >= means[-1] else "does not hold"
-        verdict = Verdict("more zeros cost accuracy", "yes", f"{means[0]:.3f} to {means[-1]:.3f}", outcome)
-        return ExperimentResult([table], [verdict], [plot], rows, ["A note."])
-
-
-def _cell(level: float, seed: int) -> float:
+def measured(make: Any, options: ToyConfig, case: dict[str, Any], cells: CellCache) -> dict[str, float]:
+    """Accuracy of a trained network after pruning."""
     time.sleep(float(os.environ.get("TOY_SLEEP", "0")))
-    _log(f"cell {level} {seed}")
-    model = train(seed, steps=20)
-    Prune(sparsity=level).sparsify(model)
-    return Accuracy().evaluate(model).metrics["accuracy"].value
+    _log(f"cell {case['arm']} {case['level']} {case['seed']}")
+    model = train(case["seed"], steps=20)
+    make(sparsity=case["level"]).sparsify(model)
+    return {"accuracy": Accuracy().evaluate(model).metrics["accuracy"].value}
+
+
+ARMS = {"magnitude": Arm(Prune), "random": Arm(functools.partial(Prune, score="random"))}
+STUDY = Study(
+    "toy",
+    "Toy: pruned networks",
+    "Nobody, Journal of Toys 1 (2026)",
+    ToyConfig,
+    ARMS,
+    lambda options: grid(ARMS, options.levels, options.seeds),
+    measured,
+    claims=[Claim("magnitude beats chance at {level}", "yes", "magnitude", "random")],
+    tables=[Grid("Accuracy")],
+    plots=[Curves("accuracy", "Accuracy against sparsity", "sparsity (%)", "accuracy (%)")],
+    notes=lambda options: ["A note."],
+)
 
 
 @dataclass

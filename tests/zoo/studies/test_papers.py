@@ -1,0 +1,59 @@
+"""The committed verdicts and the table over all papers are what their rows give today."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from zoo.report import markdown
+from zoo.shared.store.io import read_json
+from zoo.studies.papers import NOT_YET, PAPERS, overview, page, results
+from zoo.studies.runner import _typed, get_study
+
+ROOT = Path(__file__).parents[3]
+FOLDER = ROOT / "benchmarks/results"
+FILES = [path for path, _ in results(FOLDER)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(FOLDER)) for path in FILES])
+def test_committed_verdicts_are_those_of_their_rows(path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # CHESS reads the results of the decoding benchmark
+    stored = read_json(path)
+    study = get_study(stored["study"])
+    known = {field.name: field for field in dataclasses.fields(study.options)}
+    options = study.options(**{k: _typed(v, known[k]) for k, v in stored["config"].items() if k in known})
+    made = study.report(stored["result"]["rows"], options)
+    shown = json.loads(json.dumps([dataclasses.asdict(verdict) for verdict in made.verdicts]))
+    for old, new in zip(stored["result"]["verdicts"], shown, strict=True):
+        assert {**old, "p": None} == {**new, "p": None}
+        assert old["p"] == (None if new["p"] is None else pytest.approx(new["p"], rel=1e-6))
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
+    for verdict in made.verdicts:
+        assert verdict.claim in text and verdict.measured in text
+
+
+def test_the_page_is_the_table_of_the_files():
+    committed = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
+    assert committed == page(markdown.table(overview(FOLDER)))
+    assert "docs/papers.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_paper_has_a_row():
+    rows = overview(FOLDER).rows
+    for number, title in PAPERS.items():
+        own = [row for row in rows if row[0] == f"{number}. {title}"]
+        assert own and (len(own) == 1 or all(row[4] != NOT_YET for row in own))
+    assert len(PAPERS) == 64
+    assert all(row[6].startswith("zoo reproduce") for row in rows if row[4] != NOT_YET)
+
+
+def test_readme_figures_of_decoding_are_those_of_the_files():
+    text = (ROOT / "benchmarks/results/chess.md").read_text(encoding="utf-8")
+    for path in sorted(FOLDER.glob("llm_decode-*.json")):
+        for row in read_json(path)["rows"]:
+            seconds = row["seconds"]
+            ratio = f"{seconds['dense']['median'] / seconds['ours']['median']:.2f}x"
+            assert ratio in text, (path.name, row["labels"], ratio)

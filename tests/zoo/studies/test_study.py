@@ -1,0 +1,191 @@
+"""Claims on rows: pairing, means over levels, controls that must beat chance, tuning on test data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+
+from zoo.studies import digests
+from zoo.studies.digests import code_digest
+from zoo.studies.figures import Curves, Grid
+from zoo.studies.study import Arm, Claim, Study, Tuned, grid, shown
+from zoo.studies.view import Value, View
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    rates: tuple[float, ...] = (0.1, 0.2)
+
+
+def study(claims=(), **fields):
+    arms = {
+        "good": Arm(),
+        "bad": Arm(control="chance"),
+        "peeked": Arm(tuned=Tuned("penalty", "test images", (1, 2))),
+        "tuned": Arm(tuned=Tuned("rate", "validation images", "rates")),
+        "chance": Arm(),
+        "fixed": Arm(once=True),
+        "dense": Arm(flat=True),
+    }
+    return Study("s", "S", "p", Options, arms, lambda o: [], lambda *a: {}, claims=claims, **fields)
+
+
+def rows(**arms):
+    """Two levels and three seeds, about a mean for each arm."""
+    made = []
+    for arm, mean in arms.items():
+        for level in [""] if arm == "dense" else [0.5, 0.9]:
+            for seed in [0] if arm == "fixed" else range(3):
+                wiggle = 0 if arm == "fixed" else (0.001, 0.0, 0.002)[seed] * (1 + (arm == "good"))
+                row = {"arm": arm, "level": level, "seed": seed, "accuracy": mean + wiggle}
+                made.append(row)
+    return made
+
+
+def outcomes(claims, **arms):
+    return study(claims).report(rows(**arms), Options()).verdicts
+
+
+def test_a_claim_for_every_level_in_words():
+    found = outcomes([Claim("good at {level}", "yes", "good", "bad")], good=0.9, bad=0.8, chance=0.1)
+    assert [(v.claim, v.verdict) for v in found] == [("good at 50 %", "holds"), ("good at 90 %", "holds")]
+    assert found[0].measured.startswith("+10.1")
+
+
+def test_an_arm_without_seeds_or_levels_stands_for_all():
+    claims = [Claim("f {level}", "", "good", "fixed"), Claim("d {level}", "", "good", "dense")]
+    found = outcomes(claims, good=0.9, fixed=0.5, dense=0.95)
+    assert [v.verdict for v in found] == ["holds", "holds", "does not hold", "does not hold"]
+    assert "(3 seeds)" in found[0].measured
+
+
+def test_a_mean_over_levels_takes_those_that_both_have():
+    data = [row for row in rows(good=0.9, bad=0.8, chance=0.1)]
+    data = [r for r in data if not (r["arm"] == "bad" and r["level"] == 0.9)]
+    claim = Claim("mean", "", "good", "bad", at=(0.5, 0.9), mean=True)
+    (verdict,) = study([claim]).report(data, Options()).verdicts
+    assert verdict.measured.startswith("+10.1")
+
+
+def test_what_was_not_run_is_not_claimed():
+    assert outcomes([Claim("x", "", "good", "bad")], good=0.9) == []
+
+
+def test_a_control_must_beat_chance():
+    claim = [Claim("x", "", "good", "bad", at=(0.5,))]
+    (worse,) = outcomes(claim, good=0.9, bad=0.2, chance=0.3)
+    assert worse.verdict == "invalid" and worse.note == "the control bad does not beat chance"
+    noisy = rows(good=0.9, bad=0.31, chance=0.3)
+    for row in noisy:
+        if row["arm"] == "chance":
+            row["accuracy"] += (0.05, -0.05, 0.0)[row["seed"]]
+    (unclear,) = study(claim).report(noisy, Options()).verdicts
+    assert unclear.verdict == "cannot be told" and "is not shown to beat chance" in unclear.note
+    against_chance = [Claim("x", "", "bad", "chance", at=(0.5,))]
+    assert outcomes(against_chance, bad=0.2, chance=0.3)[0].verdict == "does not hold"
+
+
+def test_an_arm_tuned_on_test_data_makes_its_claims_invalid():
+    (verdict,) = outcomes([Claim("x", "", "peeked", "chance", at=(0.5,))], peeked=0.9, chance=0.1)
+    assert verdict.verdict == "invalid" and verdict.note == "peeked: penalty was chosen on test images"
+
+
+def test_what_was_tuned_is_a_table():
+    tables = study().report(rows(tuned=0.5, peeked=0.5), Options()).tables
+    assert tables[-1].title == "What was tuned"
+    assert tables[-1].rows == [
+        ["peeked", "penalty", "test images", "1, 2"],
+        ["tuned", "rate", "validation images", "0.1, 0.2"],
+    ]
+
+
+def test_groups_are_families_of_their_own():
+    data = [{**row, "graph": name} for name in ("g", "h") for row in rows(good=0.9, bad=0.8, chance=0.1)]
+    both = [Claim("{where}: x", "", "good", "bad", at=(0.5,))]
+    only = [Claim("{where}: y", "", "good", "bad", at=(0.5,), only={"graph": "h"})]
+    made = study(both + only, by=("graph",), titles={"g": "Graph"}).report(data, Options())
+    assert [v.claim for v in made.verdicts] == ["Graph: x", "h: x", "h: y"]
+    assert made.verdicts[1].p == pytest.approx(2 * made.verdicts[0].p)
+
+
+def test_logarithms_and_lower_is_better():
+    value = Value("perplexity", 1.0, 2, "nats", 3, lower=True, log=True)
+    data = [
+        {"arm": arm, "level": 0.5, "seed": seed, "perplexity": base * 2.718281828**seed}
+        for arm, base in (("good", 10.0), ("bad", 20.0))
+        for seed in range(3)
+    ]
+    (verdict,) = study([Claim("x", "", "good", "bad")], value=value).report(data, Options()).verdicts
+    assert verdict.measured.startswith("+0.693") and verdict.verdict == "holds"
+
+
+def test_grid_and_curves():
+    view = View(study(), rows(good=0.5, dense=0.9), Options(), {})
+    table = Grid("T {where}")(view)
+    assert table.columns == ["arm", "50 %", "90 %", ""]
+    assert table.rows[0] == ["good", "50.2 ± 0.2", "50.2 ± 0.2", ""]
+    assert table.rows[1] == ["dense", "", "", "90.1 ± 0.1"]
+    plot = Curves("p", "P", "x", "y", references=("dense",))(view)
+    assert [s.label for s in plot.series] == ["good", "dense"] and plot.series[0].x == [50.0, 90.0]
+    assert plot.series[1].kind == "reference"
+
+
+def test_cases_of_a_grid():
+    cases = list(grid(study().arms, [0.5], 2, ["good", "fixed"], graph="g"))
+    assert [(c["arm"], c["seed"], c["graph"]) for c in cases] == [
+        ("good", 0, "g"),
+        ("good", 1, "g"),
+        ("fixed", 0, "g"),
+    ]
+    assert shown(0.125) == "12.5 %" and shown("2:4") == "2:4"
+
+
+SOURCE = '''
+"""Doc."""
+from zoo.studies.study import Arm, Study
+from {package}.other import helper
+
+FACTOR = 2
+
+def measure(x):
+    """Says {doc}."""
+    return helper(x) * FACTOR
+
+def unrelated():
+    return {unrelated}
+
+TABLE = {{"a": Arm(measure)}}
+'''
+
+
+def digest_of(tmp_path, monkeypatch, package, doc="a", unrelated=1, other="x + 1", factor=2):
+    folder = tmp_path / package
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    text = SOURCE.format(package=package, doc=doc, unrelated=unrelated).replace("R = 2", f"R = {factor}")
+    (folder / "main.py").write_text(text)
+    (folder / "other.py").write_text(f"def helper(x):\n    return {other}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import importlib
+
+    digests._definitions.cache_clear()
+    module = importlib.import_module(f"{package}.main")
+    seen = {}
+    digests._reach(module.__name__, "measure", seen)
+    return {name: value for (_, name), value in seen.items()}
+
+
+def test_code_is_what_is_reached_and_nothing_else(tmp_path, monkeypatch):
+    first = digest_of(tmp_path, monkeypatch, "paka")
+    assert set(first) == {"measure", "helper", "FACTOR"}
+    assert digest_of(tmp_path, monkeypatch, "pakb", doc="b", unrelated=2) == first
+    assert digest_of(tmp_path, monkeypatch, "pakc", other="x + 2")["helper"] != first["helper"]
+    assert digest_of(tmp_path, monkeypatch, "pakd", factor=3)["FACTOR"] != first["FACTOR"]
+
+
+def test_options_of_an_arm_count():
+    one, other = (functools.partial(grid, seeds=seeds) for seeds in (1, 2))
+    assert code_digest(one) != code_digest(other) and code_digest(one) == code_digest(one)
+    assert code_digest(grid, ("a", 1)) != code_digest(grid, ("a", 2))

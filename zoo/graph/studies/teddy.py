@@ -1,0 +1,504 @@
+"""`zoo reproduce teddy`: TEDDY beside random edges, the reversed score, magnitude weights, UGS and dense.
+
+Levels are those of the released schedule. Everything that a comparison shares is shared: initial weights,
+teacher (the dense run of the seed), recipe, counts of kept edges and weights. Times are processor seconds of
+the trainings alone. TEDDY's edges are the same for every seed, so its spread holds no variance of the edge
+set.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from zoo.errors import ConfigError, UnknownNameError
+from zoo.graph.data import load_graph
+from zoo.graph.models import GAT, GCN, GIN, GraphModel
+from zoo.graph.teddy import Order, released_level, ticket_mask
+from zoo.graph.train import (
+    Best,
+    Constraint,
+    FixedMasks,
+    L0Ball,
+    accuracy_of,
+    graph_job,
+    graph_recipe,
+    train_best,
+)
+from zoo.graph.ugs import UGSConfig, ugs
+from zoo.studies.cells import CellCache
+from zoo.studies.figures import Curves, Grid
+from zoo.studies.study import BAR, Arm, Claim, Study
+from zoo.studies.tables import Plot, Series, Table, Verdict
+from zoo.studies.verdict import deviation
+from zoo.studies.view import Row, Value, View
+
+ARCHITECTURES = ("gcn", "gin", "gat")
+EDGES, WEIGHTS = "edges 30 %", "weights 90 %"
+BARE = ", no distillation"
+# Arms at every level, and those at the main levels only; the rest where a verdict needs them.
+LEVEL_ARMS = ("teddy", f"teddy{BARE}", "random", f"random{BARE}")
+MAIN_ARMS = ("reversed", "magnitude weights")
+CURVES = (*LEVEL_ARMS, *MAIN_ARMS, "ugs")
+
+
+@dataclass(frozen=True)
+class TeddyOptions:
+    """Options of the study.
+
+    Args:
+        architectures: which of gcn, gin, gat.
+        datasets: the first one gets all levels and UGS.
+        levels: levels k of the released schedule (1 to 20) for the first data set.
+        main_levels: levels with the reversed score and magnitude weights, too; the only ones of the other
+            data sets.
+        seeds: how many seeds, from 0.
+        ugs_seeds: how many seeds for UGS, which trains 20 rounds for each; 0 leaves it out.
+        epochs: epochs per training.
+        hidden: width of the hidden layer (the paper has 512; a run takes a quarter of the time with 128).
+        distillation: lambda of the distilled arms.
+    """
+
+    architectures: tuple[str, ...] = ARCHITECTURES
+    datasets: tuple[str, ...] = ("cora", "citeseer")
+    levels: tuple[int, ...] = (3, 5, 10, 15, 20)
+    main_levels: tuple[int, ...] = (10, 20)
+    seeds: int = 5
+    ugs_seeds: int = 5
+    epochs: int = 200
+    hidden: int = 128
+    distillation: float = 1.0
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.architectures if name not in ARCHITECTURES]:
+            raise ConfigError(f"Unknown architecture {unknown[0]!r}. There are: {', '.join(ARCHITECTURES)}.")
+        if wrong := [k for k in (*self.levels, *self.main_levels) if not 1 <= k <= 20]:
+            raise ConfigError(f"Levels go from 1 to 20. Received: {wrong[0]}.")
+        if not self.datasets or not self.levels or self.seeds < 1 or self.ugs_seeds < 0 or self.epochs < 1:
+            raise ConfigError("datasets and levels must not be empty; seeds and epochs must be at least 1.")
+        if self.hidden < 8 or self.hidden % 8:
+            raise ConfigError(
+                f"hidden must be a multiple of 8, the number of GAT's heads. Received: {self.hidden}."
+            )
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to a sparse model.
+
+    Args:
+        edges: the order in which edges go, or None for the whole graph.
+        weights: projection on the l0 ball at each step; magnitude of the trained dense weights, then rewound
+            and trained with that mask; or dense.
+        distilled: whether the dense run's logits are distilled.
+    """
+
+    edges: Order | None
+    weights: Literal["l0", "magnitude", "dense"]
+    distilled: bool
+
+
+def new_model(architecture: str, data: Data, hidden: int, seed: int) -> GraphModel:
+    """A freshly initialised model for this graph; sets torch's seed, on which initialisation and dropout
+    depend.
+
+    Args:
+        architecture: gcn, gat or gin.
+        data: features and labels give the widths of input and output.
+        hidden: width of the hidden layer; GAT divides it by its 8 heads.
+        seed: of the initial weights and of everything random after them.
+    """
+    torch.manual_seed(seed)
+    inputs, classes = data.x.shape[1], int(data.y.max()) + 1
+    if architecture == "gcn":
+        return GCN(inputs, hidden, classes)
+    if architecture == "gin":
+        return GIN(inputs, hidden, classes)
+    if architecture == "gat":
+        return GAT(inputs, hidden // 8, classes)
+    raise UnknownNameError(f"Unknown architecture {architecture!r}. There are: {', '.join(ARCHITECTURES)}.")
+
+
+def loops_count(architecture: str) -> bool:
+    """Whether self-loops are added before scoring and count among the entries: TEDDY does so for GAT."""
+    return architecture == "gat"
+
+
+def edge_mask(architecture: str, data: Data, sparsity: float, order: Order | None, seed: int) -> Tensor:
+    """The kept entries of an arm; random draws depend on the seed, TEDDY's do not."""
+    if order is None or sparsity == 0:
+        return torch.ones(data.edge_index.shape[1], dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    loops = loops_count(architecture)
+    nodes = int(data.num_nodes)
+    return ticket_mask(
+        data.edge_index, nodes, sparsity, add_self_loops=loops, order=order, generator=generator
+    )
+
+
+def measure(make: Way | None, options: TeddyOptions, case: Row, cells: CellCache) -> Row | list[Row]:
+    """One run of an arm; of UGS all levels."""
+    data = load_graph(case["dataset"])
+    if case["arm"] == "dense":
+        return dense_run(options, data, case, cells)[0]
+    if make is None:
+        return ugs_run(options, data, case)
+    needs_dense = make.distilled or make.weights == "magnitude"
+    dense, teacher = dense_run(options, data, case, cells) if needs_dense else ({"seconds": 0.0}, {})
+    edge_sparsity, weight_sparsity = _sparsities(case["level"])
+    keep = edge_mask(case["architecture"], data, edge_sparsity, make.edges, case["seed"])
+    model = new_model(case["architecture"], data, options.hidden, case["seed"])
+    start = time.process_time()
+    constraint = _constraint(model, make, weight_sparsity, teacher)
+    job = graph_job(
+        model,
+        data,
+        graph_recipe(options.epochs),
+        keep=keep,
+        teacher=teacher["logits"] if make.distilled else None,
+        distillation=case["lambda"] if make.distilled else 0.0,
+        seed=case["seed"],
+    )
+    best = train_best(model, job, constraint)
+    seconds = time.process_time() - start + dense["seconds"]
+    total = sum(p.numel() for p in model.parameters())
+    kept = sum(int(m.sum()) for m in best.masks.values()) if best.masks else total
+    return _figures(best, data, seconds, int(keep.sum()), kept)
+
+
+def dense_run(
+    options: TeddyOptions, data: Data, case: Row, cells: CellCache
+) -> tuple[Row, dict[str, Tensor]]:
+    """The dense model of this seed: its figures, and logits and weights for the other arms."""
+    place = {name: case[name] for name in ("dataset", "architecture", "seed")}
+    key = STUDY.key(options, {**place, "arm": "dense", "level": "dense"}) | {"what": "teacher"}
+
+    def compute() -> tuple[Row, dict[str, Tensor]]:
+        model = new_model(case["architecture"], data, options.hidden, case["seed"])
+        start = time.process_time()
+        best = train_best(model, graph_job(model, data, graph_recipe(options.epochs), seed=case["seed"]))
+        seconds = time.process_time() - start
+        weights = sum(p.numel() for p in model.parameters())
+        figures = _figures(best, data, seconds, data.edge_index.shape[1], weights)
+        return figures, {"logits": best.logits, **{f"weights/{k}": v for k, v in best.weights.items()}}
+
+    return cells.tensors(key, compute)
+
+
+def ugs_run(options: TeddyOptions, data: Data, case: Row) -> list[Row]:
+    """All levels of UGS for one seed."""
+    model = new_model(case["architecture"], data, options.hidden, case["seed"])
+    config = UGSConfig.released(case["dataset"], options.epochs)
+    levels = tuple(int(name[1:]) for name in case["level"].split())
+    found = ugs(model, data, config, levels, self_loops_count=loops_count(case["architecture"]))
+    rows = []
+    for k, level in found.items():
+        kept = sum(int(m.sum()) for m in level.best.masks.values())
+        figures = _figures(level.best, data, level.seconds, int(level.keep.sum()), kept)
+        rows.append({"level": f"k{k}", **figures})
+    return rows
+
+
+def _sparsities(level: str) -> tuple[float, float]:
+    """Shares of edges and of weights that a level drops."""
+    named = {EDGES: (0.3, 0.0), WEIGHTS: (0.0, 0.9), "dense": (0.0, 0.0)}
+    return named.get(level) or released_level(int(level.partition(",")[0][1:]))
+
+
+def _constraint(model: GraphModel, way: Way, sparsity: float, dense: dict[str, Tensor]) -> Constraint | None:
+    if way.weights == "dense" or sparsity == 0:
+        return None
+    ball = L0Ball.for_sparsity(model, sparsity)
+    if way.weights == "l0":
+        return ball
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(dense[f"weights/{name}"])
+    fixed = FixedMasks(ball(model))
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(initial[name])
+    fixed(model)
+    return fixed
+
+
+def _figures(best: Best, data: Data, seconds: float, entries: int, weights: int) -> Row:
+    return {
+        "test": accuracy_of(best.logits, data.y, data.test_mask.nonzero().flatten()),
+        "val": best.val_accuracy,
+        "epoch": best.epoch,
+        "seconds": seconds,
+        "edges_kept": entries,
+        "weights_kept": weights,
+    }
+
+
+def cases(options: TeddyOptions) -> Iterator[Row]:
+    """All runs, the most informative first."""
+    for dataset in options.datasets:
+        first = dataset == options.datasets[0]
+        levels = options.levels if first else options.main_levels
+        for seed in range(options.seeds):
+            for architecture in options.architectures:
+                place = {"dataset": dataset, "architecture": architecture, "seed": seed}
+                for arm, level, weight in _arms(options, levels, first):
+                    rest = {} if arm == "dense" else {"lambda": weight}
+                    yield {**place, "arm": arm, "level": level, **rest}
+        for seed in range(options.ugs_seeds if first else 0):
+            for architecture in options.architectures:
+                place = {"dataset": dataset, "architecture": architecture, "seed": seed}
+                yield {**place, "arm": "ugs", "level": " ".join(f"k{k}" for k in levels)}
+
+
+def _arms(options: TeddyOptions, levels: tuple[int, ...], first: bool) -> Iterator[tuple[str, str, float]]:
+    weight = options.distillation
+    yield "dense", "dense", weight
+    yield "dense, distilled", "dense", weight
+    for k in levels:
+        for arm in LEVEL_ARMS + (MAIN_ARMS if k in options.main_levels else ()):
+            yield arm, f"k{k}", weight
+    for arm in ("teddy", "random", "reversed"):  # the order of the score alone: weights dense
+        yield f"{arm}{BARE}", EDGES, weight
+    if first:
+        yield "l0 weights", WEIGHTS, weight
+        for other in (0.1, 10.0):
+            yield "teddy", f"k10, lambda {other:g}", other
+
+
+def _levels(view: View) -> list[str]:
+    found = [level for level in view.levels() if level.startswith("k") and "," not in level]
+    return sorted(found, key=lambda level: int(level[1:]))
+
+
+def _columns(view: View) -> list[str]:
+    others = (EDGES, WEIGHTS, "k10, lambda 0.1", "k10, lambda 10")
+    present = view.levels()
+    return ["dense", *_levels(view), *(level for level in others if level in present)]
+
+
+def _heading(view: View, level: str) -> str:
+    if level not in _levels(view):
+        return level
+    one = view.chosen("teddy", level)[0]
+    dropped = 1 - one["edges_kept"] / view.chosen("dense", "dense")[0]["edges_kept"]
+    weights = 100 * one["weights_kept"] / max(row["weights_kept"] for row in view.rows)
+    return f"{level} ({100 * dropped:.0f} / {100 - weights:.0f} %)"
+
+
+def _note(view: View) -> str:
+    seeds = {arm: len({row["seed"] for row in view.rows if row["arm"] == arm}) for arm in view.arms()}
+    most = max(seeds.values())
+    fewer = "".join(f"; {arm}: {count}" for arm, count in seeds.items() if count != most)
+    entries = view.chosen("dense", "dense")[0]["edges_kept"]
+    return (
+        f"{most} seeds{fewer}. Level k: share of edges dropped / of weights zero; {entries} directed entries."
+    )
+
+
+def times(view: View) -> Table | None:
+    """Processor seconds to reach a level."""
+    if view.where["dataset"] != view.options.datasets[0]:
+        return None
+    levels, body = _levels(view), []
+    for arm in view.arms(("dense", *CURVES)):
+        at = ["dense"] * len(levels) if arm == "dense" else levels
+        found = [view.values(arm, level, SECONDS) for level in at]
+        body.append([arm, *(round(statistics.fmean(values), 1) if values else "" for values in found)])
+    title = f"{view.title}: processor seconds of training to reach a level"
+    return Table(title, ["arm", *levels], [row for row in body if any(row[1:])])
+
+
+def facts(view: View) -> list[Verdict]:
+    """What the highest level costs TEDDY and UGS."""
+    if view.where["dataset"] != view.options.datasets[0]:
+        return []
+    claim = f"{view.title}: the highest level costs less training than UGS"
+    published, top = "one training instead of twenty rounds", _levels(view)[-1]
+    teddy, other = (view.values(arm, top, SECONDS) for arm in ("teddy", "ugs"))
+    if not teddy or not other:
+        return [Verdict(claim, published, "", "not measured", paper=(1,))]
+    ours, theirs = statistics.fmean(teddy), statistics.fmean(other)
+    measured = f"{ours:.1f} s with the teacher against {theirs:.0f} s, {theirs / ours:.0f} times less"
+    outcome = "holds" if ours < theirs else "does not hold"
+    return [Verdict(claim, published, measured, outcome, paper=(1,))]
+
+
+def accuracy_plot(view: View) -> Plot | None:
+    """Accuracy against the level."""
+    if view.where["dataset"] != view.options.datasets[0]:
+        return None
+    return Curves(
+        f"accuracy-{view.where['architecture']}",
+        "{where}: accuracy against the level of sparsity",
+        "level k: 1 - 0.95^k of the edges and 1 - 0.9^k of the weights dropped",
+        "test accuracy [%]",
+        CURVES,
+        lambda level: int(level[1:]),
+        _levels,
+        ("dense", "dense, distilled"),
+        alt="Test accuracy of each arm on {where}; see the table for the numbers.",
+    )(view)
+
+
+def time_plot(view: View) -> Plot | None:
+    """Accuracy against training time."""
+    if view.where["dataset"] != view.options.datasets[0]:
+        return None
+    series = []
+    for arm in view.arms(("teddy", f"teddy{BARE}", "magnitude weights", "ugs")):
+        known = [level for level in _levels(view) if view.chosen(arm, level)]
+        seconds = [statistics.fmean(view.values(arm, level, SECONDS)) for level in known]
+        values = [view.values(arm, level) for level in known]
+        mean, spread = [statistics.fmean(v) for v in values], [deviation(v) for v in values]
+        series.append(Series(arm, seconds, mean, spread, kind="points", marks=known))
+    series.append(Series("dense", [], [statistics.fmean(view.values("dense", "dense"))], kind="reference"))
+    return Plot(
+        f"time-{view.where['architecture']}",
+        f"{view.title}: accuracy against total training time",
+        "processor time of all trainings needed [s]",
+        "test accuracy [%]",
+        series,
+        f"Test accuracy of each arm on {view.title}; see the table for the numbers.",
+        log_x=True,
+    )
+
+
+def claims(options: TeddyOptions) -> list[Claim]:
+    """What the order of the edges is worth, what distillation is, and the whole method against UGS."""
+    levels = tuple(f"k{k}" for k in sorted({*options.levels, *options.main_levels}))
+    only = {"dataset": options.datasets[0]}
+    matter, mean = "the score finds the edges that matter", {"at": levels, "mean": True}
+    score = "30 % of the edges dropped by TEDDY's score beat"
+    surpasses = "significantly surpasses iterative methods"
+    bare = f"teddy{BARE}"
+    listed: list[tuple[str, str, str, str, dict[str, Any]]] = [
+        (
+            f"{score} the reversed order by 2 points",
+            BAR,
+            bare,
+            f"reversed{BARE}",
+            {"bar": 2.0, "at": (EDGES,)},
+        ),
+        (f"{score} random ones", matter, bare, f"random{BARE}", {"at": (EDGES,)}),
+        (
+            "TEDDY beats random edges with the same distillation, mean over levels",
+            matter,
+            "teddy",
+            "random",
+            mean,
+        ),
+        (
+            "without distillation TEDDY's edges beat random ones, mean over levels",
+            matter,
+            bare,
+            f"random{BARE}",
+            mean,
+        ),
+        ("distillation adds to TEDDY, mean over levels", "helps", "teddy", bare, mean),
+        (
+            "TEDDY in one training beats UGS, mean over levels",
+            surpasses,
+            "teddy",
+            "ugs",
+            {**mean, "only": only},
+        ),
+        (
+            "TEDDY without distillation beats UGS, mean over levels",
+            "not stated",
+            bare,
+            "ugs",
+            {**mean, "only": only},
+        ),
+        (
+            "TEDDY at level 5 is not below dense minus 1 point",
+            BAR,
+            "teddy",
+            "dense",
+            {"bar": -1.0, "at": ("k5",), "only": only},
+        ),
+        (
+            "TEDDY at level 20 is 5 points above random edges without distillation",
+            BAR,
+            "teddy",
+            f"random{BARE}",
+            {"bar": 5.0, "at": ("k20",), "only": only},
+        ),
+        (
+            "90 % of the weights zero by l0 projection cost at most 1 point",
+            BAR,
+            "l0 weights",
+            "dense",
+            {"bar": -1.0, "at": (WEIGHTS,), "only": only},
+        ),
+    ]
+    return [Claim(f"{{where}}: {text}", said, *pair, **rest) for text, said, *pair, rest in listed]
+
+
+def data(options: TeddyOptions, where: Row) -> list[Any]:
+    """What the digest of a graph is taken of."""
+    graph = load_graph(where["dataset"])
+    return [graph.x, graph.edge_index, graph.y, graph.train_mask, graph.val_mask, graph.test_mask]
+
+
+SECONDS = Value("seconds", 1.0)
+ARMS = {
+    "dense": Arm(flat=True),
+    "dense, distilled": Arm(Way(None, "dense", True), flat=True),
+    "teddy": Arm(Way("teddy", "l0", True)),
+    f"teddy{BARE}": Arm(Way("teddy", "l0", False)),
+    "random": Arm(Way("random", "l0", True)),
+    f"random{BARE}": Arm(Way("random", "l0", False)),
+    "reversed": Arm(Way("reversed", "l0", True)),
+    "magnitude weights": Arm(Way(None, "magnitude", False)),
+    f"reversed{BARE}": Arm(Way("reversed", "l0", False)),
+    "l0 weights": Arm(Way(None, "l0", False)),
+    "ugs": Arm(control=f"random{BARE}"),
+}
+STUDY = Study(
+    "teddy",
+    "TEDDY: graph lottery tickets from degrees, in one training",
+    "Hyunjin Seo, Jihun Yun, Eunho Yang: TEDDY: Trimming Edges with Degree-based Discrimination Strategy, "
+    "ICLR 2024",
+    TeddyOptions,
+    ARMS,
+    cases,
+    measure,
+    papers=(1,),
+    claims=claims,
+    value=Value("test"),
+    varies=("architectures", "datasets", "levels", "main_levels", "seeds", "ugs_seeds", "distillation"),
+    data=data,
+    by=("dataset", "architecture"),
+    titles={
+        "gcn": "GCN",
+        "gin": "GIN",
+        "gat": "GAT",
+        "cora": "Cora",
+        "citeseer": "CiteSeer",
+        "cs": "Coauthor-CS",
+        "pubmed": "PubMed",
+    },
+    facts=facts,
+    tables=[Grid("{where}: test accuracy in %", _note, levels=_columns, columns=_heading), times],
+    plots=[accuracy_plot, time_plot],
+    notes=lambda options: [
+        "Accuracy is that of the test nodes at the epoch of best validation accuracy, in percent: mean ± "
+        "sample standard deviation over seeds. Verdicts rest on the seeds: the nodes of a graph are "
+        "neighbours, so that a test over nodes as if they were independent would promise too much.",
+        "Times are processor seconds of all trainings that an arm needs, on one thread: TEDDY and the "
+        "distilled arms one dense training and one of their own; UGS every round before the level.",
+        "Magnitude weights and l0 weights keep all edges: they show what the weights alone cost. GAT counts "
+        "self-loops among the entries, as TEDDY does, so that it loses more edges at the same level.",
+        "Published numbers could not be had; the paper's claim is that TEDDY significantly surpasses "
+        "iterative methods.",
+        "UGS runs with the rates released for GCN, whatever the architecture, and is not distilled: with "
+        "settings of its own and the same distillation it is known to come closer.",
+        "No arm was tuned here: rates and decays are those that the papers released.",
+    ],
+)

@@ -1,0 +1,1 @@
+"""Studies of the papers on vision: pruning, super-resolution, pre-training, point clouds."""
