@@ -209,8 +209,7 @@ def detectable_difference(
 
 
 def _student(delta: np.ndarray, confidence: float) -> tuple[float, float, float]:
-    """Interval and two-sided p of the mean; p is 1 where all are zero, 0 where they are equal and not "
-    "zero."""
+    """Interval and two-sided p of the mean; p is 1 where all are zero, 0 where all are equal otherwise."""
     from scipy.stats import t
 
     n, mean, error = len(delta), float(delta.mean()), _error(delta)
