@@ -4,6 +4,7 @@
 // summed in the order of the points. So no result depends on the number of threads.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "zoo/export.hpp"
 #include "zoo/lanes.hpp"
@@ -16,6 +17,7 @@ namespace {
 using Vec = Lanes<float>::Vec;
 using Bits = Lanes<float>::Bits;
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef float Pair __attribute__((vector_size(8)));
 constexpr int64_t kWidth = Lanes<float>::kCount;
 
 struct Grid {
@@ -84,28 +86,40 @@ ZOO_INLINE Vec gather_floats(const float* from, Words index) {
 // The points of `rows` that follow `begin`, at most kWidth, one coordinate after the other; absent ones are zero.
 ZOO_INLINE int64_t load_points(const float* points, const int64_t* rows, int64_t begin, int64_t end, Vec* point) {
   const int64_t count = std::min(kWidth, end - begin);
-  for (int axis = 0; axis < 3; ++axis) point[axis] = Vec{};
+  float lanes[3][kWidth] = {};
   for (int64_t i = 0; i < count; ++i)
-    for (int axis = 0; axis < 3; ++axis) point[axis][i] = points[3 * rows[begin + i] + axis];
+    for (int axis = 0; axis < 3; ++axis) lanes[axis][i] = points[3 * rows[begin + i] + axis];
+  for (int axis = 0; axis < 3; ++axis) point[axis] = load_vec(lanes[axis]);
   return count;
 }
 
+ZOO_INLINE void store_words(uint32_t* to, Words words) { std::memcpy(to, &words, sizeof words); }
+
+constexpr int64_t kMostFeatures = 64;
+
+// kFeatures: their number, or 0 where only the grid tells.
+template <int64_t kFeatures>
 void encode(const Grid& grid, const float* points, const float* table, const int64_t* rows, int64_t begin, int64_t end,
             float* out) {
-  const int64_t width = grid.levels * grid.features, features = grid.features;
+  const int64_t features = kFeatures > 0 ? kFeatures : grid.features, width = grid.levels * features;
   for (int64_t at = begin; at < end; at += kWidth) {
     Vec point[3];
     const int64_t count = load_points(points, rows, at, end, point);
     for (int64_t level = 0; level < grid.levels; ++level) {
       const Cells cells(grid, level, point);
       const float* own = table + features * grid.offset[level];
-      for (int64_t f = 0; f < features; ++f) {
-        Vec sum{};
-        for (int corner = 0; corner < 8; ++corner) {
-          const Vec weight = cells.share(0, corner) * cells.share(1, corner) * cells.share(2, corner);
-          sum += weight * gather_floats(own + f, cells.entry(corner) * static_cast<uint32_t>(features));
-        }
-        for (int64_t i = 0; i < count; ++i) out[width * rows[at + i] + features * level + f] = sum[i];
+      Vec sums[kFeatures > 0 ? kFeatures : kMostFeatures];
+      for (int64_t f = 0; f < features; ++f) sums[f] = Vec{};
+      for (int corner = 0; corner < 8; ++corner) {
+        const Vec weight = cells.share(0, corner) * cells.share(1, corner) * cells.share(2, corner);
+        const Words entry = cells.entry(corner) * static_cast<uint32_t>(features);
+        for (int64_t f = 0; f < features; ++f) sums[f] += weight * gather_floats(own + f, entry);
+      }
+      float lanes[kFeatures > 0 ? kFeatures : kMostFeatures][kWidth];
+      for (int64_t f = 0; f < features; ++f) store_vec(lanes[f], sums[f]);
+      for (int64_t i = 0; i < count; ++i) {
+        float* to = out + width * rows[at + i] + features * level;
+        for (int64_t f = 0; f < features; ++f) to[f] = lanes[f][i];
       }
     }
   }
@@ -121,13 +135,16 @@ void to_points(const Grid& grid, const float* points, const float* table, const 
       const Cells cells(grid, level, point);
       const float* own = table + features * grid.offset[level];
       const auto side = static_cast<float>(grid.resolution[level]);
+      float lanes[kMostFeatures][kWidth];
+      for (int64_t f = 0; f < features; ++f) store_vec(lanes[f], Vec{});
+      for (int64_t i = 0; i < count; ++i) {
+        const float* from = flow + width * rows[at + i] + features * level;
+        for (int64_t f = 0; f < features; ++f) lanes[f][i] = from[f];
+      }
       for (int corner = 0; corner < 8; ++corner) {
+        const Words entry = cells.entry(corner) * static_cast<uint32_t>(features);
         Vec value{};
-        for (int64_t f = 0; f < features; ++f) {
-          Vec g{};
-          for (int64_t i = 0; i < count; ++i) g[i] = flow[width * rows[at + i] + features * level + f];
-          value += g * gather_floats(own + f, cells.entry(corner) * static_cast<uint32_t>(features));
-        }
+        for (int64_t f = 0; f < features; ++f) value += load_vec(lanes[f]) * gather_floats(own + f, entry);
         value *= side;
         for (int axis = 0; axis < 3; ++axis) {
           const Vec across = cells.share((axis + 1) % 3, corner) * cells.share((axis + 2) % 3, corner) * value;
@@ -143,21 +160,35 @@ void to_points(const Grid& grid, const float* points, const float* table, const 
   }
 }
 
+template <int64_t kFeatures>
 void to_table(const Grid& grid, int64_t level, const float* points, const int64_t* rows, int64_t count,
               const float* flow, float* grad) {
-  const int64_t width = grid.levels * grid.features, features = grid.features;
+  const int64_t features = kFeatures > 0 ? kFeatures : grid.features, width = grid.levels * features;
   float* own = grad + features * grid.offset[level];
   for (int64_t at = 0; at < count; at += kWidth) {
     Vec point[3];
     const int64_t here = load_points(points, rows, at, count, point);
     const Cells cells(grid, level, point);
+    float weights[8][kWidth];
+    uint32_t entries[8][kWidth];
     for (int corner = 0; corner < 8; ++corner) {
-      const Vec weight = cells.share(0, corner) * cells.share(1, corner) * cells.share(2, corner);
-      const Words entry = cells.entry(corner);
-      for (int64_t i = 0; i < here; ++i) {
-        const float* g = flow + width * rows[at + i] + features * level;
-        float* to = own + features * static_cast<int64_t>(entry[i]);
-        for (int64_t f = 0; f < features; ++f) to[f] += weight[i] * g[f];
+      store_vec(weights[corner], cells.share(0, corner) * cells.share(1, corner) * cells.share(2, corner));
+      store_words(entries[corner], cells.entry(corner) * static_cast<uint32_t>(features));
+    }
+    for (int64_t i = 0; i < here; ++i) {
+      const float* g = flow + width * rows[at + i] + features * level;
+      for (int corner = 0; corner < 8; ++corner) {
+        float* to = own + entries[corner][i];
+        const float weight = weights[corner][i];
+        if constexpr (kFeatures == 2) {  // both at once: reading back what was just written is what limits this
+          Pair sum, flow_here;
+          std::memcpy(&sum, to, sizeof sum);
+          std::memcpy(&flow_here, g, sizeof flow_here);
+          sum += weight * flow_here;
+          std::memcpy(to, &sum, sizeof sum);
+        } else {
+          for (int64_t f = 0; f < features; ++f) to[f] += weight * g[f];
+        }
       }
     }
   }
@@ -175,7 +206,8 @@ ZOO_EXPORT int64_t zoo_hash_encode(const float* points, const float* table, cons
   const Grid grid{resolution, offset, levels, features};
   const int64_t blocks = (count + kWidth - 1) / kWidth;
   parallel_for(blocks, worthwhile(threads, 16 * count * levels), [&](int64_t begin, int64_t end) {
-    encode(grid, points, table, rows, begin * kWidth, std::min(end * kWidth, count), out);
+    const auto run = features == 2 ? encode<2> : encode<0>;
+    run(grid, points, table, rows, begin * kWidth, std::min(end * kWidth, count), out);
   });
   return kOk;
 } ZOO_CATCH
@@ -193,7 +225,8 @@ ZOO_EXPORT int64_t zoo_hash_encode_backward(const float* points, const float* ta
     });
   if (grad_table != nullptr)
     parallel_for(levels, team, [&](int64_t begin, int64_t end) {
-      for (int64_t level = begin; level < end; ++level) to_table(grid, level, points, rows, count, flow, grad_table);
+      const auto run = features == 2 ? to_table<2> : to_table<0>;
+      for (int64_t level = begin; level < end; ++level) run(grid, level, points, rows, count, flow, grad_table);
     });
   return kOk;
 } ZOO_CATCH

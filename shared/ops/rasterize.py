@@ -195,11 +195,10 @@ def _explain(means: Tensor, *args: Any, **kwargs: Any) -> dispatch.Plan:
 
 def _native_image(tensors: tuple[Tensor | None, ...], options: Options) -> Tensor:
     """The image, past torch's dispatcher where that would add nothing: it takes longer than a small image."""
+    inputs: Any = (*tensors, *options)
     if dispatch.direct(*tensors):
-        return _forward(*tensors, *options)[0]
-    if not dispatch.eager():
-        return _rasterize(*tensors, *options)[0]
-    image: Tensor = _Eager.apply(*tensors, *options)
+        return _forward(*inputs)[0]
+    image: Tensor = _Eager.apply(*inputs) if dispatch.eager() else _rasterize(*inputs)[0]
     return image
 
 

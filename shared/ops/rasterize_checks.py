@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..errors import OpError
@@ -49,8 +50,8 @@ def _check_camera(viewmat: Tensor, intrinsics: Tensor) -> None:
             f"viewmat mirrors the world (determinant {det:.3g}): negate one axis of its rotation; OpenGL to "
             "OpenCV negates columns 1 and 2 of the camera-to-world rotation"
         )
-    dots = (a * a + b * b + c * c, d * d + e * e + f * f, g * g + h * h + i * i)
-    dots += (a * d + b * e + c * f, a * g + b * h + c * i, d * g + e * h + f * i)
+    dots = [a * a + b * b + c * c, d * d + e * e + f * f, g * g + h * h + i * i]
+    dots += [a * d + b * e + c * f, a * g + b * h + c * i, d * g + e * h + f * i]
     off = max(abs(dot - ideal) for dot, ideal in zip(dots, (1, 1, 1, 0, 0, 0), strict=True))
     if not off < 1e-3 or rows[3] != [0, 0, 0, 1] or not all(abs(row[3]) < float("inf") for row in rows[:3]):
         raise OpError(

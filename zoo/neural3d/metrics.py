@@ -54,14 +54,15 @@ def ssim(
         found, wanted = found[box], wanted[box]
     if min(found.shape[:2]) < 11:
         raise DataError(f"SSIM needs 11 x 11 pixels; received {tuple(found.shape[:2])}")
-    pair = (image.clamp(0, 1).permute(2, 0, 1)[None] for image in (found, wanted))
-    return float(structural_similarity_index_measure(*pair, data_range=1.0))  # type: ignore[arg-type]
+    one, other = (image.clamp(0, 1).permute(2, 0, 1)[None] for image in (found, wanted))
+    return float(structural_similarity_index_measure(one, other, data_range=1.0))  # type: ignore[arg-type]
 
 
 def ssim_map_mean(found: Float[Tensor, "h w c"], wanted: Float[Tensor, "h w c"]) -> Float[Tensor, ""]:
     """SSIM as a loss term: differentiable, colours not cut."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    pair = (image.permute(2, 0, 1)[None] for image in (found, wanted))
-    mean: Tensor = structural_similarity_index_measure(*pair, data_range=1.0)  # type: ignore[arg-type,assignment]
+    one, other = (image.permute(2, 0, 1)[None] for image in (found, wanted))
+    mean = structural_similarity_index_measure(one, other, data_range=1.0)
+    assert isinstance(mean, Tensor)
     return mean

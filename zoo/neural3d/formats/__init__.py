@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 from zoo.errors import DataError
 from zoo.neural3d.splats import Splats, checked
@@ -56,5 +57,5 @@ def write_splats(path: str | Path, splats: Splats) -> None:
     _module(WRITERS[path.suffix]).write(path, checked(splats, str(path)))
 
 
-def _module(kind: str):  # type: ignore[no-untyped-def]
+def _module(kind: str) -> Any:
     return importlib.import_module(f"zoo.neural3d.formats.{kind}")

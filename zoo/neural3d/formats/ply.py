@@ -37,7 +37,7 @@ _REST = (0, 9, 24, 45, 72)
 
 class _Element(NamedTuple):
     name: str
-    count: int
+    rows: int
     fields: list[tuple[str, str]]
 
 
@@ -53,12 +53,12 @@ def read(path: Path) -> Splats:
     tables = {}
     for element in elements:
         kind = numpy.dtype(element.fields)
-        size = element.count * kind.itemsize
+        size = element.rows * kind.itemsize
         if at + size > len(data):
             raise DataError(
                 f"{path}: {element.name} needs bytes {at} to {at + size} of {len(data)}: the file is cut"
             )
-        tables[element.name] = numpy.frombuffer(data, kind, element.count, at)
+        tables[element.name] = numpy.frombuffer(data, kind, element.rows, at)
         at += size
     if "vertex" not in tables:
         raise DataError(f"{path}: no element vertex; found {', '.join(tables) or 'none'}")

@@ -164,11 +164,11 @@ def _zipped(path: Path, archive: zipfile.ZipFile, name: str) -> bytes:
 def _decode(source: str, load: Load) -> Splats:
     text = load("meta.json")
     try:
-        meta = json.loads(text) if len(text) <= _MOST_META else None
+        meta: dict[str, Any] = json.loads(text) if len(text) <= _MOST_META else {}
         first = meta.get("version", 1)
         count = int(meta["means"]["shape"][0] if first == 1 else meta["count"])
         known = first in (1, 2) and count >= 0
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(f"{source}: meta.json is not that of a SOG scene: {error!r}") from error
     if not known:
         raise DataError(f"{source}: SOG version {first} with {count} Gaussians; versions 1 and 2 are read")
