@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from jaxtyping import Float, Int
@@ -158,7 +159,7 @@ class TextToImage(nn.Module):
         ids = self.tokenizer(
             list(texts), padding="max_length", max_length=TOKENS, return_tensors="pt"
         ).input_ids
-        return ids  # type: ignore[no-any-return]
+        return torch.as_tensor(ids)
 
     def encode(self, ids: Int[Tensor, "n tokens"]) -> Float[Tensor, "n tokens width"]:
         """What the UNet attends to."""
@@ -195,5 +196,5 @@ class TextToImage(nn.Module):
 def noise_loss(model: nn.Module, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
     """Mean squared error of the predicted noise on a batch (images, noise, time steps, token ids)."""
     images, noise, times, ids = batch
-    scheduler = getattr(model, "module", model).scheduler
+    scheduler: Any = getattr(model, "module", model).scheduler
     return F.mse_loss(model(scheduler.add_noise(images, noise, times), times, ids), noise)

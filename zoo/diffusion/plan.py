@@ -124,12 +124,13 @@ def _cut(network: nn.Module, group: UnitGroup, kept: list[int]) -> None:
         [unit * group.width + k for unit in kept for k in range(group.width)], dtype=torch.long
     )
     for part in group.rows:
-        linear = network.get_submodule(part.linear)
+        linear: Any = network.get_submodule(part.linear)
         size = linear.out_features // part.halves
         rows = torch.cat([columns + half * size for half in range(part.halves)])
         _keep_rows(linear, rows)
     for where in group.columns:
         linear = network.get_submodule(where.linear)
+        assert isinstance(linear, nn.Linear)  # as `unit_groups` has made sure of
         # Units before this group in the same projection may have been cut already: count from the end.
         start = linear.in_features - group.count * group.width if where.start else 0
         stop = start + group.count * group.width

@@ -106,7 +106,7 @@ def load_network(folder: str | Path) -> nn.Module:
         name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} has no readable config.json of a diffusers network: {error}") from error
-    classes = {kind.__name__: kind for pair in PRUNED.items() for kind in pair}
+    classes: dict[str, Any] = {kind.__name__: kind for pair in PRUNED.items() for kind in pair}
     if name not in classes:
         raise ConfigError(f"{folder} holds a {name}; there are: {', '.join(sorted(classes))}")
     if not any(folder.glob("*.safetensors")):

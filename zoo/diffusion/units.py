@@ -106,8 +106,8 @@ def unit_groups(network: nn.Module) -> list[UnitGroup]:
             if isinstance(module, kinds):
                 found += rule(path, module)
     for group in found:
-        for part in (*group.rows, *group.columns):
-            _require_plain(network, part.linear)
+        for path in (*(r.linear for r in group.rows), *(c.linear for c in group.columns)):
+            _require_plain(network, path)
     return found
 
 

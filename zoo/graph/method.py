@@ -70,7 +70,7 @@ class Teddy:
             raise ConfigError(f"TEDDY trains the zoo's GCN, GAT and GIN. Received: {type(model).__name__}.")
         if job is not None:
             recipe = job.recipe
-            fields = {"epochs": recipe.epochs, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
+            fields: Any = {"epochs": recipe.epochs, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
             return dataclasses.replace(self, **fields, seed=job.seed).sparsify(model)
         check_sparsity(self.edge_sparsity, "edge_sparsity")
         check_sparsity(self.weight_sparsity, "weight_sparsity")

@@ -4,6 +4,7 @@ network is trained on."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,7 @@ def kept_channels(model: nn.Module, groups: GroupMap, sparsity: float) -> int:
     return max(len(groups), total - int(sparsity * total))
 
 
-def mask_again(model: nn.Module) -> object:
+def mask_again(model: nn.Module) -> Callable[[], object] | None:
     """A step's end that zeroes what the model's masks drop, also after surgery; None without masks."""
     if not masks_of(model):
         return None

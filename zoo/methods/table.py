@@ -45,7 +45,8 @@ def timm_resnet() -> nn.Module:
     from timm.models.resnet import BasicBlock, ResNet
 
     torch.manual_seed(0)
-    made: nn.Module = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=4, channels=(8, 8, 16, 16), stem_width=8)
+    block: Any = BasicBlock
+    made: nn.Module = ResNet(block, (1, 1, 1, 1), num_classes=4, channels=(8, 8, 16, 16), stem_width=8)
     return made
 
 
@@ -65,7 +66,12 @@ def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
+    sizes: Any = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 32,
+    }
     made: nn.Module = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, **sizes))
     return made.eval()
 

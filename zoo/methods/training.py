@@ -198,7 +198,7 @@ def second_stream(job: Job) -> Iterator[Any]:
             yield moved(batch, torch.device(job.device))
 
 
-def share_of_recipe(job: Job, parts: int) -> dict[str, int]:
+def share_of_recipe(job: Job, parts: int) -> dict[str, Any]:
     """The fields of the recipe that make a training last one part of so many."""
     if job.recipe.steps:
         return {"steps": max(1, job.recipe.steps // parts)}

@@ -36,7 +36,7 @@ from zoo.graph.ugs import UGSConfig, ugs
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Curves, Grid
 from zoo.studies.study import BAR, Arm, Claim, Study
-from zoo.studies.tables import Plot, Series, Table, Verdict
+from zoo.studies.tables import Outcome, Plot, Series, Table, Verdict
 from zoo.studies.verdict import deviation
 from zoo.studies.view import Row, Value, View
 
@@ -325,7 +325,7 @@ def facts(view: View) -> list[Verdict]:
         return [Verdict(claim, published, "", "not measured", paper=(1,))]
     ours, theirs = statistics.fmean(teddy), statistics.fmean(other)
     measured = f"{ours:.1f} s with the teacher against {theirs:.0f} s, {theirs / ours:.0f} times less"
-    outcome = "holds" if ours < theirs else "does not hold"
+    outcome: Outcome = "holds" if ours < theirs else "does not hold"
     return [Verdict(claim, published, measured, outcome, paper=(1,))]
 
 
@@ -437,7 +437,7 @@ def claims(options: TeddyOptions) -> list[Claim]:
             {"bar": -1.0, "at": (WEIGHTS,), "only": only},
         ),
     ]
-    return [Claim(f"{{where}}: {text}", said, *pair, **rest) for text, said, *pair, rest in listed]
+    return [Claim(f"{{where}}: {text}", said, one, other, **rest) for text, said, one, other, rest in listed]
 
 
 def data(options: TeddyOptions, where: Row) -> list[Any]:

@@ -26,7 +26,7 @@ from zoo.llm.studies import common
 from zoo.shared.measure.activations import Tap, calibrate, check_share
 from zoo.shared.store.io import read_json
 from zoo.studies.study import BAR, Arm, Claim, Study, grid, shown
-from zoo.studies.tables import Plot, Series, Table, Verdict
+from zoo.studies.tables import Outcome, Plot, Series, Table, Verdict
 from zoo.studies.view import Row, Rows, Value, View
 
 GATES = ("CATS", "CHESS")  # thresholds on gates only; their errors are compared block by block
@@ -254,7 +254,7 @@ def facts(view: View) -> list[Verdict]:
     own = [row for row in view.rows if row["arm"] == "CHESS"]
     off = max(abs(float(block["ffn"]) - row["level"]) for row in own for block in row["report"])
     claim = f"{view.title}: closed gates on held-out text are within 2 points of the target in every block"
-    held = "holds" if off <= 0.02 else "does not hold"
+    held: Outcome = "holds" if off <= 0.02 else "does not hold"
     found = [Verdict(claim, BAR, f"at most {100 * off:.1f} points off", held, paper=(15,))]
     if view.where["subject"] == view.options.subjects[-1]:
         found += _speed_verdicts(view)
@@ -328,7 +328,7 @@ def _speed_verdicts(view: View) -> list[Verdict]:
         )
         source = published if labels["ours"].startswith("CHESS") and labels["batch"] == 1 else BAR
         paper = (22,) if labels["ours"].startswith("GQSA") else (15,)
-        held = "holds" if goal["met"] else "does not hold"
+        held: Outcome = "holds" if goal["met"] else "does not hold"
         found.append(Verdict(claim, source, f"{goal['reached']:.2f}x", held, paper=paper))
     return found
 

@@ -20,7 +20,7 @@ from zoo.shared.train import Checkpoint
 from zoo.studies.cells import CellCache
 from zoo.studies.digests import code_digest
 from zoo.studies.study import BAR, Arm, Claim, Study, Tuned
-from zoo.studies.tables import Plot, Series, Table, Verdict
+from zoo.studies.tables import Outcome, Plot, Series, Table, Verdict
 from zoo.studies.verdict import deviation, mean_cell
 from zoo.studies.view import Row, Rows, Value, View
 from zoo.vision.base import checked_device
@@ -518,7 +518,7 @@ def facts(view: View) -> list[Verdict]:
             f"{BAR}: {WELL_BELOW:g} in every seed",
         )
         holds = max(reached) <= WELL_BELOW
-        outcome = "holds" if holds else "does not hold"
+        outcome: Outcome = "holds" if holds else "does not hold"
         found.append(Verdict(claim, published, mean_cell(reached, 3), outcome, paper=(63,)))
     own = view.part(what="occupancy").rows
     kept = [row["share"] for row in own if row["arm"] == "re-masked"]
