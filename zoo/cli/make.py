@@ -175,15 +175,20 @@ def sparsify_command(argv: Sequence[str]) -> int:
 
 
 def foreign_folder(model: str) -> tuple[str, Any] | None:
-    """The domain and function that take a folder of another library; None for a bundle or a name."""
+    """The domain and function that take a folder of another library; None for a bundle or a name.
+
+    Handlers are known by `domain/file`, or `domain/file:field` where a JSON file must have a field.
+    """
     from zoo.registry import FOLDERS
+    from zoo.shared.store.io import read_json
 
     folder = Path(model)
     if not folder.is_dir() or (folder / "card.yaml").is_file():
         return None
     for name in FOLDERS.names():
         domain, _, marker = name.partition("/")
-        if (folder / marker).is_file():
+        file, _, key = marker.partition(":")
+        if (folder / file).is_file() and (not key or key in read_json(folder / file)):
             return domain, FOLDERS.get(name)
     return None
 

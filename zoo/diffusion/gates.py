@@ -2,8 +2,7 @@
 
 A gate multiplies the input of the down-projection by a forward pre-hook, which is right for every family: the
 input of an attention's projection is the concatenation of its heads, that of a feed-forward's second layer
-its
-activated neurons. Gates are known by the name of their group, never by the order of calls.
+its activated neurons. Gates are known by the name of their group, never by the order of calls.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
@@ -93,8 +94,12 @@ def plan_of(network: nn.Module) -> Plan | None:
     return None if plan is None else Plan.from_dict(plan)
 
 
-def load_network(folder: str | Path) -> nn.Module:
+def load_network(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The network that `save_pretrained` wrote, whole or cut.
+
+    Args:
+        folder: with `config.json` and safetensors.
+        dtype: precision of the weights; by default single.
 
     Raises:
         ConfigError: an unknown class, pickled weights, or weights that do not cover the network.
@@ -113,7 +118,9 @@ def load_network(folder: str | Path) -> nn.Module:
         raise ConfigError(
             f"{folder} has no safetensors file; pickled weights are not read. Convert them first."
         )
-    network, facts = classes[name].from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    network, facts = classes[name].from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True, dtype=dtype
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if facts[kind]:
             raise ConfigError(f"{folder}: {kind.replace('_', ' ')}, the first: {sorted(facts[kind])[0]}")

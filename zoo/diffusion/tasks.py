@@ -83,7 +83,8 @@ class TextToImageTask(Task):
     def flops(self, model: nn.Module) -> Flops:
         """Operations of the denoiser and the text encoder for one sampling step of one image."""
         network = self._fitting(model)
-        example = torch.zeros(1, *network.sample_shape), torch.tensor([0]), network.tokenise(["one"])
+        image = torch.zeros(1, *network.sample_shape, dtype=network.unet.dtype)
+        example = image, torch.tensor([0]), network.tokenise(["one"])
         total = count(network, example).total
         return Flops(total.flops, total.flops_kept)
 

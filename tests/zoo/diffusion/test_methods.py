@@ -42,7 +42,7 @@ def job(model):
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "random"])
 def test_parts_lose_exactly_their_shares(model, job, score: str, scope: str) -> None:
     net = copy.deepcopy(model)
-    made = PruneParts(0.5, 0.25, score=score, scope=scope, prompts=16, steps=2).sparsify(net, job)
+    made = PruneParts(0.5, 0.25, score=score, scope=scope, prompts=16, sampling_steps=2).sparsify(net, job)
     text = [mask for name, mask in made.masks.items() if name.startswith("text_encoder")]
     rest = [mask for name, mask in made.masks.items() if name.startswith("unet")]
     for masks, share in ((text, 0.5), (rest, 0.25)):
@@ -62,7 +62,9 @@ def test_wanda_hears_both_halves_of_the_guidance_batch(model, job, monkeypatch) 
     """With guidance the empty prompt is measured too: the norms differ from those without."""
     norms = {}
     for guidance in (1.0, 3.0):
-        norms[guidance] = PruneParts(score="wanda", prompts=8, steps=2, guidance=guidance)._norms(model, job)
+        norms[guidance] = PruneParts(score="wanda", prompts=8, sampling_steps=2, guidance=guidance)._norms(
+            model, job
+        )
     name = next(n for n in norms[1.0] if n.startswith("text_encoder"))
     assert bool((norms[3.0][name] > norms[1.0][name]).all())
 
@@ -88,7 +90,7 @@ def test_bad_models_and_missing_jobs_are_refused(model, job) -> None:
         with pytest.raises(ConfigError, match="job"):
             method.sparsify(copy.deepcopy(model))
     with pytest.raises(BudgetError, match="all removable layers together have"):
-        Laptop(share=0.99).sparsify(copy.deepcopy(model), job)
+        Laptop(remove=0.99).sparsify(copy.deepcopy(model), job)
     with pytest.raises(ConfigError, match="9 words|words"):
         model.tokenise(["one two three four five six seven eight nine"])
 
@@ -103,7 +105,7 @@ def test_recomputation_gives_the_gradient_of_back_propagation(model, job) -> Non
     for recompute in (False, True):
         variables = {g.name: torch.full((g.count,), 0.5, requires_grad=True) for g in groups}
         torch.manual_seed(5)
-        method = EcoDiff(steps=3, recompute=recompute)
+        method = EcoDiff(sampling_steps=3, recompute=recompute)
         method.descend(model, network, variables, noise, condition, target)
         found.append(torch.cat([v.grad for v in variables.values()]))
     assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-9) and float(found[0].abs().max()) > 0
@@ -147,7 +149,7 @@ def test_a_mask_variable_falls_only_where_its_unit_does_nothing(model, job) -> N
     condition = net.encode(ids).detach()
     torch.manual_seed(0)
     zeros = torch.zeros_like(noise)
-    EcoDiff(steps=2, beta=1.0).descend(net, net.unet, variables, noise, condition, zeros)
+    EcoDiff(sampling_steps=2, beta=1.0).descend(net, net.unet, variables, noise, condition, zeros)
     slope = torch.sigmoid(torch.tensor(1.0)) * (1 - torch.sigmoid(torch.tensor(1.0))) * 0.4
     expected = slope / (group.count * len(variables))
     assert float(variables[group.name].grad[0]) == pytest.approx(float(expected), rel=1e-4)
@@ -175,7 +177,7 @@ def test_ecodiff_keeps_the_shares_and_cuts_what_it_gated(model, job) -> None:
 def test_learning_is_repeatable_and_leaves_the_weights(model, job) -> None:
     net = copy.deepcopy(model)
     groups = unit_groups(net.unet)
-    method = EcoDiff(updates=2, steps=2, batch=4)
+    method = EcoDiff(updates=2, sampling_steps=2, prompts=4)
     first, second = (method.scores(net, groups, job) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), model.parameters(), strict=True))
@@ -195,7 +197,7 @@ def test_the_cheapest_layers_go_and_the_output_loss_is_what_it_says(model, job) 
         assert cost == pytest.approx(float(expected), rel=1e-4)
     assert output_loss(net, [removable[0].name], inputs, guided=True) >= costs[0] * 0.999
     before = sum(p.numel() for p in net.unet.parameters())
-    made = Laptop(share=0.2, images=16, distil=True).sparsify(net, job)
+    made = Laptop(remove=0.2, images=16, distil=True).sparsify(net, job)
     after = sum(p.numel() for p in made.model.unet.parameters())
     assert after <= 0.8 * before
     assert made.arguments["pruning_plan"]["dropped"]
@@ -210,7 +212,7 @@ def test_all_attention_does_not_go_silently(model, job) -> None:
     share = sum(layer.parameters for layer in layers(net.unet) if layer.kind != "resnet")
     share = share / sum(p.numel() for p in net.unet.parameters())
     with pytest.raises(ConfigError, match="every attention would go"):
-        Laptop(share=share - 1e-4, score="magnitude").sparsify(net, job)
+        Laptop(remove=share - 1e-4, score="magnitude").sparsify(net, job)
 
 
 def test_schedulers_without_gradients_are_refused(model) -> None:

@@ -1,11 +1,10 @@
 """EcoDiff, "Effortless Efficiency" (arXiv 2412.02852): heads and neurons removed by masks that are learned
 through the whole sampler, without touching a weight.
 
-The loss is the distance of the final images, so that errors of single steps may cancel or add up as they
-do in
-use. Each step is recomputed in the backward pass with the noise of its gates reproduced, so that the gradient
-is that of the loss; the authors' code draws new noise there. An emptied attention returns the bias of its
-projection; the authors' returns its input.
+The loss is the distance of the final images, so that errors of single steps may cancel or add up as they do
+in use. Each step is recomputed in the backward pass with the noise of its gates reproduced, so that the
+gradient is that of the loss; the authors' code draws new noise there. An emptied attention returns the bias
+of its projection; the authors' returns its input.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from zoo.diffusion.plan import Plan
 from zoo.diffusion.sampling import require_differentiable, sample
 from zoo.diffusion.units import UnitGroup, unit_groups
 from zoo.errors import ConfigError
-from zoo.methods.contract import Sparsified
+from zoo.methods.contract import Sparsified, stated_options
 from zoo.shared.errors import BudgetError
 from zoo.shared.learned.gates import hard_concrete
 from zoo.shared.masks import MaskSet
@@ -51,13 +50,13 @@ class EcoDiff:
     updates: int = 45
     """Steps of learning."""
 
-    steps: int = 8
+    sampling_steps: int = 8
     """Sampling steps through which it learns."""
 
-    batch: int = 16
+    prompts: int = 16
     """Prompts per update."""
 
-    lr: float = 0.15
+    rate: float = 0.15
     """Learning rate of the mask variables (AdamW without weight decay)."""
 
     beta: float = 0.02
@@ -71,9 +70,6 @@ class EcoDiff:
 
     recompute: bool = True
     """Recompute each step in the backward pass: the memory of one step, at 1.7 times the work."""
-
-    seed: int = 0
-    """Seed of prompts, noise and gates."""
 
     def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Cut `model` in place; it must offer `denoise`, `encode`, `scheduler` and `cut`.
@@ -98,7 +94,7 @@ class EcoDiff:
         return Sparsified(
             model.eval(),
             MaskSet({}),
-            hyperparameters=dataclasses.asdict(self),
+            hyperparameters=stated_options(self, job),
             parts={"units": {"kept": kept, "total": total, "pattern": "channel"}},
             arguments=target.current_arguments(),
         )
@@ -112,7 +108,7 @@ class EcoDiff:
         if self.score == "norm":
             return {group.name: column_norms(denoiser_of(model), group) for group in groups}
         if self.score == "random":
-            generator = torch.Generator().manual_seed(self.seed)
+            generator = torch.Generator().manual_seed(0 if job is None else job.seed)
             return {group.name: torch.rand(group.count, generator=generator) for group in groups}
         if job is None:
             raise ConfigError("masks are learned on prompts: give a job whose batches have them")
@@ -122,14 +118,14 @@ class EcoDiff:
     def _learn(self, model: Any, groups: list[UnitGroup], job: Job) -> dict[str, Tensor]:
         network = denoiser_of(model)
         variables = {g.name: torch.full((g.count,), float(self.start), requires_grad=True) for g in groups}
-        optimizer = torch.optim.AdamW(variables.values(), lr=self.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(variables.values(), lr=self.rate, weight_decay=0.0)
         trained = [p for p in model.parameters() if p.requires_grad]
         model.eval().requires_grad_(False)
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                for noise, condition in _conditions(model, job, self.updates, self.batch, self.seed):
-                    target = sample(model, noise, condition, steps=self.steps)
+                torch.manual_seed(job.seed)
+                for noise, condition in _conditions(model, job, self.updates, self.prompts):
+                    target = sample(model, noise, condition, steps=self.sampling_steps)
                     optimizer.zero_grad()
                     self.descend(model, network, variables, noise, condition, target)
                     optimizer.step()
@@ -153,7 +149,7 @@ class EcoDiff:
             The loss, a mean over images and values.
         """
         with gated(network, gates(variables, self.epsilon)):  # also while steps are recomputed
-            made = sample(model, noise, condition, steps=self.steps, recompute=self.recompute)
+            made = sample(model, noise, condition, steps=self.sampling_steps, recompute=self.recompute)
             pull = torch.stack([torch.sigmoid(0.4 * value + 1).mean() for value in variables.values()]).mean()
             loss = (made - target).square().mean() + self.beta * pull
             loss.backward()
@@ -175,12 +171,10 @@ def gates(variables: dict[str, Tensor], epsilon: float) -> Callable[[UnitGroup],
     return draw
 
 
-def _conditions(model: Any, job: Job, updates: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _conditions(model: Any, job: Job, updates: int, prompts: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(noise, encoded prompts) of every update."""
-    drawn = job.replace(seed=seed)
-    per = max(1, batch)
     for update in range(updates):
-        noise, ids = prompts_of(drawn.sample(1, seed_offset=1 + update), per)
+        noise, ids = prompts_of(job.sample(1, seed_offset=1 + update), prompts)
         with torch.no_grad():
             condition = model.encode(ids)
         yield noise, condition  # outside: what follows needs gradients

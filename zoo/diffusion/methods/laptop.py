@@ -1,6 +1,5 @@
 """LAPTOP-Diff (arXiv 2404.11098): whole layers removed at once, chosen by a knapsack on what removing each
-alone
-does to the output, then normalised feature distillation from the dense network.
+alone does to the output, then normalised feature distillation from the dense network.
 
 Removed transformers become identities, removed residual layers their shortcut. The guided score is ours: it
 also weighs what a layer does to the difference that the prompt makes, which the plain score hardly sees.
@@ -19,7 +18,7 @@ from zoo.diffusion.parts import denoiser_of, prompts_of, require_finite
 from zoo.diffusion.plan import Plan, drop_layer, set_module
 from zoo.diffusion.units import Layer, layers
 from zoo.errors import ConfigError
-from zoo.methods.contract import Sparsified
+from zoo.methods.contract import Sparsified, stated_options
 from zoo.shared.errors import BudgetError
 from zoo.shared.masks import MaskSet
 from zoo.shared.pruning.knapsack import cheapest_cover
@@ -32,7 +31,7 @@ class Laptop:
 
     needs_job: ClassVar[bool] = True
 
-    share: float = 0.2
+    remove: float = 0.2
     """Share of the denoiser's parameters to remove, at least."""
 
     score: Literal["output", "guided", "magnitude", "random"] = "output"
@@ -57,37 +56,34 @@ class Laptop:
     allow_unconditional: bool = False
     """Whether every attention of a conditional network may go."""
 
-    seed: int = 0
-    """Seed of the noisy images and of a random choice."""
-
     def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Cut `model` in place, and distil if asked to.
 
         Raises:
-            BudgetError: a share outside (0, 1), or more than all removable layers together.
-            ConfigError: no job, or a choice that leaves no attention to the prompt.
+            BudgetError: a share to remove outside (0, 1), or more than all removable layers together.
+            ConfigError: no job to score or distil on, or a choice that leaves no attention to the prompt.
         """
-        if not 0 < self.share < 1:
-            raise BudgetError(f"share is between 0 and 1; received {self.share}")
-        if job is None:
+        if not 0 < self.remove < 1:
+            raise BudgetError(f"remove is between 0 and 1; received {self.remove}")
+        if job is None and (self.distil or self.score in ("output", "guided")):
             raise ConfigError("layers are scored on noisy images with prompts: give a job")
         require_finite(model)
         network, teacher = denoiser_of(model), copy.deepcopy(model) if self.distil else None
         removable = [layer for layer in layers(network) if layer.removable]
         total = sum(p.numel() for p in network.parameters())
         weights = [layer.parameters for layer in removable]
-        if sum(weights) < self.share * total:
+        if sum(weights) < self.remove * total:
             raise BudgetError(
-                f"{self.share:.1%} of the parameters cannot be removed: all removable layers together have "
+                f"{self.remove:.1%} of the parameters cannot be removed: all removable layers together have "
                 f"{sum(weights) / total:.1%}"
             )
         costs = self.costs(model, removable, job)
-        chosen = [removable[i] for i in cheapest_cover(weights, costs, -int(-self.share * total // 1))]
+        chosen = [removable[i] for i in cheapest_cover(weights, costs, -int(-self.remove * total // 1))]
         if not self.allow_unconditional:
             _require_attention(removable, chosen)
         target: Any = model
         target.cut(Plan(dropped=tuple(layer.name for layer in chosen)))
-        if teacher is not None:
+        if teacher is not None and job is not None:
             self._distil(model, teacher, job)
         parts = {
             "layers": {"kept": len(removable) - len(chosen), "total": len(removable), "pattern": "whole"}
@@ -95,20 +91,24 @@ class Laptop:
         return Sparsified(
             model.eval(),
             MaskSet({}),
-            hyperparameters=dataclasses.asdict(self) | {"dropped": [layer.name for layer in chosen]},
+            hyperparameters=stated_options(self, job if self.distil else None)
+            | {"dropped": [layer.name for layer in chosen]},
             parts=parts,
             arguments=target.current_arguments(),
         )
 
-    def costs(self, model: Any, removable: list[Layer], job: Job) -> list[float]:
+    def costs(self, model: Any, removable: list[Layer], job: Job | None = None) -> list[float]:
         """What each layer costs, see `score`."""
         network = denoiser_of(model)
         if self.score == "random":
-            return torch.rand(len(removable), generator=torch.Generator().manual_seed(self.seed)).tolist()
+            return torch.rand(
+                len(removable), generator=torch.Generator().manual_seed(0 if job is None else job.seed)
+            ).tolist()
         if self.score == "magnitude":
             sizes = [network.get_submodule(layer.name).parameters() for layer in removable]
             return [float(sum(p.detach().square().sum() for p in own)) for own in sizes]
-        inputs = noisy_images(model, job.replace(seed=self.seed), self.images)
+        assert job is not None  # for these scores sparsify asks for one
+        inputs = noisy_images(model, job, self.images)
         return [
             output_loss(model, [layer.name], inputs, guided=self.score == "guided") for layer in removable
         ]
@@ -181,6 +181,5 @@ def _require_attention(removable: list[Layer], chosen: list[Layer]) -> None:
     if attention and attention <= {layer.name for layer in chosen}:
         raise ConfigError(
             "every attention would go, and with it all that the prompt does. Remove less, use "
-            "score='guided', "
-            "or allow it with allow_unconditional=True."
+            "score='guided', or allow it with allow_unconditional=True."
         )

@@ -33,7 +33,7 @@ ENDS = ("conv_in", "conv_out", "time_embedding", "proj_out", "pos_embed", "x_emb
 class PruneParts:
     """Prune the text encoder and the denoiser of a pipeline each by its own share, without training."""
 
-    needs_job: ClassVar[bool] = False
+    needs_job: ClassVar[bool] = True
 
     text_sparsity: float = 0.475
     """Share of zeros in the text encoder's linear layers."""
@@ -50,14 +50,11 @@ class PruneParts:
     prompts: int = 64
     """Prompts on which Wanda measures, guided, both with and without their text."""
 
-    steps: int = 10
+    sampling_steps: int = 10
     """Sampling steps of those measurements."""
 
     guidance: float = 3.0
     """Scale of guidance in those measurements."""
-
-    seed: int = 0
-    """Seed of the random score."""
 
     def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Prune `model` in place.
@@ -77,7 +74,7 @@ class PruneParts:
         shares |= {name: self.text_sparsity for name in text_weights(model)}
         context = ScoreContext(
             activations=self._norms(model, job) if self.score == "wanda" else {},
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=torch.Generator().manual_seed(0 if job is None else job.seed),
         )
         masks: dict[str, Mask] = {}
         for share in sorted({*shares.values()}):
@@ -111,7 +108,9 @@ class PruneParts:
         parts = [(noise[i : i + 16], ids[i : i + 16]) for i in range(0, len(ids), 16)]
         with torch.no_grad():
             return collect_activations(
-                model.eval(), parts, lambda m, batch: run_sampler(m, batch, self.steps, self.guidance)
+                model.eval(),
+                parts,
+                lambda m, batch: run_sampler(m, batch, self.sampling_steps, self.guidance),
             )
 
 

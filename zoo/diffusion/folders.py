@@ -1,0 +1,182 @@
+"""`zoo sparsify` of a folder of diffusers: a whole pipeline, or one network; out comes the same, sparse.
+
+Only the parts that are pruned are loaded, one after the other: text encoders and the denoiser. What a method
+needs prompts for is refused, since a foreign pipeline's text encoding is its own; scores that look at weights
+alone apply to every family. The new folder is read back and compared before it is called done.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+
+from zoo.diffusion.parts import DENOISERS
+from zoo.diffusion.plan import Plan
+from zoo.diffusion.pruned import load_network, plan_of, prune
+from zoo.errors import ConfigError
+from zoo.harness.making import Origin
+from zoo.harness.tasks import Progress
+from zoo.shared.store.io import read_json, write_json
+
+INDEX = "model_index.json"
+
+
+class Parts(nn.Module):
+    """The denoiser of a pipeline and its text encoders, as methods take a model."""
+
+    def cut(self, plan: Plan) -> None:
+        """Cut the denoiser in place."""
+        prune(self.get_submodule(self.denoiser_name), plan)
+
+    def current_arguments(self) -> dict[str, Any]:
+        """Nothing: the networks' own folders say how they are built."""
+        return {}
+
+    @property
+    def denoiser_name(self) -> str:
+        """Name of the denoiser among the parts."""
+        return next(name for name in DENOISERS if hasattr(self, name))
+
+
+def sparsify_folder(
+    source: Path,
+    method: Any,
+    origin: Origin,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None,
+) -> str:
+    """Sparsify the denoiser and the text encoders of a folder that diffusers wrote.
+
+    Args:
+        source: of a pipeline (`model_index.json`) or of one network (`config.json`).
+        method: of the zoo; scores that need prompts are refused by it.
+        origin: for messages.
+        out: the new folder.
+        overwrite: whether a folder that is there may be replaced.
+        progress: called as the steps finish.
+
+    Returns:
+        What was written, in a sentence or two.
+
+    Raises:
+        ConfigError: the folder or a part is missing, pickled or of an unknown class, the output is there
+            already, or diffusers would load other values than were saved.
+        SparseError: whatever the method refuses.
+    """
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} is there already; give another --out, or --overwrite")
+    if out.resolve() == source.resolve():
+        raise ConfigError(f"{out} is the source itself; give another --out")
+    pipeline = (source / INDEX).is_file()
+    index = read_json(source / INDEX) if pipeline else {}
+    model = load_parts(source, index) if pipeline else _alone(load_network(source, _dtype(source)))
+    name = model.denoiser_name
+    before = sum(p.numel() for p in model.parameters())
+    if progress is not None:
+        progress(0, 2, f"sparsifying by {origin.method}")
+    method.sparsify(model)
+    if progress is not None:
+        progress(1, 2, "saving")
+    staged = out.with_name(f"{out.name}.part")
+    shutil.rmtree(staged, ignore_errors=True)
+    if pipeline:
+        pruned = {part for part, _ in model.named_children()}
+        shutil.copytree(source, staged, ignore=lambda at, _: pruned if Path(at) == source else ())
+        if plan_of(model.get_submodule(name)) is not None:
+            network = type(model.get_submodule(name))
+            write_json(staged / INDEX, {**index, name: [network.__module__, network.__name__]})
+    for part, network in model.named_children():
+        save: Any = network
+        save.save_pretrained(staged / part if pipeline else staged)
+        _check(
+            network, _load(staged / part if pipeline else staged, index.get(part) if part != name else None)
+        )
+    shutil.rmtree(out, ignore_errors=True)
+    staged.rename(out)
+    left = sum(p.numel() for p in model.parameters())
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    return (
+        f"{out}: {left:,} of {before:,} parameters are left, {100 * zeros / left:.1f} % of them zero. "
+        "diffusers loads it with from_pretrained"
+        + (" after `import zoo.diffusion.pruned`." if left != before else ".")
+    )
+
+
+def load_parts(source: Path, index: dict[str, Any]) -> Parts:
+    """The denoiser and the text encoders of a pipeline's folder.
+
+    Args:
+        source: the folder.
+        index: its `model_index.json`.
+
+    Raises:
+        ConfigError: no denoiser, or a part that is missing, pickled or of an unknown class.
+    """
+    if not any(_given(index, name) for name in DENOISERS):
+        raise ConfigError(f"{source / INDEX} names no denoiser: none of {', '.join(DENOISERS)}")
+    model = Parts()
+    for name in index:
+        if name in DENOISERS and _given(index, name):
+            model.add_module(name, _load(source / name, None))
+        elif name.startswith("text_encoder") and _given(index, name):
+            model.add_module(name, _load(source / name, index[name]))
+    return model.eval()
+
+
+def _given(index: dict[str, Any], name: str) -> bool:
+    entry = index.get(name)
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def _alone(network: nn.Module) -> Parts:
+    model = Parts()
+    model.add_module(DENOISERS[0], network)
+    return model.eval()
+
+
+def _load(folder: Path, entry: Any) -> nn.Module:
+    """A part: a text encoder of transformers, or with no entry a network of diffusers."""
+    if entry is None:
+        return load_network(folder, _dtype(folder))
+    kind = getattr(transformers, str(entry[1]), None) if entry[0] == "transformers" else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ConfigError(f"{folder.name} is a {entry[0]}.{entry[1]}, which is no model of transformers")
+    _dtype(folder)
+    loaded, facts = kind.from_pretrained(
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if facts["missing_keys"]:
+        raise ConfigError(f"{folder} lacks the weights of {sorted(facts['missing_keys'])[0]!r}")
+    model: nn.Module = loaded
+    return model
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    """Precision of a folder's weights.
+
+    Raises:
+        ConfigError: there is no safetensors file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"{folder} has no safetensors file; pickled weights are not read. Convert them first."
+        )
+    with safe_open(files[0], "pt") as held:
+        found: torch.dtype = held.get_tensor(next(iter(held.keys()))).dtype
+    return found
+
+
+def _check(network: nn.Module, again: nn.Module) -> None:
+    state = again.state_dict()
+    for name, tensor in network.state_dict().items():
+        if name not in state or not torch.equal(state[name], tensor):
+            raise ConfigError(f"the saved {type(network).__name__} loads other values of {name!r}")
