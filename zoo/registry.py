@@ -228,8 +228,8 @@ PRETRAINERS: Registry[Any] = Registry("pre-trainer", "zoo.pretrainers", needs=("
 MAKERS: Registry[Callable[..., Any]] = Registry("maker", "zoo.makers")
 #: domain -> function that returns the path of further recipe rows, see `zoo.bundles.recipes`
 RECIPES: Registry[Callable[[], Any]] = Registry("recipes", "zoo.recipes")
-#: domain/marker file (or file:field of its JSON) -> function behind `zoo sparsify FOLDER` for folders of another
-#: library
+#: domain/marker file (or file:field of its JSON) -> function behind `zoo sparsify FOLDER` for folders of
+#: another library
 FOLDERS: Registry[Any] = Registry("folder handler", "zoo.folders")
 #: domain -> function that lets a model of the domain write, behind `zoo generate`
 GENERATORS: Registry[Any] = Registry("generator", "zoo.generators")
