@@ -41,6 +41,8 @@ def test_a_command_exists_with_its_options_and_models(line: str, capsys) -> None
     command, *words = shlex.split(line, comments=True)[1:]
     assert command in COMMANDS
     asks = [word for word in words[:1] if command in ("finetune", "pretrain", "reproduce")]
+    if command == "sparsify" and Path(words[0]).suffix in registry.FILE_SPARSIFIERS.names():
+        asks += words[:1]  # a file has options of its own
     if "--method" in words and command == "sparsify":
         asks += ["--method", words[words.index("--method") + 1]]
     assert main([command, *asks, "--help"]) == 0

@@ -84,6 +84,7 @@ def test_pruning_as_a_method(views: Views) -> None:
     made = METHODS.get("splat-pruning")(keep=0.25).sparsify(scene, job)
     assert len(made.model) == 50 and torch.equal(scene.means, kept)
     assert made.parts["gaussians"] == {"kept": 50, "total": 200, "sparsity": 0.75, "pattern": "rows"}
+    assert int(made.extras["gaussians/keep"].sum()) == 50 and len(made.extras["gaussians/keep"]) == 200
     assert made.arguments is not None and GaussianScene(**made.arguments).means.shape == (50, 3)
     assert made.hyperparameters["keep"] == 0.25 and made.hyperparameters["seed"] == 3
     untuned = SplatPruning(keep=0.25, tune=False).sparsify(scene, job)

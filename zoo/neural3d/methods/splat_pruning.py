@@ -63,6 +63,7 @@ class SplatPruning:
         return Sparsified(
             scene.eval(),
             MaskSet({}),
+            extras={"gaussians/keep": mask},  # the evidence that a verified card asks for
             hyperparameters=stated_options(self, job),
             parts={"gaussians": part},
             arguments=arguments | {"antialiased": scene.antialiased},
