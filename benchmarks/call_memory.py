@@ -1,9 +1,9 @@
-"""What it costs that every call looks at its index: the same calls here and in an older checkout, in turns.
+"""What it costs that each call looks at the weight: the same calls here and in an older checkout, in turns.
 
     git worktree add /tmp/before COMMIT && (cd /tmp/before && python -m zoo.shared.ops.build)
     python benchmarks/call_memory.py --against /tmp/before --out benchmarks/results/call_memory.json
 
-Each turn is a process of its own; a line shows both times and the ratio of ours to the other, over the turns.
+Each turn is a process of its own; a line shows the least CPU times, their ratio, and the ratios of the turns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -36,17 +35,19 @@ def calls() -> dict[str, Callable[[], object]]:
 
     def add(name: str, module: torch.nn.Module, *size: int) -> None:
         x = torch.randn(*size)
-        found[name] = lambda: module.requires_grad_(False)(x)
+        module.requires_grad_(False)
+        found[name] = lambda: module(x)
 
-    for side, kept, batch in ((64, 0.1, 1), (256, 0.5, 1), (1024, 0.1, 1), (1024, 0.5, 1)):
+    for side, kept in ((64, 0.1), (64, 0.5), (256, 0.5), (1024, 0.1), (1024, 0.5)):
         weight = ops.pack(torch.randn(side, side), torch.rand(side, side) < kept)
-        for rows in (batch, 8, 64):
+        for rows in (1, 8, 64):
             add(f"linear {side}, {kept:.0%} kept, {rows} rows", SparseLinear(weight), rows, side)
     pointwise = ops.pack(torch.randn(256, 256), torch.rand(256, 256) < 0.2)
     add("1x1 convolution 256, 20% kept, 14 x 14", SparseConv1x1(pointwise), 1, 256, 14, 14)
     groups = ops.quantise_groups(torch.randn(1024, 1024), torch.rand(1024, 64) < 0.5)
-    row = torch.randn(1, 1024)
-    found["four-bit groups 1024, 1 row"] = lambda: ops.quant_sparse_linear(row, groups)
+    for rows in (1, 64):
+        x = torch.randn(rows, 1024)
+        found[f"four-bit groups 1024, {rows} rows"] = lambda x=x: ops.quant_sparse_linear(x, groups)
     col = torch.randint(0, 2708, (13264,), dtype=torch.int32)
     crow = torch.linspace(0, 13264, 2709).int()
     for features in (16, 64):
@@ -62,7 +63,7 @@ def calls() -> dict[str, Callable[[], object]]:
 
 
 def measure(seconds: float) -> dict[str, float]:
-    """Seconds per call, the least of short blocks."""
+    """Seconds of CPU per call, the least of short blocks."""
     import torch
 
     torch.set_num_threads(1)
@@ -77,7 +78,7 @@ def measure(seconds: float) -> dict[str, float]:
                 for _ in range(10):
                     call()
                 blocks.append((time.process_time() - start) / 10)
-            times[name] = statistics.median(blocks)
+            times[name] = min(blocks)
     return times
 
 
@@ -117,13 +118,8 @@ def main() -> None:
     rows = []
     for name in turns[0][0]:
         ratios = [new[name] / old[name] for old, new in turns]
-        before, after = (statistics.median(turn[side][name] for turn in turns) for side in (0, 1))
-        row = {
-            "call": name,
-            "before_us": before * 1e6,
-            "now_us": after * 1e6,
-            "ratio": statistics.median(ratios),
-        }
+        before, after = (min(turn[side][name] for turn in turns) for side in (0, 1))
+        row = {"call": name, "before_us": before * 1e6, "now_us": after * 1e6, "ratio": after / before}
         rows.append({**row, "least": min(ratios), "most": max(ratios)})
         print(
             f"{name:50} {before * 1e6:9.1f} {after * 1e6:9.1f} us {row['ratio']:6.2f} "

@@ -46,39 +46,90 @@ bool finite(const Bits* numbers, int64_t count, Bits infinity) {
   return most < infinity;
 }
 
-// Four sums side by side, each of which multiplies two words at a time to 128 bits and folds these (as wyhash does): a
-// change of one bit reaches all bits of its sum, so that no second change is likely to take it back.
-struct Digest {
-  uint64_t lanes[4];
-
+// Sixteen sums of words side by side, after XXH3: each adds its neighbour's words as they are, so that no change of one
+// word is lost, and the product of the two halves of its own, which were mixed with a key that counts the blocks, so that
+// places differ. At the end all are folded into one number (as wyhash does).
+class Digest {
+ public:
   explicit Digest(uint64_t seed) {
-    for (int i = 0; i < 4; ++i) lanes[i] = seed + kKeys[i];
+    for (uint64_t i = 0; i < kWords; ++i) {
+      sums_[i] = seed + kKeys[i % 4] * (2 * i + 1);
+      keys_[i] = kKeys[(i + 1) % 4] * (2 * i + 3);
+    }
   }
-  void add(const uint8_t* data, int64_t bytes) {
-    int64_t at = 0;
-    for (; at + 64 <= bytes; at += 64) block(data + at);
-    uint8_t rest[64] = {};
-    std::memcpy(rest, data + at, static_cast<size_t>(bytes - at));
-    block(rest);
+  // Whole blocks of each row, and then what is left of all rows, one after the other.
+  void add(const uint8_t* data, int64_t rows, int64_t bytes, int64_t stride) {
+    const int64_t blocks = bytes / kBytes, left = bytes - blocks * kBytes;
+    if (blocks > 0) add_blocks(data, rows, blocks, stride);
+    if (left == 0) return;
+    uint8_t rest[2 * kBytes];
+    int64_t filled = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      std::memcpy(rest + filled, data + row * stride + blocks * kBytes, static_cast<size_t>(left));
+      filled += left;
+      if (filled < kBytes) continue;
+      add_blocks(rest, 1, 1, 0);
+      filled -= kBytes;
+      std::memmove(rest, rest + kBytes, static_cast<size_t>(filled));
+    }
+    std::memset(rest + filled, 0, static_cast<size_t>(kBytes - filled));
+    add_blocks(rest, 1, 1, 0);
   }
   uint64_t result() const {
     uint64_t all = kKeys[3];
-    for (const uint64_t lane : lanes) all = fold(all ^ kKeys[1], lane ^ kKeys[2]);
+    for (const uint64_t sum : sums_) all = fold(all ^ kKeys[1], sum ^ kKeys[2]);
     return all;
   }
 
  private:
+  static constexpr int64_t kWords = 16, kBytes = 8 * kWords;
   static constexpr uint64_t kKeys[4] = {0x9e3779b97f4a7c15ull, 0xe7037ed1a0b428dbull, 0x8ebc6af09c88c6e3ull,
                                         0x589965cc75374cc3ull};
+  uint64_t sums_[kWords], keys_[kWords];
+
   static uint64_t fold(uint64_t a, uint64_t b) {
     const auto product = static_cast<unsigned __int128>(a) * b;
     return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
   }
-  void block(const uint8_t* data) {
-    uint64_t words[8];
-    std::memcpy(words, data, 64);
-    for (int i = 0; i < 4; ++i) lanes[i] = fold(words[2 * i] ^ kKeys[i], words[2 * i + 1] ^ lanes[i]);
+#if defined(__AVX2__)
+  void add_blocks(const uint8_t* first, int64_t rows, int64_t blocks, int64_t stride) {
+    constexpr int kVectors = kBytes / 32;
+    __m256i sums[kVectors], keys[kVectors];
+    const auto at = [](auto* words, int i) { return reinterpret_cast<const __m256i*>(words) + i; };
+    for (int i = 0; i < kVectors; ++i) {
+      sums[i] = _mm256_loadu_si256(at(sums_, i));
+      keys[i] = _mm256_loadu_si256(at(keys_, i));
+    }
+    const __m256i step = _mm256_set1_epi64x(static_cast<int64_t>(kKeys[0]));
+    for (int64_t row = 0; row < rows; ++row) {
+      const uint8_t* data = first + row * stride;
+      for (int64_t block = 0; block < blocks; ++block, data += kBytes)
+        for (int i = 0; i < kVectors; ++i) {
+          const __m256i words = _mm256_loadu_si256(at(data, i)), mixed = _mm256_xor_si256(words, keys[i]);
+          sums[i] = _mm256_add_epi64(sums[i], _mm256_shuffle_epi32(words, 0x4e));
+          sums[i] = _mm256_add_epi64(sums[i], _mm256_mul_epu32(mixed, _mm256_srli_epi64(mixed, 32)));
+          keys[i] = _mm256_add_epi64(keys[i], step);
+        }
+    }
+    for (int i = 0; i < kVectors; ++i) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums_) + i, sums[i]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(keys_) + i, keys[i]);
+    }
   }
+#else
+  void add_blocks(const uint8_t* first, int64_t rows, int64_t blocks, int64_t stride) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t block = 0; block < blocks; ++block) {
+        uint64_t words[kWords];
+        std::memcpy(words, first + row * stride + block * kBytes, kBytes);
+        for (int64_t i = 0; i < kWords; ++i) {
+          const uint64_t mixed = words[i] ^ keys_[i];
+          sums_[i] += words[i ^ 1] + (mixed & 0xffffffffull) * (mixed >> 32);
+          keys_[i] += kKeys[0];
+        }
+      }
+  }
+#endif
 };
 
 }  // namespace
@@ -140,7 +191,7 @@ ZOO_EXPORT int64_t zoo_packed_check(const void* index, const int32_t* pointer, i
 // A number that changes with the content of `rows` times `bytes` bytes, `stride` bytes apart.
 ZOO_EXPORT int64_t zoo_digest(const void* data, int64_t rows, int64_t bytes, int64_t stride, int64_t seed) {
   Digest digest(static_cast<uint64_t>(seed));
-  for (int64_t row = 0; row < rows; ++row) digest.add(static_cast<const uint8_t*>(data) + row * stride, bytes);
+  digest.add(static_cast<const uint8_t*>(data), rows, bytes, stride);
   return static_cast<int64_t>(digest.result());
 }
 

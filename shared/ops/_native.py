@@ -198,6 +198,14 @@ def finite(tensor: torch.Tensor) -> bool:
     return value("zoo_finite", "piii")(tensor.data_ptr(), tensor.numel(), size, infinity) == 1
 
 
+def finite_like(tensor: torch.Tensor) -> Callable[[torch.Tensor], bool]:
+    """`finite` of contiguous tensors on the device and of the dtype of this one."""
+    if tensor.device.type != "cpu" or not available():
+        return finite
+    entry, size, infinity = value("zoo_finite", "piii"), tensor.element_size(), _INFINITY[tensor.dtype]
+    return lambda other: entry(other.data_ptr(), other.numel(), size, infinity) == 1
+
+
 def threads() -> int:
     """Threads that a kernel may use now: torch's setting."""
     return torch.get_num_threads()

@@ -11,8 +11,9 @@ content without a trace in any of them. Hence
 4. what depends on shapes, dtypes, devices, threads and the requested backend alone may be kept without a
    digest: it does not depend on content (`Calls`, and the plans of `dispatch`).
 
-A digest reads memory at the speed of memory, which a product that uses the copy does several times over
-(`benchmarks/call_memory.py` measures both).
+A digest costs a read of the weight, which `auto` counts where it chooses a copy (`dispatch.looking`). For few
+rows of x a kernel that reads the weight itself is then the faster one; for many the product takes several
+times as long.
 """
 
 from __future__ import annotations
@@ -41,16 +42,10 @@ def digest(*tensors: Tensor) -> int:
 
 
 def _digest(tensor: Tensor, seed: int) -> int:
-    size = tensor.element_size()
     if tensor.device.type == "cpu" and _native.available():
-        if not tensor.is_contiguous() and (tensor.dim() != 2 or tensor.stride(1) != 1):
-            tensor = tensor.contiguous()
-        rows, count, stride = 1, tensor.numel(), 0
-        if not tensor.is_contiguous():  # a strip of a matrix
-            (rows, count), stride = tensor.shape, tensor.stride(0)
-        return _native.value("zoo_digest", "piiii")(
-            tensor.data_ptr(), rows, count * size, stride * size, seed
-        )
+        place = _place(tensor) or _place(tensor := tensor.contiguous())
+        return _native.value("zoo_digest", "piiii")(*place, seed)
+    size = tensor.element_size()
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     words = tensor.contiguous().view(integers).flatten().long()
     # Each word is told its place, then mixed until every bit of it reaches the upper ones (as splitmix does).
@@ -58,6 +53,16 @@ def _digest(tensor: Tensor, seed: int) -> int:
     for factor in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
         words = (words ^ (words >> 29)).mul_(factor)
     return int((words ^ (words >> 32)).sum())
+
+
+def _place(tensor: Tensor) -> tuple[int, ...]:
+    """Address, rows, bytes of a row and between rows, as `zoo_digest` takes them; empty for other strides."""
+    size = tensor.element_size()
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), 1, tensor.numel() * size, 0
+    if tensor.dim() != 2 or tensor.stride(1) != 1:
+        return ()
+    return tensor.data_ptr(), tensor.shape[0], tensor.shape[1] * size, tensor.stride(0) * size
 
 
 class Derived(Generic[Form]):
@@ -90,6 +95,43 @@ class Derived(Generic[Form]):
         while len(self._held) > self._capacity:
             self._forget(next(iter(self._held)))
         return held[2]
+
+    def run(
+        self,
+        owner: Owner,
+        sources: Sequence[Tensor],
+        build: Callable[[Owner], Form],
+        make: Callable[[Owner, Form], Run],
+        options: Hashable = None,
+    ) -> Run:
+        """A run that the owner keeps while the sources lie where they are: `make(owner, form)`, made again
+        when their content has changed. A call costs the digest and little else.
+        """
+        held, places = weakref.ref(owner), [_place(source) for source in sources]
+        look = _native.value("zoo_digest", "piiii") if _native.available() else None
+        if any(source.device.type != "cpu" for source in sources) or not all(places):
+            look = None
+        known: int | None = None
+        run: Run | None = None
+
+        def call(x: Tensor, bias: Tensor | None) -> Tensor:
+            nonlocal known, run
+            alive = cast(Owner, held())
+            for source in sources:
+                if source.requires_grad:
+                    known = run = None
+                    return make(alive, build(alive))(x, bias)
+            if look is None:
+                now = digest(*sources)
+            else:
+                now = 0
+                for place in places:
+                    now = look(*place, now)
+            if run is None or now != known:
+                run, known = make(alive, self.get(sources, lambda: build(alive), options)), now
+            return run(x, bias)
+
+        return call
 
     def _forget(self, key: Hashable) -> None:
         self._held.pop(key, None)
@@ -173,6 +215,21 @@ def owned_run(owner: Owner, run: Callable[[Tensor, Owner, Tensor | None], Tensor
     return call
 
 
+def dense_run(
+    owner: Owner, dense: Tensor, otherwise: Callable[[Tensor, Owner, Tensor | None], Tensor]
+) -> Run:
+    """The product by a dense weight [out, in]; `otherwise(x, owner, bias)` where it is not finite."""
+    exact, linear = owned_run(owner, otherwise), torch.nn.functional.linear
+    finite = _native.finite_like(dense)
+
+    @dispatch.in_own_precision
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        y = linear(x, dense, None if bias is None else bias.to(x.dtype))
+        return y if finite(y) else exact(x, bias)
+
+    return run
+
+
 def native_run(
     function: Callable[..., int], parts: Sequence[Tensor], y_shape: tuple[int, ...], numbers: Sequence[int]
 ) -> Run:
@@ -181,13 +238,13 @@ def native_run(
     All is made ready that stays from call to call. The parts are kept alive.
     """
     held = (tuple(parts), tuple(part.data_ptr() for part in parts))
-    plain, empty, float32 = _native.plain, torch.empty, torch.float32
+    plain, empty, float32, threads = _native.plain, torch.empty, torch.float32, torch.get_num_threads
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         flat, y = plain(x), empty(y_shape, dtype=float32)
         wide_bias = None if bias is None else plain(bias)
         at_bias = None if wide_bias is None else wide_bias.data_ptr()
-        code = function(flat.data_ptr(), *held[1], at_bias, y.data_ptr(), *numbers, _native.threads())
+        code = function(flat.data_ptr(), *held[1], at_bias, y.data_ptr(), *numbers, threads())
         if code:
             _native.refuse(code, function)
         return y if x.dtype is float32 else y.to(x.dtype)

@@ -39,6 +39,7 @@ from . import _native
 BACKENDS = ("auto", "reference", "native", "vendor", "dense", "triton")
 # A call is only near a measured case: what is faster there by less than this may be slower here.
 MARGIN = 0.85
+_BY_COPY = {"dense", "vendor"}  # backends that may multiply by a copy of the weight
 _requested: ContextVar[str] = ContextVar("zoo_ops_backend", default="auto")
 
 
@@ -60,7 +61,7 @@ class Plan:
 @dataclass(frozen=True)
 class Entry:
     """One measured case: what was run (`kind` is compared exactly, `sizes` by nearness) and seconds per
-    backend."""
+    backend, without what `looking` adds."""
 
     op: str
     kind: str
@@ -109,9 +110,10 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     """
     if _compiling():
         return False
-    if forward_mode._current_level >= 0 or _functorch_level() is not None:
+    transformed = _functorch_level() is not None
+    if transformed or forward_mode._current_level >= 0:
         refuse_tangents(*tensors)
-    if not eager():
+    if transformed or _modes():
         return False
     trains = _grad_enabled()
     for tensor in tensors:  # a loop: this runs before every small product
@@ -164,7 +166,7 @@ def in_own_precision(function: Callable[Arguments, Result]) -> Callable[Argument
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        if not _autocast():
             return function(*args, **kwargs)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
@@ -174,14 +176,26 @@ def in_own_precision(function: Callable[Arguments, Result]) -> Callable[Argument
 
 # Looked up once, as the look-ups would take as long as the answers.
 _compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_autocast = torch._C._is_any_autocast_enabled
 _modes, _functorch_level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
 _functorch_stack = torch._C._functorch.get_interpreter_stack
 _DERIVATIVES = (torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Grad)
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
+def looking(copied: int) -> float:
+    """Seconds that a call by a copy takes to find that so many bytes, which it was made from, are the same
+    (`cache.py`), and that its result is finite: as measured on the machine of the shipped table."""
+    return 8e-6 + copied / 40e9
+
+
 def choose(
-    op: str, device: torch.device, offered: Sequence[str], kind: str, sizes: tuple[float, ...]
+    op: str,
+    device: torch.device,
+    offered: Sequence[str],
+    kind: str,
+    sizes: tuple[float, ...],
+    copied: int = 0,
 ) -> Plan:
     """The backend for a call of `op`.
 
@@ -190,6 +204,7 @@ def choose(
         offered: backends that can run this very call, best guess first; used when nothing was measured.
         kind: what must match exactly in the table (layout, dtype).
         sizes: positive numbers compared by the sum of |log2 ratio| (entries, batch, density ...).
+        copied: bytes of the weight where "dense" and "vendor" multiply by a copy, which is looked up by them.
 
     Raises:
         OpError: the forced backend is not offered, or is native and there is no native library.
@@ -202,12 +217,18 @@ def choose(
         if forced == "native" and (reason := _native.missing()):
             raise OpError(f"{op}: the native backend was asked for, but {reason}")
         return Plan(op, forced, "asked for by ops.backend")
-    return _auto(op, device.type, tuple(offered), kind, torch.get_num_threads(), sizes)
+    return _auto(op, device.type, tuple(offered), kind, torch.get_num_threads(), sizes, copied)
 
 
 @functools.lru_cache(maxsize=4096)
 def _auto(
-    op: str, device: str, offered: tuple[str, ...], kind: str, threads: int, sizes: tuple[float, ...]
+    op: str,
+    device: str,
+    offered: tuple[str, ...],
+    kind: str,
+    threads: int,
+    sizes: tuple[float, ...],
+    copied: int,
 ) -> Plan:
     if device != "cpu":
         usable = tuple(name for name in offered if name != "native")
@@ -221,6 +242,8 @@ def _auto(
     measured = {name: nearest.times[name] for name in offered if name in nearest.times}
     if not measured:
         return Plan(op, offered[0], "first choice, nothing measured for this case")
+    if copied:
+        measured |= {name: time + looking(copied) for name, time in measured.items() if name in _BY_COPY}
     best = min(measured, key=measured.__getitem__)
     if "dense" in measured and measured[best] > MARGIN * measured["dense"]:
         reason = f"no other of {len(measured)} is clearly faster where last measured"
@@ -349,6 +372,7 @@ def measure(
     offered: Sequence[str],
     kind: str,
     sizes: tuple[float, ...],
+    copied: int = 0,
     *,
     quick: bool,
 ) -> Entry:
@@ -356,7 +380,7 @@ def measure(
 
     Args:
         run: the call.
-        offered, kind, sizes: what the op passes to `choose` for it.
+        offered, kind, sizes, copied: what the op passes to `choose` for it.
         quick: shorter blocks.
     """
 
@@ -376,7 +400,12 @@ def measure(
         # CPU time of one thread is what other programs disturb least
         clock=time.process_time if threads == 1 else time.perf_counter,
     )
-    return Entry(op, kind, threads, sizes, {name: timing.median for name, timing in timings.items()})
+    times = {name: timing.median for name, timing in timings.items()}
+    if copied:  # the table has the product alone: a plain layer is compared by it, too
+        times |= {
+            name: max(0.1 * times[name], times[name] - looking(copied)) for name in _BY_COPY & times.keys()
+        }
+    return Entry(op, kind, threads, sizes, times)
 
 
 def calibrate(ops: Sequence[str] | None = None, *, quick: bool = False, path: Path | None = None) -> Path:

@@ -16,9 +16,10 @@ from torch import nn
 from ..masks import Mask, MaskSet, set_masks
 from ..masks.patterns import NM
 from ..structure.folding import fold_norms, fuse_relus
+from .dispatch import choose
 from .modules import DepthwiseConv, SparseConv1x1, SparseLinear, is_depthwise, is_pointwise
 from .nm_linear import PATTERNS, pack_nm
-from .sparse_linear import plan
+from .sparse_linear import case
 from .weights import SparseWeight
 
 # Takes a module and the masks of its own parameters by their short names; None where the module should stay.
@@ -231,7 +232,9 @@ def _runs_dense(weight: SparseWeight) -> bool:
     """Whether `auto` would multiply by the dense weight for one row of x, for some and for many: then a plain
     layer does the same without a choice at each call, which takes longer than a small product."""
     some_x = (weight.values.new_empty(rows, weight.shape[1]) for rows in (1, 64, 2048))
-    return all(plan(x, weight).backend == "dense" for x in some_x)
+    # Not by `plan`: a plain layer has no copy to look up.
+    cases = (case(x, weight)[:3] for x in some_x)
+    return all(choose("sparse_linear", weight.values.device, *each).backend == "dense" for each in cases)
 
 
 @register_packer(nn.Conv2d)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native, dispatch, triton
-from .cache import Calls, Derived, native_run, owned_run
+from .cache import Calls, Derived, Run, dense_run, native_run
 
 __all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference"]
 
@@ -227,13 +227,13 @@ def plan(
     return dispatch.choose("quant_sparse_linear", x.device, *case(x, weight))
 
 
-def case(x: Tensor, weight: QuantGroups) -> tuple[tuple[str, ...], str, tuple[float, ...]]:
-    """Backends offered, and the kind and sizes by which measured cases are looked up: weights, batch,
-    density."""
+def case(x: Tensor, weight: QuantGroups) -> tuple[tuple[str, ...], str, tuple[float, ...], int]:
+    """Backends offered, the kind and sizes by which measured cases are looked up (weights, batch, density),
+    and the bytes that a copy is looked up by."""
     rows, cols = weight.shape
     offered = ("dense", "reference") if x.dtype == torch.float64 else ("native", "dense", "reference")
     sizes = (float(max(1, rows * cols)), float(max(1, x.numel() // max(1, cols))), max(weight.density, 1e-4))
-    return (*offered, *triton.offered(x)), f"int4 g{weight.group}", sizes
+    return (*offered, *triton.offered(x)), f"int4 g{weight.group}", sizes, weight.nbytes
 
 
 def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
@@ -246,8 +246,12 @@ def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
         weight.calls.keep(x, run, weight.parts)
         return run(x, bias)
     if backend == "dense":
-        weight.calls.keep(x, owned_run(weight, _dense_forward), weight.parts)
-        return _dense_forward(x, weight, bias)
+        options = (weight.shape, x.dtype)
+        run = _dense.run(
+            weight, weight.parts, lambda held: held.to_dense().to(options[1]), _dense_run, options
+        )
+        weight.calls.keep(x, run, weight.parts)
+        return run(x, bias)
     if backend == "triton":
         from .triton import quant
 
@@ -255,12 +259,9 @@ def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
     return reference(x, weight, bias)
 
 
-@dispatch.in_own_precision
-def _dense_forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
-    dense = _dense.get(weight.parts, lambda: weight.to_dense().to(x.dtype), (weight.shape, x.dtype))
-    y = torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
-    # A group that is not kept met an infinite x, and is not in the sum.
-    return y if _native.finite(y) else reference(x, weight, bias)
+def _dense_run(weight: QuantGroups, dense: Tensor) -> Run:
+    # A group that is not kept, and met an infinite x, is not in the sum.
+    return dense_run(weight, dense, reference)
 
 
 @torch.library.custom_op(

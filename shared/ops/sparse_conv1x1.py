@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native, dispatch
-from .cache import Run, native_run, owned_run
+from .cache import Run, native_run
 from .layout import LAYOUTS, PANEL, VALUE_TYPES
-from .sparse_linear import entries_of, narrow_form, sparse_linear
+from .sparse_linear import Parts, entries_of, narrow_run, sparse_linear
 from .sparse_linear import reference as linear_reference
 from .weights import SparseWeight, pack
 
@@ -95,16 +95,17 @@ def _check(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> None:
         raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
 
 
-def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[float, ...]]:
-    """Backends offered, and the kind and sizes by which measured cases are looked up: weights, pixels,
-    density."""
+def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[float, ...], int]:
+    """Backends offered, the kind and sizes by which measured cases are looked up (weights, pixels, density),
+    and the bytes that a copy is looked up by."""
     rows, cols = weight.shape
     offered: tuple[str, ...] = ("dense", "reference")
     if torch.float64 not in (x.dtype, weight.values.dtype) and weight.layout != "columns":
         offered = ("native", *offered)
     pixels = x.numel() // max(1, cols)
     kind = f"{weight.layout} {str(weight.values.dtype).removeprefix('torch.')}"
-    return offered, kind, (float(max(1, rows * cols)), float(max(1, pixels)), max(weight.density, 1e-4))
+    sizes = (float(max(1, rows * cols)), float(max(1, pixels)), max(weight.density, 1e-4))
+    return offered, kind, sizes, weight.nbytes
 
 
 def _is_rows(x: Tensor) -> bool:
@@ -132,21 +133,19 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool = 
 
 
 def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool) -> Tensor:
-    if weight.layout == "bitmask" or _in_narrow_panels(x, weight):
-        run = owned_run(weight, functools.partial(_expanded_forward, relu=relu))
+    shape = x.shape
+    if _in_narrow_panels(x, weight):
+        run = narrow_run(
+            weight, NARROW, lambda held, parts: _conv_run(shape, held, "csr", parts, NARROW, relu)
+        )
+    elif weight.layout == "bitmask":
+        run = weight.by_columns_run(
+            lambda held, index: _conv_run(shape, held, "csr", (held.values, index, held.pointer), PANEL, relu)
+        )
     else:
-        run = _conv_run(x, weight, weight.layout, weight.parts, PANEL, relu)
+        run = _conv_run(shape, weight, weight.layout, weight.parts, PANEL, relu)
     weight.calls.keep(x, run, weight.parts, ("maps", relu))
     return run(x, bias)
-
-
-def _expanded_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool) -> Tensor:
-    """By a copy of the index, which is looked up by content, and in narrow panels also of the values."""
-    layout, index = weight.by_columns()
-    form, panel = (weight.values, index, weight.pointer), PANEL
-    if _in_narrow_panels(x, weight):
-        form, panel = narrow_form(weight, index, NARROW), NARROW
-    return _conv_run(x, weight, layout, form, panel, relu)(x, bias)
 
 
 def _in_narrow_panels(x: Tensor, weight: SparseWeight) -> bool:
@@ -155,18 +154,13 @@ def _in_narrow_panels(x: Tensor, weight: SparseWeight) -> bool:
 
 
 def _conv_run(
-    x: Tensor,
-    weight: SparseWeight,
-    layout: str,
-    form: tuple[Tensor, Tensor, Tensor],
-    panel: int,
-    relu: bool,
+    shape: torch.Size, weight: SparseWeight, layout: str, form: Parts, panel: int, relu: bool
 ) -> Run:
-    """The native convolution by a weight in this form."""
+    """The native convolution of maps of this shape by a weight in this form."""
     function = _native.value("zoo_sparse_conv1x1", "ppppppiiiiiiiiii")
     kind = (LAYOUTS.index(layout), VALUE_TYPES.index(weight.values.dtype), int(relu))
-    sizes = (x.shape[0], math.prod(x.shape[2:]), entries_of(weight), *weight.shape, panel, *kind)
-    return native_run(function, form, (x.shape[0], weight.shape[0], *x.shape[2:]), sizes)
+    sizes = (shape[0], math.prod(shape[2:]), entries_of(weight), *weight.shape, panel, *kind)
+    return native_run(function, form, (shape[0], weight.shape[0], *shape[2:]), sizes)
 
 
 @torch.library.custom_op(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native, dispatch, triton
-from .cache import Derived, Run, native_run, owned_run
+from .cache import Derived, Run, dense_run, native_run, owned_run
 from .layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, block_of
 from .weights import SparseWeight, pack
 
@@ -92,7 +92,8 @@ _EXPAND_DENSITY = 0.25
 # on a second copy of the weight pays (benchmarks/sparse_linear.py: 1.1 to 1.6 times as fast at batch 64).
 NARROW, NARROW_BATCH = 256, 48
 _csr = Derived[Tensor]()
-_narrow = Derived[tuple[Tensor, Tensor, Tensor]](1024)
+Parts = tuple[Tensor, Tensor, Tensor]  # values, index, pointer
+_narrow = Derived[Parts](1024)
 
 
 def _accumulator(x: Tensor, values: Tensor) -> torch.dtype:
@@ -115,9 +116,9 @@ def _plan(x: Tensor, weight: SparseWeight) -> dispatch.Plan:
     return dispatch.choose("sparse_linear", x.device, *case(x, weight))
 
 
-def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[float, ...]]:
-    """Backends offered, and the kind and sizes by which measured cases are looked up: weights, batch,
-    density."""
+def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[float, ...], int]:
+    """Backends offered, the kind and sizes by which measured cases are looked up (weights, batch, density),
+    and the bytes that a copy is looked up by."""
     rows, cols = weight.shape
     wide = torch.float64 in (x.dtype, weight.values.dtype)
     offered: tuple[str, ...] = ("dense", "reference", "vendor")
@@ -131,7 +132,7 @@ def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[f
     if x.dtype != weight.values.dtype:
         kind += f" x {str(x.dtype).removeprefix('torch.')}"
     batch = max(1, x.numel() // max(1, cols))
-    return offered, kind, (float(max(1, rows * cols)), float(batch), max(weight.density, 1e-4))
+    return offered, kind, (float(max(1, rows * cols)), float(batch), max(weight.density, 1e-4)), weight.nbytes
 
 
 def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
@@ -143,8 +144,9 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     if backend == "native":
         return _native_forward(x, weight, bias)
     if backend == "dense":
-        weight.calls.keep(x, owned_run(weight, _dense_forward), weight.parts)
-        return _dense_forward(x, weight, bias)
+        run = weight.expanded_run(x.dtype, _dense_run)
+        weight.calls.keep(x, run, weight.parts)
+        return run(x, bias)
     if backend == "vendor":
         return _vendor_forward(x, weight, bias)
     if backend == "triton":  # a check of the index would wait for the device: once per shape and address
@@ -153,12 +155,9 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     return reference(x, weight, bias)
 
 
-@dispatch.in_own_precision
-def _dense_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
-    narrow_bias = None if bias is None else bias.to(x.dtype)
-    y = torch.nn.functional.linear(x, weight.expanded(x.dtype), narrow_bias)
+def _dense_run(weight: SparseWeight, dense: Tensor) -> Run:
     # A stored zero that met an infinite x made a NaN of it, which is not in the sum.
-    return y if _native.finite(y) else _without_zeros(x, weight, bias)
+    return dense_run(weight, dense, _without_zeros)
 
 
 def _without_zeros(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
@@ -201,18 +200,14 @@ def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
 def _native_run(x: Tensor, weight: SparseWeight) -> Run:
     batch = x.numel() // weight.shape[1]
     by_columns = weight.layout == "bitmask" and batch > _EXPAND_BATCH
-    if by_columns or (weight.layout == "csr" and _in_narrow_panels(weight, batch)):
-        return owned_run(weight, _expanded_forward)
-    return _linear_run(x, weight, weight.layout, weight.parts, PANEL)
-
-
-def _expanded_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
-    """By a copy of the index, which is looked up by content, and in narrow panels also of the values."""
-    layout, index = weight.by_columns()
-    form, panel = (weight.values, index, weight.pointer), PANEL
-    if _in_narrow_panels(weight, x.numel() // weight.shape[1]):
-        form, panel = narrow_form(weight, index, NARROW), NARROW
-    return _linear_run(x, weight, layout, form, panel)(x, bias)
+    form = (batch, x.shape[:-1])
+    if weight.layout in ("bitmask", "csr") and _in_narrow_panels(weight, batch):
+        return narrow_run(weight, NARROW, lambda held, parts: _linear_run(*form, held, "csr", parts, NARROW))
+    if by_columns:
+        return weight.by_columns_run(
+            lambda held, index: _linear_run(*form, held, "csr", (held.values, index, held.pointer), PANEL)
+        )
+    return _linear_run(*form, weight, weight.layout, weight.parts, PANEL)
 
 
 def _in_narrow_panels(weight: SparseWeight, batch: int) -> bool:
@@ -220,11 +215,16 @@ def _in_narrow_panels(weight: SparseWeight, batch: int) -> bool:
 
 
 def _linear_run(
-    x: Tensor, weight: SparseWeight, layout: str, form: tuple[Tensor, Tensor, Tensor], panel: int
+    batch: int,
+    lead: torch.Size,
+    weight: SparseWeight,
+    layout: str,
+    form: Parts,
+    panel: int,
 ) -> Run:
-    """The native product of a weight in this form."""
+    """The native product of a weight in this form and of x [*lead, in], which has `batch` rows."""
     function = _native.value("zoo_sparse_linear", "ppppppiiiiiiiii")
-    batch, y_shape = x.numel() // weight.shape[1], (*x.shape[:-1], weight.shape[0])
+    y_shape = (*lead, weight.shape[0])
     kind = (LAYOUTS.index(layout), weight.width, VALUE_TYPES.index(weight.values.dtype))
     return native_run(function, form, y_shape, (batch, entries_of(weight), *weight.shape, panel, *kind))
 
@@ -251,13 +251,14 @@ def _triton_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Ten
     return y.reshape(*x.shape[:-1], rows)
 
 
-def narrow_form(weight: SparseWeight, index: Tensor, panel: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, index and pointer of a weight by columns, in panels of so many columns."""
-    return _narrow.get(weight.content, lambda: _make_narrow(weight, index, panel), panel)
+def narrow_run(weight: SparseWeight, panel: int, make: Callable[[SparseWeight, Parts], Run]) -> Run:
+    """`make(weight, parts)`, for `calls`, with the parts of csr in panels of so many columns."""
+    return _narrow.run(weight, weight.content, lambda held: _make_narrow(held, panel), make, panel)
 
 
-def _make_narrow(weight: SparseWeight, index: Tensor, panel: int) -> tuple[Tensor, Tensor, Tensor]:
+def _make_narrow(weight: SparseWeight, panel: int) -> Parts:
     weight.check()
+    index = weight.by_columns()[1]
     values, pointer, shape = weight.values, weight.pointer, weight.shape
     segments = -(-shape[1] // panel) * shape[0]
     form = (torch.empty_like(values), torch.empty_like(index), pointer.new_empty(segments + 1))

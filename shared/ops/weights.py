@@ -14,6 +14,7 @@ rows;
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from ..errors import OpError
-from .cache import Calls, Derived
+from .cache import Calls, Derived, Run
 from .layout import (
     BLOCK_WIDTHS,
     LAYOUTS,
@@ -124,11 +125,15 @@ class SparseWeight:
 
     def expanded(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight with its zeros, in `dtype`, without gradient; kept while nothing trains."""
-        return _dense.get(self.content, lambda: on_huge_pages(self._expand(dtype)), dtype)
+        return _dense.get(self.content, lambda: self._expand(dtype), dtype)
+
+    def expanded_run(self, dtype: torch.dtype, make: Callable[[SparseWeight, Tensor], Run]) -> Run:
+        """`make(weight, expanded(dtype))`, for `calls`: see `Derived.run`."""
+        return _dense.run(self, self.content, lambda weight: weight._expand(dtype), make, dtype)
 
     def _expand(self, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
-            return self.to_dense().to(dtype)
+            return on_huge_pages(self.to_dense().to(dtype))
 
     def by_columns(self) -> tuple[str, Tensor]:
         """Layout and index of the weight for kernels without a bitmask loop; the values keep their order."""
@@ -136,6 +141,10 @@ class SparseWeight:
             return self.layout, self.index
         _, bits, pointer = self.content
         return "csr", _columns.get((bits, pointer), self._columns_of_bits)
+
+    def by_columns_run(self, make: Callable[[SparseWeight, Tensor], Run]) -> Run:
+        """`make(weight, index by columns)` of a bitmask, for `calls`: see `Derived.run`."""
+        return _columns.run(self, self.content[1:], SparseWeight._columns_of_bits, make)
 
     def _columns_of_bits(self) -> Tensor:
         self.check()

@@ -61,8 +61,11 @@ void check_rows(const Packed<T>& w, int64_t layout, int64_t entries, int64_t fro
       const int64_t per_byte = w.width == 2 || w.width == 4 ? w.width : 0;
       const auto* bits = static_cast<const uint8_t*>(w.index) + (p * segment_rows + from) * (w.panel / 8);
       bool fits = true;
-      for (int64_t row = from; row < to; ++row, bits += w.panel / 8)
+      for (int64_t row = from; row < to; ++row, bits += w.panel / 8) {
+        // Of narrow weights only the begin of each row is read, which the processor does not guess.
+        for (int64_t k = 0; k < columns; k += 512) __builtin_prefetch(bits + w.panel + k / 8);
         fits &= bits_fit(bits, columns, ends[row + 1] - ends[row], per_byte);
+      }
       if (!fits) throw Failure{kBadIndex};
       continue;
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -298,6 +299,46 @@ def test_what_is_derived_goes_with_its_source_and_is_never_kept_of_what_trains()
     for each in many:
         cache.get((each,), lambda: torch.ones(1))
     assert len(cache) == 3
+
+
+class Owner:
+    """Has a run by a form of its tensor."""
+
+    def __init__(self, cache: Derived[Tensor], source: Tensor) -> None:
+        self.source, self.made = source, 0
+        self.run = cache.run(self, (source,), Owner.build, lambda _, form: lambda x, bias: x * form)
+
+    def build(self) -> Tensor:
+        self.made += 1
+        return 2 * self.source.detach()
+
+
+@writes
+@pytest.mark.parametrize("native", [True, False])
+def test_a_run_by_a_form_sees_every_write_and_else_makes_it_once(
+    native: bool, write: Write, monkeypatch: Any
+) -> None:
+    if not native:
+        monkeypatch.setattr(_native, "available", lambda: False)
+    cache = Derived[Tensor]()
+    owner, one = Owner(cache, torch.arange(4.0)), torch.ones(4)
+    for _ in range(3):
+        torch.testing.assert_close(owner.run(one, None), 2 * torch.arange(4.0))
+    assert owner.made == 1
+    if write is by_new_data:
+        return  # lies elsewhere: `Calls` does not find the run again
+    write(owner.source, torch.full((4,), 5.0))
+    for _ in range(3):
+        torch.testing.assert_close(owner.run(one, None), torch.full((4,), 10.0))
+    assert owner.made == 2
+    owner.source.requires_grad_()
+    for calls in (3, 4):
+        owner.run(one, None)
+        assert owner.made == calls
+    assert len(cache) == 1
+    gone = weakref.ref(owner)
+    del owner
+    assert gone() is None and len(cache) == 0  # without the collector: no cycle
 
 
 def test_a_transposed_graph_is_made_once_while_nothing_changes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,8 +30,10 @@ def measured(monkeypatch):
     dispatch._auto.cache_clear()
 
 
-def choice(sizes: tuple[float, ...], offered=("native", "dense", "reference")) -> dispatch.Plan:
-    return dispatch.choose("toy", CPU, offered, "kind", sizes)
+def choice(
+    sizes: tuple[float, ...], offered=("native", "dense", "reference"), copied: int = 0
+) -> dispatch.Plan:
+    return dispatch.choose("toy", CPU, offered, "kind", sizes, copied)
 
 
 def test_the_nearest_case_decides(measured) -> None:
@@ -48,6 +51,24 @@ def test_a_narrow_lead_over_dense_is_not_enough(measured) -> None:
     assert choice((1.0,)).backend == "native"
     measured((1, (1.0,), {"native": 1.01 * dispatch.MARGIN, "dense": 1.0}))
     assert choice((1.0,)).backend == "dense"
+
+
+def test_what_looking_a_copy_up_costs_counts_for_dense(measured, monkeypatch) -> None:
+    """A call by a copy reads the weight's bytes, and a kernel that reads the weight itself need not."""
+    look = dispatch.looking(4_000_000)
+    assert look == pytest.approx(108e-6)
+    measured((1, (1.0,), {"native": 1.2e-4, "dense": 1e-4}), (1, (64.0,), {"native": 9e-3, "dense": 5e-3}))
+    assert choice((1.0,)).backend == choice((64.0,)).backend == "dense"
+    plan = choice((1.0,), copied=4_000_000)
+    assert plan.backend == "native"
+    assert dict(plan.measured) == {"native": 1.2e-4, "dense": pytest.approx(1e-4 + look)}
+    assert choice((64.0,), copied=4_000_000).backend == "dense"
+    # A table measured here holds the product alone, so that nothing is counted twice.
+    monkeypatch.setattr(
+        dispatch, "compare", lambda runs, **_: {name: SimpleNamespace(median=1e-3) for name in runs}
+    )
+    entry = dispatch.measure("toy", int, ("native", "dense"), "kind", (1.0,), 4_000_000, quick=True)
+    assert entry.times == {"native": 1e-3, "dense": pytest.approx(1e-3 - look)}
 
 
 def test_the_number_of_threads_comes_first(measured, monkeypatch) -> None:
