@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from zoo.devices import device_of
 from zoo.methods.moving import train_with_moving_masks
 from zoo.methods.training import Pruned, TrainingMethod, example_of
 from zoo.shared.errors import BudgetError, MaskError
@@ -20,6 +19,7 @@ from zoo.shared.pruning.choose import random_masks
 from zoo.shared.pruning.inventory import inner_weights
 from zoo.shared.structure.relatives import seeded
 from zoo.shared.train import Job
+from zoo.shared.train.device import device_of
 
 
 def forward_macs(model: nn.Module, example: tuple[Tensor, ...]) -> int:

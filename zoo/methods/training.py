@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoo.devices import brought_back, checked_device, device_of
 from zoo.methods.contract import Sparsified, required, stated_options
 from zoo.shared.errors import TrainingError
 from zoo.shared.masks import MaskSet, masks_of, set_masks, tighten
@@ -21,6 +20,7 @@ from zoo.shared.pruning.sparsifier import Sparsifier
 from zoo.shared.structure.relatives import check_finite, copied
 from zoo.shared.train import Cost, Fit, Job, step_macs
 from zoo.shared.train.batches import moved
+from zoo.shared.train.device import brought_back, device_of
 
 UPDATES = 20  # of a gradual schedule
 
@@ -57,7 +57,7 @@ class TrainingMethod(ABC):
             BudgetError: a sparsity outside [0, 1), or one that the method cannot reach.
             PatternError: a weight whose shape its pattern does not allow.
             MaskError, GroupError: what in this model the method cannot handle; weights that are not finite.
-            ConfigError: options that contradict each other, no job, or a device that is not there.
+            ConfigError: options that contradict each other, or no job.
             TrainingError: data that cannot be trained on, or a loss that is no longer finite.
         """
         check_sparsity(self.sparsity)
@@ -71,9 +71,8 @@ class TrainingMethod(ABC):
             made, extras = self.prune_at_once(copied(model)), dict[str, Tensor]()
             job = None
         else:
-            device = checked_device(given.device)
             job = given.replace(cost=Cost())
-            made, extras = self.prune(copied(model).to(device), job)
+            made, extras = self.prune(copied(model).to(job.device), job)
             given.cost.flops += job.cost.flops
             given.cost.seconds += job.cost.seconds
         made = brought_back(made, device_of(model))

@@ -42,7 +42,7 @@ class WGSEF(ChannelMethod):
         fit = job.fit(model, momentum=0.0 if self.momentum_free else job.recipe.momentum)
         counts = [family.units for family in groups.values()]
         largest = [float(norm.detach().max()) for norm in groups.norms(model).values()]
-        masked: Any = mask_again(model)
+        masked = mask_again(model)
 
         def shrink() -> None:
             if masked is not None:

@@ -12,12 +12,12 @@ from zoo.methods.contract import Sparsified, default_recipe
 from zoo.methods.iss_p import ISSP
 from zoo.registry import ARCHITECTURES
 from zoo.shared.masks import MaskSet
+from zoo.shared.structure.relatives import reinitialised
 from zoo.shared.train import Checkpoint, Recipe, resume
 from zoo.vision.data import load_images
 from zoo.vision.domain import image_job, make_job
 from zoo.vision.lidar.data import scene_frames
 from zoo.vision.lidar.train import detector_job, detector_recipe
-from zoo.vision.models import reinitialised
 from zoo.vision.spark.command import Pretrain
 from zoo.vision.studies.dsvt import make_arm
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.devices import device_of
 from zoo.errors import ConfigError, DataError
 from zoo.shared.structure.relatives import seeded
+from zoo.shared.train.device import device_of
 
 
 class Classifier(nn.Module):
@@ -358,11 +358,6 @@ def _initialise(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-
-def reinitialised(model: Classifier, seed: int) -> Classifier:
-    """A fresh model of the same shapes on the same device, its weights drawn with `seed`."""
-    return model.fresh(seed)
 
 
 def pretrained_resnet(depth: int = 20) -> ResNet:

@@ -10,8 +10,7 @@ from torch import nn
 from zoo.errors import TaskError
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
 from zoo.shared.measure.account import count
-from zoo.vision.data import Images, load_images
-from zoo.vision.train import correct
+from zoo.vision.data import Images, correct, load_images
 
 
 class Classification(Task):

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.devices import device_of
 from zoo.errors import ConfigError
 from zoo.shared.structure.relatives import seeded
+from zoo.shared.train.device import device_of
 
 
 class Upscaler(nn.Module):

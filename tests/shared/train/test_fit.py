@@ -239,6 +239,8 @@ def test_autocast_keeps_weights_in_single_precision() -> None:
         (lambda: Fit(net(), [], Recipe()), "the data have no batch"),
         (lambda: Job(iter([1])), "received list_iterator"),
         (lambda: Job(loader(), device="gpu"), "'gpu' is no device"),
+        (lambda: Job(loader(), device="xpu"), "no device 'xpu'"),
+        (lambda: Job(loader(), device="meta"), "'meta' is no device"),
         (lambda: Job(loader(), device="cuda:99"), "no device 'cuda:99'"),
         (lambda: Fit(net(), loader(), Recipe(select="best")), "needs a score"),
         (lambda: Job(loader()).fit(net(), batch=2), "batch=2 cannot be met"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from zoo.shared.structure.relatives import reinitialised
+from zoo.shared.train import Job, Recipe
 from zoo.vision.data import Images, Split
-from zoo.vision.models import ConvNet, reinitialised
-from zoo.vision.train import Recipe, Trainer
+from zoo.vision.domain import image_job
+from zoo.vision.models import ConvNet
 
 
 def make_images(count: int = 96, size: int = 8, classes: int = 4, seed: int = 0) -> Images:
@@ -31,9 +33,9 @@ def images() -> Images:
 
 
 @pytest.fixture
-def trainer(images: Images) -> Trainer:
+def job(images: Images) -> Job:
     """Two epochs of batches of 16."""
-    return Trainer(images, Recipe(epochs=2, lr=0.05, batch=16), seed=0)
+    return image_job(images, Recipe(epochs=2, lr=0.05, batch=16))
 
 
 @pytest.fixture

@@ -20,17 +20,18 @@ from zoo.cli import main
 from zoo.errors import ConfigError
 from zoo.harness.verify import verify_bundle
 from zoo.shared.errors import IdentityError
+from zoo.shared.structure.relatives import reinitialised
+from zoo.shared.train import Recipe
 from zoo.studies.runner import reproduce
-from zoo.vision.data import load_images
+from zoo.vision.data import accuracy, load_images
 from zoo.vision.makers import classifier
-from zoo.vision.models import ResNet, reinitialised
+from zoo.vision.models import ResNet
 from zoo.vision.spark.command import Pretrain
 from zoo.vision.spark.encoder import SparKEncoder
 from zoo.vision.spark.objective import SparK
 from zoo.vision.spark.pictures import reconstructions, write_sheet
 from zoo.vision.spark.pretraining import held_out_loss, pretraining
 from zoo.vision.spark.probe import fit_head
-from zoo.vision.train import Recipe, accuracy
 
 SMALL = ("--width", "4", "--decoder", "8", "--ratio", "0.5", "--batch", "128", "--execution", "grid")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,18 +13,24 @@ from zoo.bundles.store import load, save
 from zoo.cli import main
 from zoo.errors import ConfigError, DataError
 from zoo.harness.tasks import get_task
+from zoo.methods.iss_p import ISSP
 from zoo.registry import FINETUNERS
 from zoo.shared.errors import BudgetError
-from zoo.shared.masks import masks_of
+from zoo.shared.pruning.inventory import inner_weights
+from zoo.shared.train import Recipe
 from zoo.studies.cells import CellCache
-from zoo.vision.base import inner_weights
-from zoo.vision.iss_p import ISSP
-from zoo.vision.models import ConvNet
+from zoo.vision.domain import make_job
 from zoo.vision.studies.superres import BICUBIC, CHOICES, STUDY, SuperresOptions, cases
 from zoo.vision.superres import PatchBatches, load_t91, load_test, luma, quality
 from zoo.vision.upscalers import EDSR, SwinIR
 
-QUICK = {"epochs": 2, "steps": 4, "batch": 2, "patch": 8}
+QUICK = Recipe(epochs=2, lr=1e-3, batch=2, weight_decay=0.0, optimizer="adam")
+
+
+def quick_job(model):
+    """Two epochs of four steps on patches of T91."""
+    job = make_job("t91", recipe=QUICK, model=model)
+    return job.replace(batches=dataclasses.replace(job.batches, patch=8, steps=4))
 
 
 @pytest.fixture
@@ -87,14 +94,12 @@ def test_quality_is_that_of_luma_without_borders():
 @pytest.mark.parametrize("network", [EDSR(1, 4), SwinIR(1, 8, 2, window=4)], ids=["edsr", "swinir"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_ends_at_the_share_with_every_zero_kept(network, choice, data):
-    made = ISSP(0.75, choice, **QUICK).train(network)[0]
-    masks = masks_of(made)
-    assert list(masks) == inner_weights(network) and not masks.zeros_intact(made)
+    made, again = (ISSP(0.75, choice).sparsify(network, quick_job(network)) for _ in range(2))
+    masks, pairs = made.masks, zip(made.model.parameters(), again.model.parameters(), strict=True)
+    assert list(masks) == inner_weights(network) and not masks.zeros_intact(made.model)
     for mask in masks.values():
         assert mask.kept == mask.numel - int(0.75 * mask.numel)
-    again = ISSP(0.75, choice, **QUICK).train(network)[0]
-    assert masks_of(again).equal(masks)
-    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))
+    assert again.masks.equal(masks) and all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_an_untrained_network_enlarges_bicubically(data):
@@ -107,16 +112,14 @@ def test_an_untrained_network_enlarges_bicubically(data):
 
 
 def test_what_can_not_be_trained_is_refused(data):
-    with pytest.raises(ConfigError, match="upscalers"):
-        ISSP().sparsify(ConvNet())
+    network = EDSR(1, 4)
+    job = quick_job(network)
     with pytest.raises(BudgetError, match="sparsity"):
-        ISSP(1.0, **QUICK).sparsify(EDSR(1, 4))
+        ISSP(1.0).sparsify(network, job)
     with pytest.raises(BudgetError, match="alpha"):
-        ISSP(0.5, alpha=1.0, **QUICK).sparsify(EDSR(1, 4))
+        ISSP(0.5, alpha=1.0).sparsify(network, job)
     with pytest.raises(ConfigError, match="shrink_share"):
-        ISSP(0.5, shrink_share=1.0, **QUICK).sparsify(EDSR(1, 4))
-    with pytest.raises(ConfigError, match="device"):
-        ISSP(0.5, device="cuda:99", **QUICK).sparsify(EDSR(1, 4))
+        ISSP(0.5, shrink_share=1.0).sparsify(network, job)
     with pytest.raises(ConfigError, match="edsr"):
         SuperresOptions(networks=("edsrr",))
     with pytest.raises(ConfigError, match="sparsity 0"):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from zoo.shared.train import Checkpoint, Fit, Job, Recipe, device_named, resume
+from zoo.shared.train import Job, Recipe, device_named
 from zoo.vision.lidar.data import Batch, Frame, FrameBatches
 from zoo.vision.lidar.detector import Detector
 
@@ -44,25 +43,3 @@ def detection_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The sum of the head's losses."""
     terms = cast(Detector, model).losses(batch.points, len(batch.gt_boxes), batch.gt_boxes)
     return torch.stack(list(terms.values())).sum()
-
-
-@dataclass(frozen=True)
-class DetectorRecipe:
-    """`detector_recipe` with a device, until the study of DSVT has moved to a `Job`."""
-
-    epochs: int = 30
-    batch: int = 8
-    lr: float = 3e-3
-    weight_decay: float = 0.01
-    device: str = "cpu"
-
-
-def DetectorFit(model: Detector, frames: Sequence[Frame], recipe: DetectorRecipe, seed: int = 0) -> Fit:
-    """`detector_job(...).fit(...)`, until the study of DSVT has moved to a `Job`."""
-    plain = detector_recipe(recipe.epochs, recipe.batch, recipe.lr, recipe.weight_decay)
-    return detector_job(frames, plain, seed, recipe.device).fit(model, macs=lambda: 0.0)
-
-
-def run_with_checkpoints(fit: Fit, file: Checkpoint) -> Fit:
-    """`resume`, until the study of DSVT has moved to it."""
-    return resume(fit, file, every_epochs=1, seconds=20.0)

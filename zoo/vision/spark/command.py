@@ -16,10 +16,11 @@ import torch
 from zoo.bundles.catalog import find
 from zoo.bundles.publish import About, Figure, Trained, publish
 from zoo.progress import progress_bar
+from zoo.shared.structure.relatives import reinitialised
 from zoo.shared.train import Checkpoint, Fit, Recipe, device_named, resume
 from zoo.training.options import check_target, checkpoint_folder, command_of, options_of
 from zoo.vision.data import SOURCES, Images, load_images
-from zoo.vision.models import ResNet, reinitialised
+from zoo.vision.models import ResNet
 from zoo.vision.spark.encoder import SparKEncoder
 from zoo.vision.spark.masking import Choice, kept_cells
 from zoo.vision.spark.objective import SparK

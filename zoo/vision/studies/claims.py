@@ -10,82 +10,90 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
+from zoo.methods.bdwp import BDWP
+from zoo.methods.bip import BiP
+from zoo.methods.channels import ChannelMethod
+from zoo.methods.contract import Method, default_recipe
+from zoo.methods.jackpots import LotteryJackpot
+from zoo.methods.magnitude import MagnitudePruning
+from zoo.methods.mask_sparsity import MaskSparsity
+from zoo.methods.nm import parsed_nm
+from zoo.methods.pgf import ProgressiveFlow
+from zoo.methods.soups import SparseSoup
+from zoo.methods.sparse_ift import SparseIFT
+from zoo.methods.sr_ste import SparseRefined
+from zoo.methods.wgsef import WGSEF
 from zoo.names import suggestion
 from zoo.shared.bench.timing import compare
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.masks.patterns import NM
+from zoo.shared.pruning.choose import magnitude_masks
+from zoo.shared.pruning.inventory import inner_weights
 from zoo.shared.pruning.sparsifier import sparsify
 from zoo.shared.structure.averaging import recalibrate_norms
 from zoo.shared.structure.groups import GroupMap, trace_groups
+from zoo.shared.structure.relatives import copied, reinitialised
 from zoo.shared.structure.surgery import cut
+from zoo.shared.train import Fit, Job, Recipe
 from zoo.studies.cells import CellCache
 from zoo.studies.study import BAR, Arm, Claim, Study, Tuned
 from zoo.studies.tables import Table
 from zoo.studies.verdict import mean_cell
 from zoo.studies.view import Row, Rows, Value, View
-from zoo.vision.base import clone, inner_weights
-from zoo.vision.bip import BiP
-from zoo.vision.channels import WGSEF, ChannelMethod, MaskSparsity, Regularised
-from zoo.vision.jackpots import LotteryJackpot, magnitude_masks
-from zoo.vision.magnitude import MagnitudePruning
-from zoo.vision.models import MLP, Classifier, ConvNet, ResNet, ViT, reinitialised
-from zoo.vision.nm_training import BDWP, ProgressiveFlow, parsed_nm
-from zoo.vision.soups import SparseSoup
-from zoo.vision.sparse_ift import SparseIFT
-from zoo.vision.studies.common import content, digits
-from zoo.vision.train import Fit, Recipe, Trainer, accuracy
+from zoo.vision.data import accuracy
+from zoo.vision.domain import image_job
+from zoo.vision.models import MLP, Classifier, ConvNet, ResNet, ViT
+from zoo.vision.studies.common import content, digits, fresh, trained
 
 DENSE = Recipe(12, 0.1)
 TUNED = 6  # epochs after the dense ones
 Figures = dict[str, float]
 
 
-def _trainer(seed: int, recipe: Recipe = DENSE) -> Trainer:
-    return Trainer(digits(), recipe, seed)
+def _job(seed: int, method: Method | None = None, **recipe: Any) -> Job:
+    """The digits with a method's own recipe, or that of dense networks; fields of it may be others."""
+    usual = DENSE if method is None else Recipe(**default_recipe(method))
+    return image_job(digits(), replace(usual, **recipe), seed)
 
 
 def _dense(model: Classifier, seed: int, recipe: Recipe = DENSE) -> Classifier:
     """The model with fresh weights, trained."""
-    fresh = reinitialised(model, seed)
-    _trainer(seed, recipe).fit(fresh).run()
-    return fresh
+    return fresh(model, digits(), recipe, seed)
 
 
 def _test(model: nn.Module) -> float:
     return 100 * accuracy(model, digits(), digits().test)
 
 
-def _made(method: Any, model: Classifier, seed: int) -> tuple[Classifier, Trainer]:
-    """What a method makes of a model, and the trainer that knows the cost."""
-    trainer = _trainer(seed, method.recipe())
-    return method.prune(clone(model), trainer).model, trainer
+def _made(method: Method, model: nn.Module, seed: int, **recipe: Any) -> nn.Module:
+    """What a method makes of a model with its own recipe, fields of which may be others."""
+    return method.sparsify(model, _job(seed, method, **recipe)).model
 
 
 def jackpots(seed: int) -> Figures:
     """Search at 95 %: from magnitudes, from a random mask, and on weights that were never trained."""
     dense, out = _dense(ConvNet(), seed), {}
-    cut_only = clone(dense)
+    cut_only = copied(dense)
     sparsify(cut_only, sparsity=0.95)
     out["magnitude, no training"] = _test(cut_only)
-    recalibrate_norms(cut_only, (x for x, _ in _trainer(seed).batches(20)))
+    recalibrate_norms(cut_only, (x for x, _ in _job(seed).sample(20)))
     out["magnitude, norms recalibrated"] = _test(cut_only)
-    for start in ("magnitude", "random"):
-        method = LotteryJackpot(0.95, epochs=TUNED, lr=0.1, start=start, seed=seed)
-        found = _made(method, dense, seed)[0]
+    starts: tuple[Literal["magnitude", "random"], ...] = ("magnitude", "random")
+    for start in starts:
+        found = _made(LotteryJackpot(0.95, start=start), dense, seed, epochs=TUNED)
         weights, before = dict(found.named_parameters()), dict(dense.named_parameters())
         moved = [n for n, w in weights.items() if not torch.equal(w[w != 0], before[n][w != 0])]
         out[f"search from {start}"] = _test(found)
         out[f"weights changed by the search from {start}"] = float(len(moved))
     untrained = reinitialised(dense, seed)
-    out["search on untrained weights"] = _test(
-        _made(LotteryJackpot(0.95, epochs=TUNED, seed=seed), untrained, seed)[0]
-    )
+    found = _made(LotteryJackpot(0.95), untrained, seed, epochs=TUNED)
+    out["search on untrained weights"] = _test(found)
     return out
 
 
@@ -94,15 +102,15 @@ def bip(seed: int) -> Figures:
     moves."""
     dense, out = _dense(ConvNet(), seed), Figures()
     for level in (0.95, 0.98):
-        shared: dict[str, Any] = {"epochs": TUNED, "seed": seed}
-        found = _made(BiP(level, **shared), dense, seed)[0]
-        out[f"BiP {level:.0%}"] = _test(found)
-        out[f"one-shot {level:.0%}"] = _test(_made(MagnitudePruning(level, **shared), dense, seed)[0])
-        gradual = MagnitudePruning(level, gradual=True, **shared)
-        out[f"gradual {level:.0%}"] = _test(_made(gradual, dense, seed)[0])
-        scores_only = _made(LotteryJackpot(level, **shared), dense, seed)[0]
-        out[f"scores only {level:.0%}"] = _test(scores_only)
-        masks = masks_of(found) or MaskSet({})
+        methods = {
+            "BiP": BiP(level),
+            "one-shot": MagnitudePruning(level),
+            "gradual": MagnitudePruning(level, gradual=True),
+            "scores only": LotteryJackpot(level),
+        }
+        found = {name: _made(method, dense, seed, epochs=TUNED) for name, method in methods.items()}
+        out |= {f"{name} {level:.0%}": _test(model) for name, model in found.items()}
+        masks = masks_of(found["BiP"]) or MaskSet({})
         out[f"IoU with the magnitude mask {level:.0%}"] = masks.iou(magnitude_masks(dense, level))
     return out
 
@@ -111,48 +119,47 @@ def soups(seed: int) -> Figures:
     """One phase of a soup of three at 95 % beside its members, and one network trained three times as
     long."""
     dense = _dense(ConvNet(), seed)
-    method = SparseSoup(0.95, epochs=TUNED, phases=1, seed=seed)
-    trainer = _trainer(seed, method.recipe())
-    start = clone(dense)
+    method = SparseSoup(0.95, phases=1)
+    job = _job(seed, method, epochs=TUNED)
+    start = copied(dense)
     sparsify(start, sparsity=0.95)
-    members = method.retrained(start, trainer, 1)
+    members = method.retrained(start, job, 1)
     values = [_test(member) for member in members]
-    raw = replace(method, recalibrate=False).average(members, trainer)
-    long = MagnitudePruning(0.95, epochs=3 * TUNED, seed=seed)
+    raw = replace(method, recalibrate=False).average(members, job)
+    long = _made(MagnitudePruning(0.95), dense, seed, epochs=3 * TUNED)
     return {
-        "soup": _test(method.average(members, trainer)),
+        "soup": _test(method.average(members, job)),
         "mean member": statistics.fmean(values),
         "best member": max(values),
-        "greedy soup": _test(replace(method, soup="greedy").average(members, trainer)),
+        "greedy soup": _test(replace(method, soup="greedy").average(members, job)),
         "soup, norms not recalibrated": _test(raw),
-        "one network, three times as long": _test(_made(long, dense, seed)[0]),
+        "one network, three times as long": _test(long),
     }
 
 
 def _random_nm(model: Classifier, pattern: str, names: Sequence[str], recipe: Recipe, seed: int) -> float:
     """Fresh weights trained under a random mask of the pattern, along the inputs."""
-    fresh = reinitialised(model, seed)
+    start = reinitialised(model, seed)
     found = parsed_nm(pattern)
-    sparsify(fresh, pattern=NM(found.n, found.m, 1), score="random", names=names, seed=seed)
-    _trainer(seed, recipe).fit_masked(fresh)
-    return _test(fresh)
+    sparsify(start, pattern=NM(found.n, found.m, 1), score="random", names=names, seed=seed)
+    image_job(digits(), recipe, seed).fit_masked(start)
+    return _test(start)
 
 
 def _flows(model: Classifier, pattern: str, names: tuple[str, ...], epochs: int, seed: int) -> Figures:
     recipe = Recipe(epochs, 0.05)
-    shared: dict[str, Any] = {
-        "pattern": pattern,
-        "names": names,
-        "epochs": epochs,
-        "lr": recipe.lr,
-        "seed": seed,
+    shared: dict[str, Any] = {"pattern": pattern, "names": names}
+    methods = {
+        "ste": SparseRefined(decay=0.0, **shared),
+        "sr-ste": SparseRefined(**shared),
+        "decay-linear": ProgressiveFlow(flow="decay-linear", **shared),
+        "decay-exp": ProgressiveFlow(flow="decay-exp", **shared),
+        "stepwise": ProgressiveFlow(flow="stepwise", **shared),
+        "decay-exp, gradient not restricted": ProgressiveFlow(flow="decay-exp", restrict=False, **shared),
     }
     out = {}
-    for flow in ("ste", "sr-ste", "decay-linear", "decay-exp", "stepwise"):
-        method = ProgressiveFlow(flow=flow, **shared)
-        out[flow] = _test(_made(method, model, seed)[0])
-    plain = ProgressiveFlow(flow="decay-exp", restrict=False, **shared)
-    out["decay-exp, gradient not restricted"] = _test(_made(plain, model, seed)[0])
+    for name, method in methods.items():
+        out[name] = _test(_made(method, model, seed, epochs=recipe.epochs, lr=recipe.lr))
     out["random mask"] = _random_nm(model, pattern, names, recipe, seed)
     out["dense"] = _test(_dense(model, seed, recipe))
     return out
@@ -171,18 +178,14 @@ def flow_vit(seed: int) -> Figures:
 def bdwp(seed: int) -> Figures:
     """BDWP at 2:8 beside SR-STE and dense, with the counted training cost."""
     out: Figures = {}
-    shared: dict[str, Any] = {"pattern": "2:8", "epochs": 12, "seed": seed}
-    for name, method in (
-        ("BDWP 2:8", BDWP(**shared)),
-        ("SR-STE 2:8", ProgressiveFlow(flow="sr-ste", **shared)),
-    ):
-        made, trainer = _made(method, ConvNet(), seed)
-        out[name] = _test(made)
-        out[f"training GFLOPs of {name}"] = trainer.cost.flops / 1e9
+    methods = {"BDWP 2:8": BDWP(pattern="2:8"), "SR-STE 2:8": SparseRefined(pattern="2:8")}
+    for name, method in methods.items():
+        job = _job(seed, method, epochs=12)
+        out[name] = _test(method.sparsify(ConvNet(), job).model)
+        out[f"training GFLOPs of {name}"] = job.cost.flops / 1e9
     out["random mask"] = _random_nm(ConvNet(), "2:8", inner_weights(ConvNet()), DENSE, seed)
-    trainer, fresh = _trainer(seed), reinitialised(ConvNet(), seed)
-    trainer.fit(fresh).run()
-    return {**out, "dense": _test(fresh), "training GFLOPs of dense": trainer.cost.flops / 1e9}
+    dense, cost = trained(reinitialised(ConvNet(), seed), digits(), DENSE, seed)
+    return {**out, "dense": _test(dense), "training GFLOPs of dense": cost.flops / 1e9}
 
 
 def sparse_ift(seed: int) -> Figures:
@@ -190,9 +193,10 @@ def sparse_ift(seed: int) -> Figures:
     small, out = ConvNet().wider(0.25), {"dense": 0.0}
     out["dense"] = _test(_dense(small, seed))
     for level in (0.5, 0.75, 0.9):
-        for growth in ("rigl", "static"):
-            method = SparseIFT(level, epochs=12, growth=growth, seed=seed)
-            out[f"wide, {level:.0%}, {growth}"] = _test(_made(method, small, seed)[0])
+        growths: tuple[Literal["rigl", "static"], ...] = ("rigl", "static")
+        for growth in growths:
+            found = _made(SparseIFT(level, growth=growth), small, seed, epochs=12)
+            out[f"wide, {level:.0%}, {growth}"] = _test(found)
     out["dense, 4 times the weights"] = _test(_dense(small.wider(2), seed))
     return out
 
@@ -201,20 +205,24 @@ def sparse_ift(seed: int) -> Figures:
 class _RandomChannels(ChannelMethod):
     """The control: as many channels, drawn at random, after as much training."""
 
-    def sparse_stage(self, model: Classifier, groups: GroupMap, kept: int, trainer: Trainer) -> Fit:
-        return trainer.fit(model).run(until=self.sparse_epochs)
+    seed: int = 0
+
+    def sparse_stage(self, model: nn.Module, groups: GroupMap, kept: int, job: Job) -> Fit:
+        return job.fit(model).run(until=self.sparse_epochs)
 
     def scores(self, model: nn.Module, groups: GroupMap) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         return {name: torch.rand(family.units, generator=generator) for name, family in groups.items()}
 
 
-def _removals(dense: Classifier, methods: Mapping[str, ChannelMethod], when: str, seed: int) -> Figures:
+def _removals(
+    dense: Classifier, methods: Mapping[str, ChannelMethod], epochs: int, when: str, seed: int
+) -> Figures:
     """Accuracy right after each method's removal of channels, and after the epochs that are left."""
     out = {"dense": _test(dense)}
     for name, method in methods.items():
-        trainer, made = _trainer(seed, method.recipe()), clone(dense)
-        fit = method.cut(made, trainer)[0]
+        made = copied(dense)
+        fit = method.cut(made, _job(seed, method, epochs=epochs))[0]
         out[f"{name}: {when}"] = _test(made)
         fit.run()
         out[f"{name}: fine-tuned"] = _test(made)
@@ -224,28 +232,29 @@ def _removals(dense: Classifier, methods: Mapping[str, ChannelMethod], when: str
 def mask_sparsity(seed: int) -> Figures:
     """Right after removal of half the channels between the convolutions of each block, and after
     fine-tuning."""
-    shared: dict[str, Any] = {"sparsity": 0.5, "epochs": 8, "sparse_epochs": 6, "seed": seed}
-    methods: dict[str, ChannelMethod] = {"random channels": _RandomChannels(**shared)}
-    for which in get_args(Regularised):
-        methods[which] = MaskSparsity(regularise=which, **shared)
-    return _removals(_dense(ResNet(14, 8, channels=1), seed), methods, "after removal", seed)
+    methods: dict[str, ChannelMethod] = {
+        "random channels": _RandomChannels(0.5, 6, seed),
+        "marked": MaskSparsity(0.5, 6, regularise="marked"),
+        "all": MaskSparsity(0.5, 6, regularise="all"),
+        "none": MaskSparsity(0.5, 6, regularise="none"),
+    }
+    return _removals(_dense(ResNet(14, 8, channels=1), seed), methods, 8, "after removal", seed)
 
 
 def wgsef(seed: int) -> Figures:
     """Right after the cut to a quarter of the channels, for several penalties, and without one."""
-    shared: dict[str, Any] = {"sparsity": 0.75, "epochs": 10, "sparse_epochs": 8, "seed": seed}
-    methods: dict[str, ChannelMethod] = {"random channels": _RandomChannels(**shared)}
+    methods: dict[str, ChannelMethod] = {"random channels": _RandomChannels(0.75, 8, seed)}
     for penalty in (0.0, 0.1, 0.3, 1.0):
         name = f"penalty {penalty:g}" if penalty else "no penalty"
-        methods[name] = WGSEF(penalty=penalty, **shared)
-    return _removals(_dense(ConvNet(), seed), methods, "after the cut", seed)
+        methods[name] = WGSEF(0.75, 8, penalty)
+    return _removals(_dense(ConvNet(), seed), methods, 10, "after the cut", seed)
 
 
 def removed_channels(seed: int) -> Figures:
     """How much faster ResNet-20 without half of its inner channels is, one image of 32x32, one thread."""
     model = reinitialised(ResNet(20), seed).eval()
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    smaller = clone(model).eval()
+    smaller = copied(model).eval()
     groups = trace_groups(smaller, (image,))
     inner = {name: family for name, family in groups.items() if name != "conv1.weight"}
     cut(smaller, groups, {name: torch.arange(family.units) % 2 == 0 for name, family in inner.items()})
@@ -533,8 +542,11 @@ STUDY = Study(
     cases,
     measure,
     claims=[
-        Claim(
-            *claim, only={"study": name}, papers=(paper,), value=TIMES if name == "removed-channels" else None
+        replace(
+            Claim(*claim),
+            only={"study": name},
+            papers=(paper,),
+            value=TIMES if name == "removed-channels" else None,
         )
         for name, (paper, listed) in CLAIMS.items()
         for claim in listed

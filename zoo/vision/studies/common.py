@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from zoo.methods.contract import Method
 from zoo.shared.masks import MaskSet, masks_of
-from zoo.vision.base import clone
-from zoo.vision.data import Images, load_images
-from zoo.vision.models import Classifier, reinitialised
-from zoo.vision.train import Cost, Recipe, Trainer, clock, correct
+from zoo.shared.structure.relatives import reinitialised
+from zoo.shared.train import Cost, Recipe, clock
+from zoo.vision.data import Images, correct, load_images
+from zoo.vision.domain import image_job
+from zoo.vision.models import Classifier
 
 
 def trained(model: Classifier, images: Images, recipe: Recipe, seed: int) -> tuple[Classifier, Cost]:
     """The model itself after training, and what that cost."""
-    trainer = Trainer(images, recipe, seed)
-    trainer.fit(model).run()
-    return model, trainer.cost
+    job = image_job(images, recipe, seed, images.device)
+    job.fit(model).run()
+    return model, job.cost
 
 
 def fresh(model: Classifier, images: Images, recipe: Recipe, seed: int) -> Classifier:
@@ -27,16 +28,13 @@ def fresh(model: Classifier, images: Images, recipe: Recipe, seed: int) -> Class
     return trained(reinitialised(model, seed), images, recipe, seed)[0]
 
 
-def made(
-    method: Callable[..., Any], model: Classifier, images: Images, recipe: Recipe, seed: int
-) -> tuple[Classifier, Cost]:
+def made(method: Method, model: Classifier, images: Images, recipe: Recipe, seed: int) -> tuple[Any, Cost]:
     """What a method makes of a copy of the model with a recipe, and what that cost, choosing included."""
-    built = method(epochs=recipe.epochs, lr=recipe.lr, batch=recipe.batch, seed=seed)
-    trainer = Trainer(images, built.recipe(), seed)
+    job = image_job(images, recipe, seed, images.device)
     start = clock(images.device)
-    found = built.prune(clone(model), trainer).model
-    trainer.cost.seconds = clock(images.device) - start
-    return found, trainer.cost
+    found = method.sparsify(model, job).model
+    job.cost.seconds = clock(images.device) - start
+    return found, job.cost
 
 
 def figures(model: Classifier, images: Images, cost: Cost) -> dict[str, Any]:

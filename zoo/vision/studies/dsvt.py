@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -22,18 +22,18 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.names import suggestion
-from zoo.shared.train import Checkpoint
+from zoo.shared.train import Checkpoint, Fit, resume
 from zoo.studies.cells import CellCache
 from zoo.studies.digests import code_digest
 from zoo.studies.study import Arm, Claim, Study
 from zoo.studies.tables import Plot, Series, Table
 from zoo.studies.verdict import deviation
 from zoo.studies.view import Row, Rows, Value, View
-from zoo.vision.lidar.data import scene_frames
+from zoo.vision.lidar.data import Frame, scene_frames
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.scenes import CLASSES
 from zoo.vision.lidar.tasks import detections, scores, truth_of
-from zoo.vision.lidar.train import DetectorFit, DetectorRecipe, run_with_checkpoints
+from zoo.vision.lidar.train import detector_job, detector_recipe
 
 SPEED_FRAMES, SPEED_ROUNDS = 32, 5
 EPOCHS, TIME, STEP = "the same epochs", "the same training time", "step time"
@@ -138,9 +138,10 @@ class DSVTOptions:
         if not self.arms or min(self.seeds, self.scenes, self.test_scenes, self.epochs) < 1:
             raise ConfigError("give at least one arm, seed, scene and epoch")
 
-    def recipe(self, epochs: int) -> DetectorRecipe:
-        """How an arm is trained."""
-        return DetectorRecipe(epochs, self.batch, self.lr, device=self.device)
+    def fit(self, arm: str, frames: Sequence[Frame], epochs: int, seed: int = 0) -> Fit:
+        """An arm's training from fresh weights."""
+        job = detector_job(frames, detector_recipe(epochs, self.batch, self.lr), seed, self.device)
+        return job.fit(make_arm(arm, seed), macs=lambda: 0.0)
 
     def key(self, code: Any, **rest: Any) -> Row:
         """A cell's key. The device is no part of it: it changes no more than the order of sums."""
@@ -155,10 +156,7 @@ def step_times(options: DSVTOptions, cells: CellCache) -> dict[str, float]:
 
     def compute() -> dict[str, float]:
         frames = scene_frames("train", SPEED_FRAMES)
-        fits = {
-            arm: DetectorFit(make_arm(arm, 0), frames, options.recipe(SPEED_ROUNDS + 1))
-            for arm in options.arms
-        }
+        fits = {arm: options.fit(arm, frames, SPEED_ROUNDS + 1) for arm in options.arms}
         times: dict[str, list[float]] = {arm: [] for arm in options.arms}
         for round_ in range(SPEED_ROUNDS + 1):
             for arm, fit in fits.items():
@@ -179,10 +177,10 @@ def trained_cell(
     def compute() -> tuple[Row, dict[str, Tensor]]:
         torch.set_num_threads(1)
         frames = scene_frames("train", options.scenes)
-        fit = DetectorFit(make_arm(arm, seed), frames, options.recipe(epochs), seed)
+        fit = options.fit(arm, frames, epochs, seed)
         checkpoint = Checkpoint(cells.path(key).with_suffix(".state"), key)
         start = time.perf_counter()
-        run_with_checkpoints(fit, checkpoint)
+        resume(fit, checkpoint, every_epochs=1, seconds=20.0)
         model = fit.model
         test = scene_frames("test", options.test_scenes)
         found = scores(detections(cast(Detector, model), test), [truth_of(frame) for frame in test])

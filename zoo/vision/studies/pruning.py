@@ -16,8 +16,17 @@ from typing import Any
 import numpy as np
 
 from zoo.errors import ConfigError
+from zoo.methods.bip import BiP
+from zoo.methods.dynamic_sparse import DynamicSparse
+from zoo.methods.jackpots import LotteryJackpot
+from zoo.methods.magnitude import MagnitudePruning
+from zoo.methods.random_pruning import RandomPruning, Ratio
+from zoo.methods.soups import SparseSoup
+from zoo.methods.tickets import LotteryTicket
 from zoo.names import suggestion
 from zoo.shared.pruning.budgets import check_sparsity
+from zoo.shared.structure.relatives import reinitialised
+from zoo.shared.train import Cost, Recipe, device_named
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Curves, Grid
 from zoo.studies.stats import paired_difference
@@ -25,17 +34,9 @@ from zoo.studies.study import BAR, Arm, Claim, Study, grid
 from zoo.studies.tables import Plot, Series, Table
 from zoo.studies.verdict import deviation, mean_cell
 from zoo.studies.view import Row, Rows, Value, View
-from zoo.vision.base import checked_device
-from zoo.vision.bip import BiP
 from zoo.vision.data import SOURCES, Images, Split, load_images
-from zoo.vision.jackpots import LotteryJackpot
-from zoo.vision.magnitude import MagnitudePruning
-from zoo.vision.models import Classifier, ConvNet, ResNet, pretrained_resnet, reinitialised
-from zoo.vision.random_pruning import DynamicSparse, RandomPruning
-from zoo.vision.soups import SparseSoup
+from zoo.vision.models import Classifier, ConvNet, ResNet, pretrained_resnet
 from zoo.vision.studies import common
-from zoo.vision.tickets import LotteryTicket
-from zoo.vision.train import Cost, Recipe
 
 WIDTH_SPARSITY = 0.9  # at which the gap of random pruning to dense is followed over widths
 DENSE, LONGER, LEADER, CHANCE = "dense", "dense, trained on", "global magnitude", "random mask"
@@ -44,8 +45,8 @@ FLOOR = 0.0005
 MAIN_ARMS = (LEADER, "global magnitude, floor", "uniform magnitude", CHANCE)
 # As many curves as a plot has distinct colours; as points what differs in cost, which allocations hardly do.
 CURVES = (LEADER, "uniform magnitude", "LAMP", CHANCE, "BiP", ERK, "RigL")
-POINTS = (LEADER, "uniform magnitude", CHANCE, "jackpot", "BiP", "soup of 3", "random, uniform", ERK, "SET")
-POINTS = (*POINTS, "RigL", "lottery ticket")
+POINTS = (LEADER, "uniform magnitude", CHANCE, "jackpot", "BiP", "soup of 3", "random, uniform", ERK)
+MOVED = ("SET", "RigL", "lottery ticket")
 SECONDS = {
     "cpu": "one processor thread",
     "cuda": "the wall on a GPU that the runs may have shared",
@@ -147,7 +148,7 @@ def measure(make: Any, options: PruningOptions, case: Row, cells: CellCache) -> 
         if case["arm"] == "lottery ticket":  # each round is as long as the dense training: the cost says so
             recipe = replace(recipe, epochs=options.dense_epochs)
         start = options.model(seed, case["width"])
-        made, cost = common.made(partial(make, sparsity=level), start, images, recipe, seed)
+        made, cost = common.made(make(sparsity=level), start, images, recipe, seed)
         return common.figures(made, images, cost)
     dense, before = dense_start(options, case, cells)
     if case["arm"] == DENSE:
@@ -159,7 +160,7 @@ def measure(make: Any, options: PruningOptions, case: Row, cells: CellCache) -> 
             tuned = replace(tuned, lr=0.1)
         if case["arm"] == "soup of 3":  # in two phases, or in one where there is one epoch only
             make = partial(make, phases=min(2, options.epochs))
-        made, cost = common.made(partial(make, sparsity=level), dense, images, tuned, seed)
+        made, cost = common.made(make(sparsity=level), dense, images, tuned, seed)
     found = common.figures(made, images, cost)
     total = {key: found[key] + before[key] for key in ("flops", "seconds")}
     return {**found, **total, "own_flops": found["flops"], "own_seconds": found["seconds"]}
@@ -177,7 +178,8 @@ def dense_start(options: PruningOptions, case: Row, cells: CellCache) -> tuple[C
     def compute() -> tuple[Row, dict[str, Any]]:
         images, seed = options.images(), case["seed"]
         if options.pretrained:
-            model, cost = pretrained_resnet().to(options.device), Cost()
+            model: Classifier = pretrained_resnet().to(options.device)
+            cost = Cost()
         else:
             recipe = Recipe(options.dense_epochs, options.lr, options.batch)
             model, cost = common.trained(options.model(seed, case["width"]), images, recipe, seed)
@@ -191,7 +193,7 @@ def dense_start(options: PruningOptions, case: Row, cells: CellCache) -> tuple[C
 
 def cases(options: PruningOptions) -> Iterator[Row]:
     """All runs, every seed of a level before the next level."""
-    checked_device(options.device)
+    device_named(options.device)
     yield from ({**c, "width": 1.0} for c in grid(ARMS, [0.0], options.seeds, [DENSE, LONGER]))
     arms = options.arms or tuple(arm for arm in ARMS if arm not in (DENSE, LONGER))
     main = [arm for arm in arms if arm in MAIN_ARMS]
@@ -318,9 +320,10 @@ def cost_plot(view: View) -> Plot | None:
     """Accuracy against training cost."""
     if view.where["width"] != 1.0:
         return None
-    levels, points = view.options.levels, []
+    levels = view.options.levels
+    points: list[Series] = []
     level = 0.95 if 0.95 in levels else levels[-1]
-    for arm in view.arms(POINTS):
+    for arm in view.arms((*POINTS, *MOVED)):
         reached = view.values(arm, level)
         if reached:
             cost = statistics.fmean(row["flops"] for row in view.chosen(arm, level)) / 1e9
@@ -411,7 +414,13 @@ def claims(options: PruningOptions) -> list[Claim]:
     return [*found, Claim(closes, "it closes (abstract)", GAP, only=usual, papers=(9,))]
 
 
-_RATIOS = {"uniform": "uniform", "uniform+": "uniform+", "ER": "er", "ERK": "erk", "ERK+": "erk+"}
+_RATIOS: dict[str, Ratio] = {
+    "uniform": "uniform",
+    "uniform+": "uniform+",
+    "ER": "er",
+    "ERK": "erk",
+    "ERK+": "erk+",
+}
 ARMS = {
     DENSE: Arm(flat=True),
     LONGER: Arm(flat=True),

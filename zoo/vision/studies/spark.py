@@ -16,16 +16,17 @@ from zoo.errors import ConfigError
 from zoo.names import suggestion
 from zoo.shared.measure.modes import eval_mode
 from zoo.shared.store.identity import data_digest
-from zoo.shared.train import Checkpoint
+from zoo.shared.structure.relatives import reinitialised
+from zoo.shared.train import Checkpoint, Fit, Recipe, device_named
 from zoo.studies.cells import CellCache
 from zoo.studies.digests import code_digest
 from zoo.studies.study import BAR, Arm, Claim, Study, Tuned
 from zoo.studies.tables import Outcome, Plot, Series, Table, Verdict
 from zoo.studies.verdict import deviation, mean_cell
 from zoo.studies.view import Row, Rows, Value, View
-from zoo.vision.base import checked_device
-from zoo.vision.data import SOURCES, Images, load_images
-from zoo.vision.models import ResNet, reinitialised
+from zoo.vision.data import SOURCES, Images, correct, load_images
+from zoo.vision.domain import image_job
+from zoo.vision.models import ResNet
 from zoo.vision.spark.encoder import Execution, SparKEncoder, occupancy
 from zoo.vision.spark.masking import Choice, draw_cells, kept_cells
 from zoo.vision.spark.modules import VisibleConv2d
@@ -33,7 +34,6 @@ from zoo.vision.spark.objective import SparK
 from zoo.vision.spark.pretraining import held_out_loss, mixed_precision, pretraining
 from zoo.vision.spark.probe import fit_head
 from zoo.vision.studies.common import content
-from zoo.vision.train import Batch, Fit, ImageBatches, Recipe, correct
 
 WELL_BELOW = 0.8  # "well below 1.0": a prediction of zero costs (p - 1) / p
 
@@ -175,8 +175,8 @@ def tuned(
         data = (data.subset(tuning.labels) if tuning.labels else data).to(device)
         model.to(device)
         recipe = Recipe(tuning.epochs, tuning.lr, setting.batch, setting.weight_decay)
-        batches = ImageBatches(data, recipe.batch)
-        fit = Fit(model, batches, recipe, loss=classification_loss, seed=seed, macs=lambda: 0.0).run()
+        job = image_job(data, recipe, seed, device).replace(loss=classification_loss)
+        fit = job.fit(model, macs=lambda: 0.0).run()
         test = data.test.take(torch.arange(setting.test_images or len(data.test), device=device))
         right = correct(model, data, test)
         figures = {
@@ -217,7 +217,7 @@ def probed(setting: Setting, arm: str, labels: int, seed: int, cells: CellCache,
 _ENCODER_ONLY = ("cell", "ratio", "decoder")
 
 
-def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
+def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Cross-entropy, with the products in bfloat16 on a GPU."""
     images, labels = batch
     with mixed_precision(images):
@@ -312,7 +312,7 @@ class SparKOptions:
                 raise ConfigError(f"Unknown arm {arm!r}. {suggestion(arm, (SCRATCH, *ARMS))}")
         if not self.arms or not self.seeds or not self.lrs:
             raise ConfigError("give at least one arm, one seed and one learning rate")
-        checked_device(self.device)
+        device_named(self.device)
 
     def value(self, name: str) -> Any:
         """An option, or what is usual for the images."""

@@ -5,22 +5,24 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from zoo.errors import ConfigError
 from zoo.harness.tasks import get_task
+from zoo.methods.contract import default_recipe
+from zoo.methods.iss_p import ISSP
 from zoo.names import suggestion
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.pruning.budgets import check_sparsity
+from zoo.shared.train import Recipe
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Curves
 from zoo.studies.stats import paired_difference
 from zoo.studies.study import BAR, Arm, Claim, Study, grid
 from zoo.studies.tables import Plot, Table
 from zoo.studies.view import Row, Value, View
-from zoo.vision.base import checked_device
-from zoo.vision.iss_p import ISSP
+from zoo.vision.domain import make_job
 from zoo.vision.upscalers import EDSR, SwinIR, Upscaler
 
 SETS = ("Set5", "Set14")
@@ -68,21 +70,15 @@ class SuperresOptions:
 
 def measure(make: Choice | None, options: SuperresOptions, case: Row, cells: CellCache) -> Row:
     """PSNR and SSIM of every test image after one training, or none for bicubic enlargement."""
-    start = NETWORKS[case["network"]]().to(checked_device(options.device))
-    made, flops = start.fresh(case["seed"]), 0.0
+    start, flops = NETWORKS[case["network"]](), 0.0
+    made: Any = start.fresh(case["seed"])
     if make is not None:
-        method = ISSP(
-            case["level"],
-            make,
-            epochs=options.epochs,
-            steps=options.steps,
-            batch=options.batch,
-            seed=case["seed"],
-            device=options.device,
-        )
-        made, cost = method.train(start)
-        flops = cost.flops
-    made = made.cpu().eval()
+        recipe = Recipe(**{**default_recipe(ISSP), "epochs": options.epochs, "batch": options.batch})
+        job = make_job("t91", recipe=recipe, seed=case["seed"], device=options.device, model=start)
+        job = job.replace(batches=replace(job.batches, steps=options.steps))
+        made = ISSP(case["level"], make).sparsify(start, job).model
+        flops = job.cost.flops
+    made.eval()
     row: Row = {"sparsity": (masks_of(made) or MaskSet({})).sparsity(), "training_flops": flops}
     for name in SETS:
         samples = get_task(f"vision/{name.lower()}-x{made.scale}").evaluate(made).samples
