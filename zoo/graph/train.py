@@ -77,11 +77,13 @@ class WholeGraph:
     """A graph as the only batch of an epoch, converted once for the model that is trained on it.
 
     Attributes:
+        data: the graph as it was given.
         features, graph: what `GraphModel.prepare` made.
         labels: class of every node.
         train_nodes, val_nodes: ids.
     """
 
+    data: Data
     features: Features
     graph: Any
     labels: Int[Tensor, " nodes"]
@@ -98,7 +100,7 @@ class WholeGraph:
         device = next(model.parameters()).device
         features, graph = model.prepare(data.x, data.edge_index, keep)
         nodes = (mask.nonzero().flatten().to(device) for mask in (data.train_mask, data.val_mask))
-        return cls(features.to(device), graph.to(device), data.y.to(device), *nodes)
+        return cls(data, features.to(device), graph.to(device), data.y.to(device), *nodes)
 
     def __len__(self) -> int:
         return 1
@@ -178,42 +180,6 @@ def train_best(model: GraphModel, job: Job, constraint: Constraint | None = None
     with torch.no_grad():
         logits = model.eval()(whole.features, whole.graph)
     return Best(best.step, best.score, logits, best.state, masks)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """`graph_recipe` and a weight of distillation, until the study of TEDDY has moved to a `Job`."""
-
-    epochs: int = 200
-    lr: float = 0.01
-    weight_decay: float = 5e-4
-    distillation: float = 1.0
-
-
-@dataclass
-class Fit:
-    """`train_best`, until the study of TEDDY has moved to it."""
-
-    model: GraphModel
-    data: Data
-    config: TrainConfig
-    keep: Tensor | None = None
-    teacher: Tensor | None = None
-    constraint: Constraint | None = None
-
-    def run(self) -> Best:
-        """Train; dropout follows torch's random state."""
-        config, seed = self.config, int(torch.randint(2**31, ()))
-        job = graph_job(
-            self.model,
-            self.data,
-            graph_recipe(config.epochs, config.lr, config.weight_decay),
-            keep=self.keep,
-            teacher=self.teacher,
-            distillation=config.distillation,
-            seed=seed,
-        )
-        return train_best(self.model, job, self.constraint)
 
 
 def distilled_loss(

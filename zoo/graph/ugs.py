@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,10 +27,15 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch_geometric.data import Data
 
+from zoo.errors import ConfigError
 from zoo.graph.adjacency import Adjacency
-from zoo.graph.models import Features, GraphModel
+from zoo.graph.method import reinitialised
+from zoo.graph.models import GAT, Features, GraphModel
 from zoo.graph.teddy import keep_highest, released_level, with_self_loops
+from zoo.graph.ticket import EdgeTicket
 from zoo.graph.train import Best, FixedMasks, WholeGraph, graph_job, graph_recipe, train_best
+from zoo.methods.contract import Sparsified, required, stated_options
+from zoo.shared.masks import MaskSet, set_masks
 from zoo.shared.train import Job, Recipe
 
 
@@ -61,6 +67,63 @@ class UGSConfig:
         if dataset == "cora":
             return cls(epochs)
         return cls(epochs, lr=0.01, weight_decay=5e-4)
+
+
+@dataclass
+class UGS:
+    """Train masks on edges and weights, cut the smallest and rewind, round by round; then train what is left.
+
+    The model that is given lends its shape. Training is on the processor.
+    """
+
+    needs_job: ClassVar[bool] = True
+    recipe: ClassVar[Mapping[str, Any]] = {
+        "epochs": 200,
+        "lr": 0.008,
+        "batch": 1,
+        "weight_decay": 8e-5,
+        "optimizer": "adam",
+    }
+
+    level: int = 10
+    """Rounds: k of them cut 1 - 0.95^k of the edges and 1 - 0.9^k of the weights."""
+
+    s1: float = 1e-2
+    """l1 coefficient of the edge masks."""
+
+    s2: float = 1e-2
+    """l1 coefficient of the weight masks."""
+
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
+        """Train a ticket; `model` stays as it is.
+
+        Args:
+            model: one of the zoo's GCN, GAT and GIN.
+            job: on a graph, see `zoo.graph.domain.make_job`; epochs, lr, weight decay and seed are read.
+
+        Raises:
+            ConfigError: a model or job of another kind, or no round.
+        """
+        if not isinstance(model, GraphModel):
+            raise ConfigError(f"UGS trains the zoo's GCN, GAT and GIN. Received: {type(model).__name__}.")
+        given = required(job, self)
+        if not isinstance(given.batches, WholeGraph):
+            raise ConfigError(
+                f"UGS trains on a whole graph: make the job with zoo.graph.domain.make_job. Received: "
+                f"batches of {type(given.batches).__name__}."
+            )
+        if self.level < 1:
+            raise ConfigError(f"level counts rounds and must be at least 1. Received: {self.level}.")
+        data, recipe = given.batches.data, given.recipe
+        config = UGSConfig(recipe.epochs, recipe.lr, recipe.weight_decay, self.s1, self.s2)
+        ticket = reinitialised(model, given.seed).cpu()
+        loops = isinstance(model, GAT)
+        found = ugs(ticket, data, config, (self.level,), self_loops_count=loops)[self.level]
+        masks = MaskSet(found.best.masks)
+        set_masks(ticket, masks)
+        ticket.ticket = EdgeTicket.draw(data.edge_index, int(data.num_nodes), found.keep)
+        options = stated_options(self, given)
+        return Sparsified(ticket.eval(), masks, ticket.ticket.to_extras(), options)
 
 
 @dataclass(frozen=True)
@@ -146,12 +209,8 @@ def _train_masks(
         logits = trained(batch.features, batch.graph)
         return functional.cross_entropy(logits[batch.train_nodes], batch.labels[batch.train_nodes])
 
-    def penalty() -> Tensor:
-        weights = torch.stack([mask.abs().sum() for mask in masked.weight_mask.values()]).sum()
-        return config.s1 * masked.edge_mask.abs().sum() + config.s2 * weights
-
     job = Job(whole, loss, whole.accuracy, config.recipe(), _drawn_seed())
-    job.fit(masked, penalty=penalty, macs=lambda: 0.0).run()
+    job.fit(masked, penalty=lambda: masked.l1(config.s1, config.s2), macs=lambda: 0.0).run()
     with torch.no_grad():
         edges = masked.edge_mask.abs()
         edge_score = _entry_scores(full, keep, int(data.num_nodes), masked.pairs, edges)
@@ -184,6 +243,11 @@ class _Masked(nn.Module):
         self.weight_mask = nn.ParameterDict(
             {name.replace(".", "/"): ones(p.shape) for name, p in model.named_parameters()}
         )
+
+    def l1(self, s1: float, s2: float) -> Float[Tensor, ""]:
+        """s1 times the sum of the edge masks' magnitudes, plus s2 times that of the weight masks'."""
+        weights = torch.stack([mask.abs().sum() for mask in self.weight_mask.values()]).sum()
+        return s1 * self.edge_mask.abs().sum() + s2 * weights
 
     def forward(self, features: Features, graph: Adjacency) -> Float[Tensor, "nodes classes"]:
         soft = {

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from zoo.errors import ConfigError
 from zoo.graph.models import GAT, GCN
 from zoo.graph.teddy import released_level
-from zoo.graph.ugs import UGSConfig, ugs
+from zoo.graph.train import WholeGraph, graph_job
+from zoo.graph.ugs import UGS, UGSConfig, _Masked, ugs
+from zoo.shared.train import Job, Recipe
 
 
 @pytest.fixture
@@ -50,3 +53,41 @@ def test_attention_keeps_its_self_loops(graph):
     entries = graph.edge_index.shape[1]
     dropped = int((entries + 60) * released_level(2)[0])
     assert entries - int(level.keep.sum()) == dropped - dropped % 2
+
+
+def test_the_l1_subgradient_pulls_masks_to_zero_from_either_side(graph):
+    """d/dm (s1 |m|) = s1 sign(m): 0.1 (1, -1, 0) for edge masks (2, -3, 0), 0.5 likewise for weights."""
+    model = GCN(12, 16, 3)
+    whole = WholeGraph.of(model, graph)
+    left = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    masked = _Masked(model, whole.graph, 60, left, noise=0.0)
+    first = next(iter(masked.weight_mask.values()))
+    with torch.no_grad():
+        masked.edge_mask[:3] = torch.tensor([2.0, -3.0, 0.0])
+        first[0, :3] = torch.tensor([-2.0, 3.0, 0.0])
+    weights = sum(mask.numel() for mask in masked.weight_mask.values())
+    loss = masked.l1(0.1, 0.5)
+    expected = 0.1 * (5 + len(masked.edge_mask) - 3) + 0.5 * (5 + weights - 3)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    torch.testing.assert_close(masked.edge_mask.grad[:4], torch.tensor([0.1, -0.1, 0.0, 0.1]))
+    torch.testing.assert_close(first.grad[0, :4], torch.tensor([-0.5, 0.5, 0.0, 0.5]))
+
+
+def test_the_method_makes_the_ticket_of_its_level(graph):
+    torch.manual_seed(0)
+    model = GCN(12, 16, 3)
+    job = graph_job(model, graph, Recipe(epochs=2, lr=0.01, batch=1, optimizer="adam"), seed=5)
+    made = UGS(level=2).sparsify(model, job)
+    entries = graph.edge_index.shape[1]
+    dropped = int(entries * released_level(2)[0])
+    assert int(made.extras["edges/keep"].sum()) == entries - (dropped - dropped % 2)
+    total = sum(p.numel() for p in model.parameters())
+    assert sum(mask.kept for mask in made.masks.values()) == total - -int(-total * released_level(2)[1] // 1)
+    assert not made.masks.zeros_intact(made.model) and made.hyperparameters["seed"] == 5
+    assert made.model(graph.x, graph.edge_index).shape == (60, 3)
+    for wrong, message in ((Job([(graph.x, graph.y)]), "whole graph"), (None, "job")):
+        with pytest.raises(ConfigError, match=message):
+            UGS().sparsify(model, wrong)
+    with pytest.raises(ConfigError, match="at least 1"):
+        UGS(level=0).sparsify(model, job)

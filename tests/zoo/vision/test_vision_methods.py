@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zoo.errors import ConfigError
+from zoo.shared.errors import MaskError
 from zoo.methods.fast_convnets import FastConvNet
 from zoo.methods.mask_sparsity import MaskSparsity
 from zoo.methods.sparse_ift import SparseIFT, forward_macs
@@ -51,5 +51,5 @@ def test_fast_convnets_prune_pointwise_weights_only(job, net):
     assert list(masks) == pointwise_weights(model) and len(masks) == 13
     grouped = next(iter(masks.values())).keep.flatten(1).unflatten(0, (-1, 4))
     assert torch.equal(grouped.any(1), grouped.all(1))
-    with pytest.raises(ConfigError, match="no 1x1"):
+    with pytest.raises(MaskError, match="no 1x1"):
         FastConvNet(0.8).sparsify(net, job)
