@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zoo.shared.errors import MaskError
 from zoo.methods.fast_convnets import FastConvNet
 from zoo.methods.mask_sparsity import MaskSparsity
 from zoo.methods.sparse_ift import SparseIFT, forward_macs
 from zoo.methods.wgsef import WGSEF
+from zoo.shared.errors import MaskError
 from zoo.shared.pruning.inventory import inner_weights, pointwise_weights
 from zoo.shared.structure.relatives import copied, reinitialised
 from zoo.vision.mobilenet import MobileNetV1
