@@ -171,7 +171,7 @@ def test_an_upscaler_is_pruned_verified_and_tuned(data, tmp_path, monkeypatch, c
         "citation": "none",
     }
     dense, out, tuned = save(model, tmp_path / "tiny-edsr", card=card), tmp_path / "made", tmp_path / "tuned"
-    options = ["--sparsity", "0.5", "--epochs", "2", "--steps", "2", "--batch", "2"]
+    options = ["--sparsity", "0.5", "--epochs", "2", "--batch", "2"]
     assert main(["sparsify", str(dense), "--method", "iss-p", "--out", str(out), *options]) == 0
     assert (
         main(
