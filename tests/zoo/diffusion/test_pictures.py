@@ -15,6 +15,7 @@ from zoo.bundles.recipes import rows  # noqa: E402
 from zoo.diffusion.classifier import accuracy, frechet_distance, load_judge  # noqa: E402
 from zoo.diffusion.data import CaptionedNoise, captions, load_pictures  # noqa: E402
 from zoo.diffusion.domain import dense_model, make_job  # noqa: E402
+from zoo.diffusion.grids import GAP, png, sample_grid  # noqa: E402
 from zoo.diffusion.makers import text_to_image  # noqa: E402
 from zoo.diffusion.methods.ecodiff import EcoDiff  # noqa: E402
 from zoo.diffusion.models import TextToImage  # noqa: E402
@@ -158,3 +159,21 @@ def test_the_job_and_the_maker_refuse_and_repeat(tmp_path) -> None:
         dense_model("letters", 0)
     with pytest.raises(ConfigError, match="Linear"):
         make_job("digits", model=torch.nn.Linear(1, 1))
+
+
+def test_a_grid_shows_models_from_the_same_noise(model) -> None:
+    twice = sample_grid([model, model], steps=1)
+    side = 8 + 2 * GAP
+    assert twice.shape == (2 * side, 10 * side)
+    assert torch.equal(twice[:side], twice[side:])
+    noise = torch.randn((10, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        made = model.pipeline()(
+            captions(torch.arange(10)), latents=noise, num_inference_steps=1, output_type="pt"
+        )
+    expected = ((made.images[3, 0].clamp(-1, 1) + 1) * 127.5).round()
+    shown = twice[GAP : GAP + 8, 3 * side + GAP : 3 * side + GAP + 8]
+    assert (shown.float() - expected).abs().max() <= 1
+    assert png(twice)[:4] == b"\x89PNG"
+    with pytest.raises(ConfigError, match="no model"):
+        sample_grid([])
