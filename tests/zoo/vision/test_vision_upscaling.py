@@ -16,6 +16,7 @@ from zoo.harness.tasks import get_task
 from zoo.methods.iss_p import ISSP
 from zoo.registry import FINETUNERS
 from zoo.shared.errors import BudgetError
+from zoo.shared.masks import masks_of
 from zoo.shared.pruning.inventory import inner_weights
 from zoo.shared.train import Recipe
 from zoo.studies.cells import CellCache
