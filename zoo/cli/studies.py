@@ -66,6 +66,8 @@ def reproduce_command(argv: Sequence[str]) -> int:
     if "--list" in argv:
         return _list(argv)
     if any(word.partition("=")[0] == "--from-results" for word in argv):
+        if is_help(argv[-1:]):
+            argv = argv[-1:]
         return _again([word for index, word in enumerate(argv) if index or word.startswith("-")])
     if not argv or argv[0].startswith("-"):
         usage = (
@@ -76,7 +78,7 @@ def reproduce_command(argv: Sequence[str]) -> int:
         if is_help(argv):
             print(f"{usage}\n\nzoo reproduce NAME --help shows the options of a study.")
             return OK
-        raise ConfigError(usage)
+        raise ConfigError(usage.partition("\n")[0])
     from zoo.report.terminal import show_study
     from zoo.studies.runner import get_study, reproduce
 
