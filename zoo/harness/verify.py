@@ -273,7 +273,7 @@ def _pattern(name: str, stated: str, masks: MaskSet) -> Check:
         found = "+".join(sorted({str(mask.pattern) for mask in masks.values()}))
         return _exact(f"{name}, pattern", stated, found)
     try:
-        ok = stated == "channel" or not isinstance(parse_pattern(stated), NM)
+        ok = stated in ("channel", "rows") or not isinstance(parse_pattern(stated), NM)
     except PatternError:
         ok = False
     return Check(f"{name}, pattern", stated, stated if ok else "unstructured", ok)
