@@ -91,8 +91,8 @@ def sparsify_folder(
         pruned = {part for part, _ in model.named_children()}
         shutil.copytree(source, staged, ignore=lambda at, _: pruned if Path(at) == source else ())
         if plan_of(model.get_submodule(name)) is not None:
-            network = type(model.get_submodule(name))
-            write_json(staged / INDEX, {**index, name: [network.__module__, network.__name__]})
+            kind = type(model.get_submodule(name))
+            write_json(staged / INDEX, {**index, name: [kind.__module__, kind.__name__]})
     for part, network in model.named_children():
         save: Any = network
         save.save_pretrained(staged / part if pipeline else staged)
@@ -150,7 +150,8 @@ def _load(folder: Path, entry: Any) -> nn.Module:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ConfigError(f"{folder.name} is a {entry[0]}.{entry[1]}, which is no model of transformers")
     _dtype(folder)
-    loaded, facts = kind.from_pretrained(
+    found: Any = kind
+    loaded, facts = found.from_pretrained(
         folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
     if facts["missing_keys"]:

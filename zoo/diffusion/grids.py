@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from jaxtyping import UInt8
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.diffusion.data import WORDS, captions
 from zoo.diffusion.models import TextToImage
@@ -63,11 +63,17 @@ def png(grid: UInt8[Tensor, "H W"]) -> bytes:
     return held.getvalue()
 
 
+def _model(loaded: nn.Module) -> TextToImage:
+    if not isinstance(loaded, TextToImage):
+        raise ConfigError(f"a {type(loaded).__name__} makes no images from text")
+    return loaded
+
+
 def main(picture: str, *names: str) -> None:
     """Draw the models of these names."""
     import zoo
 
-    atomic_write(Path(picture), png(sample_grid([zoo.load(name) for name in names])))
+    atomic_write(Path(picture), png(sample_grid([_model(zoo.load(name)) for name in names])))
 
 
 if __name__ == "__main__":
