@@ -202,7 +202,8 @@ def architecture_of(model: nn.Module) -> dict[str, Any]:
     own = _own_fields(type(config))
     plain = {key: value for key, value in fields.items() if key in own or key == "model_type"}
     again = AutoConfig.for_model(**plain).to_diff_dict()
-    lost = {key for key in fields.keys() - _NO_SIZES - _NAMES if again.get(key) != fields[key]}
+    # What the family has no field for (a note of the user's, say) cannot matter to its network.
+    lost = {key for key in (fields.keys() & own) - _NO_SIZES - _NAMES if again.get(key) != fields[key]}
     if lost:
         raise ConfigError(f"the configuration's {sorted(lost)[0]!r} cannot be written down; set its default.")
     return {"name": "llm/transformers", "args": {"config": plain, "tokenizer": name}}
