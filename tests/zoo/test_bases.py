@@ -20,6 +20,7 @@ from zoo.bundles.store import info, load, save
 from zoo.cli import main
 from zoo.errors import BundleError, CardError
 from zoo.harness.subjects import twin_of
+from zoo.registry import ARCHITECTURES
 from zoo.shared.masks import MaskSet, masks_of, set_masks
 from zoo.shared.masks.patterns import NM
 from zoo.shared.store.formats import load_packed, save_packed
@@ -127,7 +128,7 @@ def test_a_pattern_and_a_changed_tensor(dense_model, tiny_fields, dense, tmp_pat
     assert loaded.norm.running_mean[0].signbit(), "-0 is not taken for the base's 0"
     assert torch.equal(loaded.second.bias, model.second.bias)
     assert masks_of(loaded)["first.weight"].pattern == NM(2, 4)
-    wider = bundles.ARCHITECTURES.get("test/tiny")(16, 0.5)
+    wider = ARCHITECTURES.get("test/tiny")(16, 0.5)
     wider.norm.num_batches_tracked.fill_(7)
     tiny_fields["architecture"]["args"]["width"] = 16
     with pytest.raises(BundleError, match=f"on {DENSE}: no tensor is the same .* Save the model without"):

@@ -328,11 +328,12 @@ SAVE_IN_CHILD = """
     import torch
     from torch import nn
     from zoo.bundles import store as bundles, folders
+    from zoo.registry import ARCHITECTURES
     from zoo.bundles.card import read_card
     from zoo.errors import ZooError
 
     folder = Path(sys.argv[1])
-    bundles.ARCHITECTURES.register("test/linear", nn.Linear)
+    ARCHITECTURES.register("test/linear", nn.Linear)
     torch.manual_seed(int(sys.argv[2]))
     fields = read_card(folder / "card.yaml").to_dict()
     fields |= {{"version": sys.argv[3], "architecture": {{"name": "test/linear", "args": {{

@@ -19,7 +19,7 @@ from zoo.bundles.recipes import find_row
 from zoo.cli import main
 from zoo.errors import ConfigError
 from zoo.harness.verify import verify_bundle
-from zoo.shared.errors import IdentityError
+from zoo.shared.errors import IdentityError, TrainingError
 from zoo.shared.structure.relatives import reinitialised
 from zoo.shared.train import Recipe
 from zoo.studies.runner import reproduce
@@ -230,5 +230,5 @@ def test_the_command_names_its_domains(capsys):
     ],
 )
 def test_bad_studies_are_refused(tmp_path, options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, TrainingError), match=message):
         reproduce("spark", out=tmp_path, cells=tmp_path, **options)
