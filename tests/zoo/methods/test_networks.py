@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,10 @@ from zoo.methods.table import QUICK, timm_resnet, timm_vit
 from zoo.registry import METHODS
 from zoo.shared.errors import MaskError
 from zoo.shared.structure.relatives import copied, reinitialised
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("timm") is None, reason="timm is not installed (the extra `vision`)"
+)
 
 TRAINING = ["magnitude", "random-pruning", "dynamic-sparse", "lottery-ticket", "lottery-jackpot", "bip"]
 TRAINING += ["sparse-soup", "sr-ste", "pgf", "bdwp", "iss-p"]
