@@ -80,17 +80,10 @@ def make(row: Row, target: Target, note: Note | None = None) -> Path:
         UnknownNameError: the source or the twin is not on this machine.
         SparseError: whatever the maker, the tasks or saving refuse.
     """
-    made, seconds = {}, 0.0
-    for seed in range(row.seeds):
-        if note:
-            note(f"{row.name}: seed {seed}")
-        one = train(row, seed, target)
-        made[seed], seconds = one.made, seconds + one.seconds
+    kept = train_seeds(row, target, note)
+    made, seconds = {seed: one.made for seed, one in kept.items()}, sum(one.seconds for one in kept.values())
     if note:
         note(f"{row.name}: measuring")
-    if row.dtype is not None:
-        for result in made.values():
-            result.model.to(getattr(torch, row.dtype))
     twin = _twin(row, target)
     trained = Trained.by_method(made, row.method, _architecture(row, target), seconds)
     trained = dataclasses.replace(
@@ -122,6 +115,18 @@ class Kept:
 
     made: Sparsified
     seconds: float
+
+
+def train_seeds(row: Row, target: Target, note: Note | None = None) -> dict[int, Kept]:
+    """What a row makes with each of its seeds, in the precision that its bundle stores."""
+    kept = {}
+    for seed in range(row.seeds):
+        if note:
+            note(f"{row.name}: seed {seed}")
+        kept[seed] = train(row, seed, target)
+        if row.dtype is not None:
+            kept[seed].made.model.to(getattr(torch, row.dtype))
+    return kept
 
 
 def train(row: Row, seed: int, target: Target) -> Kept:

@@ -105,6 +105,9 @@ class Verify:
     """Allowed relative difference of measured quality (other machines round differently); counts must be
     exact."""
 
+    seeds: bool = False
+    """Train the model of every seed again by its recipe and measure it: hours for the larger bundles."""
+
     failed_only: bool = False
     """Show only what failed or could not be checked."""
 
@@ -193,7 +196,9 @@ def verify_command(argv: Sequence[str]) -> int:
     from zoo.report.terminal import show_table
 
     with progress_bar() as progress:
-        verifications = verify(options.models, tolerance=options.tolerance, progress=progress)
+        verifications = verify(
+            options.models, tolerance=options.tolerance, seeds=options.seeds, progress=progress
+        )
     failed = sum(len(one.failed) for one in verifications)
     unknown = sum(len(one.unknown) for one in verifications)
     code = CHECK_FAILED if failed else ENVIRONMENT if unknown else OK

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from zoo.bundles import make as making
-from zoo.bundles.card import read_card
+from zoo.bundles.card import Card, mean_and_spread, read_card
 from zoo.bundles.catalog import select
 from zoo.bundles.make import Target, make, train
 from zoo.bundles.recipes import Row, depth, find_row, read_rows, rows, select_rows
 from zoo.bundles.store import load
 from zoo.errors import ConfigError, UnknownNameError
-from zoo.harness import verify as verification
+from zoo.harness import seed_checks
 from zoo.harness.verify import verify
 from zoo.registry import ARCHITECTURES, MAKERS, METHODS, TASKS
 from zoo.shared.masks import masks_of
@@ -86,6 +86,24 @@ def test_a_toy_package_makes_its_bundles(capsys, toy, tmp_path):
         assert not report.failed
         # Nothing vouches for seed 1, whose model is not in the bundle.
         assert [check.figure for check in report.unknown] == ["toy/accuracy: accuracy, seeds 1"]
+    code, text, err = run(capsys, "verify", out / "dense-made", "--seeds", "--json")
+    assert code == 0, err
+    again = [check for check in json.loads(text)[0]["checks"] if check["figure"].endswith("made again")]
+    assert [(check["figure"][-18:], check["how"], check["ok"]) for check in again] == [
+        (f", seed {seed} made again"[-18:], "measured", True) for seed in (0, 1)
+    ]
+    card = out / "dense-made" / "card.yaml"
+    lie = dense.metrics[0].per_seed | {1: dense.metrics[0].per_seed[1] + 0.125}
+    fields = dense.to_dict()
+    mean, spread = mean_and_spread(lie)
+    fields["metrics"][0] |= {"per_seed": lie, "mean": mean, "spread": spread}
+    honest = card.read_text()
+    card.write_text(Card.model_validate(fields).to_yaml())
+    code, text, err = run(capsys, "verify", out / "dense-made", "--seeds", "--json")
+    assert code == 1
+    wrong = [check["figure"] for check in json.loads(text)[0]["checks"] if check["ok"] is False]
+    assert wrong == ["toy/accuracy: accuracy, seed 1 made again"]
+    card.write_text(honest)
     code, text, err = run(capsys, "make", "toy/dense-made", "--out", out)
     assert code == 0 and not text and "is there; --overwrite" in err
 
@@ -97,7 +115,7 @@ def test_evidence_of_every_seed_is_recorded(toy, tmp_path, monkeypatch):
     assert card.evidence == "results/toy.json"
     recorded = read_json(tmp_path / "results" / "toy.json")["per_seed"]["toy/dense-made"]
     assert {int(s): v for s, v in recorded["toy/accuracy"]["accuracy"].items()} == card.metrics[0].per_seed
-    monkeypatch.setattr(verification, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(seed_checks, "REPOSITORY", tmp_path)
     assert verify(path)[0].ok
 
 

@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 
-from zoo.bundles.card import mean_and_spread, read_card
+from zoo.bundles.card import Card, mean_and_spread, read_card
 from zoo.bundles.catalog import find
 from zoo.bundles.store import load, save
 from zoo.cli import main
 from zoo.errors import ConfigError, DataError
-from zoo.harness import verify as verification
+from zoo.harness import seed_checks
 from zoo.harness.evidence import record_evidence
 from zoo.harness.verify import verify
 
@@ -27,7 +27,7 @@ def rewrite(folder, change):
     """Change the card's fields, as a liar with a consistent card would."""
     fields = read_card(folder / "card.yaml").to_dict()
     change(fields)
-    card = verification.Card.model_validate(fields)
+    card = Card.model_validate(fields)
     (folder / "card.yaml").write_text(card.to_yaml())
 
 
@@ -142,7 +142,7 @@ def test_values_per_seed_against_the_committed_evidence(beside, tmp_path, monkey
     card = read_card(folder / "card.yaml")
     metric = card.metrics[0]
     figures = {card.name: metric, metric.dense.name: metric.dense}
-    monkeypatch.setattr(verification, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(seed_checks, "REPOSITORY", tmp_path)
     rewrite(folder, _set(["evidence"], "results/toy.json"))
     [absent] = verify(folder)
     assert absent.ok, "the one seed is measured"
@@ -165,7 +165,7 @@ def test_values_per_seed_against_the_committed_evidence(beside, tmp_path, monkey
     [(None, "names no evidence"), ("results/none.json", "not at hand"), ("results/toy.json", "per_seed")],
 )
 def test_seeds_that_nothing_vouches_for_could_not_be_checked(beside, tmp_path, monkeypatch, evidence, why):
-    monkeypatch.setattr(verification, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(seed_checks, "REPOSITORY", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "toy.json").write_text("[]")
     folder = beside / "half-mlp"
