@@ -98,7 +98,7 @@ def hash_encode(
     The kernel computes in fp32, with the same bits for any number of threads.
 
     Raises:
-        OpError: shapes, dtypes or devices that do not fit.
+        OpError: shapes, dtypes or devices that do not fit; a point that is NaN (not seen while tracing).
     """
     _check(points, table, grid, saliency)
     return _run(points, table, grid, saliency, _plan(points, table, grid).backend)
@@ -168,6 +168,8 @@ def _check(points: Tensor, table: Tensor, grid: HashGrid, saliency: Tensor | Non
             f"saliency must be ({len(points)},) of {points.dtype}. "
             f"Received: {tuple(saliency.shape)}, {saliency.dtype}."
         )
+    if dispatch.eager() and bool((nan := points.detach().isnan()).any()):
+        raise OpError(f"point {int(nan.nonzero()[0, 0])} is NaN, which is in no cell of the grid")
 
 
 def _plan(points: Tensor, table: Tensor, grid: HashGrid) -> dispatch.Plan:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import dispatch, rasterize_native
-from .rasterize_checks import check_arguments, check_values, refusal, split_channels, too_many
+from .rasterize_checks import check_arguments, check_options, check_values, refusal, split_channels, too_many
 from .rasterize_reference import boxes, draw, project, sh_colours
 
 MOST_PAIRS = 2**31 - 1
@@ -88,10 +88,11 @@ def rasterize(
 
     Raises:
         OpError: shapes, dtypes or devices that do not fit; values that are not finite; a quaternion of length
-            zero; a camera that mirrors, scales or has no focal length; 2^31 pairs of Gaussians and tiles (or
-            pixels, in the reference) or more.
+            zero; a camera that mirrors, scales or has no focal length; depths or a blur below zero; 2^31
+            pairs of Gaussians and tiles (or pixels, in the reference) or more.
     """
     check_arguments(means, quats, scales, opacities, viewmat, intrinsics, width, height)
+    check_options(near, far, eps2d)
     sh, values = split_channels(means, colours, sh_degree, features)
     for name, extra, last in (("shift", shift, 2), ("background", background, None)):
         wanted = (len(means), last) if last else ((3 if sh is not None else colours.shape[1]),)

@@ -41,6 +41,14 @@ def check_arguments(
     _check_camera(viewmat, intrinsics)
 
 
+def check_options(near: float, far: float, eps2d: float) -> None:
+    """Refuse depths behind the camera and a blur that is none."""
+    if not 0 <= near < far:
+        raise OpError(f"depths are seen from near >= 0 to far > near. Received: near {near}, far {far}.")
+    if not 0 <= eps2d <= 1e9:
+        raise OpError(f"eps2d is a variance of 0 to 1e9 square pixels. Received: {eps2d}.")
+
+
 def _check_camera(viewmat: Tensor, intrinsics: Tensor) -> None:
     rows, k = viewmat.detach().tolist(), intrinsics.detach().tolist()
     (a, b, c), (d, e, f), (g, h, i) = (row[:3] for row in rows[:3])
@@ -52,8 +60,8 @@ def _check_camera(viewmat: Tensor, intrinsics: Tensor) -> None:
         )
     dots = [a * a + b * b + c * c, d * d + e * e + f * f, g * g + h * h + i * i]
     dots += [a * d + b * e + c * f, a * g + b * h + c * i, d * g + e * h + f * i]
-    off = max(abs(dot - ideal) for dot, ideal in zip(dots, (1, 1, 1, 0, 0, 0), strict=True))
-    if not off < 1e-3 or rows[3] != [0, 0, 0, 1] or not all(abs(row[3]) < float("inf") for row in rows[:3]):
+    turns = all(abs(dot - ideal) < 1e-3 for dot, ideal in zip(dots, (1, 1, 1, 0, 0, 0), strict=True))
+    if not turns or rows[3] != [0, 0, 0, 1] or not all(abs(row[3]) < float("inf") for row in rows[:3]):
         raise OpError(
             "viewmat must be a rotation and a finite translation above the row 0 0 0 1; scale the scene "
             f"instead. Received: {rows}."

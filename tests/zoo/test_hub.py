@@ -40,6 +40,7 @@ class FakeHub(ThreadingHTTPServer):
         self.cuts_left = 0
         self.tampered: dict[str, bytes] = {}  # file -> what is sent instead
         self.down = False
+        self.halted: threading.Event | None = None  # set where half of the weights are on their way
         self.portal = b""  # a page that answers everything
         self.repositories: dict[str, dict[str, bytes]] = {}  # further ones: name -> files
 
@@ -124,6 +125,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
+            return
+        if self.server.halted is not None and name == "weights.safetensors":
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.server.halted.set()
+            self.rfile.read()  # until the other side is gone
+            self.close_connection = True
             return
         cut = self.server.cut_after.get(name)
         if cut is not None and self.server.cuts_left:
@@ -445,6 +453,27 @@ def test_two_processes_at_once(server: FakeHub, tiny_bundle) -> None:
     assert len({out for out, _ in results}) == 1
     assert server.downloads("weights.safetensors") == 1, "the others waited for the first"
     catalog.open_bundle(results[0][0].strip()).check()
+
+
+def test_a_pull_that_is_killed_midway(server: FakeHub, tiny_bundle) -> None:
+    """kill -9 with half of the weights on the disk: nothing can be loaded, and the next pull cleans up."""
+    server.publish_folder(tiny_bundle)
+    server.halted = threading.Event()
+    environment = {**os.environ, "PYTHONPATH": str(Path(hub.__file__).parents[2])}
+    code = "from zoo.bundles import hub; hub.pull('hf://owner/tiny')"
+    puller = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    assert server.halted.wait(60) and puller.poll() is None
+    puller.kill()
+    puller.wait(60)
+    server.halted = None
+    snapshots = catalog.cache_folder() / "hub" / "owner--tiny" / "snapshots"
+    assert [path.suffix for path in snapshots.iterdir()] == [".tmp"], "the kill came in the middle"
+    assert "graph/tiny-test" not in catalog.list_models()
+    with pytest.raises(HubError, match="not in the cache"):
+        bundles.load("hf://owner/tiny", offline=True)
+    bundles.load_bundle(hub.pull("hf://owner/tiny"))
+    assert [path.suffix for path in snapshots.iterdir()] == [""], "what the killed one left is swept"
+    assert not [name for name in cached_files() if ".tmp" in name or "incomplete" in name]
 
 
 @pytest.mark.parametrize("where", ["cache", "hub", "repository"])

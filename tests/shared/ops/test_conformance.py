@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from zoo.shared.errors import OpError
-from zoo.shared.ops import dispatch, gated_product, gather_linear, modules, select, sparse_conv, spgemm, spmm
+from zoo.shared.ops import (
+    _native,
+    dispatch,
+    gated_product,
+    gather_linear,
+    modules,
+    select,
+    sparse_conv,
+    spgemm,
+    spmm,
+)
 from zoo.shared.ops.conformance import check_op
 
 assert all(
@@ -22,6 +36,26 @@ APART = {"rasterize"}
 @pytest.mark.parametrize("name", [name for name in dispatch.registered() if name not in APART])
 def test_an_op_is_the_same_on_every_backend(name: str) -> None:
     assert check_op(name) >= 10
+
+
+@pytest.mark.skipif(not _native.available(), reason="no native library")
+def test_contended_cores_change_no_bit() -> None:
+    """More threads than cores, while others keep these busy: each row still belongs to one thread."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    before = torch.get_num_threads()
+    try:
+        with dispatch.backend("native"):
+            for name in ("sparse_linear", "spmm", "subm_conv", "gather_linear"):
+                example = max(dispatch.examples(name), key=lambda each: each.inputs[0].numel())
+                torch.set_num_threads(1)
+                alone = example.run()
+                torch.set_num_threads(2 * len(busy) + 1)
+                assert torch.equal(example.run(), alone), name
+    finally:
+        torch.set_num_threads(before)
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_the_suite_knows_every_op() -> None:

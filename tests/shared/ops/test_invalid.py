@@ -7,6 +7,7 @@ Run under the address sanitizer it shows that nothing is read or written outside
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -21,7 +22,9 @@ from zoo.shared.errors import OpError
 from zoo.shared.ops import _native
 from zoo.shared.ops.gated_product import gated_product
 from zoo.shared.ops.gated_product import reference as gated_reference
+from zoo.shared.ops.hash_encode import HashGrid, hash_encode
 from zoo.shared.ops.quant_sparse_linear import quant_sparse_linear, quantise_groups
+from zoo.shared.ops.rasterize import rasterize
 from zoo.shared.ops.rulebook import conv_rulebook, submanifold_rulebook
 from zoo.shared.ops.sparse_conv import sparse_conv, sparse_max_pool, subm_conv
 from zoo.shared.ops.sparse_conv1x1 import sparse_conv1x1
@@ -187,6 +190,81 @@ def test_damaged_indices_are_refused_or_computed_right(name: str, make: Callable
             tensor.copy_(before)
     print(f"{name}: {TRIES} tried, {refused} refused, {wrong} wrong")
     assert refused and not wrong
+
+
+ODD = (float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1e-30, 1e30, 3.4e38)
+
+
+def spoil(tensor: Tensor, rng: random.Random) -> Tensor:
+    """The tensor with an odd value, without rows, or with one too few."""
+    kind = rng.randrange(6)
+    if kind == 0:
+        return tensor[:0]
+    if kind == 1:
+        return tensor[:-1]
+    changed = tensor.clone()
+    if changed.numel():
+        changed.view(-1)[rng.randrange(changed.numel())] = rng.choice(ODD)
+    return changed
+
+
+def encoding(rng: random.Random) -> tuple[Tensor, ...]:
+    """A hash grid's features and gradients at points of which some are odd."""
+    grid = HashGrid(2, rng.choice([1, 2, 3]), 4, 1, rng.choice([1, 4, 1 << 20]))
+    tensors = [torch.rand(9, 3) * 3 - 1, torch.randn(grid.entries, grid.features), torch.rand(9)]
+    for _ in range(rng.choice([1, 1, 2])):
+        at = rng.randrange(3)
+        tensors[at] = spoil(tensors[at], rng)
+    points, table, saliency = (each.requires_grad_() for each in tensors)
+    out = inspect.unwrap(hash_encode)(points, table, grid, rng.choice([None, saliency]))
+    to_points, to_table = torch.autograd.grad(out.sum(), (points, table))
+    # Differences of infinite entries, or of millions: run, and compared by nobody.
+    smooth = grid.finest < 9 and bool(table.isfinite().all()) and float(table.detach().abs().max()) < 9
+    return out.detach(), to_table, *([to_points] if smooth else [])
+
+
+def rendering(rng: random.Random) -> tuple[Tensor, ...]:
+    """An image and its gradients of Gaussians, a camera and sizes of which some are odd."""
+    tensors = [torch.randn(7, 3), torch.randn(7, 4), torch.rand(7, 3), torch.rand(7), torch.rand(7, 3)]
+    tensors += [torch.eye(4), torch.tensor([[6.0, 0, 4], [0, 6, 4], [0, 0, 1]])]
+    numbers: dict[str, Any] = {"width": 9, "height": 7, "near": 0.01, "eps2d": 0.3, "sh_degree": None}
+    for _ in range(rng.choice([1, 1, 2])):
+        if rng.random() < 0.7:
+            at = rng.randrange(7)
+            tensors[at] = spoil(tensors[at], rng)
+        else:
+            name = rng.choice(list(numbers))
+            numbers[name] = rng.choice(ODD if name in ("near", "eps2d") else [-1, 0, 1, 2**31, -(2**63)])
+    leaves = [each.requires_grad_() for each in tensors[:5]]
+    seen = inspect.unwrap(rasterize)(*leaves, *tensors[5:], **numbers)
+    grads = torch.autograd.grad(seen.colour.sum() + seen.depth.sum() + seen.alpha.sum(), leaves)
+    if any(float(each.detach().abs().max()) > 1e9 for each in tensors if each.numel()):
+        return ()  # squares beyond single precision, in which the reference computes here
+    return seen.colour.detach(), seen.depth.detach(), *grads
+
+
+@pytest.mark.skipif(not _native.available(), reason="no native library")
+@pytest.mark.parametrize("make", [encoding, rendering])
+def test_odd_values_and_sizes_are_refused_by_all_backends_or_by_none(make: Callable[..., Any]) -> None:
+    refused, apart = 0, []
+    for number in range(2 * TRIES):
+        outcomes: list[Any] = []
+        for backend in ("native", "reference"):
+            torch.manual_seed(number)
+            try:
+                with ops.backend(backend):
+                    outcomes.append(make(random.Random(number)))
+            except OpError:
+                outcomes.append(None)
+        found, wanted = outcomes
+        refused += found is None
+        both = found is not None and wanted is not None
+        pairs = zip(found, wanted, strict=True) if both else ()
+        same = (found is None) == (wanted is None)
+        if not same or not all(torch.allclose(*p, rtol=1e-3, atol=1e-3, equal_nan=True) for p in pairs):
+            apart.append(number)
+    print(f"{make.__name__}: {2 * TRIES} tried, {refused} refused, {len(apart)} differ: {apart[:9]}")
+    assert refused and not apart
 
 
 def test_impossible_sizes_are_refused_and_memory_that_is_not_there_is_a_memory_error() -> None:

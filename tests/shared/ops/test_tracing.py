@@ -100,7 +100,21 @@ def spgemm() -> None:
     check(GraphPower(), torch.tensor([0, 2, 3, 3, 5]), torch.tensor([0, 1, 3, 2, 3]), torch.randn(3))
 
 
+def without_a_test_of_their_own() -> None:
+    """Ops that no other test compiles: the value of the eager call, whether or not the graph breaks."""
+    from zoo.shared.ops import depthwise_conv, dispatch, hash_encode, nm_linear  # noqa: F401
+
+    grid = hash_encode.HashGrid(2, 2, 6, 2, 4)
+    inputs = torch.rand(9, 3), torch.randn(grid.entries, 2)
+    examples = [dispatch.Example(lambda points, table: hash_encode.hash_encode(points, table, grid), inputs)]
+    examples += [dispatch.examples(name)[0] for name in ("depthwise_conv", "nm_linear")]
+    for example in examples:
+        compiled = torch.compile(example.call, backend="eager")
+        torch.testing.assert_close(compiled(*example.inputs), example.run())
+
+
 CASES = {"spmm": spmm, "spgemm": spgemm, "sparse_conv": sparse_conv}
+CASES["others"] = without_a_test_of_their_own
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,7 +7,11 @@ import copy
 import pytest
 import torch
 
-from zoo.errors import ConfigError
+from zoo.bundles.cardfile import dump_yaml
+from zoo.bundles.catalog import find
+from zoo.bundles.store import load
+from zoo.cli.ship import export_command
+from zoo.errors import BundleError, ConfigError
 from zoo.llm.methods.ecoflap import language_loss
 from zoo.llm.methods.gqsa import (
     Quantiser,
@@ -25,6 +29,8 @@ from zoo.llm.models.quantised import GroupQuantLinear, PackedGroupLinear, group_
 from zoo.shared.masks import MaskSet
 from zoo.shared.ops import quant_sparse_linear, quantise_groups
 from zoo.shared.ops.packing import pack
+from zoo.shared.store.formats import load_packed, save_packed
+from zoo.shared.store.io import sha256_file
 
 
 def quantiser_of(rows=8, columns=64, seed=0, sparsity=0.5, bits=4):
@@ -211,3 +217,25 @@ def test_partly_kept_groups_cannot_be_packed():
         Quantiser.of(weight, keep, 16, 4).pack()
     with pytest.raises(ConfigError, match="four-bit"):
         quantiser_of(bits=2)[2].pack()
+
+
+@pytest.mark.parametrize("how", ["masked", "packed", "dense"])
+def test_a_bundle_whose_groups_lie_at_columns_of_minus_one_is_refused_in_every_form(how, tmp_path):
+    """Hashes agree; a gather at -1 would read the last column, a kernel foreign memory."""
+    source = find("llm/gqsa-w4s50-shakespeare")
+    contents = load_packed(source.weights)
+    tensors = dict(contents.tensors)
+    name = next(name for name in tensors if name.endswith(".columns"))
+    tensors[name] = torch.full_like(tensors[name], -1)
+    path = tmp_path / source.card.weights.file
+    save_packed(path, tensors, contents.masks, contents.extras, contents.metadata)
+    card = source.card.to_dict()
+    card["weights"] |= {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    card["cost"]["bytes"]["on_disk"] = path.stat().st_size
+    (tmp_path / "card.yaml").write_text(dump_yaml(card))
+    with pytest.raises(BundleError, match="^llm/gqsa-w4s50-shakespeare in .*a group number lies outside"):
+        if how == "dense":
+            export_command([str(tmp_path), "--to", str(tmp_path / "dense.safetensors")])
+        else:
+            load(tmp_path, how)
+    assert not (tmp_path / "dense.safetensors").exists()
