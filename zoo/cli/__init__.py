@@ -86,8 +86,9 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean `zoo {close[0]}`?" if close else "see `zoo --help`"
-        print(f"zoo: unknown command {name!r}; {hint}", file=sys.stderr)
-        return USAGE
+        from zoo.errors import ConfigError
+
+        raise ConfigError(f"unknown command {name!r}; {hint}")
     module = importlib.import_module(f"zoo.cli.{COMMANDS[name][0]}")
     return int(getattr(module, f"{name}_command")(rest))
 

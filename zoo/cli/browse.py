@@ -90,7 +90,9 @@ def list_command(argv: Sequence[str]) -> int:
     note = f"{len(cards)} models. Next: zoo show MODEL" if cards else "No model is that small or that sparse."
     if any(card.base for card in cards):
         note = f"On disk, a + b: its own file and that of the model on whose weights it stands. {note}"
-    show_table(stdout(), Table("", columns, rows, note))
+    # What is on the screen at 80 columns: which model, how sparse, how good, how large.
+    optional = ("dense twin", "parameters", "method", "on disk")
+    show_table(stdout(), Table("", columns, rows, note, optional))
     return 0
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -31,12 +32,13 @@ def parse(options: type[T], argv: Sequence[str], command: str, description: str 
         ConfigError: wrong usage, in one line.
         SystemExit: with code 0 after `--help` was printed.
     """
+    arguments = _joined(options, argv)
     printed, errors = _Capture(), _Capture()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
             return tyro.cli(
                 options,
-                args=list(argv),
+                args=arguments,
                 prog=f"zoo {command}",
                 description=description,
                 config=(tyro.conf.FlagCreatePairsOff,),
@@ -73,6 +75,48 @@ def parse_with(
     both = dataclasses.make_dataclass("Options", fields)
     read: Any = parse(both, argv, command, description)
     return read.common, read.part
+
+
+def _joined(options: type, argv: Sequence[str]) -> list[str]:
+    """The arguments with the values of options that were typed twice in one place: `--task a --task b` is
+    `--task a b`, where tyro would keep the last one without a word.
+
+    Raises:
+        ConfigError: an option of one value was typed twice.
+    """
+    typed = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    if len(set(typed)) == len(typed):
+        return list(argv)
+    several = _options_of_several_values(options)
+    rest: list[str] = []
+    values: dict[str, list[str]] = {}
+    index = 0
+    while index < len(argv):
+        name, equals, value = argv[index].partition("=")
+        index += 1
+        if not name.startswith("--") or name == "--":
+            rest.append(argv[index - 1])
+            continue
+        taken = [value] if equals else []
+        while not equals and index < len(argv) and not argv[index].startswith("--"):
+            taken.append(argv[index])
+            index += 1
+        if name in values and name[2:].replace("_", "-") not in several:
+            raise ConfigError(f"{name} is given twice; give it once")
+        values.setdefault(name, []).extend(taken)
+    return [*rest, *(word for name, taken in values.items() for word in (name, *taken))]
+
+
+def _options_of_several_values(options: type) -> set[str]:
+    """Names of the options that take any number of values, as they are typed."""
+    found: set[str] = set()
+    for name, hint in typing.get_type_hints(options).items():
+        kinds = [hint, *typing.get_args(hint)]
+        if any(typing.get_origin(kind) in (tuple, list) for kind in kinds):
+            found.add(name.replace("_", "-"))
+        elif dataclasses.is_dataclass(hint):
+            found |= _options_of_several_values(typing.cast(type, hint))
+    return found
 
 
 def take_option(argv: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:

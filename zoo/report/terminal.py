@@ -8,28 +8,53 @@ from zoo.studies.tables import Result, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table as RichTable
 
 GOOD, BAD = ("ok", "holds", "better"), ("failed", "does not hold", "invalid", "worse")
 
 
 def show_table(console: Console, table: Table) -> None:
-    """Print a table: numbers to the right, outcomes in colour, the note below."""
+    """Print a table: numbers to the right, outcomes in colour, the note below.
+
+    Names of rows are never broken: where the screen is too narrow, the table's optional columns go first, and
+    the note says which.
+    """
+    from rich.measure import Measurement
+    from rich.text import Text
+
+    left_out: list[str] = []
+    shown = _drawn(table)
+    boundless = console.options.update(width=10_000)
+    for column in table.optional:
+        if Measurement.get(console, boundless, shown).maximum <= console.width:
+            break
+        left_out.append(column)
+        table = table.without(column)
+        shown = _drawn(table)
+    console.print(shown)
+    if table.note:
+        console.print(Text(table.note, style="dim"))
+    if left_out:
+        text = f"Left out at {console.width} columns: {', '.join(left_out)}. A pipe has all."
+        console.print(Text(text, style="dim"))
+
+
+def _drawn(table: Table) -> RichTable:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    # Outside a terminal a line must not be folded to 80 columns: the reader is a pipe or a file.
     shown = RichTable(
         box=box.SIMPLE_HEAD, title=table.title, title_justify="left", title_style="bold", pad_edge=False
     )
     for index, column in enumerate(table.columns):
         numeric = all(_numeric(row[index]) for row in table.rows)
-        shown.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+        shown.add_column(
+            Text(column), justify="right" if numeric else "left", overflow="fold", no_wrap=index == 0
+        )
     for row in table.rows:
         shown.add_row(*(Text(str(cell), style=_style(cell)) for cell in row))
-    console.print(shown)
-    if table.note:
-        console.print(Text(table.note, style="dim"))
+    return shown
 
 
 def show_study(console: Console, result: Result) -> None:

@@ -13,12 +13,18 @@ Outcome = Literal["holds", "does not hold", "cannot be told", "invalid", "not me
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of results; cells are strings or numbers."""
+    """A table of results; cells are strings or numbers.
+
+    Attributes:
+        title, columns, rows, note: what is shown; the first column names the row.
+        optional: columns that are left out where the screen is too narrow for all, the first one first.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[Any]]
     note: str = ""
+    optional: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -26,6 +32,12 @@ class Table:
                 raise ConfigError(
                     f"table {self.title!r} has {len(self.columns)} columns, but a row of {len(row)}: {row}"
                 )
+
+    def without(self, column: str) -> Table:
+        """The table without a column."""
+        left = [index for index, name in enumerate(self.columns) if name != column]
+        rows = [[row[index] for index in left] for row in self.rows]
+        return dataclasses.replace(self, columns=[self.columns[index] for index in left], rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)

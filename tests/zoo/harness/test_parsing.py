@@ -1,0 +1,72 @@
+"""Options typed twice, and tables on narrow screens."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from rich.console import Console
+
+from zoo.cli.parsing import Positional, metavar, parse, parse_with
+from zoo.errors import ConfigError
+from zoo.report.terminal import show_table
+from zoo.studies.tables import Table
+
+
+@dataclass
+class Own:
+    models: Annotated[tuple[str, ...], Positional, metavar("MODEL")]
+    task: tuple[str, ...] = ()
+    report: tuple[Path, ...] | None = None
+    seed: int = 0
+    fresh: bool = False
+
+
+@dataclass
+class Part:
+    text: tuple[str, ...] = ()
+    rate: float = 0.5
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["m", "n", "--task", "a", "--task", "b", "--seed", "3"],
+        ["m", "n", "--task=a", "--seed", "3", "--task", "b"],
+        ["--fresh", "m", "n", "--task", "a", "--seed=3", "--task=b"],
+        ["m", "n", "--task", "a", "b", "--seed", "3"],
+    ],
+)
+def test_values_of_an_option_typed_twice_add_up(argv):
+    read = parse(Own, argv, "toy")
+    assert (read.models, read.task, read.seed) == (("m", "n"), ("a", "b"), 3)
+
+
+def test_options_that_may_be_left_out_and_those_of_a_part_add_up():
+    own, part = parse_with(
+        Own, Part, ["m", "--report", "x", "--report", "y", "--text", "a", "--text", "b"], "toy"
+    )
+    assert own.report == (Path("x"), Path("y")) and part.text == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--seed", "1", "--seed", "2"], ["--rate=1", "--rate=1"], ["--fresh", "--fresh"]]
+)
+def test_an_option_of_one_value_is_given_once(argv):
+    with pytest.raises(ConfigError, match=f"{argv[0].partition('=')[0]} is given twice; give it once"):
+        parse_with(Own, Part, ["m", *argv], "toy")
+
+
+def test_names_stay_whole_on_a_narrow_screen():
+    name = "vision/fast-sparse-convnet-mobilenet-digits-s90"
+    table = Table("", ["model", "method", "bytes"], [[name, "fast-convnets", "10 kB"]], "", ("method",))
+    for width, shown in ((60, False), (100, True)):
+        console = Console(file=io.StringIO(), width=width)
+        show_table(console, table)
+        text = console.file.getvalue()
+        assert name in text and "10 kB" in text
+        assert ("fast-convnets" in text) == shown
+        assert (f"Left out at {width} columns: method" in text) == (not shown)
