@@ -238,6 +238,11 @@ GENERATORS: Registry[Any] = Registry("generator", "zoo.generators")
 FILE_SPARSIFIERS: Registry[Any] = Registry(
     "kind of file to sparsify", "zoo.file_sparsifiers", needs=("run", "describe")
 )
+#: what `zoo export MODEL --to NAME` writes beside plain weights -> dataclass with `run() -> dict` and
+#: `describe(dict) -> str`
+EXPORTERS: Registry[Any] = Registry("export", "zoo.exporters", needs=("run", "describe"))
+#: domain -> function of a bundle and a path that draws its model, behind `zoo show --picture`
+PICTURES: Registry[Callable[..., Any]] = Registry("maker of pictures", "zoo.pictures")
 
 register_architecture = ARCHITECTURES.register
 register_method = METHODS.register

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from zoo.bundles.card import Card, DenseFigure, Metric
-from zoo.cli.console import print_json, stdout
+from zoo.cli.console import note, print_json, stdout
 from zoo.cli.parsing import Positional, metavar, parse
+from zoo.errors import ConfigError
 from zoo.report import numbers
+
+if TYPE_CHECKING:
+    from zoo.bundles.catalog import Bundle
 
 
 @dataclass
@@ -47,6 +52,9 @@ class Show:
 
     name: Annotated[str, Positional, metavar("MODEL")]
     """A name, name@version, folder or hf://owner/name."""
+
+    picture: Path | None = None
+    """Also draw the model into this file; of scenes: .png beside the photographs, .gif turning."""
 
     json: bool = False
     """Print the whole card as JSON."""
@@ -103,6 +111,8 @@ def show_command(argv: Sequence[str]) -> int:
 
     bundle = find(options.name)
     card = bundle.card
+    if options.picture is not None:
+        _draw(bundle, options.picture)
     if options.json:
         print_json(card.to_dict())
         return 0
@@ -129,6 +139,15 @@ def show_command(argv: Sequence[str]) -> int:
         if text:
             console.print(f"{name + ':':<14}{text}", markup=False, soft_wrap=True)
     return 0
+
+
+def _draw(bundle: Bundle, path: Path) -> None:
+    from zoo.registry import PICTURES
+
+    domain = bundle.card.domain
+    if domain not in PICTURES:
+        raise ConfigError(f"--picture: models of {domain} have none; those of {PICTURES.names()} have")
+    note(f"{PICTURES.get(domain)(bundle, path)}: {path}")
 
 
 def _list_names(options: List) -> int:

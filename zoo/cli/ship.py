@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from zoo.cli import OK
 from zoo.cli.console import note, print_json
-from zoo.cli.parsing import Positional, metavar, parse
+from zoo.cli.parsing import Positional, metavar, parse, take_option
 from zoo.errors import ConfigError
 from zoo.report import numbers
 from zoo.shared.store.io import atomic_write, write_json
@@ -62,7 +62,8 @@ class Export:
     """A name, folder or hf://owner/name."""
 
     to: Path
-    """FILE.safetensors, or a folder for model.safetensors and card.json."""
+    """FILE.safetensors, or a folder for model.safetensors and card.json; or what a domain writes: viewer or
+    turntable for scenes, with --out FILE."""
 
     overwrite: bool = False
     """Replace a file that is there."""
@@ -105,6 +106,14 @@ def push_command(argv: Sequence[str]) -> int:
 
 def export_command(argv: Sequence[str]) -> int:
     """`zoo export`."""
+    from zoo.registry import EXPORTERS
+
+    to, rest = take_option(argv, "to", "")
+    if to in EXPORTERS:
+        other: Any = parse(EXPORTERS.get(to), rest, "export")
+        report = other.run()
+        print_json(report) if other.json else print(other.describe(report))
+        return OK
     options = parse(Export, argv, "export")
     is_file = options.to.suffix == ".safetensors"
     if not is_file and options.to.suffix:

@@ -5,11 +5,23 @@ Importing this package does not import torch: everything is registered by addres
 
 from __future__ import annotations
 
-from zoo.registry import ARCHITECTURES, FILE_SPARSIFIERS, JOBS, MAKERS, METHODS, TASKS
+from zoo.registry import (
+    ARCHITECTURES,
+    EXPORTERS,
+    FILE_SPARSIFIERS,
+    JOBS,
+    MAKERS,
+    METHODS,
+    PICTURES,
+    TASKS,
+)
 
 ARCHITECTURES.register("neural3d/gaussians", "zoo.neural3d.scene:GaussianScene")
 for _suffix in (".ply", ".splat", ".spz", ".sog"):
     FILE_SPARSIFIERS.register(_suffix, "zoo.neural3d.sparsify:SparsifyScene")
+EXPORTERS.register("viewer", "zoo.neural3d.exports:ExportViewer")
+EXPORTERS.register("turntable", "zoo.neural3d.exports:ExportTurntable")
+PICTURES.register("neural3d", "zoo.neural3d.exports:picture")
 METHODS.register("splat-pruning", "zoo.neural3d.methods.splat_pruning:SplatPruning")
 JOBS.register("neural3d", "zoo.neural3d.domain:make_job")
 MAKERS.register("neural3d/gaussians", "zoo.neural3d.makers:gaussians")

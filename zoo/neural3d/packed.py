@@ -62,13 +62,14 @@ _YCOCG = torch.tensor([[0.25, 0.5, 0.25], [0.5, 0.0, -0.5], [-0.25, 0.5, -0.25]]
 _COARSER = torch.tensor([1.0, 2.0, 2.0])
 
 
-def write_packed(path: str | Path, splats: Splats, steps: Steps) -> int:
-    """Write a scene; returns the number of bytes.
+def rounded(splats: Splats, steps: Steps, source: str) -> tuple[Splats, Tensor, dict[str, numpy.ndarray]]:
+    """The Gaussians in the order of a file, the origin [3] of their positions, and their attributes as whole
+    numbers of steps: int64 [n, k] by name.
 
     Raises:
-        DataError: a Gaussian that cannot be drawn, or a position of more than 2^31 steps.
+        DataError: a Gaussian that cannot be drawn, or an attribute of more than 2^31 steps.
     """
-    splats = checked(splats.map(lambda tensor: tensor.detach().cpu().float()), str(path))
+    splats = checked(splats.map(lambda tensor: tensor.detach().cpu().float()), source)
     splats = splats.rows(morton_order(splats.means))
     origin = splats.means.amin(0) if len(splats) else torch.zeros(3)
     unit = splats.quats / splats.quats.norm(dim=1, keepdim=True)
@@ -82,11 +83,24 @@ def write_packed(path: str | Path, splats: Splats, steps: Steps) -> int:
         "opacity": splats.opacities.sigmoid()[:, None] / steps.opacity,
         "harmonics": splats.sh[:, 1:].flatten(1) / steps.harmonics,
     }
-    streams = {"origin": origin.numpy(), "steps": numpy.array([*vars(steps).values()], numpy.float64)}
+    whole = {}
     for name, values in columns.items():
         if values.numel() and float(values.abs().max()) >= 2**31:
-            raise DataError(f"{path}: {name} of {float(values.abs().max()):.3g} steps; choose a coarser one")
-        whole = values.double().round().to(torch.int64).numpy()
+            most = float(values.abs().max())
+            raise DataError(f"{source}: {name} of {most:.3g} steps; choose a coarser one")
+        whole[name] = values.double().round().to(torch.int64).numpy()
+    return splats, origin, whole
+
+
+def write_packed(path: str | Path, splats: Splats, steps: Steps) -> int:
+    """Write a scene; returns the number of bytes.
+
+    Raises:
+        DataError: as for `rounded`.
+    """
+    splats, origin, columns = rounded(splats, steps, str(path))
+    streams = {"origin": origin.numpy(), "steps": numpy.array([*vars(steps).values()], numpy.float64)}
+    for name, whole in columns.items():
         streams[name] = numpy.frombuffer(_pack(whole, differences=name == "position"), numpy.uint8)
     meta = {"format": FORMAT, "count": str(len(splats)), "bases": str(splats.sh.shape[1])}
     content = save(streams, metadata=meta)
@@ -149,14 +163,20 @@ def read_packed(path: str | Path) -> Splats:
     return checked(splats, str(path))
 
 
-def _pack(whole: numpy.ndarray, differences: bool) -> bytes:
-    """Integers [n, k], signs folded in, as LZMA of their low bytes column by column, then the next ones."""
+def byte_planes(whole: numpy.ndarray, differences: bool) -> tuple[int, bytes]:
+    """Integers [n, k], signs folded in, as their low bytes column by column, then the next ones: the number
+    of bytes of each, and the bytes."""
     if differences and len(whole):
         whole = numpy.diff(whole, axis=0, prepend=0)
     folded = numpy.where(whole < 0, -2 * whole - 1, 2 * whole).astype("<u8")
     depth = max(1, math.ceil(int(folded.max(initial=0)).bit_length() / 8))
     planes = folded.T.copy().view(numpy.uint8).reshape(folded.shape[1], len(folded), 8)[:, :, :depth]
-    body = numpy.ascontiguousarray(planes.transpose(2, 0, 1)).tobytes()
+    return depth, numpy.ascontiguousarray(planes.transpose(2, 0, 1)).tobytes()
+
+
+def _pack(whole: numpy.ndarray, differences: bool) -> bytes:
+    """The planes of integers [n, k], as LZMA."""
+    depth, body = byte_planes(whole, differences)
     return bytes([depth]) + lzma.compress(body, lzma.FORMAT_RAW, filters=_FILTERS)
 
 
