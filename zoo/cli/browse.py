@@ -42,6 +42,9 @@ class List:
     max_bytes: int | None = None
     """Only models of at most this size on disk."""
 
+    picture: Path | None = None
+    """Also draw quality against size of the models beside their dense twins into this .png file."""
+
     json: bool = False
     """Print JSON."""
 
@@ -64,6 +67,8 @@ def list_command(argv: Sequence[str]) -> int:
     """`zoo list`."""
     options = parse(List, argv, "list")
     if options.kind != "models":
+        if options.picture is not None:
+            raise ConfigError("--picture shows models; leave --kind out")
         return _list_names(options)
     from zoo.bundles.catalog import select
 
@@ -76,6 +81,8 @@ def list_command(argv: Sequence[str]) -> int:
         max_bytes=options.max_bytes,
     )
     cards = [bundle.card for bundle in bundles]
+    if options.picture is not None:
+        _draw_shelf(cards, options.picture)
     if options.json:
         print_json([_brief(card) for card in cards])
         return 0
@@ -148,6 +155,16 @@ def _draw(bundle: Bundle, path: Path) -> None:
     if domain not in PICTURES:
         raise ConfigError(f"--picture: models of {domain} have none; those of {PICTURES.names()} have")
     note(f"{PICTURES.get(domain)(bundle, path)}: {path}")
+
+
+def _draw_shelf(cards: list[Card], path: Path) -> None:
+    from zoo.report.plots import png
+    from zoo.report.shelf import shelf_plot
+    from zoo.shared.store.io import atomic_write
+
+    if path.suffix != ".png":
+        raise ConfigError(f"--picture {path}: give a name that ends in .png")
+    atomic_write(path, png(shelf_plot(cards)))
 
 
 def _list_names(options: List) -> int:

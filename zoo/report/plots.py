@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -24,8 +27,13 @@ FONT = ["DejaVu Sans", "sans-serif"]
 
 
 def png(plot: Plot, *, dpi: int = 150) -> bytes:
-    """The plot as PNG on white."""
+    """The plot as PNG on white. Its text entry `Plot` is the digest of what is drawn."""
     return _render(plot, "png", dpi=dpi)
+
+
+def digest(plot: Plot) -> str:
+    """SHA-256 of what a plot shows, by which a picture that is older than its data is found."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(plot), sort_keys=True).encode()).hexdigest()
 
 
 def svg(plot: Plot) -> str:
@@ -94,7 +102,7 @@ def _render(plot: Plot, kind: str, *, dpi: int = 100) -> bytes:
                 handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
             )
         stream = io.BytesIO()
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        metadata = {"Date": None} if kind == "svg" else {"Software": None, "Plot": digest(plot)}
         figure.savefig(stream, format=kind, dpi=dpi, metadata=metadata, transparent=kind == "svg")
     return stream.getvalue()
 

@@ -1,0 +1,33 @@
+"""The picture of all bundles beside their dense twins."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from zoo.bundles.catalog import select
+from zoo.cli import main
+from zoo.report.plots import digest
+from zoo.report.shelf import shelf_plot
+
+
+def test_points_are_shares_of_the_dense_twins(toy_zoo, tmp_path):
+    cards = [bundle.card for bundle in select("toy/*")]
+    points, twin = shelf_plot(cards).series
+    sparse = [card for card in cards if card.metrics[0].dense is not None]
+    assert points.label == f"toy ({len(sparse)})" and twin.y == [1.0]
+    for card, x, y in zip(sparse, points.x, points.y, strict=True):
+        assert x == pytest.approx(card.cost.bytes.sparse / card.cost.bytes.dense)
+        assert y == pytest.approx(card.metrics[0].value / card.metrics[0].dense.value)
+    path = tmp_path / "shelf.png"
+    assert main(["list", "toy/*", "--picture", str(path)]) == 0
+    assert Image.open(path).text["Plot"] == digest(shelf_plot(cards))
+    assert main(["list", "toy/*", "--picture", str(tmp_path / "shelf.jpg")]) == 2
+
+
+def test_lower_is_better_turns_the_share_round():
+    [card] = [bundle.card for bundle in select("llm/wanda-50-stories")]
+    [points, _] = shelf_plot([card]).series
+    metric = card.metrics[0]
+    assert metric.value > metric.dense.value, "perplexity or loss: higher is worse"
+    assert points.y == [pytest.approx(metric.dense.value / metric.value)]

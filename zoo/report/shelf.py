@@ -1,0 +1,44 @@
+"""The shelf in one picture: how much of its dense twin's quality and size each bundle has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from zoo.bundles.card import Card
+from zoo.harness.tasks import get_task
+from zoo.studies.tables import Plot, Series
+
+
+def shelf_plot(cards: Iterable[Card]) -> Plot:
+    """Quality against size of all bundles that have a dense twin, both as shares of the twin's, from the
+    cards alone.
+
+    The quality is the card's first metric over the twin's value, or the twin's over its own where lower is
+    better; the size is that of the packed tensors.
+
+    Raises:
+        UnknownNameError: a card's task is not registered here.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for card in cards:
+        metric = card.metrics[0]
+        if metric.dense is None or not (metric.value > 0 and metric.dense.value > 0):
+            continue
+        quality = metric.value / metric.dense.value
+        if get_task(metric.task).direction(metric.metric) < 0:
+            quality = 1 / quality
+        points.setdefault(card.domain, []).append((card.cost.bytes.sparse / card.cost.bytes.dense, quality))
+    series = [
+        Series(f"{domain} ({len(found)})", [x for x, _ in found], [y for _, y in found], kind="points")
+        for domain, found in sorted(points.items())
+    ]
+    series.append(Series("the dense twin", [], [1.0], kind="reference"))
+    return Plot(
+        "shelf",
+        "Sparse models of the zoo beside their dense twins",
+        "size of the packed tensors, share of the dense twin's",
+        "quality, share of the dense twin's",
+        series,
+        alt="One point for each sparse bundle: how much of the dense twin's quality is left at which size.",
+        log_x=True,
+    )
