@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, FOLDERS, JOBS, MAKERS, METHODS, TASKS
+from zoo.registry import ARCHITECTURES, FOLDERS, JOBS, MAKERS, METHODS, STUDIES, TASKS
 
 ARCHITECTURES.register("diffusion/text-to-image", "zoo.diffusion.models:TextToImage")
 METHODS.register("prune-parts", "zoo.diffusion.methods.stable_diffusion:PruneParts")
@@ -17,6 +17,9 @@ METHODS.register("laptop", "zoo.diffusion.methods.laptop:Laptop")
 TASKS.register("diffusion/t2i-digits", "zoo.diffusion.tasks:Digits")
 TASKS.register("diffusion/t2i-mnist", "zoo.diffusion.tasks:Mnist")
 JOBS.register("diffusion", "zoo.diffusion.domain:make_job")
+STUDIES.register("ecodiff", "zoo.diffusion.studies.ecodiff:STUDY")
+STUDIES.register("laptop", "zoo.diffusion.studies.laptop:STUDY")
+STUDIES.register("text-to-image-pruning", "zoo.diffusion.studies.parts:STUDY")
 FOLDERS.register("diffusion/model_index.json", "zoo.diffusion.folders:sparsify_folder")
 FOLDERS.register("diffusion/config.json:_diffusers_version", "zoo.diffusion.folders:sparsify_folder")
 MAKERS.register("diffusion/text-to-image", "zoo.diffusion.makers:text_to_image")

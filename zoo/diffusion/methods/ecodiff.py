@@ -89,13 +89,13 @@ class EcoDiff:
         plan = Plan({name: tuple(kept) for name, kept in kept_units(groups, scores, self.keep, self.scope)})
         target: Any = model
         target.cut(plan)
-        kept = sum(len(units) for units in plan.units.values())
-        total = sum(group.count for group in groups)
+        masks = keep_masks(groups, plan)
         return Sparsified(
             model.eval(),
             MaskSet({}),
+            extras={f"{kind}/keep": mask for kind, mask in masks.items()},
             hyperparameters=stated_options(self, job),
-            parts={"units": {"kept": kept, "total": total, "pattern": "channel"}},
+            parts={kind: {"pattern": "channel"} for kind in masks},
             arguments=target.current_arguments(),
         )
 
@@ -189,6 +189,16 @@ def column_norms(network: nn.Module, group: UnitGroup) -> Tensor:
         own = weight.detach()[:, part.start : part.start + group.count * group.width].float()
         total += own.square().sum(0).view(group.count, group.width).sum(1)
     return (total / group.width).sqrt()
+
+
+def keep_masks(groups: list[UnitGroup], plan: Plan) -> dict[str, Tensor]:
+    """Which units a plan keeps, by kind (`heads`, `neurons`), over all groups of the kind in their order."""
+    found: dict[str, list[Tensor]] = {}
+    for group in groups:
+        kept = torch.zeros(group.count, dtype=torch.bool)
+        kept[list(plan.units.get(group.name, range(group.count)))] = True
+        found.setdefault(group.kind, []).append(kept)
+    return {kind: torch.cat(masks) for kind, masks in found.items()}
 
 
 def kept_units(

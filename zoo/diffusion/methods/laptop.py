@@ -85,15 +85,13 @@ class Laptop:
         target.cut(Plan(dropped=tuple(layer.name for layer in chosen)))
         if teacher is not None and job is not None:
             self._distil(model, teacher, job)
-        parts = {
-            "layers": {"kept": len(removable) - len(chosen), "total": len(removable), "pattern": "whole"}
-        }
         return Sparsified(
             model.eval(),
             MaskSet({}),
+            extras={"layers/keep": torch.tensor([layer not in chosen for layer in removable])},
             hyperparameters=stated_options(self, job if self.distil else None)
             | {"dropped": [layer.name for layer in chosen]},
-            parts=parts,
+            parts={"layers": {"pattern": "channel"}},
             arguments=target.current_arguments(),
         )
 

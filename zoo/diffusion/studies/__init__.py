@@ -1,0 +1,1 @@
+"""Studies on diffusion models, one paper a file."""
