@@ -11,18 +11,24 @@ from typing import Any
 from zoo.registry import ARCHITECTURES, FOLDERS, JOBS, MAKERS, METHODS, STUDIES, TASKS
 
 ARCHITECTURES.register("diffusion/text-to-image", "zoo.diffusion.models:TextToImage")
+ARCHITECTURES.register("diffusion/mlp-flow", "zoo.diffusion.flows:MLPFlow")
+ARCHITECTURES.register("diffusion/unet-flow", "zoo.diffusion.flows:UNetFlow")
+METHODS.register("slimflow", "zoo.diffusion.methods.slimflow:SlimFlow")
 METHODS.register("prune-parts", "zoo.diffusion.methods.stable_diffusion:PruneParts")
 METHODS.register("ecodiff", "zoo.diffusion.methods.ecodiff:EcoDiff")
 METHODS.register("laptop", "zoo.diffusion.methods.laptop:Laptop")
 TASKS.register("diffusion/t2i-digits", "zoo.diffusion.tasks:Digits")
 TASKS.register("diffusion/t2i-mnist", "zoo.diffusion.tasks:Mnist")
+TASKS.register("diffusion/flow-digits", "zoo.diffusion.tasks:FlowDigits")
 JOBS.register("diffusion", "zoo.diffusion.domain:make_job")
 STUDIES.register("ecodiff", "zoo.diffusion.studies.ecodiff:STUDY")
 STUDIES.register("laptop", "zoo.diffusion.studies.laptop:STUDY")
+STUDIES.register("slimflow", "zoo.diffusion.studies.slimflow:STUDY")
 STUDIES.register("text-to-image-pruning", "zoo.diffusion.studies.parts:STUDY")
 FOLDERS.register("diffusion/model_index.json", "zoo.diffusion.folders:sparsify_folder")
 FOLDERS.register("diffusion/config.json:_diffusers_version", "zoo.diffusion.folders:sparsify_folder")
 MAKERS.register("diffusion/text-to-image", "zoo.diffusion.makers:text_to_image")
+MAKERS.register("diffusion/flow", "zoo.diffusion.makers:flow")
 
 _PUBLIC = {
     "TextToImage": "models",

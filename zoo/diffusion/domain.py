@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from zoo.diffusion.data import CaptionedNoise, load_pictures
+from zoo.diffusion.flows import Flow, Noised, velocity_loss
 from zoo.diffusion.models import TextToImage, noise_loss
 from zoo.errors import ConfigError
 from zoo.shared.train import Job, Recipe
@@ -42,7 +43,7 @@ def make_job(
     device: str | torch.device = "cpu",
     model: nn.Module | None = None,
 ) -> Job:
-    """The job of predicting noise on a captioned picture set; an epoch is 50 steps.
+    """The job of predicting noise on a captioned picture set, or a flow's velocity; an epoch is 50 steps.
 
     Args:
         dataset: see `zoo.diffusion.data.load_pictures`.
@@ -57,8 +58,11 @@ def make_job(
     """
     used = recipe or RECIPE
     owner = model if model is not None else dense_model(dataset, seed)
+    if isinstance(owner, Flow):
+        batches = Noised(load_pictures(dataset), used.batch)
+        return Job(batches, loss=velocity_loss, recipe=used, seed=seed, device=device)
     if not isinstance(owner, TextToImage):
-        raise ConfigError(f"{type(owner).__name__} is no text-to-image model of zoo.diffusion")
+        raise ConfigError(f"{type(owner).__name__} is no text-to-image model and no flow of zoo.diffusion")
     times = int(owner.scheduler.config.num_train_timesteps)
-    batches = CaptionedNoise(load_pictures(dataset), owner.tokenise, times, used.batch)
-    return Job(batches, loss=noise_loss, recipe=used, seed=seed, device=device)
+    captioned = CaptionedNoise(load_pictures(dataset), owner.tokenise, times, used.batch)
+    return Job(captioned, loss=noise_loss, recipe=used, seed=seed, device=device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo.diffusion.classifier import frechet_distance, load_judge
 from zoo.diffusion.data import captions, load_pictures
+from zoo.diffusion.flows import Flow
 from zoo.diffusion.models import TextToImage
 from zoo.diffusion.sampling import sample
 from zoo.errors import TaskError
@@ -112,3 +113,50 @@ class Mnist(TextToImageTask):
     """Prompts of the digits, judged on MNIST at 16x16."""
 
     name, pictures = "diffusion/t2i-mnist", "mnist"
+
+
+@register_task
+class FlowDigits(Task):
+    """1,000 images from fixed noise in the number of steps that the flow is made for.
+
+    Metrics: `frechet`, of the classifier's features to those of the 500 test images, and `pixel_frechet`,
+    of the pixels themselves, since the classifier overlooks noise that a step left (lower is better).
+    """
+
+    name, domain, primary, higher_is_better = "diffusion/flow-digits", "diffusion", "frechet", False
+
+    def accepts(self, card: Any) -> bool:
+        """Models that were measured on it."""
+        return card.domain == self.domain and any(m.task == self.name for m in card.metrics)
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        """Sample and compare."""
+        flow = self._fitting(model)
+        noise = torch.randn((1000, *flow.sample_shape), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            made = flow.images(noise.to(next(flow.parameters()).dtype)).float()
+        distances = flow_distances(made, self.name.rpartition("-")[2])
+        metrics = {name: Measure(value) for name, value in distances.items()}
+        return TaskResult(metrics, n=len(made), sample_set="digits/1000/0")
+
+    def flops(self, model: nn.Module) -> Flops:
+        """Operations of all steps of one image."""
+        flow = self._fitting(model)
+        total = count(flow, (torch.zeros(1, *flow.sample_shape), torch.tensor([0.0]))).total
+        return Flops(flow.steps * total.flops, flow.steps * total.flops_kept)
+
+    def _fitting(self, model: nn.Module) -> Flow:
+        if not isinstance(model, Flow) or model.sample_shape != load_pictures("digits").shape:
+            raise TaskError(f"{self.name} takes flows of 8x8 images; received {type(model).__name__}")
+        return model
+
+
+def flow_distances(made: Tensor, pictures: str) -> dict[str, float]:
+    """Frechet distances of images to a set's test images, by the classifier's features and by pixels."""
+    judge, real = load_judge(pictures), load_pictures(pictures).test
+    with torch.no_grad():
+        features = judge.features(made), judge.features(real)
+    return {
+        "frechet": frechet_distance(*features),
+        "pixel_frechet": frechet_distance(made.flatten(1), real.flatten(1)),
+    }
