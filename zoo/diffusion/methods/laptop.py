@@ -69,22 +69,13 @@ class Laptop:
             raise ConfigError("layers are scored on noisy images with prompts: give a job")
         require_finite(model)
         network, teacher = denoiser_of(model), copy.deepcopy(model) if self.distil else None
-        removable = [layer for layer in layers(network) if layer.removable]
-        total = sum(p.numel() for p in network.parameters())
-        weights = [layer.parameters for layer in removable]
-        if sum(weights) < self.remove * total:
-            raise BudgetError(
-                f"{self.remove:.1%} of the parameters cannot be removed: all removable layers together have "
-                f"{sum(weights) / total:.1%}"
-            )
-        costs = self.costs(model, removable, job)
-        chosen = [removable[i] for i in cheapest_cover(weights, costs, -int(-self.remove * total // 1))]
-        if not self.allow_unconditional:
-            _require_attention(removable, chosen)
+        removable = removable_layers(network)
+        self.require_enough(network, removable)
+        chosen = self.choose(network, removable, self.costs(model, removable, job))
         target: Any = model
         target.cut(Plan(dropped=tuple(layer.name for layer in chosen)))
         if teacher is not None and job is not None:
-            self._distil(model, teacher, job)
+            self.train_on(model, teacher, job)
         return Sparsified(
             model.eval(),
             MaskSet({}),
@@ -94,6 +85,33 @@ class Laptop:
             parts={"layers": {"pattern": "channel"}},
             arguments=target.current_arguments(),
         )
+
+    def require_enough(self, network: nn.Module, removable: list[Layer]) -> None:
+        """Refuse to remove more than all removable layers.
+
+        Raises:
+            BudgetError: they have fewer parameters than are to go.
+        """
+        total = sum(p.numel() for p in network.parameters())
+        most = sum(layer.parameters for layer in removable)
+        if most < self.remove * total:
+            raise BudgetError(
+                f"{self.remove:.1%} of the parameters cannot be removed: all removable layers together have "
+                f"{most / total:.1%}"
+            )
+
+    def choose(self, network: nn.Module, removable: list[Layer], costs: list[float]) -> list[Layer]:
+        """The layers to remove, cheapest together.
+
+        Raises:
+            ConfigError: they leave no attention to the prompt.
+        """
+        target = -int(-self.remove * sum(p.numel() for p in network.parameters()) // 1)
+        found = cheapest_cover([layer.parameters for layer in removable], costs, target)
+        chosen = [removable[i] for i in found]
+        if not self.allow_unconditional:
+            _require_attention(removable, chosen)
+        return chosen
 
     def costs(self, model: Any, removable: list[Layer], job: Job | None = None) -> list[float]:
         """What each layer costs, see `score`."""
@@ -111,7 +129,8 @@ class Laptop:
             output_loss(model, [layer.name], inputs, guided=self.score == "guided") for layer in removable
         ]
 
-    def _distil(self, model: Any, teacher: nn.Module, job: Job) -> None:
+    def train_on(self, model: Any, teacher: nn.Module, job: Job) -> None:
+        """Distil the dense model into the cut one, in place."""
         stages = [name for name, _ in stage_modules(denoiser_of(model))]
         prefix = next(path for path, module in model.named_modules() if module is denoiser_of(model))
         names = {f"{prefix}.{name}": f"{prefix}.{name}" for name in stages}
@@ -123,6 +142,11 @@ class Laptop:
             features=names,
         )
         job.replace(distil=distil).fit(model).run()
+
+
+def removable_layers(network: nn.Module) -> list[Layer]:
+    """The layers of a network that may be dropped."""
+    return [layer for layer in layers(network) if layer.removable]
 
 
 @torch.no_grad()

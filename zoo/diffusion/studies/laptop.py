@@ -7,15 +7,16 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from zoo.diffusion.domain import make_job
-from zoo.diffusion.methods.laptop import Laptop, noisy_images, output_loss
+from zoo.diffusion.methods.laptop import Laptop, noisy_images, output_loss, removable_layers
+from zoo.diffusion.plan import Plan
 from zoo.diffusion.studies import common
-from zoo.diffusion.units import Layer, layers
+from zoo.diffusion.units import Layer
 from zoo.errors import ConfigError
 from zoo.shared.pruning.knapsack import cheapest_cover
 from zoo.shared.train import Recipe
@@ -28,6 +29,7 @@ from zoo.studies.view import Row, Value, View
 
 DENSE, ADDITIVE, DISTILLED = "dense", "additivity", 0.35
 SUBSETS = 14
+Score = Literal["output", "guided", "magnitude", "random"]
 DISTIL: dict[str, Any] = {"lr": 1e-3, "optimizer": "adam", "weight_decay": 0.0, "decay": "cosine"}
 
 
@@ -61,20 +63,28 @@ def measure(make: Any, options: LaptopOptions, case: Row, cells: CellCache) -> R
         return additivity(seed)
     if make is None:
         return {**common.figures(model, seed, options.images), "left": 1.0}
-    made = make(remove=case["level"]).sparsify(model, job)
-    dropped = len(made.hyperparameters["dropped"])
-    return {
-        **common.figures(model, seed, options.images),
-        "left": common.share_left(model),
-        "dropped": dropped,
-    }
+    method = make(remove=case["level"])
+    chosen = method.choose(model.unet, removable_layers(model.unet), list(scored(method.score, seed)))
+    model.cut(Plan(dropped=tuple(layer.name for layer in chosen)))
+    if method.distil:
+        method.train_on(model, common.victim(), job)
+    found = common.figures(model, seed, options.images)
+    return {**found, "left": common.share_left(model), "dropped": len(chosen)}
+
+
+@functools.lru_cache(maxsize=8)
+def scored(score: Score, seed: int) -> tuple[float, ...]:
+    """What each layer of the dense model costs."""
+    model = common.victim()
+    job = make_job("digits", seed=seed, model=model)
+    return tuple(Laptop(score=score).costs(model, removable_layers(model.unet), job))
 
 
 def additivity(seed: int) -> Row:
     """Rank correlations of summed single costs with true output losses over random subsets of two to five
     layers, and how far the knapsack is from the best of all subsets."""
     model = common.victim()
-    removable = [layer for layer in layers(model.unet) if layer.removable]
+    removable = removable_layers(model.unet)
     job = make_job("digits", seed=seed, model=model)
     inputs = noisy_images(model, job, 128)
     generator = torch.Generator().manual_seed(seed)
@@ -84,8 +94,9 @@ def additivity(seed: int) -> Row:
         subsets.append(chosen.tolist())
     true = [output_loss(model, [removable[i].name for i in subset], inputs) for subset in subsets]
     row: Row = {}
-    for score in ("output", "magnitude"):
-        costs = Laptop(score=score).costs(model, removable, job)
+    scores: tuple[Score, ...] = ("output", "magnitude")
+    for score in scores:
+        costs = list(scored(score, seed))
         sums = [sum(costs[i] for i in subset) for subset in subsets]
         row[f"spearman of {score}"] = float(spearman_corrcoef(torch.tensor(sums), torch.tensor(true)))
         if score == "output":
