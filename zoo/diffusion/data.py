@@ -29,12 +29,12 @@ SOURCES = {
         "UCI Optical Recognition of Handwritten Digits, through scikit-learn",
         "CC BY 4.0",
     ),
+    "mnist": Source("MNIST, 16x16 (padded to 32, 2x2 mean)", "LeCun, Cortes and Burges", "not stated"),
     "digit-triples": Source(
         "three scikit-learn digits side by side (8x24)",
         "UCI Optical Recognition of Handwritten Digits, through scikit-learn",
         "CC BY 4.0",
     ),
-    "mnist": Source("MNIST, 16x16 (padded to 32, 2x2 mean)", "LeCun, Cortes and Burges", "not stated"),
 }
 
 

@@ -42,6 +42,25 @@ def require_finite(model: nn.Module) -> None:
             raise ConfigError(f"{name!r} holds NaN or infinity; repair the model first")
 
 
+def require_plain(model: nn.Module) -> None:
+    """Refuse models whose visible weights are not those that work, or are not finite.
+
+    Raises:
+        ConfigError: fused projections, adapters (LoRA), quantised layers, NaN or infinity, by name.
+    """
+    require_finite(model)
+    for name, module in model.named_modules():
+        if getattr(module, "fused_projections", False):
+            raise ConfigError(f"{name!r} has fused projections: call `unfuse_qkv_projections()` first")
+        if hasattr(module, "base_layer"):
+            raise ConfigError(
+                f"{name!r} has an adapter: merge it (`fuse_lora`) and unload it (`unload_lora_weights`) first"
+            )
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and isinstance(weight, Tensor) and not weight.is_floating_point():
+            raise ConfigError(f"{name!r} is quantised ({weight.dtype}): prune the model before quantising it")
+
+
 def prompts_of(batches: Sequence[Sequence[Tensor]], count: int) -> tuple[Tensor, Tensor]:
     """(noise, token ids) of the first `count` samples of batches (images, noise, times, token ids).
 

@@ -95,6 +95,35 @@ def test_bad_models_and_missing_jobs_are_refused(model, job) -> None:
         model.tokenise(["one two three four five six seven eight nine"])
 
 
+@pytest.mark.parametrize("method", [PruneParts(), EcoDiff(score="norm"), Laptop(score="magnitude")])
+def test_weights_that_do_not_work_by_themselves_are_refused(model, method) -> None:
+    fused = copy.deepcopy(model)
+    fused.unet.fuse_qkv_projections()
+    with pytest.raises(ConfigError, match="unfuse_qkv_projections"):
+        method.sparsify(fused)
+    adapted = copy.deepcopy(model)
+    attention = adapted.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    attention.to_q = Adapted(attention.to_q)
+    with pytest.raises(ConfigError, match="unload_lora_weights"):
+        method.sparsify(adapted)
+    quantised = copy.deepcopy(model)
+    linear = quantised.unet.mid_block.attentions[0].transformer_blocks[0].ff.net[2]
+    linear.weight = torch.nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(ConfigError, match="before quantising"):
+        method.sparsify(quantised)
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with low-rank updates, as peft attaches them."""
+
+    def __init__(self, base_layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x)
+
+
 def test_recomputation_gives_the_gradient_of_back_propagation(model, job) -> None:
     network = model.unet
     groups = unit_groups(network)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.diffusion.gates import gated
-from zoo.diffusion.parts import denoiser_of, prompts_of, require_finite
+from zoo.diffusion.parts import denoiser_of, prompts_of, require_plain
 from zoo.diffusion.plan import Plan
 from zoo.diffusion.sampling import require_differentiable, sample
 from zoo.diffusion.units import UnitGroup, unit_groups
@@ -81,7 +81,7 @@ class EcoDiff:
         """
         if not 0 < self.keep <= 1:
             raise BudgetError(f"keep is a share of the units, above 0 and at most 1; received {self.keep}")
-        require_finite(model)
+        require_plain(model)
         groups = unit_groups(denoiser_of(model))
         if not groups:
             raise ConfigError(f"{type(model).__name__} has no attention heads and no feed-forward neurons")

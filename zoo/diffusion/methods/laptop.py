@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from zoo.diffusion.parts import denoiser_of, prompts_of, require_finite
+from zoo.diffusion.parts import denoiser_of, prompts_of, require_plain
 from zoo.diffusion.plan import Plan, drop_layer, set_module
 from zoo.diffusion.units import Layer, layers
 from zoo.errors import ConfigError
@@ -67,7 +67,7 @@ class Laptop:
             raise BudgetError(f"remove is between 0 and 1; received {self.remove}")
         if job is None and (self.distil or self.score in ("output", "guided")):
             raise ConfigError("layers are scored on noisy images with prompts: give a job")
-        require_finite(model)
+        require_plain(model)
         network, teacher = denoiser_of(model), copy.deepcopy(model) if self.distil else None
         removable = removable_layers(network)
         self.require_enough(network, removable)

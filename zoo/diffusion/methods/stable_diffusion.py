@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from zoo.diffusion.parts import denoiser_of, prompts_of, require_finite, run_sampler
+from zoo.diffusion.parts import denoiser_of, prompts_of, require_plain, run_sampler
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified
 from zoo.shared.errors import BudgetError
@@ -69,7 +69,7 @@ class PruneParts:
         """
         for share in (self.text_sparsity, self.sparsity):
             check_sparsity(share)
-        require_finite(model)
+        require_plain(model)
         shares = {name: self.sparsity for name in denoiser_weights(model)}
         shares |= {name: self.text_sparsity for name in text_weights(model)}
         context = ScoreContext(
