@@ -68,10 +68,9 @@ def test_what_was_cut_stays_cut(tmp_path) -> None:
     assert before.cost.parameters == after.cost.parameters
 
 
-def test_what_is_refused(tmp_path, monkeypatch) -> None:
+def test_what_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"makes images of \(1, 8, 8\)"):
         tuned(tmp_path / "tuned", dataset="digit-triples")
-    monkeypatch.setattr("zoo.training.finetune.load_bundle", lambda _: torch.nn.Linear(1, 1))
     with pytest.raises(ConfigError, match="text-to-image models and flows"):
-        tuned(tmp_path / "tuned")
+        Finetune(SPARSE, tmp_path / "tuned").plan(find(SPARSE), torch.nn.Linear(1, 1), None, torch.device("cpu"))
     assert not list(tmp_path.iterdir())
