@@ -72,5 +72,7 @@ def test_what_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"makes images of \(1, 8, 8\)"):
         tuned(tmp_path / "tuned", dataset="digit-triples")
     with pytest.raises(ConfigError, match="text-to-image models and flows"):
-        Finetune(SPARSE, tmp_path / "tuned").plan(find(SPARSE), torch.nn.Linear(1, 1), None, torch.device("cpu"))
+        Finetune(SPARSE, tmp_path / "tuned").plan(
+            find(SPARSE), torch.nn.Linear(1, 1), None, torch.device("cpu")
+        )
     assert not list(tmp_path.iterdir())

@@ -42,7 +42,7 @@ class PartsOptions:
     seeds: int = 3
     levels: tuple[float, ...] = (0.2, 0.35, 0.5)
     text_levels: tuple[float, ...] = (0.2, 0.35, 0.475, 0.7, 0.9)
-    images: int = 100
+    images: int = 60
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or not self.levels or not self.text_levels:
@@ -127,9 +127,9 @@ def both(view: View) -> Table | None:
     levels = view.part(arm=BOTH).levels()
     if not levels:
         return None
-    values: Sequence[Value] = (common.DRIFT, common.ACCURACY, common.FRECHET, Value("zeros", 100.0, 1))
+    values: Sequence[Value] = (common.DRIFT, common.ACCURACY, Value("zeros", 100.0, 1))
     body = [[level, *(view.cell(BOTH, level, value) for value in values)] for level in levels]
-    heads = ["text / denoiser", "drift", "accuracy (%)", "Frechet distance", "zeros of all parameters (%)"]
+    heads = ["text / denoiser", "drift", "accuracy (%)", "zeros of all parameters (%)"]
     return Table("Magnitude on both parts", heads, body)
 
 
@@ -191,13 +191,7 @@ STUDY = Study(
     prepare=ratios,
     tables=[
         Grid("Drift, one part pruned", value=common.DRIFT, arms=(*SCORED, TEXT), levels=_levels),
-        Grid(
-            "Prompt accuracy (%), one part pruned",
-            value=common.ACCURACY,
-            arms=(*SCORED, TEXT),
-            levels=_levels,
-        ),
-        Grid("Frechet distance, one part pruned", value=common.FRECHET, arms=(*SCORED, TEXT), levels=_levels),
+        Grid("Prompt accuracy (%)", value=common.ACCURACY, arms=(*SCORED, TEXT), levels=_levels),
         both,
     ],
     plots=[
