@@ -13,6 +13,7 @@ from zoo.registry import (
     MAKERS,
     METHODS,
     PICTURES,
+    STUDIES,
     TASKS,
 )
 
@@ -23,6 +24,10 @@ EXPORTERS.register("viewer", "zoo.neural3d.exports:ExportViewer")
 EXPORTERS.register("turntable", "zoo.neural3d.exports:ExportTurntable")
 PICTURES.register("neural3d", "zoo.neural3d.exports:picture")
 METHODS.register("splat-pruning", "zoo.neural3d.methods.splat_pruning:SplatPruning")
+STUDIES.register("edge-gaussians", "zoo.neural3d.studies.edge_gaussians:STUDY")
+STUDIES.register("orex", "zoo.neural3d.studies.orex:STUDY")
+STUDIES.register("spare", "zoo.neural3d.studies.spare:STUDY")
+STUDIES.register("queen", "zoo.neural3d.studies.queen:STUDY")
 JOBS.register("neural3d", "zoo.neural3d.domain:make_job")
 MAKERS.register("neural3d/gaussians", "zoo.neural3d.makers:gaussians")
 for _name, _class in (

@@ -101,7 +101,7 @@ def write_packed(path: str | Path, splats: Splats, steps: Steps) -> int:
     splats, origin, columns = rounded(splats, steps, str(path))
     streams = {"origin": origin.numpy(), "steps": numpy.array([*vars(steps).values()], numpy.float64)}
     for name, whole in columns.items():
-        streams[name] = numpy.frombuffer(_pack(whole, differences=name == "position"), numpy.uint8)
+        streams[name] = numpy.frombuffer(pack_integers(whole, differences=name == "position"), numpy.uint8)
     meta = {"format": FORMAT, "count": str(len(splats)), "bases": str(splats.sh.shape[1])}
     content = save(streams, metadata=meta)
     atomic_write(Path(path), content)
@@ -137,7 +137,7 @@ def read_packed(path: str | Path) -> Splats:
         steps = Steps(**dict(zip(vars(Steps(1.0)), map(float, streams["steps"]), strict=True)))
         values: dict[str, Tensor] = {}
         for name, width in widths.items():
-            whole = _unpack(streams[name].tobytes(), count, width, differences=name == "position")
+            whole = unpack_integers(streams[name].tobytes(), count, width, differences=name == "position")
             values[name] = torch.from_numpy(whole).double()
         origin = torch.from_numpy(streams["origin"]).double()
     except (KeyError, TypeError, ValueError, lzma.LZMAError) as error:
@@ -174,13 +174,18 @@ def byte_planes(whole: numpy.ndarray, differences: bool) -> tuple[int, bytes]:
     return depth, numpy.ascontiguousarray(planes.transpose(2, 0, 1)).tobytes()
 
 
-def _pack(whole: numpy.ndarray, differences: bool) -> bytes:
-    """The planes of integers [n, k], as LZMA."""
+def pack_integers(whole: numpy.ndarray, differences: bool) -> bytes:
+    """Integers [n, k] as few bytes: their number of planes, and the planes as LZMA."""
     depth, body = byte_planes(whole, differences)
     return bytes([depth]) + lzma.compress(body, lzma.FORMAT_RAW, filters=_FILTERS)
 
 
-def _unpack(stream: bytes, count: int, width: int, differences: bool) -> numpy.ndarray:
+def unpack_integers(stream: bytes, count: int, width: int, differences: bool) -> numpy.ndarray:
+    """The integers [count, width] of `pack_integers`, int64.
+
+    Raises:
+        ValueError, lzma.LZMAError: a damaged stream, or one of another size.
+    """
     depth = stream[0] if stream else 0
     size = depth * width * count
     if not 1 <= depth <= 8 or size > _MOST:

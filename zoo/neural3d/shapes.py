@@ -32,13 +32,13 @@ def _shade(point: Tensor, normal: Tensor, colour: Tensor) -> Tensor:
     return colour * (0.35 + 0.65 * (normal @ LAMP).clamp_min(0)[..., None]) + 0 * point
 
 
-def trace(camera: Camera) -> tuple[Tensor, Tensor, Tensor]:
+def trace(camera: Camera, balls: Tensor = BALLS) -> tuple[Tensor, Tensor, Tensor]:
     """Colours [height, width, 3] (black where nothing is), hits [height, width] bool and depths along the
     camera's axis (infinite where nothing is) of the rays through the pixels' centres."""
     origin, rays = camera.rays()
     nearest = torch.full(rays.shape[:2], math.inf)
     colour = torch.zeros_like(rays)
-    for ball in BALLS:
+    for ball in balls:
         offset = origin - ball[:3]
         along = (rays @ offset).neg()
         left = along.square() - offset.square().sum() + ball[3] ** 2
@@ -59,10 +59,10 @@ def trace(camera: Camera) -> tuple[Tensor, Tensor, Tensor]:
     return colour, nearest.isfinite(), nearest * (rays @ camera.viewmat[2, :3])
 
 
-def view_of(camera: Camera, name: str = "") -> View:
+def view_of(camera: Camera, name: str = "", balls: Tensor = BALLS) -> View:
     """What the camera sees, each pixel the mean of nine rays; the depth is that of the middle one."""
     fine = camera.resized(camera.width * OVER, camera.height * OVER)
-    colour, hit, depth = trace(fine)
+    colour, hit, depth = trace(fine, balls)
     image = torch.where(hit[..., None], colour, torch.tensor(BACKGROUND))
     depth = torch.where(hit, depth, 0.0)
     return View(fine, image, hit.float(), depth, name).reduced(OVER)

@@ -159,7 +159,7 @@ def load_views(name: str, *, longest: int | None = None) -> Views:
     return Views(name, train, test, views.background, views.points, views.colours, views.licence)
 
 
-def _folder(name: str) -> Path:
+def data_folder(name: str) -> Path:
     root = os.environ.get("ZOO_DATA")
     if root is None or not (Path(root) / name).is_dir():
         raise DataError(
@@ -168,7 +168,7 @@ def _folder(name: str) -> Path:
     return Path(root) / name
 
 
-def _picture(path: Path) -> Tensor:
+def read_picture(path: Path) -> Tensor:
     """[height, width, 1, 3 or 4] values of a picture from 0 to 1."""
     from PIL import Image
 
@@ -182,7 +182,7 @@ def _picture(path: Path) -> Tensor:
 
 def _coloured(path: Path, background: float) -> tuple[Tensor, Tensor | None]:
     """Colours over a grey background, and the share of the object where the picture has one."""
-    values = _picture(path)
+    values = read_picture(path)
     if values.shape[-1] != 4:
         return values[..., :3], None
     alpha = values[..., 3:]
@@ -245,7 +245,7 @@ def load_transforms(path: Path, background: float = 1.0) -> list[tuple[View, str
 
 
 def _lego() -> Views:
-    folder = _folder("nerf-synthetic-lego")
+    folder = data_folder("nerf-synthetic-lego")
     train, test = (
         [v for v, _ in load_transforms(folder / f"transforms_{s}.json")] for s in ("train", "test")
     )
@@ -253,7 +253,7 @@ def _lego() -> Views:
 
 
 def _fox() -> Views:
-    folder = _folder("nerf-fox")
+    folder = data_folder("nerf-fox")
     views = load_transforms(folder / "transforms_undistorted.json")
     train, test = ([v for v, split in views if (split == "test") == wanted] for wanted in (False, True))
     points, colours = _cloud(folder)
@@ -286,7 +286,7 @@ def _split(
 
 
 def _fern() -> Views:
-    folder = _folder("llff-fern")
+    folder = data_folder("llff-fern")
     views = _posed(folder, "images_8", "c2w_opencv", "K_images_8")
     points, colours = _cloud(folder)
     return Views("fern", *_split(views, list(range(0, len(views), 8))), points=points, colours=colours)
@@ -294,11 +294,11 @@ def _fern() -> Views:
 
 def _dtu() -> Views:
     """Scan 24 in the frame where the object is in the unit sphere; views of odd exposure are left out."""
-    folder = _folder("dtu-scan24")
+    folder = data_folder("dtu-scan24")
     views = _posed(folder, "images", "c2w_opencv_unit", "K")
     masked = []
     for view, file in zip(views, sorted((folder / "mask").iterdir()), strict=True):
-        mask = _picture(file)
+        mask = read_picture(file)
         masked.append(
             View(view.camera, view.image, mask if mask.ndim == 2 else mask[..., 0], None, view.name)
         )
@@ -313,20 +313,20 @@ def _dtu() -> Views:
 
 
 def _strecha(folder: str, name: str, test: list[int]) -> Views:
-    path = _folder(folder)
+    path = data_folder(folder)
     points, colours = _cloud(path)
     views = _posed(path, "images", "c2w_opencv", "K")
     return Views(name, *_split(views, test), points=points, colours=colours)
 
 
 def _livingroom() -> Views:
-    folder = _folder("rgbd-livingroom")
+    folder = data_folder("rgbd-livingroom")
     views = _posed(
         folder, "color", "c2w_opencv", "K", offset=0.5
     )  # its pixels are counted from their middles
     deep = []
     for view, file in zip(views, sorted((folder / "depth_mm").iterdir()), strict=True):
-        deep.append(View(view.camera, view.image, None, _picture(file) * 65.535, view.name))
+        deep.append(View(view.camera, view.image, None, read_picture(file) * 65.535, view.name))
     return Views("livingroom", *_split(deep, list(range(0, 36, 6))), licence="MIT")
 
 

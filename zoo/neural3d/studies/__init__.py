@@ -1,0 +1,1 @@
+"""Studies of the neural3d domain, one paper a file."""
