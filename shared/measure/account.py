@@ -7,8 +7,9 @@ each product it takes part in. Bytes are those of the parameters: dense as they 
 packed format stores them (kept values and the cheapest index). A parameter under two names counts once.
 
 The counting happens where all layers meet, at the matrix products and convolutions that really run, whatever
-module calls them. Layers whose work is done otherwise (messages along the edges of a graph, sparse
-convolutions over pairs) say what they do through `register_counter`.
+module calls them. Layers whose work is done otherwise (sparse convolutions over pairs, recurrent layers) say
+what they do through `register_counter`; in modules named by `register_messages` the sums over the edges of a
+graph count, one product for each channel of a message.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Account:
             cells = zip(row, widths, strict=True)
             lines.append("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(cells)))
         if self.uncounted:
-            lines.append("not counted: " + ", ".join(self.uncounted))
+            lines.insert(0, f"not counted, so that FLOPs are too low: {', '.join(self.uncounted)}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -180,6 +181,8 @@ class Counting:
 Counter = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any, Counting], Macs]
 
 _COUNTERS: dict[type[nn.Module], Counter] = {}
+_MESSAGES: list[type[nn.Module]] = []
+_SUMS = ("scatter_add", "scatter_reduce", "index_add", "segment_reduce")
 
 
 def register_counter(module_type: type[nn.Module], counter: Counter) -> None:
@@ -189,6 +192,32 @@ def register_counter(module_type: type[nn.Module], counter: Counter) -> None:
     the figure does not depend on the back-end that did the work.
     """
     _COUNTERS[module_type] = counter
+
+
+def register_messages(module_type: type[nn.Module]) -> None:
+    """Count the sums over edges that modules of a type (and of its subclasses) make."""
+    _MESSAGES.append(module_type)
+
+
+def _rnn(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any, counting: Counting) -> Macs:
+    """Each weight of a recurrent layer once per step and sequence."""
+    given = args[0]
+    rows = len(given.data) if hasattr(given, "batch_sizes") else math.prod(given.shape[:-1])
+    total = Macs(0, 0)
+    for name, weight in module.named_parameters():
+        if name.startswith("weight"):
+            total = total.plus(counting.product(weight, rows))
+    return total
+
+
+def _bilinear(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any, counting: Counting) -> Macs:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return counting.product(weight, math.prod(output.shape[:-1]))
+
+
+register_counter(nn.RNNBase, _rnn)
+register_counter(nn.Bilinear, _bilinear)
 
 
 def _counter_of(module: nn.Module) -> Counter | None:
@@ -237,6 +266,7 @@ class _Recorder(TorchDispatchMode):
         self.seen: set[int] = set()
         self.stack = [""]
         self.covered = 0  # depth inside modules that a registered counter stands for
+        self.messages = 0  # depth inside modules whose sums over edges count
 
     def add(self, name: str, macs: Macs) -> None:
         self.macs[name] = self.macs.get(name, Macs(0, 0)).plus(macs)
@@ -246,15 +276,25 @@ class _Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__.lstrip("_")
         if not self.covered and not name.endswith("backward"):
             macs = _operation(name, args, output, self.counting)
+            if self.messages and name.rstrip("_") in _SUMS:
+                macs = self._sum_of(args)
             if macs is not None:
                 self.add(self.stack[-1], macs)
             if macs is not None or name == "embedding":
                 self.seen.update(_storage(arg) for arg in args if isinstance(arg, Tensor))
         return output
 
+    def _sum_of(self, args: tuple[Any, ...]) -> Macs | None:
+        """Messages [edges, ..., channels] that are added up; counts of edges [edges] are none."""
+        source = args[3] if len(args) > 3 and isinstance(args[3], Tensor) else args[0]
+        if source.dim() < 2:
+            return None
+        return self.counting.messages(len(source), source[0].numel())
+
     def before(self, name: str, counter: Counter | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.stack.append(name)
+            self.messages += isinstance(module, tuple(_MESSAGES))
             self.covered += counter is not None
 
         return hook
@@ -263,6 +303,7 @@ class _Recorder(TorchDispatchMode):
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self.stack.pop()
             self.covered -= counter is not None
+            self.messages -= isinstance(module, tuple(_MESSAGES))
             if counter is not None and not self.covered:
                 self.add(name, counter(module, args, kwargs, output, self.counting))
                 self.seen.update(_storage(parameter) for parameter in module.parameters())

@@ -255,10 +255,14 @@ def test_tied_tensors_are_stored_once(tmp_path) -> None:
 
 
 class Lazy(Mapping[str, Tensor]):
-    """Tensors that are made when asked for and let go at once, as a reader of a large file gives them."""
+    """Tensors that are made when asked for and let go at once, each at the address of the one before."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray(4 * 64 * 64)
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.full((64, 64), float(name[1:]) + 1).T
+        value = torch.frombuffer(self._memory, dtype=torch.float32)  # a storage of its own, each time
+        return value.fill_(float(name[1:]) + 1).view(64, 64).T
 
     def __iter__(self) -> Iterator[str]:
         return iter([f"w{i}" for i in range(6)])

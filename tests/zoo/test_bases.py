@@ -16,10 +16,10 @@ from zoo.bundles import base as bases
 from zoo.bundles import catalog
 from zoo.bundles import store as bundles
 from zoo.bundles.card import read_card
+from zoo.bundles.catalog import twin_of
 from zoo.bundles.store import info, load, save
 from zoo.cli import main
 from zoo.errors import BundleError, CardError
-from zoo.harness.subjects import twin_of
 from zoo.registry import ARCHITECTURES
 from zoo.shared.masks import MaskSet, masks_of, set_masks
 from zoo.shared.masks.patterns import NM

@@ -616,6 +616,34 @@ def test_a_base_is_pushed_with_it(server: FakeHub, on_base: Path, tiny_bundle: P
     bundles.load("hf://owner/tiny")
 
 
+def test_the_dense_twin_comes_along(
+    server: FakeHub, tiny_bundle, save_tiny, tiny_fields, tmp_path, monkeypatch
+):
+    """What is pulled on another machine is compared and verified beside its own twin."""
+    metric = {key: value for key, value in tiny_fields["metrics"][0].items() if key != "dense"}
+    method = {"name": "dense", "hyperparameters": {}, "seed": 0}
+    changes = {"method": method, "dense_twin": None, "metrics": [metric]}
+    dense = save_tiny(tmp_path / "apart" / "dense", name="graph/tiny-dense", **changes)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    with monkeypatch.context() as patched:
+        patched.setenv("ZOO_PATH", str(dense.parent))
+        pushed = hub.push(tiny_bundle, "hf://owner/tiny")
+    assert list(pushed.files)[2:] == ["twin/card.yaml", "twin/weights.safetensors"]
+    bundle = hub.pull("hf://owner/tiny")
+    twin = catalog.twin_of(bundle)
+    assert twin.folder == bundle.folder / "twin" and bundles.load_bundle(twin) is not None
+    assert catalog.list_models("graph/tiny*") == ["graph/tiny-test"], "it does not take a bare name"
+    files = {path.name: path.read_bytes() for path in tiny_bundle.iterdir()}
+    other = {f"twin/{path.name}": path.read_bytes() for path in tiny_bundle.iterdir()}
+    server.publish(files | other)
+    with pytest.raises(
+        HubError, match="'twin' holds graph/tiny-test@1.0.0, the card's dense twin is graph/tiny-dense"
+    ):
+        hub.fetch("hf://owner/tiny")
+    monkeypatch.setenv("ZOO_PATH", str(dense.parent))
+    assert not (hub.pull("hf://owner/tiny").folder / "twin").exists(), "the one that is known here counts"
+
+
 # -- names, locks and what is left behind
 
 

@@ -7,6 +7,7 @@ place that has the name decides; within it the newest version wins, unless `name
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -24,6 +25,7 @@ from zoo.shared.store.io import sha256_file
 
 HUB_PREFIX = "hf://"
 BASE_FOLDER = "base"  # a bundle fetched from a hub keeps its base in this folder
+TWIN_FOLDER = "twin"  # and its dense twin in this one
 _log = logging.getLogger("zoo")
 
 
@@ -169,6 +171,29 @@ def base_of(bundle: Bundle) -> Bundle | None:
             f"itself; only one level is allowed. Save it again on {found.card.base.reference}."
         )
     return found
+
+
+def twin_of(bundle: Bundle) -> Bundle:
+    """The dense twin that a card names: its base, the one that came with it, a bundle beside it, or by name.
+
+    Raises:
+        BundleError: the card names none.
+        UnknownNameError: it is not on this machine.
+    """
+    name = bundle.card.dense_twin
+    if not name:
+        raise BundleError(f"{bundle.card.name} is dense itself and has no dense twin")
+    with contextlib.suppress(BundleError):
+        base = base_of(bundle)
+        if base is not None and name in (base.card.name, base.card.reference):
+            return base
+    beside = sorted(path.parent for path in bundle.folder.parent.glob(f"*/{CARD_FILE}"))
+    for folder in (bundle.folder / TWIN_FOLDER, *beside):
+        with contextlib.suppress(CardError, BundleError):
+            found = open_bundle(folder)
+            if name in (found.card.name, found.card.reference):
+                return found
+    return find_named(name)
 
 
 def _base_nearby(bundle: Bundle) -> Bundle | None:

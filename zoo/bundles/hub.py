@@ -1,8 +1,9 @@
 """Bundles on the Hugging Face hub, or on any server that speaks its protocol (`HF_ENDPOINT`).
 
 A repository holds one bundle: `card.yaml` and the weights file that it names. If the bundle stands on another
-one, that lies in the folder `base` and is fetched where it is not on the machine yet; nothing else is. What
-arrives is compared with the cards before it is put, with one rename, into the cache:
+one, that lies in the folder `base`, its dense twin in the folder `twin`; they are fetched where they are not
+on the machine yet, and nothing else is. What arrives is compared with the cards before it is put, with one
+rename, into the cache:
 
     $ZOO_CACHE/hub/<owner>--<name>/snapshots/<commit>/    the bundle as of one commit
     $ZOO_CACHE/hub/<owner>--<name>/refs/<revision>        the commit that a branch or tag was last seen at
@@ -26,9 +27,20 @@ from urllib.parse import quote
 from zoo.bundles.bindings import bind, bound_to, repository_of
 from zoo.bundles.card import CARD_FILE, parse_card
 from zoo.bundles.cardfile import MAX_BYTES, read_yaml
-from zoo.bundles.catalog import BASE_FOLDER, HUB_PREFIX, Bundle, base_of, cache_folder, find, open_bundle
+from zoo.bundles.catalog import (
+    BASE_FOLDER,
+    HUB_PREFIX,
+    TWIN_FOLDER,
+    Bundle,
+    base_of,
+    cache_folder,
+    find,
+    find_named,
+    open_bundle,
+    twin_of,
+)
 from zoo.bundles.folders import publish_folder
-from zoo.errors import BundleError, CardError, HubError
+from zoo.errors import BundleError, CardError, HubError, UnknownNameError
 from zoo.shared.store.io import atomic_write
 
 LOCK_TIMEOUT = 600  # seconds that a pull waits for another one of the same repository
@@ -137,7 +149,8 @@ def pull(reference: str, offline: bool | None = None, rebind: bool = False) -> B
             raise
         (bundle.folder / CARD_FILE).unlink(missing_ok=True)  # without a card the cache has no such bundle
         bundle.weights.unlink(missing_ok=True)
-        shutil.rmtree(bundle.folder / BASE_FOLDER, ignore_errors=True)
+        for inner in (BASE_FOLDER, TWIN_FOLDER):
+            shutil.rmtree(bundle.folder / inner, ignore_errors=True)
         bundle = fetch(reference, offline)
         _check_all(bundle)
     if rebind:
@@ -157,7 +170,8 @@ def _check_all(bundle: Bundle) -> Bundle | None:
 def push(
     name: str | os.PathLike[str], reference: str, *, private: bool = False, dry_run: bool = False
 ) -> Pushed:
-    """Upload a bundle, with its base, to a repository of the hub, which is made if it is not there.
+    """Upload a bundle, with its base and its dense twin where they are on this machine and not packaged with
+    the zoo, to a repository of the hub, which is made if it is not there.
 
     Args:
         name: any name or path that `zoo.load` takes.
@@ -175,6 +189,9 @@ def push(
     paths = {path.name: path for path in (bundle.folder / CARD_FILE, bundle.weights)}
     if base is not None:
         paths |= {f"{BASE_FOLDER}/{path.name}": path for path in (base.folder / CARD_FILE, base.weights)}
+    twin = _twin_to_push(bundle, base)
+    if twin is not None:
+        paths |= {f"{TWIN_FOLDER}/{path.name}": path for path in (twin.folder / CARD_FILE, twin.weights)}
     files = {name: path.stat().st_size for name, path in paths.items()}
     if dry_run:
         return Pushed(files, None)
@@ -196,6 +213,24 @@ def push(
     except _hub_errors() as error:
         raise HubError(f"{target}: the upload failed: {_one_line(error)}.") from error
     return Pushed(files, commit.commit_url)
+
+
+def _twin_to_push(bundle: Bundle, base: Bundle | None) -> Bundle | None:
+    """The dense twin, checked; None where everybody has it, it is the base, or it is not here."""
+    if bundle.card.dense_twin is None:
+        return None
+    try:
+        twin = twin_of(bundle)
+    except (UnknownNameError, BundleError):
+        _log.warning(
+            "%s goes without %s, its dense twin, which is not here", bundle.card.name, bundle.card.dense_twin
+        )
+        return None
+    packaged = Path(__file__).parents[1] in twin.folder.parents
+    if twin == base or packaged or twin.card.base is not None:
+        return None
+    twin.check()
+    return twin
 
 
 class _Unreachable(Exception):
@@ -359,7 +394,25 @@ def _download(pinned: HubReference, listing: _Listing, folder: Path) -> None:
                 f"{pinned}: {BASE_FOLDER!r} holds other weights than those of {stated.reference}, on which "
                 "the bundle stands. Nothing was kept; tell the repository's owner."
             )
+    if f"{TWIN_FOLDER}/{CARD_FILE}" in listing.sizes and not _has_twin(bundle):
+        twin = _download_bundle(pinned, listing, folder, f"{TWIN_FOLDER}/").card
+        if bundle.card.dense_twin not in (twin.name, twin.reference) or twin.base is not None:
+            raise HubError(
+                f"{pinned}: {TWIN_FOLDER!r} holds {twin.reference}, the card's dense twin is "
+                f"{bundle.card.dense_twin}. Nothing was kept; tell the repository's owner."
+            )
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes of the download
+
+
+def _has_twin(bundle: Bundle) -> bool:
+    """Whether a bundle needs no dense twin, or its name is known here: then that one counts."""
+    if bundle.card.dense_twin is None:
+        return True
+    try:
+        find_named(bundle.card.dense_twin)
+    except (UnknownNameError, CardError, BundleError):
+        return False
+    return True
 
 
 def _is_at_hand(bundle: Bundle) -> bool:

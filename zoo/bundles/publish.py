@@ -12,6 +12,7 @@ publish(
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoo.bundles.card import Card, Metric, mean_and_spread
-from zoo.bundles.catalog import Bundle
+from zoo.bundles.catalog import Bundle, find, twin_of
 from zoo.bundles.store import load_bundle, save
 from zoo.errors import TaskError
 from zoo.harness.evidence import record_evidence
@@ -29,7 +30,7 @@ from zoo.harness.runner import evaluate
 from zoo.harness.tasks import get_task
 from zoo.harness.workers import workers
 from zoo.methods.contract import Sparsified
-from zoo.shared.masks import MaskSet
+from zoo.shared.masks import MaskSet, masks_of
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,45 @@ def publish(
                 evidence.record(about.name, metric["task"], metric["metric"], metric["per_seed"])
     team.gather([None])  # the others wait for the bundle
     return Path(out)
+
+
+def publish_like(
+    model: nn.Module,
+    out: str | os.PathLike[str],
+    like: Bundle | str | os.PathLike[str],
+    *,
+    masks: MaskSet | None = None,
+    extras: Mapping[str, Tensor] | None = None,
+    base: Bundle | str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a changed model as a bundle like another one: its figures measured on this model, one seed.
+
+    What the command, the evidence and the other seeds of that bundle state is of its own model and left out.
+
+    Args:
+        model: of the bundle's architecture.
+        out: folder of the new bundle, whose name goes on the card.
+        like: the bundle.
+        masks, extras, base, overwrite: as for `zoo.save`.
+    """
+    source = like if isinstance(like, Bundle) else find(like)
+    card, folder = source.card, Path(out)
+    kept = masks if masks is not None else masks_of(model)
+    twin = twin_of(source) if card.dense_twin is not None else source if kept else None
+    trained = Trained(
+        {card.method.seed: model},
+        card.architecture.model_dump(),
+        "own" if twin is not None and card.method.name == "dense" else card.method.name,
+        card.method.hyperparameters,
+        masks=masks,
+        extras=extras,
+        parts={name: part.model_dump() for name, part in card.sparsity.parts.items()},
+    )
+    command = f"zoo.save(model, {folder.name!r}, like={card.reference!r})"
+    about = About.like(card, f"{card.domain}/{folder.name}", f"{card.name}, changed by its owner.", command)
+    on = base if base is None or isinstance(base, Bundle) else find(base)
+    return publish(trained, about, figures_of(card), folder, twin=twin, base=on, overwrite=overwrite)
 
 
 class _Twin:

@@ -10,6 +10,7 @@ names an architecture, and only a builder that the zoo or a plug-in registered u
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ __all__ = ["Bundle", "ModelInfo", "find", "info", "load", "load_bundle", "open_b
 
 WEIGHTS_FILE = "weights.safetensors"
 PART_MASK = "/keep"  # a boolean extra `edges/keep` is the mask of the part `edges`
+_log = logging.getLogger("zoo")
 _IDENTITY = ("name", "version", "sha256")  # of a base, as card and weights file both state it
 Execution = Literal["masked", "packed"]
 
@@ -129,7 +131,8 @@ def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    card: Card | Mapping[str, Any],
+    card: Card | Mapping[str, Any] | None = None,
+    like: Bundle | str | os.PathLike[str] | None = None,
     masks: MaskSet | None = None,
     extras: Mapping[str, Tensor] | None = None,
     base: Bundle | str | os.PathLike[str] | None = None,
@@ -141,12 +144,15 @@ def save(
     `cost.bytes.sparse`, `cost.bytes.on_disk`, the parts of `sparsity` with a mask, and the overall share.
     All masks of parameters make the part `weights`; a boolean extra `edges/keep` makes the part `edges`.
     `cost.parameters.dense` and `cost.bytes.dense` are counted too, unless the card gives them (a network
-    that was cut states those of its twin).
+    that was cut states those of its twin). Figures of quality are taken from the card as they are, which is
+    right for the very model that it describes; for one that was changed give `like`.
 
     Args:
         model: a model of a registered architecture, in any mode.
         folder: where to write. Its parents are made.
         card: a card, or its fields as plain values without those that are measured.
+        like: instead of a card a bundle of the same architecture, whose figures are measured again on this
+            model. The card's name is that of the folder.
         masks: masks of parameters; None for those that the model carries.
         extras: further tensors that belong to the model; None for those that it was loaded with.
         base: a bundle whose tensors are not stored again where the model's are the same, bit for bit, or the
@@ -160,10 +166,21 @@ def save(
         BundleError: the folder is taken or cannot be written, zeros are lost, it does not load back, or the
             base shares nothing with the model or stands on another one itself.
         CardError: the card breaks the schema.
+        ConfigError: neither a card nor `like`, or both.
         MaskError: the masks do not fit the model.
         UnknownNameError: nobody registered the architecture on the card.
     """
+    if (card is None) == (like is None):
+        raise ConfigError("save needs a card, or like=BUNDLE whose figures are measured again; not both")
+    if like is not None:
+        from zoo.bundles.publish import publish_like
+
+        return publish_like(model, folder, like, masks=masks, extras=extras, base=base, overwrite=overwrite)
+    assert card is not None
     fields = copy.deepcopy(card.to_dict() if isinstance(card, Card) else dict(card))
+    described = (
+        None if base is not None or fields.get("base") else (fields.get("weights") or {}).get("sha256")
+    )
     kept = masks if masks is not None else masks_of(model) or MaskSet({})
     if lost := kept.zeros_intact(model):
         raise BundleError(
@@ -183,6 +200,13 @@ def save(
         if stands_on is not None:
             path = _save_on(stands_on, temporary / WEIGHTS_FILE, state, kept, extras, fields)
             _measure_file(fields, path)
+        if described not in (None, fields["weights"]["sha256"]):
+            _log.warning(
+                "%s: its card's figures were measured on other weights. To measure them on these: "
+                "zoo.save(model, folder, like=%r)",
+                folder,
+                fields.get("name"),
+            )
         written = parse_card(fields, str(Path(folder) / CARD_FILE))
         (temporary / CARD_FILE).write_text(written.to_yaml(), encoding="utf-8")
         _prove(Bundle(written, temporary), state, kept)

@@ -167,6 +167,7 @@ def sparsify_command(argv: Sequence[str]) -> int:
             origin,
             options.out,
             job=(lambda model: options.job(source.card.domain, method, model)) if trains else None,
+            dataset=getattr(options, "dataset", None) or getattr(method, "dataset", None),
             share=options.share,
             overwrite=options.overwrite,
             progress=progress,
@@ -208,9 +209,8 @@ def rebase_command(argv: Sequence[str]) -> int:
     options = parse(Rebase, argv, "rebase")
     if options.whole and options.base is not None:
         raise ConfigError("--whole stores everything: leave --base out")
-    from zoo.bundles.catalog import find
+    from zoo.bundles.catalog import find, twin_of
     from zoo.bundles.store import load_bundle, save
-    from zoo.harness.subjects import twin_of
 
     bundle = find(options.model)
     base = None

@@ -32,6 +32,9 @@ class Eval:
     task: tuple[str, ...] = ()
     """Tasks by name or glob; by default those on each model's card."""
 
+    data: str | None = None
+    """Data set by name or file, instead of tasks; of the models' domain."""
+
     execution: tuple[Execution, ...] = ("masked",)
     """How to run: masked (dense tensors with zeros), packed (zeros skipped), or both."""
 
@@ -132,7 +135,7 @@ def eval_command(argv: Sequence[str]) -> int:
     with progress_bar(quiet=not first) as progress:
         records = evaluate(
             options.models,
-            options.task or None,
+            _task_on(options) if options.data is not None else options.task or None,
             options.execution,
             twins=options.twins or bool(options.report),
             seed=options.seed,
@@ -154,6 +157,19 @@ def eval_command(argv: Sequence[str]) -> int:
         atomic_write(path, text.encode())
         note(f"report: {path}")
     return OK
+
+
+def _task_on(options: Eval) -> str:
+    """The task that is measured on the data that were named."""
+    from zoo.harness.subjects import find_bundles
+    from zoo.registry import MEASURED
+
+    domain = find_bundles(options.models)[0].card.domain
+    if options.task or domain not in MEASURED:
+        known = ", ".join(MEASURED.names())
+        raise ConfigError(f"--data goes without --task, and with models of the domains {known}")
+    task: str = MEASURED.get(domain)(options.data)[0]
+    return task
 
 
 def compare_command(argv: Sequence[str]) -> int:

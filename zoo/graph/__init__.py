@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, FINETUNERS, JOBS, MAKERS, METHODS, STUDIES, TASKS
+from zoo.registry import ARCHITECTURES, DATASETS, FINETUNERS, JOBS, MAKERS, MEASURED, METHODS, STUDIES, TASKS
 
 ARCHITECTURES.register("graph/gcn", "zoo.graph.models:GCN")
 ARCHITECTURES.register("graph/gin", "zoo.graph.models:GIN")
@@ -21,6 +21,10 @@ TASKS.register("graph/citeseer", "zoo.graph.tasks:Citeseer")
 TASKS.register("graph/pubmed", "zoo.graph.tasks:Pubmed")
 TASKS.register("graph/cs", "zoo.graph.tasks:CoauthorCS")
 TASKS.register("graph/digits", "zoo.graph.tasks:Digits")
+TASKS.register("nodes", "zoo.graph.tasks:Nodes")
+for _name in ("cora", "citeseer", "pubmed", "cs", "digits"):
+    DATASETS.register(f"graph/{_name}", f"zoo.graph.data:{_name}")
+MEASURED.register("graph", "zoo.graph.tasks:measured_on_graph")
 STUDIES.register("teddy", "zoo.graph.studies.teddy:STUDY")
 MAKERS.register("graph/dense", "zoo.graph.makers:dense")
 FINETUNERS.register("graph", "zoo.graph.finetune:Finetune")
@@ -30,8 +34,10 @@ _PUBLIC = {
     "GAT": "models",
     "GCN": "models",
     "GIN": "models",
+    "PrunedEdges": "pruned",
     "TeddyPrune": "transform",
     "load_graph": "data",
+    "save_graph": "files",
     "ticket_mask": "teddy",
 }
 

@@ -1,4 +1,7 @@
-"""The graphs of the zoo by name, each with features, labels and a fixed split.
+"""Graphs by name or file, each with features, labels and a fixed split.
+
+A name is one of the zoo's or of a plug-in's (entry points `zoo.datasets`, `graph/NAME` -> a function that
+returns a torch_geometric Data); a file is as `zoo.graph.files` says.
 
 Planetoid's and the Coauthor graph go through torch-geometric's own loaders. Their raw files come from
 `$ZOO_DATA/planetoid/<Name>/raw` and `$ZOO_DATA/graphs-npz` if that folder is set, else from torch-geometric's
@@ -12,11 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +35,10 @@ from zoo.bundles.catalog import cache_folder
 from zoo.bundles.sources import Source
 from zoo.errors import DataError
 from zoo.graph.digits import digits_graph
+from zoo.graph.files import checked_graph, is_file, read_graph, source_of
 from zoo.graph.splits import split_per_class
+from zoo.registry import DATASETS
 from zoo.shared.store.io import sha256_file
-
-NAMES = ("cora", "citeseer", "pubmed", "cs", "digits")
 
 # SHA-256 of the raw files as kimiyoung/planetoid publishes them.
 _SHA256 = {
@@ -87,19 +92,40 @@ SOURCES = {
 
 
 def load_graph(name: str) -> Data:
-    """The graph of that name: x [n, f], edge_index [2, E] in canonical order, y [n], train_mask, val_mask,
-    test_mask.
+    """The graph of that name or file: x [n, f], edge_index [2, E] in canonical order, y [n], train_mask,
+    val_mask, test_mask.
 
     Features of the citation and co-author graphs are row-normalised to sum 1, as TEDDY does.
 
     Raises:
-        DataError: an unknown name, raw files that are neither in ZOO_DATA nor to be had by download, or raw
-            files that are not the published ones.
+        DataError: an unknown name, raw files that are neither in ZOO_DATA nor to be had by download, raw
+            files that are not the published ones, or a graph that `zoo.graph.files.checked_graph` refuses.
     """
-    if name == "digits":
-        return digits_graph()
-    if name not in NAMES:
-        raise DataError(f"Unknown graph {name!r}. There are: {', '.join(NAMES)}.")
+    if is_file(name):
+        return read_graph(name)
+    data: Data = _entry(name)()
+    return data if name in SOURCES else checked_graph(data, f"The data set {name!r}")
+
+
+def source_named(name: str) -> Source:
+    """What a card says of a graph by name or file."""
+    if is_file(name):
+        return source_of(name)
+    unknown = Source(name, "a plug-in", "not stated")
+    return SOURCES.get(name) or getattr(_entry(name), "source", unknown)
+
+
+def _entry(name: str) -> Callable[[], Any]:
+    if f"graph/{name}" not in DATASETS:
+        there = ", ".join(each.partition("/")[2] for each in DATASETS.names("graph/*"))
+        raise DataError(
+            f"Unknown graph {name!r}. There are: {there}; or give a file, graph.npz say, that "
+            "zoo.graph.save_graph writes."
+        )
+    return DATASETS.get(f"graph/{name}")
+
+
+def _published(name: str) -> Data:
     folder = cache_folder() / "graphs" / name
     if not (folder / _PLACES[name].processed).exists():
         _build(name, folder)
@@ -107,6 +133,13 @@ def load_graph(name: str) -> Data:
     if name == "cs":
         data.train_mask, data.val_mask, data.test_mask = split_per_class(data.y, train=20, val=30, seed=0)
     return data
+
+
+cora = functools.partial(_published, "cora")
+citeseer = functools.partial(_published, "citeseer")
+pubmed = functools.partial(_published, "pubmed")
+cs = functools.partial(_published, "cs")
+digits = digits_graph
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ def make_job(
     """Full-batch training on a graph by name.
 
     Args:
-        dataset: cora, citeseer, pubmed, cs or digits; by default the one on the model's card.
+        dataset: cora, citeseer, pubmed, cs, digits, a plug-in's, or a file; by default the one on the model's
+            card.
         recipe: by default TEDDY's.
         seed: of dropout.
         device: where to train; the model is moved there.

@@ -83,6 +83,34 @@ def check_undirected(edge_index: Tensor, num_nodes: int) -> None:
     )
 
 
+def check_weight(edge_index: Int[Tensor, "2 E"], weight: Tensor, num_nodes: int) -> None:
+    """Refuse weights that are no degrees' parts, or that differ between the directions of an edge.
+
+    Raises:
+        DataError: another shape, a negative or infinite weight, NaN, or two weights for one edge.
+    """
+    if weight.dim() != 1 or len(weight) != edge_index.shape[1]:
+        raise DataError(
+            f"edge_weight must have one entry per edge, shape [{edge_index.shape[1]}]. Received: "
+            f"{list(weight.shape)}."
+        )
+    wrong = ~(weight >= 0) | torch.isinf(weight)
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        raise DataError(
+            f"Edge weights must be finite and not negative, as their sums are degrees. Received: "
+            f"{float(weight[first])} at entry {first}."
+        )
+    order = canonical_order(edge_index, num_nodes)
+    differ = weight[order] != weight[canonical_order(edge_index.flip(0), num_nodes)]
+    if bool(differ.any()):
+        source, target = edge_index[:, order[int(differ.nonzero()[0])]].tolist()
+        raise DataError(
+            f"edge_weight differs between ({source}, {target}) and ({target}, {source}): TEDDY prunes "
+            "undirected graphs. Average the two with torch_geometric.transforms.ToUndirected(reduce='mean')."
+        )
+
+
 def canonical_order(edge_index: Int[Tensor, "2 E"], num_nodes: int) -> Int[Tensor, " E"]:
     """`edge_index[:, order]` is in canonical order (sorted by source, then by target)."""
     return torch.argsort(edge_index[0].long() * num_nodes + edge_index[1].long(), stable=True)

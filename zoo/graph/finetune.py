@@ -13,9 +13,10 @@ from zoo.bundles.catalog import Bundle, find
 from zoo.bundles.publish import Figure
 from zoo.bundles.store import load_bundle
 from zoo.errors import ConfigError, UnknownNameError
-from zoo.graph.data import SOURCES, load_graph
-from zoo.graph.method import dataset_of
+from zoo.graph.data import load_graph
+from zoo.graph.method import dataset_measured, dataset_of
 from zoo.graph.models import GraphModel
+from zoo.graph.tasks import measured_on_graph
 from zoo.graph.train import graph_job, graph_recipe
 from zoo.graph.transfer import transferred
 from zoo.shared.train import Job
@@ -36,7 +37,8 @@ class Finetune(FineTuner):
     shares: ClassVar[bool] = False
 
     dataset: str | None = None
-    """Graph to train on: cora, citeseer, pubmed, cs or digits; by default the model's own."""
+    """Graph to train on: cora, citeseer, pubmed, cs, digits, a plug-in's, or a file (graph.npz); by default
+    the model's own."""
 
     epochs: int = 100
     """Full-batch epochs."""
@@ -71,14 +73,14 @@ class Finetune(FineTuner):
             distillation=self.distillation,
             seed=self.seed,
         )
-        origin = SOURCES[dataset]
+        task, origin = measured_on_graph(dataset)
         widths: dict[str, Any] = {"in_channels": model.in_channels, "out_channels": model.out_channels}
         return Plan(
             model,
             job,
             dataset,
             arguments={**source.card.architecture.args, **widths},
-            figures=[Figure(f"graph/{dataset}")],
+            figures=[Figure(task)],
             data={"name": origin.title, "source": origin.origin, "licence": origin.licence},
             extras=model.ticket.to_extras() if model.ticket is not None else {},
             identity={"dataset": dataset},
@@ -90,7 +92,7 @@ class Finetune(FineTuner):
 
     def twin_of(self, source: Bundle) -> Bundle | None:
         """The dense model of this architecture on the graph to train on."""
-        own = source.card.metrics[0].task.partition("/")[2]
+        own = dataset_measured(source.card.metrics[0].task)
         if source.card.dense_twin is None or self.twin is not None or self.dataset in (None, own):
             return super().twin_of(source)
         architecture = source.card.architecture.name.partition("/")[2]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo.graph.adjacency import Adjacency
 from zoo.graph.models import GINLayer, GraphModel
 from zoo.shared.masks import masks_of, set_masks
-from zoo.shared.measure.account import Account, Counting, Macs, count, register_counter
+from zoo.shared.measure.account import Account, Counting, Macs, count, register_counter, register_messages
 
 
 def count_graph(
@@ -71,6 +71,7 @@ def _edges(graph: Tensor | Adjacency, nodes: int, *, loops: bool) -> tuple[int, 
     return graph.shape[1], nodes - int(torch.unique(graph[0, graph[0] == graph[1]]).numel())
 
 
+register_messages(pyg.MessagePassing)  # what has no counter of its own: SAGEConv, GraphConv, GINConv ...
 register_counter(pyg.GCNConv, _gcn)
 register_counter(GINLayer, _gin)
 register_counter(pyg.GATConv, _gat)

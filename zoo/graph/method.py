@@ -17,7 +17,7 @@ from zoo.graph.data import load_graph
 from zoo.graph.models import GAT, GraphModel
 from zoo.graph.teddy import check_sparsity, ticket_mask
 from zoo.graph.ticket import EdgeTicket
-from zoo.graph.train import L0Ball, graph_job, graph_recipe, train_best
+from zoo.graph.train import L0Ball, WholeGraph, graph_job, graph_recipe, train_best
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks import MaskSet, set_masks
 from zoo.shared.train import Job
@@ -34,7 +34,8 @@ class Teddy:
     """Share of the weights that end as zero, from 0 up to 1."""
 
     dataset: str | None = None
-    """Graph to train on: cora, citeseer, pubmed, cs or digits; by default the one on the model's card."""
+    """Graph to train on: cora, citeseer, pubmed, cs, digits, a plug-in's, or a file (graph.npz); by default
+    the one on the model's card."""
 
     order: Literal["teddy", "reversed", "random"] = "teddy"
     """By which order edges go; the last two are what TEDDY is compared with."""
@@ -76,8 +77,9 @@ class Teddy:
         check_sparsity(self.weight_sparsity, "weight_sparsity")
         dataset = self.dataset or dataset_of(model)
         data = load_graph(dataset)
+        whole = WholeGraph.of(model, data)
         with torch.no_grad():
-            teacher = model(*model.prepare(data.x, data.edge_index)).float()
+            teacher = model(whole.features, whole.graph).float()
         student = reinitialised(model, self.seed)
         keep = self._edges(student, data)
         job = graph_job(
@@ -129,4 +131,9 @@ def dataset_of(model: nn.Module) -> str:
     info: Any = getattr(model, "zoo_info", None)
     if info is None:
         raise ConfigError("This model has no card that names its graph: give the option dataset.")
-    return str(info.card.metrics[0].task).partition("/")[2]
+    return dataset_measured(str(info.card.metrics[0].task))
+
+
+def dataset_measured(task: str) -> str:
+    """The data set of a task: `digits` of `graph/digits`, `mine.npz` of `nodes:mine.npz`."""
+    return task.removeprefix("nodes:") if task.startswith("nodes:") else task.partition("/")[2]

@@ -91,8 +91,8 @@ class GraphModel(nn.Module):
     """What the three share: preparing inputs, and the edges that a ticket keeps.
 
     `ticket` is the edge mask of a sparse bundle. It belongs to one graph; `model(x, edge_index)` drops the
-    pruned edges of that graph by itself and refuses any other, unless `model.edges = "whole"` says to use the
-    edges as given.
+    pruned edges of that graph by itself and refuses any other, unless `model.edges` says to use the edges as
+    given (`"whole"`), or to draw new ones of another graph by degree (`"rescored"`).
     """
 
     self_loops = False
@@ -118,10 +118,13 @@ class GraphModel(nn.Module):
             DataError: an id out of range, or a graph that is not the ticket's.
         """
         check_ids(edge_index, num_nodes)
-        if self.edges not in ("ticket", "whole"):
-            raise DataError(f'model.edges must be "ticket" or "whole". Received: {self.edges!r}.')
+        if self.edges not in ("ticket", "whole", "rescored"):
+            raise DataError(f'model.edges must be "ticket", "whole" or "rescored". Received: {self.edges!r}.')
         if self.ticket is None or self.edges == "whole":
             return edge_index
+        if self.edges == "rescored":
+            keep = self.ticket.rescored(edge_index, num_nodes, self_loops=isinstance(self, GAT))
+            return edge_index[:, keep]
         return edge_index[:, self.ticket.mask_for(edge_index, num_nodes)]
 
     def prepare(

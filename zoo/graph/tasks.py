@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.bundles.sources import Source
 from zoo.errors import TaskError
-from zoo.graph.data import load_graph
+from zoo.graph.data import load_graph, source_named
 from zoo.graph.edges import fingerprint
 from zoo.graph.flops import count_graph
 from zoo.graph.models import GraphModel
+from zoo.graph.train import unweighted
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
+from zoo.registry import TASKS
 
 
 class NodeClassification(Task):
@@ -24,15 +27,19 @@ class NodeClassification(Task):
 
     domain = "graph"
     primary = "accuracy"
-    graph: ClassVar[str]
-    features: ClassVar[int]
-    classes: ClassVar[int]
+    graph: str
+    features: int
+    classes: int
+
+    def widths(self) -> tuple[int, int]:
+        """Features and classes of the graph."""
+        return self.features, self.classes
 
     def accepts(self, card: Any) -> bool:
         """Models whose widths are those of the graph."""
         args = card.architecture.args
         widths = (args.get("in_channels"), args.get("out_channels"))
-        return card.domain == self.domain and widths == (self.features, self.classes)
+        return card.domain == self.domain and widths == self.widths()
 
     def measured_on(self) -> Any:
         """Features, edges, labels and the test nodes."""
@@ -41,7 +48,7 @@ class NodeClassification(Task):
 
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Accuracy with its standard error over the test nodes; samples are 1 for right and 0 for wrong."""
-        data = load_graph(self.graph)
+        data = unweighted(load_graph(self.graph), type(model).__name__)
         nodes = data.test_mask.nonzero().flatten()
         with torch.no_grad():
             logits = self._logits(model, data.x, data.edge_index)
@@ -59,10 +66,10 @@ class NodeClassification(Task):
 
     def _logits(self, model: nn.Module, x: Tensor, edge_index: Tensor) -> Tensor:
         logits = model(x, edge_index)
-        if not isinstance(logits, Tensor) or tuple(logits.shape) != (len(x), self.classes):
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != (len(x), self.widths()[1]):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise TaskError(
-                f"{self.name} expects logits of shape {(len(x), self.classes)}. Received: {shape}."
+                f"{self.name} expects logits of shape {(len(x), self.widths()[1])}. Received: {shape}."
             )
         return logits
 
@@ -100,3 +107,24 @@ class Digits(NodeClassification):
     """scikit-learn's digits, 8-nearest-neighbour graph, 1,297 test images."""
 
     name, graph, features, classes = "graph/digits", "digits", 64, 10
+
+
+@register_task
+class Nodes(NodeClassification):
+    """The test nodes of a graph of your own, `nodes:FILE`, or of a plug-in's data set, `nodes:NAME`."""
+
+    name = "nodes"
+
+    def __init__(self, graph: str) -> None:
+        self.graph, self.name = graph, f"nodes:{graph}"
+
+    def widths(self) -> tuple[int, int]:
+        """Features and classes of the graph."""
+        data = load_graph(self.graph)
+        return int(data.x.shape[1]), int(data.y.max()) + 1
+
+
+def measured_on_graph(dataset: str) -> tuple[str, Source]:
+    """The task that is measured on a graph by name or file, and what a card says of it."""
+    source = source_named(dataset)
+    return (f"graph/{dataset}" if f"graph/{dataset}" in TASKS else f"nodes:{dataset}"), source

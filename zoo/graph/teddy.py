@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from zoo.errors import DataError
-from zoo.graph.edges import check_ids
+from zoo.graph.edges import check_ids, check_undirected, check_weight
 
 Order = Literal["teddy", "reversed", "random"]
 
@@ -57,11 +57,11 @@ def node_scores(
         edge_weight: entries of A, not negative; 1 where not given.
 
     Raises:
-        DataError: an id out of range, or a weight that is negative or not finite.
+        DataError: an id out of range, or a weight that is negative, not finite or not the same both ways.
     """
     check_ids(edge_index, num_nodes)
     if edge_weight is not None:
-        _check_weight(edge_weight)
+        check_weight(edge_index, edge_weight, num_nodes)
     degree = _row_sums(edge_index, num_nodes, edge_weight, None)
     root = torch.where(degree > 0, degree.clamp(min=1e-300).rsqrt(), 0.0)
     neighbours = _row_sums(edge_index, num_nodes, edge_weight, root)
@@ -136,6 +136,7 @@ def ticket_mask(
     num_nodes: int,
     sparsity: float,
     *,
+    edge_weight: Float[Tensor, " E"] | None = None,
     add_self_loops: bool = False,
     order: Order = "teddy",
     generator: torch.Generator | None = None,
@@ -146,22 +147,25 @@ def ticket_mask(
         edge_index: both directions of every edge.
         num_nodes: number of nodes.
         sparsity: share of the entries (with the added self-loops, if any) to drop.
+        edge_weight: entries of A, for TEDDY's score; 1 where not given. Added self-loops have the weight 1.
         add_self_loops: give every node a self-loop first, as TEDDY does for GAT; they count as entries and as
             degrees.
         order: drop by TEDDY's score, by its reverse (highest first), or at random.
         generator: for `order="random"`.
 
     Raises:
-        DataError: a sparsity out of range, ids out of range, or a sparsity that would drop the added
-            self-loops.
+        DataError: a sparsity out of range, a directed graph or one with repeated entries, weights that are
+            no degrees' parts, or a sparsity that would drop the added self-loops.
     """
-    check_ids(edge_index, num_nodes)
+    check_undirected(edge_index, num_nodes)
     entries = edge_index.shape[1]
     full = with_self_loops(edge_index, num_nodes) if add_self_loops else edge_index
     if order == "random":
         scores = random_scores(full, num_nodes, generator or torch.default_generator)
     else:
-        scores = edge_scores(full, num_nodes)
+        if edge_weight is not None:
+            edge_weight = torch.cat([edge_weight, edge_weight.new_ones(full.shape[1] - entries)])
+        scores = edge_scores(full, num_nodes, edge_weight)
         if order == "reversed":
             scores = torch.where(torch.isinf(scores), scores, -scores)
     keep = keep_highest(scores, full, num_nodes, sparsity)
@@ -186,16 +190,6 @@ def released_level(k: int) -> tuple[float, float]:
     weights.
     """
     return 1 - 0.95**k, 1 - 0.9**k
-
-
-def _check_weight(weight: Tensor) -> None:
-    wrong = ~(weight >= 0) | torch.isinf(weight)
-    if bool(wrong.any()):
-        first = int(wrong.nonzero()[0])
-        raise DataError(
-            f"Edge weights must be finite and not negative, as their sums are degrees. Received: "
-            f"{float(weight[first])} at entry {first}."
-        )
 
 
 def _pieces(entries: int) -> list[slice]:

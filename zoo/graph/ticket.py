@@ -6,11 +6,12 @@ import weakref
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from zoo.errors import DataError
 from zoo.graph.edges import apply_canonical_mask, fingerprint
+from zoo.graph.teddy import ticket_mask
 
 
 @dataclass
@@ -50,11 +51,35 @@ class EdgeTicket:
                 f"This model's edge ticket belongs to the graph {self.graph[:12]} ({self.num_nodes} nodes, "
                 f"{len(self.keep)} entries). Received: graph {found[:12]} ({num_nodes} nodes, "
                 f"{edge_index.shape[1]} entries). Pass the graph it was drawn on, or set "
-                'model.edges = "whole" to use all edges as given (prune them with TeddyPrune if you wish).'
+                'model.edges = "whole" to use all edges as given, or "rescored" to draw new ones by degree.'
             )
         mask = apply_canonical_mask(edge_index, num_nodes, self.keep.to(edge_index.device))
         self._last = (weakref.ref(edge_index), edge_index._version, mask)
         return mask
+
+    def rescored(
+        self,
+        edge_index: Int[Tensor, "2 E"],
+        num_nodes: int,
+        *,
+        edge_weight: Float[Tensor, " E"] | None = None,
+        self_loops: bool = False,
+    ) -> Bool[Tensor, " E"]:
+        """The mask of this graph, or of another one TEDDY's at the same share of dropped entries.
+
+        Args:
+            edge_weight: entries of A, for the score.
+            self_loops: whether the model adds self-loops that count as entries; of these none is dropped.
+
+        Raises:
+            DataError: a graph that `ticket_mask` refuses.
+        """
+        if fingerprint(edge_index, num_nodes) == self.graph:
+            return self.mask_for(edge_index, num_nodes)
+        entries, share = edge_index.shape[1], 1 - int(self.keep.sum()) / len(self.keep)
+        if self_loops:
+            share *= entries / (entries + num_nodes)
+        return ticket_mask(edge_index, num_nodes, share, edge_weight=edge_weight, add_self_loops=self_loops)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_last": None}  # a weak reference cannot be pickled or copied

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.data import Data
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, DataError
 from zoo.graph.models import Features, GraphModel
 from zoo.shared.learned.constraints import project_l0_
 from zoo.shared.train import Job, Recipe, output_kl
@@ -96,7 +96,18 @@ class WholeGraph:
 
         Args:
             keep: the entries of `data.edge_index` to train on; by default those of the model's ticket.
+
+        Raises:
+            DataError: weighted edges, or other features and classes than the model's.
         """
+        unweighted(data, type(model).__name__)
+        widths = int(data.x.shape[1]), int(data.y.max()) + 1
+        if (model.in_channels, model.out_channels) != widths:
+            raise DataError(
+                f"The graph has {widths[0]} features and {widths[1]} classes, the model {model.in_channels} "
+                f"and {model.out_channels}. Make a dense model for it first: zoo finetune graph --model NAME "
+                "--dataset DATA --out DIR."
+            )
         device = next(model.parameters()).device
         features, graph = model.prepare(data.x, data.edge_index, keep)
         nodes = (mask.nonzero().flatten().to(device) for mask in (data.train_mask, data.val_mask))
@@ -116,6 +127,20 @@ class WholeGraph:
     def accuracy(self, model: nn.Module) -> float:
         """Share of the validation nodes that the model classifies rightly."""
         return accuracy_of(model(self.features, self.graph), self.labels, self.val_nodes)
+
+
+def unweighted(data: Data, model: str) -> Data:
+    """The graph, whose edges have no weights.
+
+    Raises:
+        DataError: they have some, which the zoo's models would leave out.
+    """
+    if data.get("edge_weight") is not None:
+        raise DataError(
+            f"The graph has edge weights, which {model} does not use: leave edge_weight out of the data, or "
+            "prune them with TeddyPrune or PrunedEdges for a model of your own."
+        )
+    return data
 
 
 def graph_job(

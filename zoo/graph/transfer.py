@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
 
-import torch
 from torch_geometric.data import Data
 
 from zoo.graph.edges import fingerprint
 from zoo.graph.method import reinitialised
 from zoo.graph.models import GAT, GraphModel
-from zoo.graph.teddy import ticket_mask
 from zoo.graph.ticket import EdgeTicket
-from zoo.shared.masks import MaskSet, masks_of, set_masks
-from zoo.shared.masks.patterns import Unstructured
+from zoo.shared.masks import masks_of, set_masks
+from zoo.training.transfer import take_over
 
 
 def transferred(model: GraphModel, data: Data, seed: int) -> tuple[GraphModel, list[str]]:
@@ -36,7 +33,8 @@ def transferred(model: GraphModel, data: Data, seed: int) -> tuple[GraphModel, l
     changes = []
     if (start.in_channels, start.out_channels) != (inputs, classes):
         fresh = reinitialised(start.resized(inputs, classes), seed)
-        new = _take_over(start, fresh, masks)
+        set_masks(start, masks)
+        new = take_over(start, fresh, masks.sparsity() if masks is not None else None)
         changes.append(
             f"the graph has {inputs} features and {classes} classes, the model {start.in_channels} and "
             f"{start.out_channels}: {', '.join(new)} are new; weights and masks are kept of the rest"
@@ -46,7 +44,9 @@ def transferred(model: GraphModel, data: Data, seed: int) -> tuple[GraphModel, l
         set_masks(start, masks)
     ticket = model.ticket
     if ticket is not None and ticket.graph != fingerprint(data.edge_index, int(data.num_nodes)):
-        start.ticket = _redrawn(start, ticket, data)
+        nodes = int(data.num_nodes)
+        keep = ticket.rescored(data.edge_index, nodes, self_loops=isinstance(start, GAT))
+        start.ticket = EdgeTicket.draw(data.edge_index, nodes, keep)
         changes.append(
             f"the edge ticket is of another graph: a new one is drawn by degree, "
             f"{int(start.ticket.keep.sum())} of {len(start.ticket.keep)} entries"
@@ -54,39 +54,3 @@ def transferred(model: GraphModel, data: Data, seed: int) -> tuple[GraphModel, l
     else:
         start.ticket = copy.deepcopy(ticket)
     return start, changes
-
-
-def _take_over(old: GraphModel, fresh: GraphModel, masks: MaskSet | None) -> list[str]:
-    """Copy what fits into `fresh` and mask it all; returns the names of what is new."""
-    known = dict(old.named_parameters())
-    kept, new = {}, []
-    for name, parameter in fresh.named_parameters():
-        fits = known[name].shape == parameter.shape
-        if fits:
-            parameter.data.copy_(known[name].data)
-        else:
-            new.append(name)
-        if masks is not None:
-            kept[name] = masks[name].keep if fits else _by_magnitude(parameter.data, masks.sparsity())
-    if masks is not None:
-        found = MaskSet(kept)
-        found.apply_(fresh)
-        set_masks(fresh, found)
-    return new
-
-
-def _by_magnitude(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
-    return Unstructured().keep(weight.abs(), weight.numel() - math.ceil(weight.numel() * sparsity))
-
-
-def _redrawn(model: GraphModel, ticket: EdgeTicket, data: Data) -> EdgeTicket:
-    """TEDDY's mask on another graph, at the share of dropped entries of `ticket` (GAT's self-loops not
-    counted).
-    """
-    nodes = int(data.num_nodes)
-    sparsity = 1 - int(ticket.keep.sum()) / len(ticket.keep)
-    entries = data.edge_index.shape[1]
-    loops = isinstance(model, GAT)
-    of_all = sparsity * entries / (entries + nodes) if loops else sparsity
-    keep = ticket_mask(data.edge_index, nodes, of_all, add_self_loops=loops)
-    return EdgeTicket.draw(data.edge_index, nodes, keep)

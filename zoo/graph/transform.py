@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.data import BaseData
@@ -10,7 +9,7 @@ from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
 from zoo.errors import DataError
-from zoo.graph.edges import canonical_order, check_features, check_undirected
+from zoo.graph.edges import check_features, check_undirected, check_weight
 from zoo.graph.teddy import check_sparsity, edge_scores, keep_highest
 
 
@@ -50,7 +49,7 @@ class TeddyPrune(BaseTransform):
         check_undirected(data.edge_index, nodes)
         weight = getattr(data, "edge_weight", None)
         if weight is not None:
-            _check_symmetric(data.edge_index, weight, nodes)
+            check_weight(data.edge_index, weight, nodes)
         scores = edge_scores(data.edge_index, nodes, weight)
         keep = keep_highest(scores, data.edge_index, nodes, self.sparsity)
         pruned: Data = data.edge_subgraph(keep)
@@ -58,20 +57,3 @@ class TeddyPrune(BaseTransform):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.sparsity})"
-
-
-def _check_symmetric(edge_index: Tensor, weight: Tensor, nodes: int) -> None:
-    if weight.dim() != 1 or len(weight) != edge_index.shape[1]:
-        raise DataError(
-            f"edge_weight must have one entry per edge, shape [{edge_index.shape[1]}]. Received: "
-            f"{list(weight.shape)}."
-        )
-    forward = weight[canonical_order(edge_index, nodes)]
-    backward = weight[canonical_order(edge_index.flip(0), nodes)]
-    differ = (forward != backward) & ~(torch.isnan(forward) & torch.isnan(backward))
-    if bool(differ.any()):
-        source, target = edge_index[:, canonical_order(edge_index, nodes)[int(differ.nonzero()[0])]].tolist()
-        raise DataError(
-            f"edge_weight differs between ({source}, {target}) and ({target}, {source}): TEDDY prunes "
-            "undirected graphs. Average the two with torch_geometric.transforms.ToUndirected(reduce='mean')."
-        )

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
 
-from zoo.bundles.catalog import Bundle, base_of
-from zoo.bundles.publish import About, Trained, figures_of, publish
+from zoo.bundles.catalog import Bundle, base_of, twin_of
+from zoo.bundles.publish import About, Figure, Trained, figures_of, publish
 from zoo.bundles.store import load_bundle
 from zoo.errors import ConfigError
-from zoo.harness.subjects import twin_of
 from zoo.harness.tasks import Progress
 from zoo.methods.contract import Method
+from zoo.registry import MEASURED
 from zoo.shared.train import Job
 
 
@@ -35,11 +35,12 @@ def make_bundle(
     folder: str | Path,
     *,
     job: Callable[[nn.Module], Job] | None = None,
+    dataset: str | None = None,
     share: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Sparsify the model of `source`, measure it on the source's tasks beside the dense twin, and save it.
+    """Sparsify the model of `source`, measure it beside the dense twin, and save it.
 
     In several processes all take part in the work, and the first one saves. The twin's figures are those on
     its card.
@@ -50,6 +51,8 @@ def make_bundle(
         origin: name, method's name and command for the card.
         folder: where to write.
         job: what the method trains or measures on, made for the model that it is given.
+        dataset: name or file of the data that the method was given; what is measured on it goes on the card.
+            None measures the source's tasks.
         share: whether to store only what differs from the source, or from the base that it has itself.
         overwrite: whether a bundle that is there may be replaced.
         progress: called as the steps finish.
@@ -71,12 +74,17 @@ def make_bundle(
     steps.next("measuring it")
     seed = int(made.hyperparameters.get("seed", source.card.method.seed))
     architecture = source.card.architecture.model_dump()
+    about = About.like(
+        source.card, origin.name, f"{source.card.name} sparsified by {origin.method}.", origin.command
+    )
+    figures = figures_of(source.card)
+    if dataset is not None and domain in MEASURED:
+        figures, data = figures_on(domain, dataset, figures)
+        about = dataclasses.replace(about, data=data)
     path = publish(
         Trained.by_method({seed: made}, origin.method, architecture, seconds),
-        About.like(
-            source.card, origin.name, f"{source.card.name} sparsified by {origin.method}.", origin.command
-        ),
-        figures_of(source.card),
+        about,
+        figures,
         folder,
         twin=twin,
         base=(base_of(source) or source) if share else None,
@@ -84,6 +92,13 @@ def make_bundle(
     )
     steps.next("done")
     return path
+
+
+def figures_on(domain: str, dataset: str, known: Sequence[Figure]) -> tuple[Sequence[Figure], dict[str, str]]:
+    """What is measured on a data set, those of `known` if they are its, and the data's fields on a card."""
+    task, source = MEASURED.get(domain)(dataset)
+    own = [figure for figure in known if figure.task == task]
+    return own or [Figure(task)], {"name": source.title, "source": source.origin, "licence": source.licence}
 
 
 class _Steps:

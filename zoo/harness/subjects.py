@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.bundles.card import CARD_FILE, Card
-from zoo.bundles.catalog import Bundle, base_of, find, find_named, list_models
+from zoo.bundles.card import Card
+from zoo.bundles.catalog import Bundle, base_of, find, list_models, twin_of
 from zoo.bundles.store import Execution, ModelInfo, load_bundle
-from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
+from zoo.errors import ConfigError
 from zoo.names import is_glob
 from zoo.registry import ARCHITECTURES
 from zoo.shared.masks import MaskSet, masks_of
@@ -71,27 +70,6 @@ def resolve(models: Models, *, twins: bool = False) -> list[Subject]:
                 found.setdefault(str(twin.folder), bundle_subject(twin))
             found.setdefault(str(bundle.folder), bundle_subject(bundle))
     return list(found.values())
-
-
-def twin_of(bundle: Bundle) -> Bundle:
-    """The dense twin that a card names: its base, a bundle beside it, or by name.
-
-    Raises:
-        BundleError: the card names none, or it cannot be found.
-    """
-    name = bundle.card.dense_twin
-    if not name:
-        raise BundleError(f"{bundle.card.name} is dense itself and has no dense twin")
-    with contextlib.suppress(BundleError):
-        base = base_of(bundle)
-        if base is not None and name in (base.card.name, base.card.reference):
-            return base
-    for path in sorted(bundle.folder.parent.glob(f"*/{CARD_FILE}")):
-        with contextlib.suppress(CardError, BundleError, UnknownNameError):
-            beside = find(path.parent)
-            if name in (beside.card.name, beside.card.reference):
-                return beside
-    return find_named(name)
 
 
 def find_bundles(models: Models) -> list[Bundle]:

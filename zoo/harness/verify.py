@@ -16,14 +16,14 @@ from typing import Any
 from torch import nn
 
 from zoo.bundles.card import Card, share_dropped
-from zoo.bundles.catalog import Bundle, base_of
+from zoo.bundles.catalog import Bundle, base_of, twin_of
 from zoo.bundles.store import PART_MASK, info, load_bundle
 from zoo.errors import ConfigError, DataError, HubError, UnknownNameError
 from zoo.harness.checks import ROUNDING, Check, Verification, close, exact
 from zoo.harness.records import Record
 from zoo.harness.runner import count_parameters, evaluate
 from zoo.harness.seed_checks import evidence_checks, remade_checks, seed_checks
-from zoo.harness.subjects import Models, find_bundles, twin_of
+from zoo.harness.subjects import Models, find_bundles
 from zoo.harness.tasks import Progress, get_task
 from zoo.report import numbers
 from zoo.shared.errors import PatternError, SparseError

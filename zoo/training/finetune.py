@@ -19,11 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.bundles.catalog import Bundle, find
+from zoo.bundles.catalog import Bundle, find, twin_of
 from zoo.bundles.publish import About, Figure, Trained, figures_of, publish
 from zoo.bundles.store import info, load_bundle
 from zoo.errors import ConfigError, UnknownNameError
-from zoo.harness.subjects import twin_of
 from zoo.harness.workers import workers
 from zoo.progress import progress_bar
 from zoo.registry import FINETUNERS

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, FINETUNERS, JOBS, MAKERS, PRETRAINERS, STUDIES, TASKS
+from zoo.registry import ARCHITECTURES, FINETUNERS, JOBS, MAKERS, MEASURED, PRETRAINERS, STUDIES, TASKS
 
 ARCHITECTURES.register("vision/resnet", "zoo.vision.models:ResNet")
 ARCHITECTURES.register("vision/convnet", "zoo.vision.models:ConvNet")
@@ -22,9 +22,11 @@ JOBS.register("vision", "zoo.vision.domain:make_job")
 TASKS.register("vision/digits", "zoo.vision.tasks:Digits")
 TASKS.register("vision/cifar10-jpeg", "zoo.vision.tasks:CifarJpeg")
 TASKS.register("vision/cifar10-true", "zoo.vision.tasks:CifarTrue")
+TASKS.register("images", "zoo.vision.tasks:Own")
 TASKS.register("vision/set5-x2", "zoo.vision.superres:Set5")
 TASKS.register("vision/set14-x2", "zoo.vision.superres:Set14")
 TASKS.register("vision/lidar-scenes", "zoo.vision.lidar.tasks:Scenes")
+MEASURED.register("vision", "zoo.vision.domain:measured")
 MAKERS.register("vision/classifier", "zoo.vision.makers:classifier")
 MAKERS.register("vision/upscaler", "zoo.vision.makers:upscaler")
 MAKERS.register("vision/spark", "zoo.vision.makers:spark")

@@ -1,4 +1,4 @@
-"""Image sets: scikit-learn's digits, embedded, and the CIFAR-10 copies below $ZOO_DATA/cifar10.
+"""Image sets by name or folder: scikit-learn's digits, embedded; the CIFAR-10 copies in $ZOO_DATA/cifar10.
 
 CIFAR-10 comes in two sets that must not be mixed: all 60,000 images as JPEG copies (`cifar10-jpeg`), and the
 7,897 + 932 images whose true pixels are there (`cifar10-true`). Results on JPEG copies are compared with
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zoo.bundles.catalog import cache_folder
 from zoo.bundles.sources import Source
 from zoo.errors import DataError
+from zoo.registry import DATASETS
 from zoo.shared.measure.modes import eval_mode
 from zoo.shared.store.io import atomic_write
 
@@ -112,18 +113,41 @@ SOURCES = {
 }
 
 
-@functools.lru_cache(maxsize=2)
 def load_images(name: str) -> Images:
-    """The set of that name.
+    """The set of that name, of a plug-in (entry points `zoo.datasets`, `vision/NAME` -> a function that
+    returns Images), or of a folder or list, see `zoo.vision.folders`.
 
     Raises:
-        DataError: an unknown name, or files that are not below ZOO_DATA.
+        DataError: an unknown name, files that are not below ZOO_DATA, or a folder that holds no such set.
     """
-    if name == "digits":
-        return _digits()
-    if name not in SOURCES:
-        raise DataError(f"Unknown image set {name!r}. There are: {', '.join(SOURCES)}.")
-    return _cifar(name)
+    from zoo.vision.folders import is_folder, read_images, state_of
+
+    if name in SOURCES:
+        return _own(name)
+    if f"vision/{name}" in DATASETS:
+        found: Images = DATASETS.get(f"vision/{name}")()
+        return found
+    if not is_folder(name):
+        there = [*SOURCES, *(each.partition("/")[2] for each in DATASETS.names("vision/*"))]
+        raise DataError(
+            f"Unknown image set {name!r}. There are: {', '.join(there)}; or give a folder with one for each "
+            "class."
+        )
+    return read_images(name, state_of(name))
+
+
+def source_named(name: str) -> Source:
+    """What a card says of an image set by name or folder."""
+    from zoo.vision.folders import source_of
+
+    if f"vision/{name}" in DATASETS:
+        return getattr(DATASETS.get(f"vision/{name}"), "source", Source(name, "a plug-in", "not stated"))
+    return SOURCES[name] if name in SOURCES else source_of(name)
+
+
+@functools.lru_cache(maxsize=2)
+def _own(name: str) -> Images:
+    return _digits() if name == "digits" else _cifar(name)
 
 
 def _digits() -> Images:
@@ -135,17 +159,18 @@ def _digits() -> Images:
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     everything = Split(images, labels)
-    train, val = _validation(everything.take(order[500:]))
-    mean, std = _statistics(train.images, 16.0)
+    train, val = held_out(everything.take(order[500:]))
+    mean, std = statistics(train.images, 16.0)
     return Images("digits", train, val, everything.take(order[:500]), mean, std, 16.0, augment=False)
 
 
-def _statistics(images: Tensor, scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(images: Tensor, scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, of bytes / scale."""
     values = images.double() / scale
     return tuple(values.mean((0, 2, 3)).tolist()), tuple(values.std((0, 2, 3)).tolist())
 
 
-def _validation(split: Split) -> tuple[Split, Split]:
+def held_out(split: Split) -> tuple[Split, Split]:
     """Training and validation part of a shuffled split."""
     held = round(VALIDATION * len(split))
     index = torch.arange(len(split))
@@ -180,7 +205,7 @@ def _cifar(name: str) -> Images:
             index = torch.from_numpy(labels[f"true_{part}_index"].astype(np.int64))
             parts[part] = Split(_mosaics(folder, part, len(index)), classes[index])
     order = torch.randperm(len(parts["train"]), generator=torch.Generator().manual_seed(0))
-    train, val = _validation(parts["train"].take(order))
+    train, val = held_out(parts["train"].take(order))
     # The normalisation that the pretrained ResNets were trained with.
     return Images(name, train, val, parts["test"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

@@ -16,6 +16,7 @@ from zoo.vision.lidar.data import KITTI, KITTI_FRAMES, SOURCE, real_frame, scene
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.train import detector_job
 from zoo.vision.superres import PatchBatches, l1_loss, load_t91
+from zoo.vision.tasks import measured_on_images
 from zoo.vision.upscalers import Upscaler
 
 SCENES = 240  # generated scenes, unless told otherwise
@@ -34,9 +35,9 @@ def make_job(
     """Classification, super-resolution or detection, as the data say.
 
     Args:
-        dataset: digits, cifar10-jpeg or cifar10-true to classify; t91 for patches to enlarge; scenes
-            (generated) or kitti for boxes in point clouds. By default what the model is made for: the images
-            of the first figure on its card, t91 for an upscaler, scenes for a detector.
+        dataset: digits, cifar10-jpeg, cifar10-true or a folder of images to classify; t91 for patches to
+            enlarge; scenes (generated) or kitti for boxes in point clouds. By default what the model is made
+            for: the images of the first figure on its card, t91 for an upscaler, scenes for a detector.
         recipe: by default that of its kind.
         seed: of order and augmentation.
         device: where models are trained.
@@ -79,7 +80,24 @@ def dataset_of(model: nn.Module | None) -> str:
     known: Any = getattr(model, "zoo_info", None)
     if known is None:
         raise ConfigError("This model has no card that names its images: give the option dataset.")
-    return str(known.card.metrics[0].task).partition("/")[2]
+    task = str(known.card.metrics[0].task)
+    return task.removeprefix("images:") if task.startswith("images:") else task.partition("/")[2]
+
+
+def source_of(dataset: str) -> Source:
+    """What a card says of a data set by name or folder."""
+    return SOURCES[dataset] if dataset in SOURCES else data.source_named(dataset)
+
+
+def measured(dataset: str) -> tuple[str, Source]:
+    """The task that is measured on images by name or folder, and what a card says of them.
+
+    Raises:
+        ConfigError: patches or point clouds, on which the tasks of a model's card are measured.
+    """
+    if dataset in SOURCES and dataset not in data.SOURCES:
+        raise ConfigError(f"{dataset} is what a model trains on; what it is measured on is on its card")
+    return measured_on_images(dataset)
 
 
 def image_job(

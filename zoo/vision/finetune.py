@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,10 +11,12 @@ import torch
 from torch import nn
 
 from zoo.bundles.catalog import Bundle
+from zoo.bundles.publish import Figure
 from zoo.errors import ConfigError
 from zoo.shared.train import Recipe
 from zoo.training.finetune import FineTuner, Plan
-from zoo.vision.domain import SOURCES, dataset_of, make_job
+from zoo.vision.domain import dataset_of, make_job, measured, source_of
+from zoo.vision.heads import classes_of, fitting_spec, for_classes
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.train import detector_recipe
 from zoo.vision.models import Classifier
@@ -28,8 +31,8 @@ class Finetune(FineTuner):
     domain: ClassVar[str] = "vision"
 
     dataset: str | None = None
-    """What to train on: digits, cifar10-jpeg or cifar10-true; t91 for upscalers; scenes (generated) or kitti
-    for detectors. By default what the model's card names."""
+    """What to train on: digits, cifar10-jpeg, cifar10-true or a folder with one for each class; t91 for
+    upscalers; scenes (generated) or kitti for detectors. By default what the model's card names."""
 
     epochs: int = 5
     """Passes over the training data; for an upscaler each is 50 steps."""
@@ -71,11 +74,27 @@ class Finetune(FineTuner):
             batch=recipe.batch if self.batch is None else self.batch,
             weight_decay=recipe.weight_decay if self.weight_decay is None else self.weight_decay,
         )
-        dataset = self.dataset or dataset_of(loaded)
+        dataset, figures = self.dataset or dataset_of(loaded), None
         model = loaded.float()
+        if isinstance(model, Classifier):
+            dataset = fitting_spec(dataset, model)
+            model, new = for_classes(model, classes_of(dataset), self.seed)
+            arguments = model.current_arguments()
+            if new:
+                print(f"zoo: {dataset} has other classes: {', '.join(new)} are new", file=sys.stderr)
+            if dataset != dataset_of(loaded):
+                figures = [Figure(measured(dataset)[0])]
         job = make_job(
             dataset, recipe=recipe, seed=self.seed, device=device, model=model, limit=self.train_images
         )
-        origin = SOURCES[dataset]
+        origin = source_of(dataset)
         words = {"name": origin.title, "source": origin.origin, "licence": origin.licence}
-        return Plan(model, job, dataset, arguments=arguments, data=words, identity={"dataset": dataset})
+        return Plan(
+            model,
+            job,
+            dataset,
+            arguments=arguments,
+            figures=figures,
+            data=words,
+            identity={"dataset": dataset, "content": origin.origin},
+        )

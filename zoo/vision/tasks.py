@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import nn
 
+from zoo.bundles.sources import Source
 from zoo.errors import TaskError
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
+from zoo.registry import TASKS
 from zoo.shared.measure.account import count
-from zoo.vision.data import Images, correct, load_images
+from zoo.shared.measure.modes import eval_mode
+from zoo.vision.data import Images, correct, load_images, source_named
 
 
 class Classification(Task):
@@ -18,7 +22,7 @@ class Classification(Task):
 
     domain = "vision"
     primary = "accuracy"
-    images: ClassVar[str]
+    images: str
 
     def accepts(self, card: Any) -> bool:
         """Models that were measured on these images."""
@@ -51,6 +55,13 @@ class Classification(Task):
                 f"{self.name} has images of {channels} channels and {classes} classes; the first convolution "
                 f"of this {type(model).__name__} takes {first.shape[1]} channels"
             )
+        with torch.no_grad(), eval_mode(model):
+            logits = model(data.normalised(data.test.images[:1]))
+        if logits.shape[1] != classes:
+            raise TaskError(
+                f"{self.name} has {classes} classes, this {type(model).__name__} {logits.shape[1]}. Give it "
+                f"a new head: zoo finetune vision --model NAME --dataset {self.images} --out DIR."
+            )
         return data
 
 
@@ -73,3 +84,23 @@ class CifarTrue(Classification):
     """CIFAR-10, the 932 test images whose true pixels are at hand."""
 
     name, images = "vision/cifar10-true", "cifar10-true"
+
+
+@register_task
+class Own(Classification):
+    """The test images of a folder of your own, `images:FOLDER`, or of a plug-in's set, `images:NAME`."""
+
+    name = "images"
+
+    def __init__(self, images: str) -> None:
+        self.images, self.name = images, f"images:{images}"
+
+    def accepts(self, card: Any) -> bool:
+        """Any model of the domain; one with other classes is refused when it is run."""
+        return bool(card.domain == self.domain)
+
+
+def measured_on_images(dataset: str) -> tuple[str, Source]:
+    """The task that is measured on images by name or folder, and what a card says of them."""
+    source = source_named(dataset)
+    return (f"vision/{dataset}" if f"vision/{dataset}" in TASKS else f"images:{dataset}"), source

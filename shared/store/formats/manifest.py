@@ -6,6 +6,7 @@ import os
 import zlib
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from ...errors import PatternError
@@ -214,21 +215,24 @@ def _check_expansion(container: Container, entries: list[Entry]) -> None:
         for entry in entries
         if entry.encoding != "same"
     )
-    allowed = _allowed(container)
+    check_unpacked(container.path, total, container.size)
+
+
+def check_unpacked(path: Path, total: int, size: int) -> None:
+    """Refuse a file of `size` bytes that unpacks to too many.
+
+    Raises:
+        FormatError: `total` is more than is allowed without asking.
+    """
+    given = os.environ.get(LIMIT_VARIABLE)
+    allowed = max(FREE_BYTES, min(MAX_EXPANSION * size, size + MAX_EXCESS))
+    if given is not None:
+        if not given.isascii() or not given.isdecimal():
+            fail(path, f"{LIMIT_VARIABLE} is {given!r}, no number of bytes", "set it to one, or unset it")
+        allowed = int(given)
     if total > allowed:
         fail(
-            container.path,
-            f"its {container.size} bytes unpack to {total}, more than the {allowed} allowed",
+            path,
+            f"its {size} bytes unpack to {total}, more than the {allowed} allowed",
             f"if you trust it, set {LIMIT_VARIABLE}={total}",
         )
-
-
-def _allowed(container: Container) -> int:
-    given = os.environ.get(LIMIT_VARIABLE)
-    if given is None:
-        return max(FREE_BYTES, min(MAX_EXPANSION * container.size, container.size + MAX_EXCESS))
-    if not given.isascii() or not given.isdecimal():
-        fail(
-            container.path, f"{LIMIT_VARIABLE} is {given!r}, no number of bytes", "set it to one, or unset it"
-        )
-    return int(given)

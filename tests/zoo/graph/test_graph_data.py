@@ -70,7 +70,7 @@ def test_split_has_the_asked_numbers_and_no_overlap():
 
 
 def test_unknown_names_list_what_there_is():
-    with pytest.raises(DataError, match="Unknown graph 'coral'. There are: cora, citeseer"):
+    with pytest.raises(DataError, match="Unknown graph 'coral'. There are: citeseer, cora"):
         load_graph("coral")
 
 
