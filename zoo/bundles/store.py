@@ -178,9 +178,8 @@ def save(
         return publish_like(model, folder, like, masks=masks, extras=extras, base=base, overwrite=overwrite)
     assert card is not None
     fields = copy.deepcopy(card.to_dict() if isinstance(card, Card) else dict(card))
-    described = (
-        None if base is not None or fields.get("base") else (fields.get("weights") or {}).get("sha256")
-    )
+    whole = isinstance(card, Card) and base is None and card.base is None
+    described = fields["weights"]["sha256"] if whole else None  # equal content gives equal bytes
     kept = masks if masks is not None else masks_of(model) or MaskSet({})
     if lost := kept.zeros_intact(model):
         raise BundleError(
