@@ -111,8 +111,10 @@ def source_named(name: str) -> Source:
     """What a card says of a graph by name or file."""
     if is_file(name):
         return source_of(name)
-    unknown = Source(name, "a plug-in", "not stated")
-    return SOURCES.get(name) or getattr(_entry(name), "source", unknown)
+    if name in SOURCES:
+        return SOURCES[name]
+    found: Source = getattr(_entry(name), "source", Source(name, "a plug-in", "not stated"))
+    return found
 
 
 def _entry(name: str) -> Callable[[], Any]:
