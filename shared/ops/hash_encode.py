@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import OpError
@@ -80,6 +80,16 @@ class HashGrid:
         """Whether a level has an entry of its own for each of its vertices."""
         return self.offsets[level + 1] - self.offsets[level] == (self.resolutions[level] + 1) ** 3
 
+    def entry(self, level: int, vertex: Int[Tensor, "n 3"]) -> Int[Tensor, " n"]:
+        """Which entries of the table belong to vertices (x, y, z) of a level."""
+        side, size = self.resolutions[level], self.offsets[level + 1] - self.offsets[level]
+        if self.dense(level):
+            own = vertex[:, 0] + (side + 1) * (vertex[:, 1] + (side + 1) * vertex[:, 2])
+        else:
+            x, y, z = (vertex[:, axis] * _PRIMES[axis] & 0xFFFFFFFF for axis in range(3))
+            own = (x ^ y ^ z) & (size - 1)
+        return self.offsets[level] + own
+
 
 def hash_encode(
     points: Float[Tensor, "n 3"],
@@ -136,18 +146,11 @@ def _interpolate(points: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
         scaled = held * side
         cell = scaled.detach().floor().clamp_max(side - 1)
         upper, low = scaled - cell, cell.long()
-        size = grid.offsets[level + 1] - grid.offsets[level]
         total = held.new_zeros(len(points), grid.features)
         for corner in range(8):
             bits = torch.tensor([corner & 1, corner >> 1 & 1, corner >> 2], device=points.device)
-            vertex = low + bits
-            if grid.dense(level):
-                index = vertex[:, 0] + (side + 1) * (vertex[:, 1] + (side + 1) * vertex[:, 2])
-            else:
-                x, y, z = (vertex[:, axis] * _PRIMES[axis] & 0xFFFFFFFF for axis in range(3))
-                index = (x ^ y ^ z) & (size - 1)
             weight = torch.where(bits == 1, upper, 1 - upper).prod(1, keepdim=True)
-            total = total + weight * table[grid.offsets[level] + index]
+            total = total + weight * table[grid.entry(level, low + bits)]
         out.append(total)
     return torch.cat(out, 1)
 

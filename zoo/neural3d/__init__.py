@@ -1,4 +1,4 @@
-"""Sparse scenes: Gaussians that are rendered and trained on a CPU, pruned, compressed and read from files.
+"""Sparse scenes: Gaussians and fields, rendered and trained on a CPU, pruned, compressed, read from files.
 
 Importing this package does not import torch: everything is registered by address.
 """
@@ -9,6 +9,7 @@ from zoo.registry import (
     ARCHITECTURES,
     EXPORTERS,
     FILE_SPARSIFIERS,
+    FINETUNERS,
     JOBS,
     MAKERS,
     METHODS,
@@ -18,6 +19,7 @@ from zoo.registry import (
 )
 
 ARCHITECTURES.register("neural3d/gaussians", "zoo.neural3d.scene:GaussianScene")
+ARCHITECTURES.register("neural3d/field", "zoo.neural3d.fields:HashField")
 for _suffix in (".ply", ".splat", ".spz", ".sog"):
     FILE_SPARSIFIERS.register(_suffix, "zoo.neural3d.sparsify:SparsifyScene")
 EXPORTERS.register("viewer", "zoo.neural3d.exports:ExportViewer")
@@ -28,10 +30,24 @@ STUDIES.register("edge-gaussians", "zoo.neural3d.studies.edge_gaussians:STUDY")
 STUDIES.register("orex", "zoo.neural3d.studies.orex:STUDY")
 STUDIES.register("spare", "zoo.neural3d.studies.spare:STUDY")
 STUDIES.register("queen", "zoo.neural3d.studies.queen:STUDY")
+for _name, _class in (
+    ("hollow_nerf", "HollowNeRF"),
+    ("sparse_nerf", "SparseNeRF"),
+    ("coherent_gs", "CoherentGS"),
+    ("gaussian_object", "GaussianObject"),
+    ("lm_gaussian", "LMGaussian"),
+):
+    _slug = _name.replace("_", "-")
+    METHODS.register(_slug, f"zoo.neural3d.methods.{_name}:{_class}")
+    STUDIES.register(_slug, f"zoo.neural3d.studies.{_name}:STUDY")
 JOBS.register("neural3d", "zoo.neural3d.domain:make_job")
+FINETUNERS.register("neural3d", "zoo.neural3d.finetune:Finetune")
 MAKERS.register("neural3d/gaussians", "zoo.neural3d.makers:gaussians")
+MAKERS.register("neural3d/few", "zoo.neural3d.makers:few")
+MAKERS.register("neural3d/field", "zoo.neural3d.makers:field")
 for _name, _class in (
     ("shapes", "Shapes"),
+    ("shapes-arc", "ShapesArc"),
     ("lego-100", "Lego"),
     ("fox-120", "Fox"),
     ("fern-126", "Fern"),

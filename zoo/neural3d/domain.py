@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from zoo.errors import ConfigError
+from zoo.neural3d.fields import HashField, field_job
 from zoo.neural3d.refine import scene_job
 from zoo.neural3d.views import load_views
 from zoo.shared.train import Job, Recipe
@@ -22,15 +23,15 @@ def make_job(
     model: nn.Module | None = None,
     limit: int = 0,
 ) -> Job:
-    """Fit a scene to posed views.
+    """Fit a scene of Gaussians, or a field where the model is one, to posed views.
 
     Args:
         dataset: views as `load_views` knows them, "shapes" or "lego-100"; by default those of the first
             figure on the model's card.
-        recipe: by default `zoo.neural3d.refine.RECIPE`.
-        seed: of the order of the views.
+        recipe: by default the `RECIPE` of `zoo.neural3d.refine`, or that of `fields`.
+        seed: of the order of views or rays.
         device: the rasteriser's kernels run on the CPU.
-        model: whose card names the views.
+        model: whose card names the views; what it is decides what is drawn.
         limit: use the first so many training views; 0 for all.
 
     Raises:
@@ -43,5 +44,6 @@ def make_job(
             raise ConfigError("a scene without a card: name its views with --dataset, shapes or lego-100 say")
         dataset = known.card.metrics[0].task.partition("/")[2]
     views = load_views(dataset)
-    job = scene_job(views.train[: limit or None], views.test, recipe=recipe, seed=seed)
+    make = field_job if isinstance(model, HashField) else scene_job
+    job = make(views.train[: limit or None], views.test, recipe=recipe, seed=seed)
     return job.replace(device=device)

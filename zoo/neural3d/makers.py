@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zoo.bundles.make import Work
 from zoo.bundles.recipes import Row
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified
+from zoo.neural3d.fields import HashField, field_job
+from zoo.neural3d.methods.coherent_gs import PairedViews, flows_between
+from zoo.neural3d.priors import affine, monotone, scattered
 from zoo.neural3d.refine import refine, scene_job
 from zoo.neural3d.scene import GaussianScene
-from zoo.neural3d.splats import SH_C0, Splats
+from zoo.neural3d.splats import from_points
 from zoo.neural3d.views import Views, load_views
+from zoo.registry import METHODS
 from zoo.shared.masks import MaskSet
-
-
-def from_points(points: Tensor, colours: Tensor, sh_degree: int) -> Splats:
-    """Round Gaussians at points [n, 3], as wide as the mean distance to the three nearest others (3DGS)."""
-    distance = torch.cdist(points, points)
-    distance.fill_diagonal_(torch.inf)
-    near = distance.topk(min(3, len(points) - 1), largest=False).values.mean(1).clamp_min(1e-6)
-    n = len(points)
-    quats = torch.tensor([1.0, 0, 0, 0]).repeat(n, 1)
-    opacities = torch.full((n,), 0.1).logit()
-    splats = Splats(
-        points, quats, near.log()[:, None].repeat(1, 3), opacities, (colours[:, None] - 0.5) / SH_C0
-    )
-    return splats.with_degree(sh_degree)
 
 
 def start_of(views: Views, count: int, sh_degree: int, seed: int) -> GaussianScene:
@@ -50,3 +40,26 @@ def gaussians(row: Row, seed: int, start: nn.Module | None, work: Work) -> Spars
     scene = start_of(views, row.arguments["count"], row.arguments.get("sh_degree", 0), seed)
     refine(scene, scene_job(views.train, seed=seed, **row.recipe))
     return Sparsified(scene.eval(), MaskSet({}))
+
+
+def field(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A field fitted to the row's views."""
+    views = load_views(str(row.dataset))
+    model = HashField(**row.arguments).like(seed)
+    field_job(views.train, seed=seed, **row.recipe).fit(model, macs=lambda: 0.0).run()
+    return Sparsified(model.eval(), MaskSet({}))
+
+
+def few(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A scene fitted to the few training views of the row's set, by its method if it has one; the depth that
+    the views know comes to the method distorted, as an estimator's would."""
+    views = load_views(str(row.dataset))
+    scene = scattered(views, row.options["count"], seed)
+    options = {key: value for key, value in row.options.items() if key not in ("count", "prior")}
+    job = scene_job(views.train, seed=seed, **row.recipe)
+    if row.method == "dense":
+        return Sparsified(refine(scene, job).eval(), MaskSet({}))
+    prior = {"order": monotone, "affine": affine}[row.options["prior"]](views.train, seed)
+    batches = PairedViews(prior, flows_between(views.train))
+    made: Sparsified = METHODS.get(row.method)(**options).sparsify(scene, job.replace(batches=batches))
+    return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from zoo.errors import ConfigError
 from zoo.neural3d.metrics import psnr, ssim_map_mean
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.views import View, ViewBatches, middle_of_views
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Fit, Job, Recipe
 
 # Learning rates of 3DGS (Kerbl et al. 2023); that of the means is for a scene of extent 1.
 RATES = {"means": 1.6e-4, "quats": 1e-3, "scales": 5e-3, "opacities": 5e-2, "sh0": 2.5e-3, "shN": 1.25e-4}
@@ -32,7 +32,11 @@ RECIPE: dict[str, Any] = {
 
 def view_loss(model: nn.Module, view: View) -> Tensor:
     """0.8 L1 + 0.2 (1 - SSIM) of a rendering against its picture (3DGS)."""
-    found = model(view.camera)
+    return picture_loss(model(view.camera), view)
+
+
+def picture_loss(found: Tensor, view: View) -> Tensor:
+    """0.8 L1 + 0.2 (1 - SSIM) of colours [height, width, 3] against a view's picture (3DGS)."""
     near = (found - view.image).abs().mean()
     return 0.8 * near + 0.2 * (1 - ssim_map_mean(found, view.image))
 
@@ -74,14 +78,20 @@ def rate_groups(scene: GaussianScene, extent: float, lr: float = 1.0) -> list[di
     return groups
 
 
-def refine(scene: GaussianScene, job: Job) -> GaussianScene:
+def refine(
+    scene: GaussianScene, job: Job, after_step: Callable[[Fit], object] | None = None
+) -> GaussianScene:
     """Fit a scene in place, to the end of the job's recipe.
+
+    Args:
+        after_step: called with the training after each step.
 
     Raises:
         ConfigError: a job whose batches are not views.
     """
     _, extent = middle_of_views(views_of(job))
-    job.fit(scene, parameters=rate_groups(scene, extent, job.recipe.lr), macs=lambda: 0.0).run()
+    fit = job.fit(scene, parameters=rate_groups(scene, extent, job.recipe.lr), macs=lambda: 0.0)
+    fit.run(None if after_step is None else lambda: after_step(fit))
     return scene
 
 

@@ -86,6 +86,16 @@ def shapes(size: int = 96, train: int = 36, test: int = 8) -> Views:
     )
 
 
+def arc(size: int = 48) -> Views:
+    """Three views of the scene 20 degrees apart, to train on, and eight others between them."""
+    centre = torch.tensor([0.0, -0.3, 0.0])
+    train = orbit(centre, 3.6, 18, (size, size), field_of_view=FIELD, elevations=(0.5,))[:3]
+    test = orbit(centre, 3.6, 72, (size, size), field_of_view=FIELD, elevations=(0.4, 0.6), start=0.05)[:8]
+    return Views(
+        "shapes-arc", [*map(view_of, train)], [*map(view_of, test)], BACKGROUND, licence="Apache-2.0"
+    )
+
+
 def surface(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Points [count, 3] spread over balls and disc by area, and their colours without light."""
     generator = torch.Generator().manual_seed(seed)

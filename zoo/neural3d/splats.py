@@ -74,6 +74,20 @@ class Splats:
         return replace(self, means=self.means * sign, quats=quats, sh=sh)
 
 
+def from_points(points: Tensor, colours: Tensor, sh_degree: int) -> Splats:
+    """Round Gaussians at points [n, 3], as wide as the mean distance to the three nearest others (3DGS)."""
+    distance = torch.cdist(points, points)
+    distance.fill_diagonal_(torch.inf)
+    near = distance.topk(min(3, len(points) - 1), largest=False).values.mean(1).clamp_min(1e-6)
+    n = len(points)
+    quats = torch.tensor([1.0, 0, 0, 0]).repeat(n, 1)
+    opacities = torch.full((n,), 0.1).logit()
+    splats = Splats(
+        points, quats, near.log()[:, None].repeat(1, 3), opacities, (colours[:, None] - 0.5) / SH_C0
+    )
+    return splats.with_degree(sh_degree)
+
+
 def checked(splats: Splats, source: str) -> Splats:
     """The splats, if every Gaussian can be drawn.
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from zoo.errors import TaskError
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult
+from zoo.neural3d.fields import HashField
 from zoo.neural3d.metrics import psnr, ssim
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.views import Views, load_views
@@ -38,7 +39,7 @@ class HeldOut(Task):
             TaskError: a model that renders nothing.
             DataError: the views are not there.
         """
-        if not isinstance(model, GaussianScene):
+        if not isinstance(model, GaussianScene | HashField):
             raise TaskError(f"{self.name} takes scenes that render; received {type(model).__name__}")
         views = self._load().test
         masked = all(view.mask is not None for view in views)
@@ -58,8 +59,13 @@ class HeldOut(Task):
         return TaskResult.from_samples(samples)
 
     def flops(self, model: nn.Module) -> Flops | None:
-        """Operations of drawing the test views: 500 a Gaussian seen for projection and colour, and 38 a pixel
-        of its contour (an ellipse, of whose box the part inside the view counts)."""
+        """Operations of drawing the test views; of a scene of Gaussians 500 a Gaussian seen for projection
+        and colour, and 38 a pixel of its contour (an ellipse, of whose box the part inside the view
+        counts)."""
+        if isinstance(model, HashField):
+            each = [model.operations(view.camera) for view in self._load().test]
+            dense, sparse = map(sum, zip(*each, strict=True))
+            return Flops(dense, sparse)
         if not isinstance(model, GaussianScene):
             return None
         total = 0.0
@@ -75,6 +81,12 @@ class HeldOut(Task):
 
 class Shapes(HeldOut):
     name, views = "neural3d/shapes", "shapes"
+
+
+class ShapesArc(HeldOut):
+    """Eight views of the shapes between three that few-view methods train on."""
+
+    name, views = "neural3d/shapes-arc", "shapes-arc"
 
 
 class Lego(HeldOut):

@@ -336,8 +336,15 @@ def _shapes() -> Views:
     return shapes()
 
 
+def _arc() -> Views:
+    from zoo.neural3d.shapes import arc
+
+    return arc()
+
+
 SETS: dict[str, Callable[[], Views]] = {
     "shapes": _shapes,
+    "shapes-arc": _arc,
     "lego": _lego,
     "fox": _fox,
     "fern": _fern,

@@ -28,6 +28,7 @@ from zoo.progress import progress_bar
 from zoo.registry import FINETUNERS
 from zoo.shared.masks import MaskSet, masks_of, set_masks
 from zoo.shared.train import Checkpoint, Distillation, Fit, Job, device_named, resume
+from zoo.shared.train.recipe import Parameters
 from zoo.training.options import check_target, checkpoint_folder, command_of, options_of
 
 
@@ -67,6 +68,9 @@ class Plan:
         figures: what is measured; None for what the source's card has figures of.
         data: name, source and licence of the data; None for those on the source's card.
         extras: further tensors of the bundle; None for the source's.
+        parts: of the sparsity without a mask, for the card; None for the source's.
+        parameters: what is trained, as for `Fit`; None for everything.
+        after_step: given the training, makes what is called after each step.
         identity: what a checkpoint must agree with beyond the options.
         finish: what makes the trained model one of the source's architecture again, for updates that are
             trained beside its weights; these keep its zeros by themselves.
@@ -80,6 +84,9 @@ class Plan:
     figures: Sequence[Figure] | None = None
     data: Mapping[str, str] | None = None
     extras: Mapping[str, Tensor] | None = None
+    parts: Mapping[str, Any] | None = None
+    parameters: Parameters | None = None
+    after_step: Callable[[Fit], Callable[[], object]] | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[], object] | None = None
 
@@ -195,7 +202,8 @@ class FineTuner(ABC):
     def _train(self, source: Bundle, plan: Plan, twin: Bundle | None, accelerator: Any) -> Fit:
         masks, first = masks_of(plan.model), workers().index == 0
         job = self.taught(plan.job, twin) if self.distillation and twin else plan.job
-        fit = job.fit(plan.model, accelerator=accelerator, macs=lambda: 0.0)
+        fit = job.fit(plan.model, accelerator=accelerator, macs=lambda: 0.0, parameters=plan.parameters)
+        after = None if plan.after_step is None else plan.after_step(fit)
         identity = {**options_of(self), "weights": source.card.weights.sha256, **plan.identity}
         every = self.checkpoint_every * (fit.steps_per_epoch if self.counts == "epochs" else 1)
         held = masks.attach(plan.model, fit.optimizer) if masks and plan.finish is None else nullcontext()
@@ -206,7 +214,14 @@ class FineTuner(ABC):
                 progress(fit.step, fit.steps, f"loss {fit.last_loss:.4f}{best}")
 
             checkpoint = Checkpoint(checkpoint_folder(self.out), identity)
-            resume(fit, checkpoint, every_steps=every, note=note if first else None, writes=first)
+            resume(
+                fit,
+                checkpoint,
+                every_steps=every,
+                note=note if first else None,
+                after_step=after,
+                writes=first,
+            )
         if plan.finish is not None:
             plan.finish()
         plan.model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -219,6 +234,7 @@ class FineTuner(ABC):
         card = source.card
         arguments = card.architecture.args if plan.arguments is None else plan.arguments
         tuned = {**options_of(self), "dataset": plan.dataset, "from": card.reference}
+        parts = {name: part.model_dump() for name, part in card.sparsity.parts.items()}
         trained = Trained(
             {self.seed: plan.model},
             {"name": card.architecture.name, "args": dict(arguments)},
@@ -226,7 +242,7 @@ class FineTuner(ABC):
             {**card.method.hyperparameters, "finetuned": tuned},
             fit.spent.seconds,
             extras=extras,
-            parts={name: part.model_dump() for name, part in card.sparsity.parts.items()},
+            parts=parts if plan.parts is None else plan.parts,
         )
         how = f" {plan.how}" if plan.how else ""
         name = self.name or f"{self.domain}/{self.out.name}"
