@@ -135,7 +135,7 @@ def eval_command(argv: Sequence[str]) -> int:
     with progress_bar(quiet=not first) as progress:
         records = evaluate(
             options.models,
-            _task_on(options) if options.data is not None else options.task or None,
+            _task_on(options) or options.task or None,
             options.execution,
             twins=options.twins or bool(options.report),
             seed=options.seed,
@@ -159,8 +159,10 @@ def eval_command(argv: Sequence[str]) -> int:
     return OK
 
 
-def _task_on(options: Eval) -> str:
-    """The task that is measured on the data that were named."""
+def _task_on(options: Eval) -> str | None:
+    """The task that is measured on the data that were named, if any were."""
+    if options.data is None:
+        return None
     from zoo.harness.subjects import find_bundles
     from zoo.registry import MEASURED
 

@@ -77,7 +77,7 @@ def make_bundle(
     about = About.like(
         source.card, origin.name, f"{source.card.name} sparsified by {origin.method}.", origin.command
     )
-    figures = figures_of(source.card)
+    figures: Sequence[Figure] = figures_of(source.card)
     if dataset is not None and domain in MEASURED:
         figures, data = figures_on(domain, dataset, figures)
         about = dataclasses.replace(about, data=data)

@@ -147,7 +147,7 @@ def test_ticket_prunes_its_own_graph_in_any_order_and_refuses_others(model, grap
     model.edges = "whole"
     assert torch.isfinite(model(x, other)).all()
     model.edges = "some"
-    with pytest.raises(DataError, match='"ticket" or "whole"'):
+    with pytest.raises(DataError, match='must be "ticket", "whole" or'):
         model(x, graph.edge_index)
 
 
