@@ -21,7 +21,7 @@ from zoo.errors import ConfigError
 from zoo.shared.pruning.knapsack import cheapest_cover
 from zoo.shared.train import Recipe
 from zoo.studies.cells import CellCache
-from zoo.studies.figures import Grid
+from zoo.studies.figures import Curves, Grid
 from zoo.studies.study import BAR, Arm, Claim, Study
 from zoo.studies.tables import Table, Verdict
 from zoo.studies.verdict import mean_cell
@@ -241,6 +241,15 @@ STUDY = Study(
                 ("Parameters of the denoiser that are left (%)", LEFT),
             )
         ),
+    ],
+    plots=[
+        Curves(
+            "frechet",
+            "Frechet distance without training",
+            "parameters removed (%)",
+            "Frechet distance",
+            CHOICES,
+        )
     ],
     notes=lambda options: [
         common.NOTE,

@@ -41,7 +41,7 @@ class LomoeOptions:
     """
 
     seeds: int = 3
-    canvases: int = 20
+    canvases: int = 10
     steps: int = 20
     training: int = 300
 

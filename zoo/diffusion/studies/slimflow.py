@@ -38,17 +38,17 @@ class SlimFlowOptions:
 
     Args:
         seeds: how many, from 0.
-        pairs: how many the teacher makes, few and many.
+        pairs: how many the teacher makes; the first number is that of the pruned UNet, too.
         reflow_steps: of each small flow.
         distil_steps: of each distillation.
         unet_steps: of reflow, and of distillation, of the pruned UNet.
     """
 
     seeds: int = 3
-    pairs: tuple[int, ...] = (300, 3000)
-    reflow_steps: int = 800
-    distil_steps: int = 600
-    unet_steps: int = 150
+    pairs: tuple[int, ...] = (300,)
+    reflow_steps: int = 600
+    distil_steps: int = 400
+    unet_steps: int = 40
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or not self.pairs:
