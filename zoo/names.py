@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+from zoo.errors import ConfigError
+
 DOMAINS = ("graph", "diffusion", "llm", "neural3d", "vision")
 
 # Lower case only, so that a name is the same folder on every file system; no leading dot, no "..".
@@ -97,3 +99,15 @@ def suggestion(wanted: str, names: Iterable[str]) -> str:
     some = sorted(pool, key=natural_key)
     shown = ", ".join(repr(name) for name in some[:5])
     return f"There are {len(some)}: {shown}, ..." if len(some) > 5 else f"Known: {shown}."
+
+
+def check_known(kind: str, wanted: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse a name that is none of `names`.
+
+    Raises:
+        ConfigError: the first such name, of which `kind` says what it names, and what was probably meant.
+    """
+    known = list(names)
+    for one in wanted:
+        if one not in known:
+            raise ConfigError(f"Unknown {kind} {one!r}. {suggestion(one, known)}")

@@ -65,7 +65,7 @@ class Claim:
     """That one arm is above another.
 
     Attributes:
-        text: with `{where}` for the group and `{level}`.
+        text: with `{where}` for the group and `{level}`; by default what arms and bar say.
         published: what the paper says, or that it says nothing.
         first, second: the arms; without a second the first's figure itself is held against the bar.
         bar: what the difference must exceed.
@@ -98,8 +98,9 @@ class Claim:
             if difference is None:
                 continue
             cap, note = _cap(self, view, each, value)
+            text = self.text or self._in_words(value, len(levels) > 1)
             yield Finding(
-                self.text.format(where=view.title, level=shown(each[0])),
+                text.format(where=view.title, level=shown(each[0])),
                 self.published,
                 difference,
                 self.bar,
@@ -109,6 +110,17 @@ class Claim:
                 cap,
                 note,
             )
+
+    def _in_words(self, value: Value, levels: bool) -> str:
+        """What is claimed, from the arms and the bar."""
+        gap = f"{abs(self.bar):.{value.decimals}f} {value.unit}"
+        how = f"less than {gap} below" if self.bar < 0 else f"{gap} or more above" if self.bar else "above"
+        return f"{{where}}: '{self.first}' is {how} '{self.second}'{' at {level}' * levels}"
+
+
+def above(first: str, second: str, bar: float = 0.0, published: str = BAR, **fields: Any) -> Claim:
+    """That one arm is above another by more than the bar, in the words that arms and bar make."""
+    return Claim("", published, first, second, bar, **fields)
 
 
 def _cap(claim: Claim, view: View, levels: Sequence[Any], value: Value) -> tuple[Cap, str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zoo.studies.stats import Difference, seed_difference
+from zoo.studies.tables import Verdict
 from zoo.studies.verdict import mean_cell
 
 if TYPE_CHECKING:
@@ -136,3 +137,18 @@ class View:
         most = max((len(found) for found in gaps.values()), default=0)
         means = [statistics.fmean(found) for found in gaps.values() if len(found) == most]
         return seed_difference(means, [0.0] * len(means)) if means else None
+
+    def contrast(self, plus: Sequence[tuple[str, Any]], minus: Sequence[tuple[str, Any]]) -> dict[int, float]:
+        """Sum of comparable figures of some (arm, level) minus that of others, by the seeds that all have."""
+        parts = [(sign, self.by_seed(*one)) for sign, some in ((1, plus), (-1, minus)) for one in some]
+        seeds = set.intersection(*(set(own) for _, own in parts))
+        return {seed: sum(sign * own[seed] for sign, own in parts) for seed in sorted(seeds)}
+
+    def fact(self, claim: str, published: str, measured: str, holds: bool | None, **fields: Any) -> Verdict:
+        """The verdict on what is no difference over seeds: a count, a ratio; None where it was not measured.
+
+        The claim may have `{where}` for the group.
+        """
+        outcome = "not measured" if holds is None else "holds" if holds else "does not hold"
+        given = {"paper": self.study.papers, **fields}
+        return Verdict(claim.format(where=self.title), published, measured, outcome, **given)

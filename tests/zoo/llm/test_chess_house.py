@@ -101,5 +101,5 @@ def test_the_study_sums_up(tmp_path):
     assert again.rows == result.rows
     empty = dataclasses.replace(config, speed=tmp_path / "nothing")
     assert study.run(empty, CellCache(tmp_path / "cells")).verdicts[-1].verdict == "not measured"
-    with pytest.raises(ConfigError, match="at least one sparsity"):
+    with pytest.raises(ConfigError, match="at least 1 of sparsities"):
         study.options(sparsities=())

@@ -113,7 +113,7 @@ def test_verdicts_follow_the_figures():
 
 
 def test_bad_options_are_refused(monkeypatch):
-    with pytest.raises(ConfigError, match="one subject and one seed"):
+    with pytest.raises(ConfigError, match="at least 1 of subjects"):
         Protocol(subjects=())
     with pytest.raises(ConfigError, match="ratios lie between"):
         CfspOptions(ratios=(1.0,))

@@ -132,7 +132,7 @@ TINY = {
     "few_epochs": 1,
     "all_epochs": 1,
     "train_images": 60,
-    "seeds": (0,),
+    "seeds": 1,
     "lrs": (0.05,),
     "width": 4,
 }
@@ -224,7 +224,6 @@ def test_the_command_names_its_domains(capsys):
     [
         ({"dataset": "cifar"}, "image set"),
         ({"arms": ("spark",)}, "arm"),
-        ({"seeds": ()}, "one seed"),
         ({"device": "tpu"}, "tpu"),
         ({"ratio": 0.99}, "mask ratio"),
     ],

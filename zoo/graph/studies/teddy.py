@@ -8,17 +8,18 @@ set.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from zoo.errors import ConfigError, UnknownNameError
+from zoo.errors import ConfigError
 from zoo.graph.data import load_graph
 from zoo.graph.models import GAT, GCN, GIN, GraphModel
 from zoo.graph.teddy import Order, released_level, ticket_mask
@@ -33,14 +34,15 @@ from zoo.graph.train import (
     train_best,
 )
 from zoo.graph.ugs import UGSConfig, ugs
+from zoo.names import check_known
 from zoo.studies.cells import CellCache
-from zoo.studies.figures import Curves, Grid
+from zoo.studies.figures import Curves, Grid, when
+from zoo.studies.options import StudyOptions
 from zoo.studies.study import BAR, Arm, Claim, Study
-from zoo.studies.tables import Outcome, Plot, Series, Table, Verdict
-from zoo.studies.verdict import deviation
+from zoo.studies.tables import Verdict
 from zoo.studies.view import Row, Value, View
 
-ARCHITECTURES = ("gcn", "gin", "gat")
+ARCHITECTURES: dict[str, Callable[..., GraphModel]] = {"gcn": GCN, "gin": GIN, "gat": GAT}
 EDGES, WEIGHTS = "edges 30 %", "weights 90 %"
 BARE = ", no distillation"
 # Arms at every level, and those at the main levels only; the rest where a verdict needs them.
@@ -50,7 +52,7 @@ CURVES = (*LEVEL_ARMS, *MAIN_ARMS, "ugs")
 
 
 @dataclass(frozen=True)
-class TeddyOptions:
+class TeddyOptions(StudyOptions):
     """Options of the study.
 
     Args:
@@ -59,14 +61,14 @@ class TeddyOptions:
         levels: levels k of the released schedule (1 to 20) for the first data set.
         main_levels: levels with the reversed score and magnitude weights, too; the only ones of the other
             data sets.
-        seeds: how many seeds, from 0.
         ugs_seeds: how many seeds for UGS, which trains 20 rounds for each; 0 leaves it out.
         epochs: epochs per training.
         hidden: width of the hidden layer (the paper has 512; a run takes a quarter of the time with 128).
         distillation: lambda of the distilled arms.
     """
 
-    architectures: tuple[str, ...] = ARCHITECTURES
+    may_be_none: ClassVar[tuple[str, ...]] = ("ugs_seeds",)
+    architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     datasets: tuple[str, ...] = ("cora", "citeseer")
     levels: tuple[int, ...] = (3, 5, 10, 15, 20)
     main_levels: tuple[int, ...] = (10, 20)
@@ -77,12 +79,10 @@ class TeddyOptions:
     distillation: float = 1.0
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.architectures if name not in ARCHITECTURES]:
-            raise ConfigError(f"Unknown architecture {unknown[0]!r}. There are: {', '.join(ARCHITECTURES)}.")
+        super().__post_init__()
+        check_known("architecture", self.architectures, ARCHITECTURES)
         if wrong := [k for k in (*self.levels, *self.main_levels) if not 1 <= k <= 20]:
             raise ConfigError(f"Levels go from 1 to 20. Received: {wrong[0]}.")
-        if not self.datasets or not self.levels or self.seeds < 1 or self.ugs_seeds < 0 or self.epochs < 1:
-            raise ConfigError("datasets and levels must not be empty; seeds and epochs must be at least 1.")
         if self.hidden < 8 or self.hidden % 8:
             raise ConfigError(
                 f"hidden must be a multiple of 8, the number of GAT's heads. Received: {self.hidden}."
@@ -117,13 +117,9 @@ def new_model(architecture: str, data: Data, hidden: int, seed: int) -> GraphMod
     """
     torch.manual_seed(seed)
     inputs, classes = data.x.shape[1], int(data.y.max()) + 1
-    if architecture == "gcn":
-        return GCN(inputs, hidden, classes)
-    if architecture == "gin":
-        return GIN(inputs, hidden, classes)
-    if architecture == "gat":
-        return GAT(inputs, hidden // 8, classes)
-    raise UnknownNameError(f"Unknown architecture {architecture!r}. There are: {', '.join(ARCHITECTURES)}.")
+    check_known("architecture", [architecture], ARCHITECTURES)
+    width = hidden // 8 if architecture == "gat" else hidden
+    return ARCHITECTURES[architecture](inputs, width, classes)
 
 
 def loops_count(architecture: str) -> bool:
@@ -301,143 +297,53 @@ def _note(view: View) -> str:
     )
 
 
-def times(view: View) -> Table | None:
-    """Processor seconds to reach a level."""
-    if view.where["dataset"] != view.options.datasets[0]:
-        return None
-    levels, body = _levels(view), []
-    for arm in view.arms(("dense", *CURVES)):
-        at = ["dense"] * len(levels) if arm == "dense" else levels
-        found = [view.values(arm, level, SECONDS) for level in at]
-        body.append([arm, *(round(statistics.fmean(values), 1) if values else "" for values in found)])
-    title = f"{view.title}: processor seconds of training to reach a level"
-    return Table(title, ["arm", *levels], [row for row in body if any(row[1:])])
+def _first(view: View) -> bool:
+    return view.where["dataset"] == view.options.datasets[0]
 
 
 def facts(view: View) -> list[Verdict]:
     """What the highest level costs TEDDY and UGS."""
-    if view.where["dataset"] != view.options.datasets[0]:
+    claim = "{where}: the highest level costs less training than UGS"
+    published = "one training instead of twenty rounds"
+    if not _first(view):
         return []
-    claim = f"{view.title}: the highest level costs less training than UGS"
-    published, top = "one training instead of twenty rounds", _levels(view)[-1]
-    teddy, other = (view.values(arm, top, SECONDS) for arm in ("teddy", "ugs"))
+    teddy, other = (view.values(arm, _levels(view)[-1], SECONDS) for arm in ("teddy", "ugs"))
     if not teddy or not other:
-        return [Verdict(claim, published, "", "not measured", paper=(1,))]
+        return [view.fact(claim, published, "", None)]
     ours, theirs = statistics.fmean(teddy), statistics.fmean(other)
     measured = f"{ours:.1f} s with the teacher against {theirs:.0f} s, {theirs / ours:.0f} times less"
-    outcome: Outcome = "holds" if ours < theirs else "does not hold"
-    return [Verdict(claim, published, measured, outcome, paper=(1,))]
-
-
-def accuracy_plot(view: View) -> Plot | None:
-    """Accuracy against the level."""
-    if view.where["dataset"] != view.options.datasets[0]:
-        return None
-    return Curves(
-        f"accuracy-{view.where['architecture']}",
-        "{where}: accuracy against the level of sparsity",
-        "level k: 1 - 0.95^k of the edges and 1 - 0.9^k of the weights dropped",
-        "test accuracy [%]",
-        CURVES,
-        lambda level: int(level[1:]),
-        _levels,
-        ("dense", "dense, distilled"),
-        alt="Test accuracy of each arm on {where}; see the table for the numbers.",
-    )(view)
-
-
-def time_plot(view: View) -> Plot | None:
-    """Accuracy against training time."""
-    if view.where["dataset"] != view.options.datasets[0]:
-        return None
-    series = []
-    for arm in view.arms(("teddy", f"teddy{BARE}", "magnitude weights", "ugs")):
-        known = [level for level in _levels(view) if view.chosen(arm, level)]
-        seconds = [statistics.fmean(view.values(arm, level, SECONDS)) for level in known]
-        values = [view.values(arm, level) for level in known]
-        mean, spread = [statistics.fmean(v) for v in values], [deviation(v) for v in values]
-        series.append(Series(arm, seconds, mean, spread, kind="points", marks=known))
-    series.append(Series("dense", [], [statistics.fmean(view.values("dense", "dense"))], kind="reference"))
-    return Plot(
-        f"time-{view.where['architecture']}",
-        f"{view.title}: accuracy against total training time",
-        "processor time of all trainings needed [s]",
-        "test accuracy [%]",
-        series,
-        f"Test accuracy of each arm on {view.title}; see the table for the numbers.",
-        log_x=True,
-    )
+    return [view.fact(claim, published, measured, ours < theirs)]
 
 
 def claims(options: TeddyOptions) -> list[Claim]:
     """What the order of the edges is worth, what distillation is, and the whole method against UGS."""
+    only, bare = {"dataset": options.datasets[0]}, f"teddy{BARE}"
     levels = tuple(f"k{k}" for k in sorted({*options.levels, *options.main_levels}))
-    only = {"dataset": options.datasets[0]}
-    matter, mean = "the score finds the edges that matter", {"at": levels, "mean": True}
-    score = "30 % of the edges dropped by TEDDY's score beat"
-    surpasses = "significantly surpasses iterative methods"
-    bare = f"teddy{BARE}"
-    listed: list[tuple[str, str, str, str, dict[str, Any]]] = [
-        (
-            f"{score} the reversed order by 2 points",
-            BAR,
-            bare,
-            f"reversed{BARE}",
-            {"bar": 2.0, "at": (EDGES,)},
-        ),
-        (f"{score} random ones", matter, bare, f"random{BARE}", {"at": (EDGES,)}),
-        (
-            "TEDDY beats random edges with the same distillation, mean over levels",
-            matter,
-            "teddy",
-            "random",
-            mean,
-        ),
-        (
-            "without distillation TEDDY's edges beat random ones, mean over levels",
-            matter,
-            bare,
-            f"random{BARE}",
-            mean,
-        ),
-        ("distillation adds to TEDDY, mean over levels", "helps", "teddy", bare, mean),
-        (
-            "TEDDY in one training beats UGS, mean over levels",
-            surpasses,
-            "teddy",
-            "ugs",
-            {**mean, "only": only},
-        ),
-        (
-            "TEDDY without distillation beats UGS, mean over levels",
-            "not stated",
-            bare,
-            "ugs",
-            {**mean, "only": only},
-        ),
-        (
-            "TEDDY at level 5 is not below dense minus 1 point",
-            BAR,
-            "teddy",
-            "dense",
-            {"bar": -1.0, "at": ("k5",), "only": only},
-        ),
-        (
-            "TEDDY at level 20 is 5 points above random edges without distillation",
-            BAR,
-            "teddy",
-            f"random{BARE}",
-            {"bar": 5.0, "at": ("k20",), "only": only},
-        ),
-        (
-            "90 % of the weights zero by l0 projection cost at most 1 point",
-            BAR,
-            "l0 weights",
-            "dense",
-            {"bar": -1.0, "at": (WEIGHTS,), "only": only},
-        ),
+    mean: dict[str, Any] = {"at": levels, "mean": True}
+    matter, score = "the score finds the edges that matter", "30 % of the edges dropped by TEDDY's score beat"
+    same = "TEDDY beats random edges with the same distillation, mean over levels"
+    without = "without distillation TEDDY's edges beat random ones, mean over levels"
+    ugs, surpasses = (
+        "TEDDY in one training beats UGS, mean over levels",
+        "significantly surpasses iterative methods",
+    )
+    bare_ugs = "TEDDY without distillation beats UGS, mean over levels"
+    five = "TEDDY at level 5 is not below dense minus 1 point"
+    top = "TEDDY at level 20 is 5 points above random edges without distillation"
+    l0 = "90 % of the weights zero by l0 projection cost at most 1 point"
+    found = [
+        Claim(f"{score} the reversed order by 2 points", BAR, bare, f"reversed{BARE}", 2.0, (EDGES,)),
+        Claim(f"{score} random ones", matter, bare, f"random{BARE}", 0.0, (EDGES,)),
+        Claim(same, matter, "teddy", "random", **mean),
+        Claim(without, matter, bare, f"random{BARE}", **mean),
+        Claim("distillation adds to TEDDY, mean over levels", "helps", "teddy", bare, **mean),
+        Claim(ugs, surpasses, "teddy", "ugs", **mean, only=only),
+        Claim(bare_ugs, "not stated", bare, "ugs", **mean, only=only),
+        Claim(five, BAR, "teddy", "dense", -1.0, ("k5",), only=only),
+        Claim(top, BAR, "teddy", f"random{BARE}", 5.0, ("k20",), only=only),
+        Claim(l0, BAR, "l0 weights", "dense", -1.0, (WEIGHTS,), only=only),
     ]
-    return [Claim(f"{{where}}: {text}", said, one, other, **rest) for text, said, one, other, rest in listed]
+    return [dataclasses.replace(claim, text=f"{{where}}: {claim.text}") for claim in found]
 
 
 def data(options: TeddyOptions, where: Row) -> list[Any]:
@@ -485,8 +391,48 @@ STUDY = Study(
         "pubmed": "PubMed",
     },
     facts=facts,
-    tables=[Grid("{where}: test accuracy in %", _note, levels=_columns, columns=_heading), times],
-    plots=[accuracy_plot, time_plot],
+    tables=[
+        Grid("{where}: test accuracy in %", _note, levels=_columns, columns=_heading),
+        when(
+            _first,
+            Grid(
+                "{where}: processor seconds of training to reach a level",
+                value=SECONDS,
+                arms=("dense", *CURVES),
+                levels=_levels,
+            ),
+        ),
+    ],
+    plots=[
+        when(
+            _first,
+            Curves(
+                "accuracy-{slug}",
+                "{where}: accuracy against the level of sparsity",
+                "level k: 1 - 0.95^k of the edges and 1 - 0.9^k of the weights dropped",
+                "test accuracy [%]",
+                CURVES,
+                lambda level: int(level[1:]),
+                _levels,
+                ("dense", "dense, distilled"),
+            ),
+        ),
+        when(
+            _first,
+            Curves(
+                "time-{slug}",
+                "{where}: accuracy against total training time",
+                "processor time of all trainings needed [s]",
+                "test accuracy [%]",
+                ("teddy", f"teddy{BARE}", "magnitude weights", "ugs"),
+                SECONDS,
+                _levels,
+                ("dense",),
+                log_x=True,
+                points=True,
+            ),
+        ),
+    ],
     notes=lambda options: [
         "Accuracy is that of the test nodes at the epoch of best validation accuracy, in percent: mean ± "
         "sample standard deviation over seeds. Verdicts rest on the seeds: the nodes of a graph are "

@@ -48,9 +48,8 @@ def _note(view: View) -> str:
         before, after = view.chosen(OURS, ratio)[0]["parameters"]
         sizes.append(f"{shown(ratio)}: {after:,} of {before:,}")
     return (
-        f"Mean ± sample standard deviation over {view.options.seeds} calibration seeds. Columns: share of "
-        f"FFN channels cut; magnitude has no seed. Parameters of the whole model left (CFSP, repaired), "
-        f"{'; '.join(sizes)}."
+        f"Columns: share of FFN channels cut; magnitude has no seed. Parameters of the whole model left "
+        f"(CFSP, repaired), {'; '.join(sizes)}."
     )
 
 

@@ -8,20 +8,21 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from zoo.errors import ConfigError, DataError
+from zoo.errors import DataError
 from zoo.llm.data import corpus
 from zoo.llm.data.calibration import default_text, random_windows
 from zoo.llm.data.tokenization import token_stream, tokenizer_of
 from zoo.llm.scoring import document_nats
 from zoo.llm.tasks import perplexity_result
 from zoo.studies.cells import CellCache
-from zoo.studies.figures import Curves, Grid, Text
+from zoo.studies.figures import Curves, Grid, Some, Text
+from zoo.studies.options import StudyOptions
 from zoo.studies.study import Arm, grid
 from zoo.studies.view import Row, Value, View
 
@@ -34,26 +35,21 @@ _BATCH = 8
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What all arms of a comparison share.
+class Protocol(StudyOptions):
+    """What all arms of a comparison share; a seed is one of calibration: each draws its own windows.
 
     Args:
         subjects: `stories260k`, or names of dense bundles.
-        seeds: calibration seeds, from 0: each draws its own windows.
         windows: calibration windows.
         length: tokens per window.
         documents: test documents, the first so many; 0 for all.
     """
 
+    may_be_none: ClassVar[tuple[str, ...]] = ("documents",)
     subjects: tuple[str, ...] = SUBJECTS
-    seeds: int = 3
     windows: int = 32
     length: int = 256
     documents: int = 40
-
-    def __post_init__(self) -> None:
-        if not self.subjects or self.seeds < 1 or self.documents < 0:
-            raise ConfigError("give at least one subject and one seed; documents must not be negative")
 
 
 #: Names of options that decide no cell.
@@ -141,20 +137,30 @@ def cases(arms: Mapping[str, Arm], options: Protocol, levels: Sequence[Any]) -> 
         yield from grid(arms, levels, options.seeds, named, subject=subject)
 
 
-def table(title: str, note: Text, levels: Callable[[View], Sequence[Any]]) -> Grid:
+def others(view: View) -> list[str]:
+    """The study's arms that were run, but for the dense model."""
+    return [arm for arm in view.arms(tuple(view.study.arms)) if arm != DENSE]
+
+
+def with_dense(note: Text) -> Callable[[View], str]:
+    """A note that begins with the dense perplexity and ends with what a seed is."""
+
+    def text(view: View) -> str:
+        options, rest = view.options, note(view) if callable(note) else note
+        return (
+            f"Dense: {view.values(DENSE)[0]:.2f}. {rest} Mean ± sample standard deviation over "
+            f"{options.seeds} calibration seeds of {options.windows} windows of {options.length} tokens."
+        )
+
+    return text
+
+
+def table(title: str, note: Text, levels: Some) -> Grid:
     """Perplexity of arms by levels; the dense perplexity is in the note."""
-
-    def with_dense(view: View) -> str:
-        rest = note(view) if callable(note) else note
-        return f"Dense: {view.values(DENSE)[0]:.2f}. {rest}"
-
-    def others(view: View) -> list[str]:
-        return [arm for arm in view.arms() if arm != DENSE]
-
-    return Grid(f"{{where}}: {title}", with_dense, arms=others, levels=levels)
+    return Grid(f"{{where}}: {title}", with_dense(note), arms=others, levels=levels)
 
 
-def plot(x_label: str, levels: Callable[[View], Sequence[float]]) -> Curves:
+def plot(x_label: str, levels: Some) -> Curves:
     """log10 of perplexity against a share, since arms differ by orders of magnitude."""
     return Curves(
         "perplexity-{slug}",

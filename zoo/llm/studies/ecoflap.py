@@ -19,7 +19,7 @@ from zoo.llm.studies import common, vision_language
 from zoo.llm.studies.pruning import control, prune
 from zoo.shared.masks.patterns import Unstructured
 from zoo.studies.cells import CellCache
-from zoo.studies.figures import Grid
+from zoo.studies.figures import Grid, when
 from zoo.studies.study import Arm, Claim, Study, grid
 from zoo.studies.tables import Verdict
 from zoo.studies.verdict import mean_cell
@@ -109,21 +109,12 @@ def facts(view: View) -> list[Verdict]:
         return []
     rows = [row for row in view.rows if "shares" in row]
     exact = all(row["kept"] == row["total"] - int(round(row["level"] * row["total"], 6)) for row in rows)
+    ranked = f"{{where}}: {PROBES} probes rank the tensors as exact gradient norms do (Spearman above 0.8)"
+    estimate = "an estimate of the gradient, without backpropagation"
+    average = "average exactly p (a sign slip in the released code)"
     return [
-        Verdict(
-            f"{view.title}: {PROBES} probes rank the tensors as exact gradient norms do (Spearman above 0.8)",
-            "an estimate of the gradient, without backpropagation",
-            mean_cell(ranks, 2),
-            "holds" if min(ranks) > 0.8 else "does not hold",
-            paper=(26,),
-        ),
-        Verdict(
-            f"{view.title}: the total is exact to one weight",
-            "average exactly p (a sign slip in the released code)",
-            f"{len(rows)} runs",
-            "holds" if exact else "does not hold",
-            paper=(26,),
-        ),
+        view.fact(ranked, estimate, mean_cell(ranks, 2), min(ranks) > 0.8),
+        view.fact("{where}: the total is exact to one weight", average, f"{len(rows)} runs", exact),
     ]
 
 
@@ -133,27 +124,23 @@ def _note(view: View) -> str:
         rows = view.chosen(ZEROTH, sparsity)
         shares = [statistics.fmean(each) for each in zip(*(row["shares"] for row in rows), strict=True)]
         parts.append(f"{100 * sparsity:.0f} %: " + ", ".join(f"{100 * share:.0f}" for share in shares))
-    return (
-        f"Mean ± sample standard deviation over {view.options.seeds} calibration seeds. Percent kept by each "
-        f"block under ECoFLaP (zeroth), {'; '.join(parts)}."
-    )
+    return f"Percent kept by each block under ECoFLaP (zeroth), {'; '.join(parts)}."
 
 
 def _language(view: View) -> bool:
     return view.where["subject"] != VISION
 
 
-TABLE = common.table("word perplexity on held-out text", _note, lambda view: view.options.sparsities)
-PLOT = common.plot("zeros in the blocks' linear weights [%]", lambda view: view.options.sparsities)
+def _levels(view: View) -> tuple[float, ...]:
+    return view.options.sparsities
+
+
 PICTURES = Grid(
     "Vision-language model: captions of digits, words right in %",
-    lambda view: (
-        f"Dense: {view.cell('dense', 0.0, ACCURACY)}. {vision_language.DESCRIPTION} Mean ± sample "
-        f"standard deviation over {view.options.seeds} seeds of training and calibration."
-    ),
+    lambda view: f"Dense: {view.cell('dense', 0.0, ACCURACY)}. {vision_language.DESCRIPTION}",
     ACCURACY,
-    arms=lambda view: [arm for arm in view.arms() if arm != "dense"],
-    levels=lambda view: view.options.sparsities,
+    common.others,
+    _levels,
 )
 ZEROTH, FIRST, RANKS = "ECoFLaP, zeroth order", "ECoFLaP, first order", "agreement"
 WANDA, MAGNITUDE = "Wanda, uniform", "magnitude, uniform"
@@ -203,9 +190,10 @@ STUDY = Study(
     titles={VISION: "vision-language model"},
     facts=facts,
     tables=[
-        lambda view: TABLE(view) if _language(view) else PICTURES(view),
+        when(_language, common.table("word perplexity on held-out text", _note, _levels)),
+        when(lambda view: not _language(view), PICTURES),
     ],
-    plots=[lambda view: PLOT(view) if _language(view) else None],
+    plots=[when(_language, common.plot("zeros in the blocks' linear weights [%]", _levels))],
     notes=lambda options: [
         "Published (BLIP, 50 %, no fine-tuning): VQA 77.4 dense, 71.9 Wanda, 73.6 ECoFLaP; NLVR2 test 83.6, "
         "78.1, 79.2; COCO CIDEr 133.3, 97.1, 111.0; Flickr TR@1 96.8, 85.3, 90.2.",

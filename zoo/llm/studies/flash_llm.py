@@ -18,7 +18,7 @@ from zoo.shared.ops import pack, sparse_linear
 from zoo.shared.ops.sparse_linear import plan
 from zoo.studies.cells import CellCache
 from zoo.studies.study import Arm, Study, shown
-from zoo.studies.tables import Outcome, Plot, Series, Table, Verdict
+from zoo.studies.tables import Table, Verdict
 from zoo.studies.view import Row, View
 
 CSR, OURS, TILED, DENSE = "CSR (SciPy)", "sparse_linear", "Tiled-CSL, expanded then dense", "dense (torch)"
@@ -113,10 +113,8 @@ def sizes(view: View) -> Table:
     config, body = view.options, []
     for sparsity in view.levels():
         found = view.part(level=sparsity).rows[0]["bytes"]
-        shares = [
-            found[name] / found["dense_fp16"] for name in ("tiled", "csr_fp16_32", "sparse_linear_fp16")
-        ]
-        body.append([shown(sparsity), *(f"{share:.3f}" for share in shares)])
+        names = ("tiled", "csr_fp16_32", "sparse_linear_fp16")
+        body.append([shown(sparsity), *(f"{found[name] / found['dense_fp16']:.3f}" for name in names)])
     return Table(
         f"Bytes of a {config.rows} x {config.columns} fp16 weight over dense",
         ["zeros", "Tiled-CSL", "CSR, 32-bit columns", "sparse_linear"],
@@ -127,17 +125,11 @@ def sizes(view: View) -> Table:
 
 def times(view: View) -> Table:
     """Speed of each product over dense."""
-    config = view.options
-    body = [
-        [
-            shown(row["level"]),
-            row["batch"],
-            f"{row['milliseconds'][DENSE]:.2f}",
-            f"{row['layout']}, {row['backend']}",
-            *(f"{row['over_dense'][name]:.2f}x" for name in (OURS, CSR, TILED)),
-        ]
-        for row in view.rows
-    ]
+    config, body = view.options, []
+    for row in view.rows:
+        where = [shown(row["level"]), row["batch"], f"{row['milliseconds'][DENSE]:.2f}"]
+        speeds = (f"{row['over_dense'][name]:.2f}x" for name in (OURS, CSR, TILED))
+        body.append([*where, f"{row['layout']}, {row['backend']}", *speeds])
     return Table(
         f"Products with a {config.rows} x {config.columns} weight in fp32, {config.processors} threads",
         ["zeros", "batch", "dense [ms]", "layout, backend", OURS, CSR, TILED],
@@ -148,33 +140,19 @@ def times(view: View) -> Table:
 
 def facts(view: View) -> list[Verdict]:
     """Counts that are exact, and the ratios of speed of each level."""
-
-    def fact(claim: str, published: str, measured: str, holds: bool) -> Verdict:
-        outcome: Outcome = "holds" if holds else "does not hold"
-        return Verdict(claim, published, measured, outcome, paper=(44,))
-
     sizes = [row["bytes"] for row in view.rows]
     padding = [size["tiled"] - size["least"] for size in sizes]
     worst = max(max(row["errors"].values()) for row in view.rows)
+    bits = "Tiled-CSL gives back every weight bit for bit"
+    formula = "packed bytes are those of the formula, padding at most three words per tile"
+    equal = "all products equal the dense one (relative error below 1e-4)"
+    padded = f"{min(padding):,} to {max(padding):,} bytes of padding"
+    within = all(size["least"] <= size["tiled"] <= size["most"] for size in sizes)
+    exact = all(row["exact"] for row in view.rows)
     found = [
-        fact(
-            "Tiled-CSL gives back every weight bit for bit",
-            "lossless",
-            f"{len(view.levels())} weights",
-            all(row["exact"] for row in view.rows),
-        ),
-        fact(
-            "packed bytes are those of the formula, padding at most three words per tile",
-            "4 bytes per non-zero",
-            f"{min(padding):,} to {max(padding):,} bytes of padding",
-            all(size["least"] <= size["tiled"] <= size["most"] for size in sizes),
-        ),
-        fact(
-            "all products equal the dense one (relative error below 1e-4)",
-            "fp16 tolerance",
-            f"{worst:.1e}",
-            worst < 1e-4,
-        ),
+        view.fact(bits, "lossless", f"{len(view.levels())} weights", exact),
+        view.fact(formula, "4 bytes per non-zero", padded, within),
+        view.fact(equal, "fp16 tolerance", f"{worst:.1e}", worst < 1e-4),
     ]
     for sparsity in view.levels():
         rows, published = view.part(level=sparsity).rows, _PUBLISHED.get(sparsity)
@@ -188,27 +166,8 @@ def facts(view: View) -> list[Verdict]:
             factors = {r["batch"]: r["over_dense"][product] / r["over_dense"][other] for r in rows}
             claim = f"{shown(sparsity)} zeros: {name} at every batch"
             measured = ", ".join(f"{factor:.2f}x at {batch}" for batch, factor in factors.items())
-            found.append(fact(claim, f"{text} (A100)", measured, min(factors.values()) > 1))
+            found.append(view.fact(claim, f"{text} (A100)", measured, min(factors.values()) > 1))
     return found
-
-
-def plot(view: View) -> Plot:
-    """Speed over dense against zeros."""
-    series = []
-    for batch in view.options.batches:
-        own = view.part(batch=batch).rows
-        for name in (OURS, CSR):
-            speed = [row["over_dense"][name] for row in own]
-            series.append(Series(f"{name}, batch {batch}", [100 * row["level"] for row in own], speed))
-    series.append(Series("dense", [], [1.0], kind="reference"))
-    return Plot(
-        "speed",
-        "Products with sparse weights on the CPU",
-        "zeros in the weight [%]",
-        "times faster than dense",
-        series,
-        "Speed of sparse_linear and of SciPy's CSR over dense by batch size; the table has the numbers.",
-    )
 
 
 STUDY = Study(
@@ -222,12 +181,8 @@ STUDY = Study(
     measure,
     papers=(44,),
     varies=("sparsities",),
-    prepare=lambda rows, options: [
-        {"arm": "products", "level": row.get("sparsity"), "seed": 0, **row} for row in rows
-    ],
     facts=facts,
     tables=[sizes, times],
-    plots=[plot],
     notes=lambda options: [
         "Published factors are those of the released kernel on an A100 (fp16, tensor cores), over Sputnik, "
         "SparTA and cuBLAS. No GPU was used here; times are fp32 on the CPU named below, medians of "

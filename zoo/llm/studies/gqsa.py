@@ -27,8 +27,8 @@ from zoo.llm.studies import common
 from zoo.shared.blocks import RunningBlock, measure_inputs
 from zoo.shared.masks import Mask
 from zoo.shared.masks.patterns import NM
+from zoo.studies.figures import Columns, Curves, mean_of
 from zoo.studies.study import BAR, Arm, Claim, Study
-from zoo.studies.tables import Plot, Series, Table
 from zoo.studies.verdict import mean_cell
 from zoo.studies.view import Row, Rows, Value, View
 
@@ -89,11 +89,6 @@ class Way:
         return wider, {"bits": bits}
 
 
-def measure(make: Way | None, options: GqsaOptions, case: Row, cells: Any) -> Row | list[Row]:
-    """Perplexity and stored bits of a way."""
-    return common.measure(make, options, case, cells)
-
-
 def _pruner(choose: ChooseMask) -> Callable[[RunningBlock], dict[str, Mask]]:
     def prune(block: RunningBlock) -> dict[str, Mask]:
         hessians = {name: one.values[0] for name, one in measure_inputs(block, "hessians").items()}
@@ -144,48 +139,6 @@ def with_undone(rows: Rows, options: GqsaOptions) -> Rows:
     return [*rows, *more]
 
 
-def table(view: View) -> Table:
-    """Bits, perplexity and what it costs in nats."""
-    body = [
-        [
-            arm,
-            f"{view.chosen(arm)[0]['bits']:.2f}",
-            view.cell(arm),
-            mean_cell(_nats(view, arm), 3),
-        ]
-        for arm in view.arms()
-        if arm in ARMS and arm != common.DENSE
-    ]
-    options = view.options
-    return Table(
-        f"{view.title}: word perplexity on held-out text",
-        ["arm", "bits per weight", "word perplexity", "ln(perplexity / dense)"],
-        body,
-        f"Dense: {view.values(common.DENSE)[0]:.2f}. Mean ± sample standard deviation over {options.seeds} "
-        f"calibration seeds of {options.windows} windows of {options.length} tokens; groups of {GROUP}.",
-    )
-
-
-def plot(view: View) -> Plot:
-    """Perplexity against stored bits."""
-    series = []
-    for arm in view.arms():
-        if arm in ARMS and arm != common.DENSE:
-            logs = [math.log10(value) for value in view.values(arm)]
-            mean = sum(logs) / len(logs)
-            series.append(Series(arm, [view.chosen(arm)[0]["bits"]], [mean], [0.0], kind="points"))
-    dense = math.log10(view.values(common.DENSE)[0])
-    series.append(Series("dense, 32 bits", [], [dense], kind="reference"))
-    return Plot(
-        f"bits-{view.where['subject'].rpartition('/')[2]}",
-        f"{view.title}: perplexity against stored bits",
-        "bits per weight of the blocks",
-        "log10 of word perplexity",
-        series,
-        f"Word perplexity against stored bits per weight on {view.title}; the table has the numbers.",
-    )
-
-
 # A group of 16 has an fp16 scale and a zero point of b bits; 2:4 costs two bits for the place of each kept
 # weight.
 _W24, _W2 = 0.5 * (4 + 2) + (16 + 4) / 16, 2 + (16 + 2) / 16
@@ -210,7 +163,7 @@ STUDY = Study(
     GqsaOptions,
     ARMS,
     cases,
-    measure,
+    common.measure,
     papers=(22,),
     claims=[
         Claim(
@@ -244,8 +197,32 @@ STUDY = Study(
     data=common.data,
     by=("subject",),
     prepare=with_undone,
-    tables=[table],
-    plots=[plot],
+    tables=[
+        Columns(
+            "{where}: word perplexity on held-out text",
+            {
+                "bits per weight": mean_of("bits", "{:.2f}"),
+                "word perplexity": common.PERPLEXITY,
+                "ln(perplexity / dense)": lambda view, arm, _: mean_cell(_nats(view, arm), 3),
+            },
+            common.with_dense(f"Groups of {GROUP}."),
+            common.others,
+        )
+    ],
+    plots=[
+        Curves(
+            "bits-{slug}",
+            "{where}: perplexity against stored bits",
+            "bits per weight of the blocks",
+            "log10 of word perplexity",
+            common.others,
+            Value("bits", 1.0),
+            lambda view: view.levels(),
+            (common.DENSE,),
+            log10=True,
+            points=True,
+        )
+    ],
     notes=lambda options: [
         "No released code could be found. Stages, saliency and recipe follow the paper's description; "
         "learning rates and epochs are this zoo's.",

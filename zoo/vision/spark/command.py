@@ -11,21 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from zoo.bundles.catalog import find
 from zoo.bundles.publish import About, Figure, Trained, publish
 from zoo.progress import progress_bar
-from zoo.shared.structure.relatives import reinitialised
-from zoo.shared.train import Checkpoint, Fit, Recipe, device_named, resume
+from zoo.shared.train import Checkpoint, Fit, Recipe, device_named
 from zoo.training.options import check_target, checkpoint_folder, command_of, options_of
-from zoo.vision.data import SOURCES, Images, load_images
+from zoo.vision.data import SOURCES, load_images
 from zoo.vision.models import ResNet
-from zoo.vision.spark.encoder import SparKEncoder
-from zoo.vision.spark.masking import Choice, kept_cells
-from zoo.vision.spark.objective import SparK
+from zoo.vision.spark.masking import kept_cells
 from zoo.vision.spark.pictures import write_sheet
-from zoo.vision.spark.pretraining import held_out_loss, pretraining
+from zoo.vision.spark.pretraining import fresh_spark, held_out_loss, pretraining, resumed
 from zoo.vision.spark.probe import fit_head
 
 CITATION = (
@@ -119,42 +114,29 @@ class Pretrain:
         device = device_named(self.device)
         recipe = Recipe(self.epochs, self.lr, self.batch, 0.0, optimizer="adam")
         data = load_images(self.dataset)
-        spark = self.spark(data)
+        _, channels, height, width = data.train.images.shape
+        model = ResNet(self.depth, self.width, channels=channels)
+        spark = fresh_spark(
+            model, (height, width), self.cell, self.decoder, self.seed, execution=self.execution
+        )
         kept_cells(spark.encoder.grid[0] * spark.encoder.grid[1], self.ratio)
         fit = pretraining(spark.to(device), data.to(device), recipe, self.ratio, self.seed)
-        self._train(fit, spark)
+        with progress_bar() as progress:
+
+            def note(fit: Fit) -> None:
+                progress(fit.step, fit.steps, f"loss on hidden cells {fit.last_loss:.4f}")
+
+            resumed(fit, self._checkpoint(), self.checkpoint_every, note)
         loss = held_out_loss(spark, data.to(device), data.to(device).val, self.ratio)
-        model = ResNet(self.depth, self.width, channels=data.train.images.shape[1])
         model.load_state_dict(spark.encoder.export())
         fit_head(model, data)
         if self.pictures is not None:
             write_sheet(spark, data.to(device), self.ratio, self.pictures)
         return model.eval(), loss
 
-    def spark(self, data: Images) -> SparK:
-        """Encoder and decoder with fresh weights."""
-        _, channels, height, width = data.train.images.shape
-        net = reinitialised(ResNet(self.depth, self.width, channels=channels), self.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            encoder = SparKEncoder(net, (height, width), self.cell, channels)
-            return SparK(encoder, self.decoder, execution=self.execution)
-
     def _checkpoint(self) -> Checkpoint:
         options = {name: value for name, value in options_of(self).items() if name != "twin"}
         return Checkpoint(checkpoint_folder(self.out), options)
-
-    def _train(self, fit: Fit, spark: SparK) -> None:
-        checkpoint = self._checkpoint()
-        if (stored := checkpoint.read()) is not None:
-            spark.execution = Choice.parse(stored[1]["execution"])
-        facts = {"execution": str(spark.execution)}
-        with progress_bar() as progress:
-
-            def note(fit: Fit) -> None:
-                progress(fit.step, fit.steps, f"loss on hidden cells {fit.last_loss:.4f}")
-
-            resume(fit, checkpoint, every_epochs=self.checkpoint_every, note=note, facts=facts)
 
     def _publish(self, model: ResNet, seconds: float, loss: float) -> Path:
         options = {name: value for name, value in options_of(self).items() if name != "twin"}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.shared.measure.modes import eval_mode
-from zoo.shared.train import Fit, Recipe
+from zoo.shared.structure.relatives import reinitialised
+from zoo.shared.train import Checkpoint, Fit, Recipe, resume
 from zoo.vision.data import ImageBatches, Images, Split
-from zoo.vision.spark.masking import draw_cells
+from zoo.vision.models import ResNet
+from zoo.vision.spark.encoder import Execution, SparKEncoder
+from zoo.vision.spark.masking import Choice, draw_cells
 from zoo.vision.spark.objective import SparK, hidden_loss
 
 
@@ -60,6 +64,32 @@ def reconstruction_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Float
     return hidden_loss(predicted, images, cells)
 
 
+def fresh_spark(
+    net: ResNet,
+    size: tuple[int, int],
+    cell: int,
+    decoder: int,
+    seed: int,
+    scales: int = 0,
+    execution: Execution = "auto",
+) -> SparK:
+    """Encoder and decoder with the fresh weights of a seed, whatever was drawn before.
+
+    Args:
+        net: the network to be pre-trained; not changed.
+        size: height and width of the images.
+        cell: side of a cell.
+        decoder: channels of the decoder at the coarsest map.
+        seed: of the weights.
+        scales, execution: see `SparK`.
+    """
+    own: Any = reinitialised(net, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = SparKEncoder(own, size, cell, own.conv1.in_channels)
+        return SparK(encoder, decoder, scales, execution)
+
+
 def pretraining(spark: SparK, data: Images, recipe: Recipe, ratio: float, seed: int) -> Fit:
     """A pre-training that is ready to run; an execution `auto` is settled first, once for the whole run.
 
@@ -91,3 +121,14 @@ def held_out_loss(spark: SparK, data: Images, split: Split, ratio: float, batch:
             cells = draw_cells(len(images), spark.encoder.grid, ratio, generator).to(images.device)
             total += float(reconstruction_loss(spark, (images, cells))) * len(images)
     return total / len(split)
+
+
+def resumed(
+    fit: Fit, checkpoint: Checkpoint, every_epochs: int = 1, note: Callable[[Fit], object] | None = None
+) -> Fit:
+    """Run a pre-training to its end from where an interrupted one stopped, with the execution chosen then."""
+    spark: Any = fit.model
+    if (stored := checkpoint.read()) is not None:
+        spark.execution = Choice.parse(stored[1]["execution"])
+    facts = {"execution": str(spark.execution)}
+    return resume(fit, checkpoint, every_epochs=every_epochs, note=note, facts=facts)

@@ -1,7 +1,7 @@
 """`zoo reproduce pruning-claims`: what the pruning papers claim, each in a small study.
 
-A study is run once per seed and gives accuracies in percent (or counts, or ratios) by name; these names are
-the arms of its claims. All are on the embedded digits.
+Each is a `Small`: a function that is run once per seed and gives accuracies in percent (or counts, or ratios)
+by name, and claims of which these names are the arms. All are on the embedded digits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
 from zoo.methods.bdwp import BDWP
 from zoo.methods.bip import BiP
 from zoo.methods.channels import ChannelMethod
@@ -29,7 +28,7 @@ from zoo.methods.soups import SparseSoup
 from zoo.methods.sparse_ift import SparseIFT
 from zoo.methods.sr_ste import SparseRefined
 from zoo.methods.wgsef import WGSEF
-from zoo.names import suggestion
+from zoo.names import check_known
 from zoo.shared.bench.timing import compare
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.masks.patterns import NM
@@ -42,10 +41,11 @@ from zoo.shared.structure.relatives import copied, reinitialised
 from zoo.shared.structure.surgery import cut
 from zoo.shared.train import Fit, Job, Recipe
 from zoo.studies.cells import CellCache
-from zoo.studies.study import BAR, Arm, Claim, Study, Tuned
+from zoo.studies.options import StudyOptions
+from zoo.studies.study import Arm, Claim, Study, Tuned, above
 from zoo.studies.tables import Table
 from zoo.studies.verdict import mean_cell
-from zoo.studies.view import Row, Rows, Value, View
+from zoo.studies.view import Row, Value, View
 from zoo.vision.data import accuracy
 from zoo.vision.domain import image_job
 from zoo.vision.models import MLP, Classifier, ConvNet, ResNet, ViT
@@ -273,265 +273,151 @@ def removed_channels(seed: int) -> Figures:
     }
 
 
-def measure(make: Callable[[int], Figures], options: ClaimsOptions, case: Row, cells: CellCache) -> list[Row]:
-    """Every figure of a study as a row."""
-    return [{"arm": name, "value": value} for name, value in make(case["seed"]).items()]
+@dataclass(frozen=True)
+class Small:
+    """A small study: what is run, whose paper it is about, and its claims."""
+
+    title: str
+    run: Callable[[int], Figures]
+    paper: int
+    claims: Sequence[Claim]
 
 
 @dataclass(frozen=True)
-class ClaimsOptions:
+class ClaimsOptions(StudyOptions):
     """Options.
 
     Args:
         studies: which; by default all.
-        seeds: how many, from 0.
     """
 
     studies: tuple[str, ...] = ()
-    seeds: int = 3
 
     def __post_init__(self) -> None:
-        for study in self.studies:
-            if study not in TITLES:
-                raise ConfigError(f"Unknown study {study!r}. {suggestion(study, TITLES)}")
-        if self.seeds < 1:
-            raise ConfigError("give at least one seed")
+        super().__post_init__()
+        check_known("study", self.studies, SMALL)
+
+
+def measure(make: Callable[[int], Figures], options: ClaimsOptions, case: Row, cells: CellCache) -> list[Row]:
+    """Every figure of a study as a row."""
+    return [{"arm": name, "value": value} for name, value in make(case["seed"]).items()]
 
 
 def cases(options: ClaimsOptions) -> list[Row]:
     """Each study for every seed."""
     return [
         {"study": name, "arm": name, "level": "", "seed": seed}
-        for name in options.studies or TITLES
+        for name in options.studies or SMALL
         for seed in range(options.seeds)
     ]
-
-
-def by_figure(rows: Rows, options: ClaimsOptions) -> Rows:
-    """One row per figure; those of earlier versions had all of a seed in one."""
-    found: list[Row] = []
-    for row in rows:
-        if "arm" in row:
-            found.append(row)
-            continue
-        place = {"study": row["study"], "level": "", "seed": row["seed"]}
-        found += [{**place, "arm": k, "value": v} for k, v in row.items() if k not in ("study", "seed")]
-    return found
 
 
 def table(view: View) -> Table:
     """All figures of a study."""
     times = view.where["study"] == "removed-channels"
-    body = [
-        [arm, mean_cell(view.values(arm), 2 if times or arm.startswith(FACTS) else 1)]
-        for arm in view.arms(list(dict.fromkeys(row["arm"] for row in view.rows)))
-    ]
+    digits = {row["arm"]: 2 if times or row["arm"].startswith(FACTS) else 1 for row in view.rows}
+    body = [[arm, mean_cell(view.values(arm), count)] for arm, count in digits.items()]
     return Table(view.title, ["", f"test ({'times' if times else '%'})"], body)
 
 
 FACTS = ("weights changed", "IoU", "training GFLOPs")  # figures that are no accuracies
-TITLES = {
-    "jackpots": "Lottery jackpots, 95 % zeros",
-    "bip": "BiP with as many gradients as the others",
-    "soups": "Sparse soups, 95 % zeros, one phase",
-    "pgf-mlp": "N:M training, perceptron, 1:16",
-    "pgf-vit": "N:M training, feed-forward layers of a transformer, 1:16",
-    "bdwp": "BDWP, 2:8",
-    "sparse-ift": "Sparse-IFT at equal inference FLOPs",
-    "mask-sparsity": "MaskSparsity, half of the channels",
-    "wgsef": "WGSEF, a quarter of the channels left",
-    "removed-channels": "ResNet-20 without half of its inner channels",
+TIMES = Value("value", 1.0, 2, "times", 2)
+_FLOWS = [
+    above("decay-exp", "sr-ste", 1.0, "up to 2 % (abstract)"),
+    above("decay-exp", "ste", published="above"),
+    above("decay-exp", "random mask"),
+]
+SMALL = {
+    "jackpots": Small(
+        "Lottery jackpots, 95 % zeros",
+        jackpots,
+        49,
+        [
+            above("search from magnitude", "magnitude, no training", 10.0),
+            above("search from magnitude", "search from random", published="needs fewer epochs"),
+            above("search from magnitude", "search on untrained weights", 10.0),
+        ],
+    ),
+    "bip": Small(
+        "BiP with as many gradients as the others",
+        bip,
+        54,
+        [
+            above("BiP 95%", "one-shot 95%", 1.0),
+            above("BiP 95%", "gradual 95%", published="above IMP in most settings (abstract)"),
+            above("BiP 95%", "scores only 95%"),
+        ],
+    ),
+    "soups": Small(
+        "Sparse soups, 95 % zeros, one phase",
+        soups,
+        28,
+        [
+            above("soup", "mean member", 0.5),
+            above("soup", "best member", published="above (abstract)"),
+            above("soup", "soup, norms not recalibrated"),
+            above("soup", "one network, three times as long", published="above (paper)"),
+        ],
+    ),
+    "pgf-mlp": Small("N:M training, perceptron, 1:16", flow_mlp, 2, _FLOWS),
+    "pgf-vit": Small("N:M training, feed-forward layers of a transformer, 1:16", flow_vit, 2, _FLOWS),
+    "bdwp": Small(
+        "BDWP, 2:8",
+        bdwp,
+        27,
+        [
+            above("BDWP 2:8", "dense", -1.0, "0.56 % below (abstract)"),
+            above("BDWP 2:8", "SR-STE 2:8", -0.5),  # at two thirds of its cost
+            above("BDWP 2:8", "random mask"),
+        ],
+    ),
+    "sparse-ift": Small(
+        "Sparse-IFT at equal inference FLOPs",
+        sparse_ift,
+        12,
+        [
+            above("wide, 75%, rigl", "dense", 1.0, "+3.5 % on ImageNet (abstract)"),
+            above("wide, 50%, rigl", "dense", 1.0),
+            above("wide, 90%, rigl", "wide, 90%, static", published="above"),
+        ],
+    ),
+    "mask-sparsity": Small(
+        "MaskSparsity, half of the channels",
+        mask_sparsity,
+        8,
+        [
+            above("marked: after removal", "all: after removal", 1.0),
+            above("marked: after removal", "none: after removal", 5.0),
+            above("marked: fine-tuned", "random channels: fine-tuned"),
+        ],
+    ),
+    "wgsef": Small(
+        "WGSEF, a quarter of the channels left",
+        wgsef,
+        17,
+        [
+            above("penalty 1: after the cut", "no penalty: after the cut", 5.0),
+            above("penalty 1: fine-tuned", "no penalty: fine-tuned", -0.3),
+            above("penalty 1: fine-tuned", "random channels: fine-tuned"),
+        ],
+    ),
+    "removed-channels": Small(
+        "ResNet-20 without half of its inner channels",
+        removed_channels,
+        17,
+        [above("times as fast as whole", "whole", value=TIMES)],
+    ),
 }
-RUNS = (jackpots, bip, soups, flow_mlp, flow_vit, bdwp, sparse_ift, mask_sparsity, wgsef, removed_channels)
 # The penalty was raised twenty-fold after a first result on these test images; its rival kept the old value.
 _RAISED = Tuned("penalty", "test images", (0.005, 0.1))
 ARMS = {
-    **{name: Arm(run) for name, run in zip(TITLES, RUNS, strict=True)},
+    **{name: Arm(small.run) for name, small in SMALL.items()},
     "marked: after removal": Arm(tuned=_RAISED),
     "marked: fine-tuned": Arm(tuned=_RAISED),
     "none: after removal": Arm(control="random channels: after removal"),
     "no penalty: after the cut": Arm(control="random channels: after the cut"),
     "no penalty: fine-tuned": Arm(control="random channels: fine-tuned"),
-    "sr-ste": Arm(control="random mask"),
-    "ste": Arm(control="random mask"),
-    "SR-STE 2:8": Arm(control="random mask"),
-}
-TIMES = Value("value", 1.0, 2, "times", 2)
-#: study -> papers and claims: text, published, first, second, bar.
-CLAIMS: dict[str, tuple[int, Sequence[tuple[Any, ...]]]] = {
-    "jackpots": (
-        49,
-        [
-            (
-                "search lifts a one-shot magnitude mask by 10 points, weights untouched",
-                BAR,
-                "search from magnitude",
-                "magnitude, no training",
-                10.0,
-            ),
-            (
-                "a search from magnitudes ends above one from a random mask",
-                "needs fewer epochs",
-                "search from magnitude",
-                "search from random",
-            ),
-            (
-                "a search on untrained weights fails",
-                BAR,
-                "search from magnitude",
-                "search on untrained weights",
-                10.0,
-            ),
-        ],
-    ),
-    "bip": (
-        54,
-        [
-            ("BiP is a point above one-shot magnitude at 95 %", BAR, "BiP 95%", "one-shot 95%", 1.0),
-            (
-                "BiP is above gradual magnitude at 95 %",
-                "above IMP in most settings (abstract)",
-                "BiP 95%",
-                "gradual 95%",
-            ),
-            ("BiP is above training the scores alone at 95 %", BAR, "BiP 95%", "scores only 95%"),
-        ],
-    ),
-    "soups": (
-        28,
-        [
-            ("a soup is half a point above its mean member", BAR, "soup", "mean member", 0.5),
-            ("a soup is above its best member", "above (abstract)", "soup", "best member"),
-            (
-                "without new statistics of norms the soup is worse",
-                BAR,
-                "soup",
-                "soup, norms not recalibrated",
-            ),
-            (
-                "a soup is above one network trained three times as long",
-                "above (paper)",
-                "soup",
-                "one network, three times as long",
-            ),
-        ],
-    ),
-    "pgf-mlp": (
-        2,
-        [
-            (
-                "exponential decay is a point above SR-STE at 1:16",
-                "up to 2 % (abstract)",
-                "decay-exp",
-                "sr-ste",
-                1.0,
-            ),
-            ("exponential decay is above plain straight-through", "above", "decay-exp", "ste"),
-            ("exponential decay is above a random 1:16 mask", BAR, "decay-exp", "random mask"),
-        ],
-    ),
-    "pgf-vit": (
-        2,
-        [
-            (
-                "exponential decay is a point above SR-STE at 1:16 in a transformer",
-                "up to 2 % (abstract)",
-                "decay-exp",
-                "sr-ste",
-                1.0,
-            ),
-            (
-                "exponential decay is above plain straight-through in a transformer",
-                "above",
-                "decay-exp",
-                "ste",
-            ),
-            (
-                "exponential decay is above a random 1:16 mask in a transformer",
-                BAR,
-                "decay-exp",
-                "random mask",
-            ),
-        ],
-    ),
-    "bdwp": (
-        27,
-        [
-            ("BDWP is within a point of dense at 2:8", "0.56 % below (abstract)", "BDWP 2:8", "dense", -1.0),
-            (
-                "BDWP is within half a point of SR-STE at two thirds of its cost",
-                BAR,
-                "BDWP 2:8",
-                "SR-STE 2:8",
-                -0.5,
-            ),
-            ("BDWP is above a random 2:8 mask", BAR, "BDWP 2:8", "random mask"),
-        ],
-    ),
-    "sparse-ift": (
-        12,
-        [
-            (
-                "Sparse-Wide with RigL is a point above dense at 75 %",
-                "+3.5 % on ImageNet (abstract)",
-                "wide, 75%, rigl",
-                "dense",
-                1.0,
-            ),
-            ("Sparse-Wide with RigL is a point above dense at 50 %", BAR, "wide, 50%, rigl", "dense", 1.0),
-            ("RigL is above a static mask at 90 %", "above", "wide, 90%, rigl", "wide, 90%, static"),
-        ],
-    ),
-    "mask-sparsity": (
-        8,
-        [
-            (
-                "the penalty on marked scales leaves a point more after removal than that on all",
-                BAR,
-                "marked: after removal",
-                "all: after removal",
-                1.0,
-            ),
-            ("and far more than none", BAR, "marked: after removal", "none: after removal", 5.0),
-            (
-                "MaskSparsity is above random channels after equal fine-tuning",
-                BAR,
-                "marked: fine-tuned",
-                "random channels: fine-tuned",
-            ),
-        ],
-    ),
-    "wgsef": (
-        17,
-        [
-            (
-                "the envelope leaves 5 points more after the cut than no penalty",
-                BAR,
-                "penalty 1: after the cut",
-                "no penalty: after the cut",
-                5.0,
-            ),
-            (
-                "and is no worse by 0.3 points after equal fine-tuning",
-                BAR,
-                "penalty 1: fine-tuned",
-                "no penalty: fine-tuned",
-                -0.3,
-            ),
-            (
-                "WGSEF is above random channels after equal fine-tuning",
-                BAR,
-                "penalty 1: fine-tuned",
-                "random channels: fine-tuned",
-            ),
-        ],
-    ),
-    "removed-channels": (
-        17,
-        [
-            ("removed channels are really faster", BAR, "times as fast as whole", "whole"),
-        ],
-    ),
+    **{name: Arm(control="random mask") for name in ("sr-ste", "ste", "SR-STE 2:8")},
 }
 STUDY = Study(
     "pruning-claims",
@@ -542,21 +428,15 @@ STUDY = Study(
     cases,
     measure,
     claims=[
-        replace(
-            Claim(*claim),
-            only={"study": name},
-            papers=(paper,),
-            value=TIMES if name == "removed-channels" else None,
-        )
-        for name, (paper, listed) in CLAIMS.items()
-        for claim in listed
+        replace(claim, only={"study": name}, papers=(small.paper,))
+        for name, small in SMALL.items()
+        for claim in small.claims
     ],
     value=Value("value", 1.0),
     varies=("studies", "seeds"),
     data=lambda options, where: content(digits()),
     by=("study",),
-    titles=TITLES,
-    prepare=by_figure,
+    titles={name: small.title for name, small in SMALL.items()},
     tables=[table],
     notes=lambda options: [
         "Mean ± sample standard deviation over seeds; differences are paired by seed with a 95 % interval "

@@ -14,21 +14,19 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from zoo.errors import ConfigError
-from zoo.names import suggestion
+from zoo.names import check_known
 from zoo.shared.train import Checkpoint, Fit, resume
 from zoo.studies.cells import CellCache
 from zoo.studies.digests import code_digest
+from zoo.studies.figures import Columns, mean_of
+from zoo.studies.options import StudyOptions
 from zoo.studies.study import Arm, Claim, Study
-from zoo.studies.tables import Plot, Series, Table
-from zoo.studies.verdict import deviation
-from zoo.studies.view import Row, Rows, Value, View
+from zoo.studies.view import Row, Value
 from zoo.vision.lidar.data import Frame, scene_frames
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.scenes import CLASSES
@@ -100,20 +98,18 @@ def make_arm(name: str, seed: int) -> Detector:
     Raises:
         ConfigError: an unknown arm.
     """
-    if name not in DETECTORS:
-        raise ConfigError(f"Unknown arm {name!r}. {suggestion(name, DETECTORS)}")
+    check_known("arm", [name], DETECTORS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Detector(**DETECTORS[name])
 
 
 @dataclass(frozen=True)
-class DSVTOptions:
-    """Options of the experiment.
+class DSVTOptions(StudyOptions):
+    """Options of the study.
 
     Args:
         arms: which; by default all. The first one sets the training time.
-        seeds: how many, from 0.
         scenes: training scenes.
         test_scenes: test scenes.
         epochs: passes over them.
@@ -123,7 +119,6 @@ class DSVTOptions:
     """
 
     arms: tuple[str, ...] = tuple(DETECTORS)
-    seeds: int = 3
     scenes: int = 240
     test_scenes: int = 100
     epochs: int = 6
@@ -132,11 +127,8 @@ class DSVTOptions:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for arm in self.arms:
-            if arm not in DETECTORS:
-                raise ConfigError(f"Unknown arm {arm!r}. {suggestion(arm, DETECTORS)}")
-        if not self.arms or min(self.seeds, self.scenes, self.test_scenes, self.epochs) < 1:
-            raise ConfigError("give at least one arm, seed, scene and epoch")
+        super().__post_init__()
+        check_known("arm", self.arms, DETECTORS)
 
     def fit(self, arm: str, frames: Sequence[Frame], epochs: int, seed: int = 0) -> Fit:
         """An arm's training from fresh weights."""
@@ -231,75 +223,13 @@ def cases(options: DSVTOptions) -> Iterator[Row]:
             yield from ({"arm": arm, "level": level, "seed": seed} for arm in options.arms)
 
 
-def levelled(rows: Rows, options: DSVTOptions) -> Rows:
-    """The rows with the comparison as their level; earlier ones had it as `equal`."""
-    named = {"epochs": EPOCHS, "time": TIME}
-    return [{"level": named.get(str(row.get("equal")), ""), **row} for row in rows]
-
-
-def precision(level: str, view: View) -> Table:
+def _precision(level: str) -> Columns:
     """Average precision in one of the comparisons."""
-    body, first = [], view.options.arms[0]
-    for arm in view.options.arms:
-        runs = view.chosen(arm, level)
-        gap = view.difference(first, arm, [level]) if arm != first else None
-        shown = f"{gap.value:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]" if gap is not None else ""
-        error = statistics.fmean(row[f"{AP.name} stderr"] for row in runs) if runs else 0.0
-        cells = [view.cell(arm, level, Value(name, 1.0)) for name in METRICS]
-        body.append([arm, runs[0]["epochs"] if runs else "", *cells, f"{error:.1f}", shown])
-    return Table(
-        f"Average precision after {level}",
-        ["arm", "epochs", *METRICS.values(), "error over scenes", f"{first} minus arm [95 %]"],
-        body,
-        note="The error over scenes and the difference are those of the first column of AP.",
-    )
-
-
-def by_class(view: View) -> Table:
-    """Average precision of each class."""
-    names = [name for name in view.rows[-1] if name.startswith(f"{AP.name}/")]
-    body = [[arm, *(view.cell(arm, EPOCHS, Value(n, 1.0)) for n in names)] for arm in view.options.arms]
-    columns = ["arm", *(name.partition("/")[2] for name in names)]
-    return Table("BEV AP by class at IoU 0.5 / 0.25 / 0.25, same epochs", columns, body)
-
-
-def costs(view: View) -> Table | None:
-    """Parameters and times."""
-    times = {arm: view.values(arm, STEP, Value(STEP, 1.0)) for arm in view.options.arms}
-    if not all(times.values()):
-        return None
-    body, first = [], view.options.arms[0]
-    for arm, (seconds,) in times.items():
-        parameters = view.chosen(arm, EPOCHS)[0]["parameters"]
-        ratio = f"{seconds / times[first][0]:.2f}"
-        trained = view.cell(arm, EPOCHS, Value("seconds", 1.0, 0))
-        body.append([arm, parameters, f"{1e3 * seconds:.0f}", ratio, trained])
-    return Table(
-        "Size and time",
-        ["arm", "parameters", "ms per step", f"of {first}", "seconds of training"],
-        body,
-        note="Processor time of one thread, or on a GPU the time of the wall.",
-    )
-
-
-def plot(view: View) -> Plot:
-    """Average precision of the arms in both comparisons."""
-    series, arms = [], list(view.options.arms)
-    for level, shift in ((EPOCHS, -0.08), (TIME, 0.08)):
-        found = {place: view.values(arm, level) for place, arm in enumerate(arms)}
-        x = [place + shift for place, values in found.items() if values]
-        means = [statistics.fmean(values) for values in found.values() if values]
-        spread = [deviation(values) for values in found.values() if values]
-        series.append(Series(level.removeprefix("the "), x, means, spread, kind="points"))
-    legend = ", ".join(f"{place} = {arm}" for place, arm in enumerate(arms))
-    return Plot(
-        "ap",
-        "Average precision of the arms, mean and spread over seeds",
-        f"arm ({legend})",
-        "BEV AP, IoU 0.5 / 0.25 / 0.25 (%)",
-        series,
-        alt="AP of DSVT and its baselines after equal epochs and after equal training time.",
-    )
+    columns = {text: Value(name, 1.0) for name, text in METRICS.items()}
+    epochs, error = mean_of("epochs"), mean_of(f"{AP.name} stderr", "{:.1f}")
+    note = "The error over scenes is that of the first column of AP."
+    title = f"Average precision after {level}"
+    return Columns(title, {"epochs": epochs, **columns, "error over scenes": error}, note, levels=[level])
 
 
 AP = Value("bev_ap_loose", 1.0, 1, "AP")
@@ -332,9 +262,25 @@ STUDY = Study(
     value=AP,
     varies=("arms", "seeds", "device"),
     data=lambda options, where: "scenes cast by seed",
-    prepare=levelled,
-    tables=[partial(precision, EPOCHS), partial(precision, TIME), by_class, costs],
-    plots=[plot],
+    tables=[
+        _precision(EPOCHS),
+        _precision(TIME),
+        Columns(
+            "BEV AP by class at IoU 0.5 / 0.25 / 0.25, same epochs",
+            {name.lower(): Value(f"{AP.name}/{name.lower()}", 1.0) for name in CLASSES},
+            levels=[EPOCHS],
+        ),
+        Columns(
+            "Size and time",
+            {
+                "parameters": mean_of("parameters", "{:.0f}"),
+                "ms per step": lambda view, arm, _: mean_of(STEP, "{:.0f}", 1e3)(view, arm, STEP),
+                "seconds of training": Value("seconds", 1.0, 0),
+            },
+            "Processor time of one thread, or on a GPU the time of the wall.",
+            levels=[EPOCHS],
+        ),
+    ],
     notes=lambda options: [
         f"{options.scenes} training and {options.test_scenes} test scenes of 25.6 x 25.6 m, 24 beams, "
         f"{options.epochs} epochs, batch {options.batch}, {options.seeds} seeds (of the weights, the order "

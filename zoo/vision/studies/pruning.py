@@ -7,13 +7,10 @@ verdict rests on the seeds; the tables by image see the variance of the test set
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
-
-import numpy as np
+from typing import Any, ClassVar
 
 from zoo.errors import ConfigError
 from zoo.methods.bip import BiP
@@ -23,16 +20,16 @@ from zoo.methods.magnitude import MagnitudePruning
 from zoo.methods.random_pruning import RandomPruning, Ratio
 from zoo.methods.soups import SparseSoup
 from zoo.methods.tickets import LotteryTicket
-from zoo.names import suggestion
+from zoo.names import check_known
 from zoo.shared.pruning.budgets import check_sparsity
 from zoo.shared.structure.relatives import reinitialised
 from zoo.shared.train import Cost, Recipe, device_named
 from zoo.studies.cells import CellCache
-from zoo.studies.figures import Curves, Grid
-from zoo.studies.stats import paired_difference
+from zoo.studies.figures import BySample, Columns, Curves, Grid, mean_of
+from zoo.studies.options import StudyOptions
 from zoo.studies.study import BAR, Arm, Claim, Study, grid
-from zoo.studies.tables import Plot, Series, Table
-from zoo.studies.verdict import deviation, mean_cell
+from zoo.studies.tables import Plot, Table
+from zoo.studies.verdict import mean_cell
 from zoo.studies.view import Row, Rows, Value, View
 from zoo.vision.data import SOURCES, Images, Split, load_images
 from zoo.vision.models import Classifier, ConvNet, ResNet, pretrained_resnet
@@ -45,17 +42,12 @@ FLOOR = 0.0005
 MAIN_ARMS = (LEADER, "global magnitude, floor", "uniform magnitude", CHANCE)
 # As many curves as a plot has distinct colours; as points what differs in cost, which allocations hardly do.
 CURVES = (LEADER, "uniform magnitude", "LAMP", CHANCE, "BiP", ERK, "RigL")
-POINTS = (LEADER, "uniform magnitude", CHANCE, "jackpot", "BiP", "soup of 3", "random, uniform", ERK)
 MOVED = ("SET", "RigL", "lottery ticket")
-SECONDS = {
-    "cpu": "one processor thread",
-    "cuda": "the wall on a GPU that the runs may have shared",
-    "mixed": "one processor thread or of the wall on a GPU",
-}
+POINTS = (LEADER, "uniform magnitude", CHANCE, "jackpot", "BiP", "soup of 3", "random, uniform", ERK, *MOVED)
 
 
 @dataclass(frozen=True)
-class PruningOptions:
+class PruningOptions(StudyOptions):
     """Options of the benchmark; the defaults are those for digits.
 
     Args:
@@ -64,7 +56,6 @@ class PruningOptions:
         sparsities: shares of zeros.
         outer: further shares of zeros, at which only global magnitude, its minimum threshold, uniform
             magnitude and the random mask are run.
-        seeds: how many, from 0.
         width: of the network; 0 for the usual one (ResNet-20's 16; 1 for the small net).
         widths: factors of it at which random pruning is compared with dense.
         dense_epochs: epochs of the dense start.
@@ -79,11 +70,11 @@ class PruningOptions:
             processes divide the work; cells are the same on every device.
     """
 
+    may_be_none: ClassVar[tuple[str, ...]] = ("widths",)
     dataset: str = "digits"
     arms: tuple[str, ...] = ()
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
     outer: tuple[float, ...] = ()
-    seeds: int = 3
     width: float = 0.0
     widths: tuple[float, ...] = (0.5, 2.0)
     dense_epochs: int = 12
@@ -96,13 +87,9 @@ class PruningOptions:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.dataset not in SOURCES:
-            raise ConfigError(f"Unknown image set {self.dataset!r}. {suggestion(self.dataset, SOURCES)}")
-        for arm in self.arms:
-            if arm not in ARMS:
-                raise ConfigError(f"Unknown arm {arm!r}. {suggestion(arm, ARMS)}")
-        if not self.sparsities or self.seeds < 1:
-            raise ConfigError("give at least one sparsity and one seed")
+        super().__post_init__()
+        check_known("image set", [self.dataset], SOURCES)
+        check_known("arm", self.arms, ARMS)
         for sparsity in self.levels:
             check_sparsity(sparsity)
         if self.pretrained and (self.dataset != "cifar10-true" or self.width not in (0, 16) or self.widths):
@@ -112,8 +99,6 @@ class PruningOptions:
             )
         if self.width < 0 or min(self.widths, default=1) <= 0:
             raise ConfigError(f"widths are positive; received {self.width} and {self.widths}")
-        if self.epochs < 1 or self.dense_epochs < 1:
-            raise ConfigError("every arm needs at least one epoch")
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -168,7 +153,7 @@ def measure(make: Any, options: PruningOptions, case: Row, cells: CellCache) -> 
 
 def from_scratch(arm: str) -> bool:
     """Whether an arm trains fresh weights: the dense training is no part of its cost."""
-    return arm in ("SET", "RigL", "lottery ticket") or arm.startswith("random, ")
+    return arm in MOVED or arm.startswith("random, ")
 
 
 def dense_start(options: PruningOptions, case: Row, cells: CellCache) -> tuple[Classifier, Row]:
@@ -205,140 +190,78 @@ def cases(options: PruningOptions) -> Iterator[Row]:
         yield from grid(ARMS, [WIDTH_SPARSITY], options.seeds, [ERK, LEADER], width=width)
 
 
-def _gaps(view: View, width: float) -> dict[int, float]:
-    """By seed, how far random pruning stays below the dense network of the same width, in points."""
-    own = view.part(width=width)
-    dense, sparse = own.by_seed(LONGER), own.by_seed(ERK, WIDTH_SPARSITY)
-    return {seed: dense[seed] - sparse[seed] for seed in dense.keys() & sparse.keys()}
+def _at(arm: str, width: float) -> str:
+    """What an arm is called at a multiple of the usual width."""
+    return arm if width == 1.0 else f"{arm}, width {width:g}"
+
+
+def _gap(width: float) -> tuple[tuple[str, Any], tuple[str, Any]]:
+    """What the dense network and random pruning are called in the comparison of widths."""
+    return (_at(LONGER, width), None), (_at(ERK, width), WIDTH_SPARSITY)
 
 
 def with_gaps(rows: Rows, options: PruningOptions) -> Rows:
-    """The rows, with how much the gap of random pruning to dense closes from the narrowest to the widest."""
+    """The rows with the width in the arm's name, and how much the gap of random pruning to dense closes from
+    the narrowest network to the widest."""
     widths = sorted({row["width"] for row in rows})
-    narrow, wide = (_gaps(View(STUDY, rows, options, {}), width) for width in (widths[0], widths[-1]))
+    found = [{**row, "arm": _at(row["arm"], row["width"])} for row in rows]
     if len(widths) < 2:
-        return rows
-    closing = {"arm": GAP, "level": f"width {widths[0]:g} to {widths[-1]:g}", "width": 1.0}
-    more = [
-        {**closing, "seed": s, "accuracy": (narrow[s] - wide[s]) / 100} for s in narrow.keys() & wide.keys()
-    ]
-    return [*rows, *more]
+        return found
+    (dense, sparse), (wide, sparse_wide) = _gap(widths[0]), _gap(widths[-1])
+    closes = View(STUDY, found, options, {}).contrast([dense, sparse_wide], [sparse, wide])
+    level = f"width {widths[0]:g} to {widths[-1]:g}"
+    more = [{"arm": GAP, "level": level, "seed": s, "accuracy": v / 100} for s, v in closes.items()]
+    return [*found, *more]
 
 
 def _usual(view: View) -> list[str]:
     return [arm for arm in view.arms() if arm in ARMS and arm not in (DENSE, LONGER)]
 
 
-def accuracies(view: View) -> Table | None:
-    """Accuracy of each arm; how many layers are empty."""
-
-    def empty(view: View, arm: str, level: Any) -> str:
-        most = max((row["empty_layers"] for row in view.chosen(arm, level)), default=0)
-        return f" ({most} layers empty)" if most and arm in _usual(view) else ""
-
-    if view.where["width"] != 1.0:
-        return None
-    arms = [arm for arm in view.arms() if arm in ARMS]
-    return Grid("Accuracy (%)", protocol(view.options), None, arms, view.options.levels, _zeros, empty)(view)
+def _empty(view: View, arm: str, level: Any) -> str:
+    most = max((row["empty_layers"] for row in view.chosen(arm, level)), default=0)
+    return f" ({most} layers empty)" if most and arm in _usual(view) else ""
 
 
-def _zeros(view: View, level: float) -> str:
-    return f"{level:.0%} zeros"
-
-
-def costs(view: View) -> Table | None:
-    """What training cost at the second level."""
-    if view.where["width"] != 1.0:
-        return None
-    levels, body = view.options.levels, []
-    for arm in (LONGER, *_usual(view)):
-        level = 0.0 if arm == LONGER else levels[min(1, len(levels) - 1)]
-        if found := view.chosen(arm, level):
-            flops = statistics.fmean(row["flops"] for row in found) / 1e9
-            seconds = statistics.fmean(row["seconds"] for row in found)
-            body.append([arm, f"{level:.0%}", f"{flops:,.1f}", f"{seconds:,.0f}"])
-    kinds = {row.get("device", "cpu") for row in view.rows if "flops" in row}  # earlier rows do not say
-    seconds_of = SECONDS[kinds.pop() if len(kinds) == 1 else "mixed"]
-    return Table(
-        "Training cost in all", ["arm", "zeros", "GFLOPs", "seconds"], body, f"Seconds of {seconds_of}."
-    )
+def _levels(view: View) -> tuple[float, ...]:
+    return view.options.levels
 
 
 def by_image(against: str, view: View) -> Table | None:
-    """Differences from an arm with the test images as the sample: each image's mean over seeds, paired."""
-    if view.where["width"] != 1.0 or not all("correct" in row for row in view.rows if row["arm"] != GAP):
+    """Differences from an arm with the test images as the sample, where the rows say which are right."""
+    if not all("correct" in row for row in view.rows if row["arm"] != GAP):
         return None
-    body = []
-    for arm in _usual(view):
-        cells = []
-        for level in view.options.levels:
-            pair = [view.chosen(name, level) for name in (arm, against)]
-            seeds = view.difference(arm, against, [level])
-            if arm == against or not all(pair) or seeds is None:
-                cells.append("")
-                continue
-            means = [100 * np.mean([common.unpacked(row) for row in rows], axis=0) for rows in pair]
-            images = paired_difference(means[0], means[1], resamples=2000)
-            mark = " **" if images.seen and (seeds.low > 0 or seeds.high < 0) else " *" * images.seen
-            cells.append(f"{images.value:+.1f} [{images.low:+.1f}, {images.high:+.1f}]{mark}")
-        if any(cells):
-            body.append([arm, *cells])
-    columns = ["arm", *(_zeros(view, level) for level in view.options.levels)]
-    note = "Points, 95 % interval over test images. *: seen over images; **: over seeds as well."
-    return Table(f"Against {against}, paired by image", columns, body, note)
+    title, note = f"Against {against}, paired by image", "Points, 95 % interval over test images."
+    made = BySample(against, lambda row: 100 * common.unpacked(row), title, note, _usual, _levels)
+    return made(view)
 
 
 def widths(view: View) -> Table | None:
     """Random pruning over widths."""
-    factors, body = sorted({row["width"] for row in view.rows}), []
+    factors, body = sorted({row["width"] for row in view.rows if "width" in row}), []
     for width in factors:
-        own = view.part(width=width)
-        gap = mean_cell(list(_gaps(view, width).values()))
-        body.append([f"{width:g}", own.cell(LONGER), own.cell(ERK, WIDTH_SPARSITY), gap])
+        dense, sparse = _gap(width)
+        gap = mean_cell(list(view.contrast([dense], [sparse]).values()))
+        body.append([f"{width:g}", view.cell(*dense), view.cell(*sparse), gap])
     columns = ["width factor", "dense", "random, ERK, 90 % zeros", "gap (points)"]
     return Table("Random pruning over widths", columns, body) if len(factors) > 1 else None
 
 
-def curves(view: View) -> Plot | None:
-    """Accuracy against weights left."""
-    if view.where["width"] != 1.0:
-        return None
-    return Curves(
-        "accuracy",
-        f"Accuracy against weights left, {view.options.dataset}",
-        "weights kept (%)",
-        "test accuracy (%)",
-        (*CURVES,),
-        lambda level: round(100 * (1 - level), 6),
-        view.options.levels,
-        (LONGER,),
-        log_x=True,
-    )(view)
-
-
 def cost_plot(view: View) -> Plot | None:
-    """Accuracy against training cost."""
-    if view.where["width"] != 1.0:
-        return None
-    levels = view.options.levels
-    points: list[Series] = []
-    level = 0.95 if 0.95 in levels else levels[-1]
-    for arm in view.arms((*POINTS, *MOVED)):
-        reached = view.values(arm, level)
-        if reached:
-            cost = statistics.fmean(row["flops"] for row in view.chosen(arm, level)) / 1e9
-            number = str(len(points) + 1)  # colours repeat, numbers do not
-            mean, spread = statistics.fmean(reached), deviation(reached)
-            points.append(Series(f"{number}: {arm}", [cost], [mean], [spread], kind="points", marks=[number]))
-    return Plot(
+    """Accuracy against training cost, at 95 % zeros if that was run."""
+    level = 0.95 if 0.95 in view.options.levels else view.options.levels[-1]
+    return Curves(
         "cost",
         f"Accuracy at {level:.0%} zeros against total training cost, {view.options.dataset}",
         "training cost (GFLOPs)",
         "test accuracy (%)",
-        points,
+        POINTS,
+        Value("flops", 1e-9),
+        [level],
         log_x=True,
+        points=True,
         alt="One point per method: what it reaches and what it costs, dense start included.",
-    )
+    )(view)
 
 
 def protocol(options: PruningOptions) -> str:
@@ -360,58 +283,35 @@ def protocol(options: PruningOptions) -> str:
 
 def claims(options: PruningOptions) -> list[Claim]:
     """Those at 90 and 95 %, the repair at the highest level, the gap over widths."""
-    top = options.levels[-1]
     between = tuple(level for level in options.levels if 0.9 <= level <= 0.95)
-    usual = {"width": 1.0}
+    floor, uniform = "global magnitude, floor", "uniform magnitude"
+    repairs = "the minimum threshold repairs what the global one loses at {level}"
     found = [
         Claim(
-            "global magnitude is a point or more above uniform at {level}",
-            BAR,
-            LEADER,
-            "uniform magnitude",
-            1.0,
-            between,
-            only=usual,
-            papers=(52,),
+            "global magnitude is a point or more above uniform at {level}", BAR, LEADER, uniform, 1.0, between
         ),
-        Claim(
-            "the minimum threshold repairs what the global one loses at {level}",
-            "layers collapse without it (abstract)",
-            "global magnitude, floor",
-            LEADER,
-            at=(top,),
-            only=usual,
-            papers=(52,),
-        ),
+        Claim(repairs, "layers collapse without it (abstract)", floor, LEADER, at=options.levels[-1:]),
     ]
+    found = [replace(claim, papers=(52,)) for claim in found]
+    trained = "a jackpot, whose weights are never trained, beats a trained random mask"
+    at = tuple(level for level in between if level in (0.9, 0.95))
     for first, second, text, published, papers in (
         (ERK, "random, uniform", "ERK random is above uniform random", BAR, (9,)),
         (ERK, "random, SNIP ratio", "ERK random is above the SNIP ratio", "they tie", (9,)),
         ("BiP", LEADER, "BiP is above one-shot global magnitude", "above IMP in most settings", (54,)),
         ("BiP", "global magnitude, gradual", "BiP is above gradual magnitude", "above IMP in most", (54,)),
-        (
-            "jackpot",
-            CHANCE,
-            "a jackpot, whose weights are never trained, beats a trained random mask",
-            BAR,
-            (49,),
-        ),
+        ("jackpot", CHANCE, trained, BAR, (49,)),
         ("lottery ticket", ERK, "a lottery ticket beats a random one", "tickets win (paper)", ()),
         ("RigL", ERK, "moving the mask (RigL) beats holding it", "above static (abstract)", ()),
         ("soup of 3", LEADER, "a soup is above one network of one-shot pruning", "above its members", (28,)),
-        *(
-            (arm, CHANCE, f"{arm} beats a random mask of equal budget", BAR, (52,))
-            for arm in (LEADER, "LAMP")
-        ),
+        (LEADER, CHANCE, f"{LEADER} beats a random mask of equal budget", BAR, (52,)),
+        ("LAMP", CHANCE, "LAMP beats a random mask of equal budget", BAR, (52,)),
         (ERK, CHANCE, f"{ERK} beats a random mask of equal budget", BAR, (9,)),
     ):
-        at = tuple(level for level in options.levels if level in (0.9, 0.95))
         if at:
-            found.append(
-                Claim(f"{text} at {{level}}", published, first, second, at=at, only=usual, papers=papers)
-            )
+            found.append(Claim(f"{text} at {{level}}", published, first, second, at=at, papers=papers))
     closes = "the gap of random pruning to dense closes from {level}"
-    return [*found, Claim(closes, "it closes (abstract)", GAP, only=usual, papers=(9,))]
+    return [*found, Claim(closes, "it closes (abstract)", GAP, papers=(9,))]
 
 
 _RATIOS: dict[str, Ratio] = {
@@ -456,11 +356,41 @@ STUDY = Study(
     value=Value(),
     varies=("arms", "sparsities", "outer", "seeds", "widths", "device"),
     data=lambda options, where: common.content(options.images()),
-    by=("width",),
     prepare=with_gaps,
-    tables=[accuracies, costs, partial(by_image, CHANCE), partial(by_image, LEADER)],
-    plots=[curves, cost_plot],
-    overall=[widths],
+    tables=[
+        Grid(
+            "Accuracy (%)",
+            lambda view: protocol(view.options),
+            arms=lambda view: [arm for arm in view.arms() if arm in ARMS],
+            levels=_levels,
+            columns=lambda view, level: f"{level:.0%} zeros",
+            mark=_empty,
+        ),
+        Columns(
+            "Training cost in all",
+            {"GFLOPs": mean_of("flops", "{:,.1f}", 1e-9), "seconds": mean_of("seconds", "{:,.0f}")},
+            "Seconds of one processor thread, or of the wall on a GPU.",
+            lambda view: [LONGER, *_usual(view)],
+            lambda view: [view.options.levels[min(1, len(view.options.levels) - 1)]],
+        ),
+        partial(by_image, CHANCE),
+        partial(by_image, LEADER),
+        widths,
+    ],
+    plots=[
+        Curves(
+            "accuracy",
+            lambda view: f"Accuracy against weights left, {view.options.dataset}",
+            "weights kept (%)",
+            "test accuracy (%)",
+            CURVES,
+            lambda level: round(100 * (1 - level), 6),
+            _levels,
+            (LONGER,),
+            log_x=True,
+        ),
+        cost_plot,
+    ],
     notes=lambda options: [
         protocol(options),
         "Accuracy is that of the test images in percent, mean ± sample standard deviation over seeds. Cost "

@@ -3,7 +3,6 @@ networks in the styles of EDSR and SwinIR."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,20 +11,19 @@ from zoo.errors import ConfigError
 from zoo.harness.tasks import get_task
 from zoo.methods.contract import default_recipe
 from zoo.methods.iss_p import ISSP
-from zoo.names import suggestion
+from zoo.names import check_known
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.pruning.budgets import check_sparsity
 from zoo.shared.train import Recipe
 from zoo.studies.cells import CellCache
-from zoo.studies.figures import Curves
-from zoo.studies.stats import paired_difference
+from zoo.studies.figures import BySample, Columns, Curves, mean_of, when
+from zoo.studies.options import StudyOptions
 from zoo.studies.study import BAR, Arm, Claim, Study, grid
-from zoo.studies.tables import Plot, Table
 from zoo.studies.view import Row, Value, View
 from zoo.vision.domain import make_job
 from zoo.vision.upscalers import EDSR, SwinIR, Upscaler
 
-SETS = ("Set5", "Set14")
+SETS, _METRICS = ("Set5", "Set14"), (("psnr", 2), ("ssim", 4))
 DENSE, BICUBIC = "dense", "bicubic enlargement"
 Choice = Literal["iss-p", "iht", "one-shot", "random"]
 CHOICES: tuple[Choice, ...] = ("iss-p", "iht", "one-shot", "random")
@@ -36,13 +34,12 @@ NETWORKS: dict[str, Callable[[], Upscaler]] = {
 
 
 @dataclass(frozen=True)
-class SuperresOptions:
+class SuperresOptions(StudyOptions):
     """Options.
 
     Args:
         networks: edsr (4 blocks of 16 channels) and swinir (2 blocks of width 16).
         sparsities: shares of zeros of every inner layer.
-        seeds: how many, from 0.
         epochs: of `steps` steps, the dense networks' as well.
         steps: per epoch.
         batch: patches per step.
@@ -51,18 +48,14 @@ class SuperresOptions:
 
     networks: tuple[str, ...] = tuple(NETWORKS)
     sparsities: tuple[float, ...] = (0.9,)
-    seeds: int = 3
     epochs: int = 6
     steps: int = 50
     batch: int = 8
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in self.networks:
-            if name not in NETWORKS:
-                raise ConfigError(f"Unknown network {name!r}. {suggestion(name, NETWORKS)}")
-        if not self.networks or not self.sparsities or self.seeds < 1:
-            raise ConfigError("give at least one network, one sparsity and one seed")
+        super().__post_init__()
+        check_known("network", self.networks, NETWORKS)
         for sparsity in self.sparsities:
             if not check_sparsity(sparsity):
                 raise ConfigError("sparsity 0 is the dense network, which is always trained; leave it out")
@@ -94,49 +87,13 @@ def cases(options: SuperresOptions) -> Iterator[Row]:
         yield from grid(ARMS, [0.0], 1, [BICUBIC], network=network)
 
 
-def quality(view: View) -> Table:
-    """PSNR and SSIM of each arm, and what its training cost."""
-    figures = [Value(f"{m} {name}", 1.0, n) for name in SETS for m, n in (("psnr", 2), ("ssim", 4))]
-    body = []
-    for arm, level in [
-        (BICUBIC, 0.0),
-        (DENSE, 0.0),
-        *((c, s) for s in view.options.sparsities for c in CHOICES),
-    ]:
-        flops = statistics.fmean(row["training_flops"] for row in view.chosen(arm, level)) / 1e12
-        body.append([arm, f"{level:.0%}", *(view.cell(arm, level, one) for one in figures), f"{flops:.2f}"])
+def _images(run: Row) -> list[float]:
+    return [value for name in SETS for value in run[f"psnr {name}"]]
+
+
+def _title(view: View) -> str:
     count = sum(p.numel() for p in NETWORKS[view.where["network"]]().parameters())
-    heads = [one.name.replace("psnr", "PSNR").replace("ssim", "SSIM") for one in figures]
-    title = f"{view.title} ({count:,} parameters), twice the size"
-    return Table(title, ["arm", "zeros", *heads, "training TFLOPs"], body)
-
-
-def by_image(view: View) -> Table:
-    """ISS-P minus each other arm over the 19 images, each image's mean over seeds."""
-    body = []
-    for level in view.options.sparsities:
-        first = _images(view, "iss-p", level)
-        for arm in CHOICES[1:]:
-            found = paired_difference(first, _images(view, arm, level), resamples=2000)
-            cell = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{' *' * found.seen}"
-            body.append([f"ISS-P minus {arm}", f"{level:.0%}", cell])
-    columns = ["difference", "zeros", "PSNR over Set5 and Set14 (dB)"]
-    return Table(f"{view.title}, paired by image", columns, body, "95 % interval over 19 images. *: seen.")
-
-
-def _images(view: View, arm: str, level: float) -> list[float]:
-    every = [[value for name in SETS for value in run[f"psnr {name}"]] for run in view.chosen(arm, level)]
-    return [statistics.fmean(values) for values in zip(*every, strict=True)]
-
-
-def plot(view: View) -> Plot | None:
-    """PSNR against sparsity, where there are several."""
-    if len(view.options.sparsities) < 2:
-        return None
-    title = "PSNR against sparsity, {where}, Set5"
-    references = (DENSE, BICUBIC)
-    curves = Curves(view.title, title, "zeros (%)", "PSNR on luma (dB)", CHOICES, references=references)
-    return curves(view)
+    return f"{view.title} ({count:,} parameters), twice the size"
 
 
 _AT = "{where}: ISS-P is %s at {level} zeros"
@@ -166,8 +123,39 @@ STUDY = Study(
     value=Value("psnr Set5", 1.0, 2, "dB", 2),
     varies=("networks", "sparsities", "seeds", "device"),
     by=("network",),
-    tables=[quality, by_image],
-    plots=[plot],
+    tables=[
+        Columns(
+            _title,
+            {
+                **{f"{m.upper()} {k}": Value(f"{m} {k}", 1.0, n) for k in SETS for m, n in _METRICS},
+                "training TFLOPs": mean_of("training_flops", "{:.2f}", 1e-12),
+            },
+            levels=lambda view: view.levels(),
+            heading="zeros",
+        ),
+        BySample(
+            "iss-p",
+            _images,
+            "{where}: PSNR minus that of ISS-P (dB), paired by image",
+            "95 % interval over the 19 images of Set5 and Set14.",
+            CHOICES,
+            lambda view: view.options.sparsities,
+            3,
+        ),
+    ],
+    plots=[
+        when(
+            lambda view: len(view.options.sparsities) > 1,
+            Curves(
+                "{slug}",
+                "PSNR against sparsity, {where}, Set5",
+                "zeros (%)",
+                "PSNR on luma (dB)",
+                CHOICES,
+                references=(DENSE, BICUBIC),
+            ),
+        )
+    ],
     notes=lambda options: [
         f"Trained on patches of T91 for {options.epochs * options.steps:,} steps of {options.batch}, "
         f"whatever the arm; the last convolution starts at zero, so that every network begins as bicubic "

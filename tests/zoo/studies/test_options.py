@@ -1,0 +1,48 @@
+"""Options that all studies have: seeds, lists and counts that must not be empty, names that must be known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import pytest
+
+from zoo.errors import ConfigError
+from zoo.names import check_known
+from zoo.registry import STUDIES
+from zoo.studies.options import StudyOptions
+
+
+@dataclass(frozen=True)
+class Options(StudyOptions):
+    may_be_none: ClassVar[tuple[str, ...]] = ("documents",)
+    arms: tuple[str, ...] = ("a", "b")
+    more: tuple[str, ...] = ()
+    documents: int = 40
+    flag: bool = True
+    rate: float = 0.5
+
+
+@pytest.mark.parametrize("wrong", [{"seeds": 0}, {"arms": ()}, {"documents": -1}, {"seeds": -3}])
+def test_nothing_where_something_is_needed_is_refused(wrong):
+    with pytest.raises(ConfigError, match=f"give at least [01] of {next(iter(wrong))}; received"):
+        Options(**wrong)
+
+
+def test_what_may_be_none_may_be_none():
+    made = Options(documents=0, more=(), flag=False, rate=-1.0)
+    assert made.documents == 0 and made.seeds == 3
+
+
+def test_unknown_names_are_refused_with_what_was_meant():
+    check_known("arm", ["a"], {"a": 1})
+    with pytest.raises(ConfigError, match="Unknown arm 'maginitude'. Did you mean 'magnitude'?"):
+        check_known("arm", ["random", "maginitude"], ("magnitude", "random"))
+
+
+@pytest.mark.parametrize("name", STUDIES.names())
+def test_every_study_that_has_seeds_refuses_none(name):
+    options = STUDIES.get(name).options
+    if "seeds" in {field.name for field in fields(options)}:
+        with pytest.raises(ConfigError, match="at least 1 of seeds"):
+            options(seeds=0)

@@ -1,0 +1,37 @@
+"""What the options of all studies have in common: seeds, and lists and counts that must not be empty."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zoo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Options of a study.
+
+    A list takes at least one value and a count is at least 1, unless the default is none or the name stands
+    in `may_be_none`.
+
+    Args:
+        seeds: how many, from 0.
+
+    Raises:
+        ConfigError: an empty list, or a count below 1.
+    """
+
+    may_be_none: ClassVar[tuple[str, ...]] = ()
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            default, given = one.default, getattr(self, one.name)
+            default, count = (len(v) if isinstance(v, tuple) else v for v in (default, given))
+            least = int(one.name not in self.may_be_none)
+            if type(default) is int and count < min(least, default):
+                raise ConfigError(
+                    f"give at least {least} of {one.name.replace('_', ' ')}; received {given!r}"
+                )
