@@ -132,7 +132,7 @@ class BySample:
     """
 
     against: str
-    of: Callable[[Row], Sequence[float] | np.ndarray]
+    of: Callable[[Row], Any]
     title: Text
     note: Text = ""
     arms: Some = ()
@@ -195,22 +195,22 @@ class Curves:
     def __call__(self, view: View) -> Plot | None:
         """The plot of a group; None if none of its arms were run."""
         numbers = [level for level in view.levels() if isinstance(level, int | float)]
-        levels, series = _some(self.levels, view, numbers), []
+        levels = _some(self.levels, view, numbers)
+        series: list[Series] = []
         for arm in view.arms(_some(self.arms, view, ())):
             own = [level for level in levels if level in view.levels(arm)]
             found = {level: values for level in own if (values := self._of(view, arm, level))}
             if found and arm not in self.references:
                 places = [self._place(view, arm, level) for level in found]
-                means = [statistics.fmean(values) for values in found.values()]
-                label, look = arm, {}
-                if self.points:
-                    number = str(len(series) + 1)
-                    label = arm if len(levels) > 1 else f"{number}: {arm}"
-                    look = {
-                        "kind": "points",
-                        "marks": [shown(k) if len(levels) > 1 else number for k in found],
-                    }
-                series.append(Series(label, places, means, [*map(deviation, found.values())], **look))
+                means, spreads = [*map(statistics.fmean, found.values())], [*map(deviation, found.values())]
+                if not self.points:
+                    series.append(Series(arm, places, means, spreads))
+                    continue
+                number = str(len(series) + 1)
+                label, marks = (
+                    (arm, [*map(shown, found)]) if len(levels) > 1 else (f"{number}: {arm}", [number])
+                )
+                series.append(Series(label, places, means, spreads, "points", marks))
         for arm in view.arms(self.references) if self.references else ():
             series.append(Series(arm, [], [statistics.fmean(self._of(view, arm, None))], kind="reference"))
         if not series:

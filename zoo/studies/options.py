@@ -28,10 +28,9 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
-            default, given = one.default, getattr(self, one.name)
-            default, count = (len(v) if isinstance(v, tuple) else v for v in (default, given))
-            least = int(one.name not in self.may_be_none)
-            if type(default) is int and count < min(least, default):
+            given, least = getattr(self, one.name), int(one.name not in self.may_be_none)
+            usual, count = (len(v) if isinstance(v, tuple) else v for v in (one.default, given))
+            if type(usual) is int and count < min(least, usual):
                 raise ConfigError(
                     f"give at least {least} of {one.name.replace('_', ' ')}; received {given!r}"
                 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zoo.studies.stats import Difference, seed_difference
-from zoo.studies.tables import Verdict
+from zoo.studies.tables import Outcome, Verdict
 from zoo.studies.verdict import mean_cell
 
 if TYPE_CHECKING:
@@ -149,6 +149,6 @@ class View:
 
         The claim may have `{where}` for the group.
         """
-        outcome = "not measured" if holds is None else "holds" if holds else "does not hold"
+        outcome: Outcome = "not measured" if holds is None else "holds" if holds else "does not hold"
         given = {"paper": self.study.papers, **fields}
         return Verdict(claim.format(where=self.title), published, measured, outcome, **given)
