@@ -9,14 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "0")
 
 import jaxtyping  # noqa: E402
 
-# Public functions carry shape annotations; the tests run with them switched on, users do not pay for it.
-# Only tests marked `traced` run without: torch.compile cannot trace the checks themselves.
-_CHECKED = "ZOO_TEST_UNCHECKED" not in os.environ
-if _CHECKED:
+# Public functions carry shape annotations; the tests run with them switched on, users do not pay for it. Only
+# the Triton tests' own process runs without: the checks may not wrap what Triton compiles.
+if "ZOO_TEST_UNCHECKED" not in os.environ:
     jaxtyping.install_import_hook(["zoo"], "beartype.beartype")
-
-import subprocess  # noqa: E402
-import sys  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -29,21 +25,13 @@ settings.register_profile("search", deadline=None, suppress_health_check=slow)
 settings.load_profile("search" if "ZOO_TEST_SEARCH" in os.environ else "same")
 
 
-def pytest_pyfunc_call(pyfuncitem):
-    """Run a test marked `traced` in a process of its own, without the shape checks."""
-    if pyfuncitem.get_closest_marker("traced") is None or not _CHECKED:
-        return None
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", pyfuncitem.nodeid]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(
-        command,
-        cwd=pyfuncitem.config.rootpath,
-        env={**environment, "ZOO_TEST_UNCHECKED": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return True
+@pytest.fixture(autouse=True)
+def _shape_checks(request):
+    """Switches the shape checks off while a test marked `traced` runs: they cannot be traced, and would
+    refuse before our own errors do."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("traced") is not None)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -67,39 +67,65 @@ def tiny_extras() -> dict[str, Tensor]:
     return {"edges/keep": torch.arange(20) % 4 != 0, "thresholds": torch.linspace(0, 1, 5)}
 
 
-_FIELDS: dict[str, Any] = {
-    "name": "graph/tiny-test",
-    "version": "1.0.0",
-    "domain": "graph",
-    "summary": "A small model for tests.",
-    "architecture": {"name": "test/tiny", "args": {"width": 8, "scale": 0.5}},
-    "method": {"name": "graph/magnitude", "hyperparameters": {"sparsity": 0.8}, "seed": 0},
-    "cost": {"flops": {"dense": 1000, "sparse": 250}},
-    "metrics": [
-        {
-            "task": "graph/cora",
-            "metric": "accuracy",
-            "split": "test",
-            "protocol": "public",
-            "value": 0.8,
-            "stderr": 0.01,
-            "per_seed": {0: 0.8},
-            "mean": 0.8,
-            "spread": 0.0,
-            "dense": {
-                "name": "graph/tiny-dense",
-                "value": 0.81,
-                "per_seed": {0: 0.81},
-                "mean": 0.81,
-                "spread": 0.0,
-            },
-        }
-    ],
-    "dense_twin": "graph/tiny-dense",
-    "training": {"command": "zoo sparsify tiny", "seconds": 1.0},
-    "data": {"name": "Cora", "source": "https://example.org", "licence": "CC0"},
-    "license": "Apache-2.0",
-    "citation": "none",
+def card_fields(
+    name: str,
+    architecture: dict[str, Any],
+    task: str,
+    metric: str,
+    value: float = 1.0,
+    stderr: float = 0.1,
+    flops: tuple[int, int] = (1, 1),
+    **changes: Any,
+) -> dict[str, Any]:
+    """The fields of a dense model's card with one figure; keywords replace fields."""
+    figure = {"task": task, "metric": metric, "split": "test", "protocol": "none"}
+    spread = {"value": value, "stderr": stderr, "per_seed": {0: value}, "mean": value, "spread": 0.0}
+    return {
+        "name": name,
+        "version": "1.0.0",
+        "domain": name.partition("/")[0],
+        "summary": "A small model for tests.",
+        "architecture": architecture,
+        "method": {"name": "dense", "seed": 0},
+        "dense_twin": None,
+        "cost": {"flops": dict(zip(("dense", "sparse"), flops, strict=True))},
+        "metrics": [figure | spread],
+        "training": {"command": "none", "seconds": 0.0},
+        "data": {"name": "none", "source": "none", "licence": "none"},
+        "license": "Apache-2.0",
+        "citation": "none",
+        **changes,
+    }
+
+
+@pytest.fixture(scope="session")
+def card_of() -> Callable[..., dict[str, Any]]:
+    """The function that makes the fields of a card."""
+    return card_fields
+
+
+_FIELDS = card_fields(
+    "graph/tiny-test",
+    {"name": "test/tiny", "args": {"width": 8, "scale": 0.5}},
+    "graph/cora",
+    "accuracy",
+    0.8,
+    0.01,
+    (1000, 250),
+    method={"name": "graph/magnitude", "hyperparameters": {"sparsity": 0.8}, "seed": 0},
+    dense_twin="graph/tiny-dense",
+    training={"command": "zoo sparsify tiny", "seconds": 1.0},
+    data={"name": "Cora", "source": "https://example.org", "licence": "CC0"},
+)
+_FIELDS["metrics"][0] |= {
+    "protocol": "public",
+    "dense": {
+        "name": "graph/tiny-dense",
+        "value": 0.81,
+        "per_seed": {0: 0.81},
+        "mean": 0.81,
+        "spread": 0.0,
+    },
 }
 
 

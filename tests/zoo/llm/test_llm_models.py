@@ -130,38 +130,16 @@ def test_folders_that_cannot_be_loaded_are_refused(tmp_path):
         load_pretrained(tmp_path / "unknown")
 
 
-def fields(model, name="llm/toy"):
-    figure = {
-        "task": "llm/embedded",
-        "metric": "word_perplexity",
-        "split": "test",
-        "protocol": "p",
-        "value": 9.0,
-        "stderr": 0.1,
-        "per_seed": {0: 9.0},
-        "mean": 9.0,
-        "spread": 0.0,
-    }
-    return {
-        "name": name,
-        "version": "1.0.0",
-        "domain": "llm",
-        "summary": "s",
-        "architecture": architecture_of(model),
-        "method": {"name": "dense", "seed": 0},
-        "cost": {"flops": {"dense": 1, "sparse": 1}},
-        "metrics": [figure],
-        "training": {"command": "c", "seconds": 1.0},
-        "data": {"name": "d", "source": "s", "licence": "l"},
-        "license": "Apache-2.0",
-        "citation": "none",
-    }
+@pytest.fixture
+def toy_card(card_of):
+    """Makes the card of a language model."""
+    return lambda model: card_of("llm/toy", architecture_of(model), "llm/embedded", "word_perplexity", 9.0)
 
 
-def test_bundles_carry_a_foreign_tokenizer(tmp_path):
+def test_bundles_carry_a_foreign_tokenizer(tmp_path, toy_card):
     model = foreign("gemma")
     remember(model, words_tokenizer(60))
-    save(model, tmp_path / "m", card=fields(model), extras=to_extras(tokenizer_of(model)))
+    save(model, tmp_path / "m", card=toy_card(model), extras=to_extras(tokenizer_of(model)))
     loaded = load(tmp_path / "m")
     assert torch.equal(logits(loaded), logits(model))
     assert tokenizer_of(loaded)("w5 nothing").input_ids == [5, 1]
@@ -170,7 +148,7 @@ def test_bundles_carry_a_foreign_tokenizer(tmp_path):
     assert twin.load_extras.args[0] is twin and tokenizer_of(twin)("w5").input_ids == [5]
 
 
-def test_a_stored_tokenizer_that_does_not_fit_is_refused(tmp_path):
+def test_a_stored_tokenizer_that_does_not_fit_is_refused(tmp_path, toy_card):
     model = foreign("llama")
     broken = to_extras(words_tokenizer(60)) | {"tokenizer/json": torch.arange(9, dtype=torch.uint8)}
     for extras, message in (
@@ -178,14 +156,14 @@ def test_a_stored_tokenizer_that_does_not_fit_is_refused(tmp_path):
         (broken, "tokenizer cannot be read"),
     ):
         with pytest.raises(BundleError, match=message):  # saving proves that the bundle loads
-            save(model, tmp_path / "m", card=fields(model), extras=extras)
+            save(model, tmp_path / "m", card=toy_card(model), extras=extras)
     assert not (tmp_path / "m").exists()
 
 
-def test_cut_widths_are_part_of_the_architecture(tmp_path):
+def test_cut_widths_are_part_of_the_architecture(tmp_path, toy_card):
     model = llama(1024, 32, [48, 16], layers=2, heads=4, kv_heads=2, tokenizer="shakespeare").eval()
     assert architecture_of(model)["args"]["intermediate_size"] == [48, 16]
-    save(model.half(), tmp_path / "m", card=fields(model))
+    save(model.half(), tmp_path / "m", card=toy_card(model))
     loaded = load(tmp_path / "m")
     assert [block.down.in_features for block in find_blocks(loaded)] == [48, 16]
     assert loaded.model.embed_tokens.weight is loaded.lm_head.weight and loaded.dtype == torch.float16

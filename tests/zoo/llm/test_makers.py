@@ -40,10 +40,10 @@ PLAIN, DROPPED, PUPIL = row(), row(dropout=0.2, best=True), row(distillation=2.0
 
 @pytest.fixture
 def small(monkeypatch):
-    """A text that is soon learnt by heart, whose validation part is another text."""
+    """A text that is soon learnt by heart, whose validation part is half another text."""
     line = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer. "
     other = "The slings and arrows of outrageous fortune, or to take arms against a sea of troubles. "
-    made = Corpus("small", "", "", "", (line * 8,), (other * 2,), (other,))
+    made = Corpus("small", "", "", "", (line * 8,), (other + line,), (other,))
     monkeypatch.setattr(makers, "corpus", lambda name: made)
     return made
 
@@ -101,7 +101,7 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(small, tmp_path):
     assert made.hyperparameters["validation_loss"] == pytest.approx(held_out_loss(best, tokens, 16))
     train = token_stream(small.train, packaged("shakespeare"))
     assert held_out_loss(last, train, 16) < 1.0
-    assert held_out_loss(best, tokens, 16) < held_out_loss(new_model(DROPPED, 0), tokens, 16) + 0.1
+    assert held_out_loss(best, tokens, 16) < held_out_loss(new_model(DROPPED, 0), tokens, 16) - 0.1
 
 
 @pytest.mark.parametrize(("recipe", "seed"), [(DROPPED, 0), (PUPIL, 1)])

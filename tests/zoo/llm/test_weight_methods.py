@@ -30,42 +30,20 @@ def tiny(seed: int = 0):
     return model
 
 
-def card(name: str, model, **changes):
-    """The fields of a card that `save` does not measure."""
-    metric = {
-        "task": "llm/embedded",
-        "metric": "word_perplexity",
-        "split": "test",
-        "protocol": "test",
-        "value": 1.0,
-        "stderr": 0.0,
-        "per_seed": {0: 1.0},
-        "mean": 1.0,
-        "spread": 0.0,
-    }
-    return {
-        "name": name,
-        "version": "1.0.0",
-        "domain": "llm",
-        "summary": "A random model for tests.",
-        "architecture": architecture_of(model),
-        "method": {"name": "dense", "hyperparameters": {}, "seed": 0},
-        "cost": {"parameters": {}, "flops": {"dense": 1, "sparse": 1}, "bytes": {}},
-        "metrics": [metric],
-        "dense_twin": None,
-        "training": {"command": "none", "seconds": 0.0},
-        "data": {"name": "none", "source": "none", "licence": "none"},
-        "license": "Apache-2.0",
-        "citation": "none",
-        **changes,
-    }
+@pytest.fixture
+def save_made(card_of):
+    """Writes the bundle of a model, or of what a method made."""
 
+    def write(folder, model, made=None):
+        architecture, more = architecture_of(model), {}
+        if made is not None:
+            architecture = {"name": "llm/llama", "args": made.arguments or architecture["args"]}
+            more = {"masks": made.masks, "extras": made.extras}
+        parts = {} if made is None else {"sparsity": {"parts": made.parts}}
+        fields = card_of(f"llm/{folder.name}", architecture, "llm/embedded", "word_perplexity", **parts)
+        return save(model, folder, card=fields, **more)
 
-def saved(made, folder):
-    """The bundle of what a method made."""
-    architecture = {"name": "llm/llama", "args": made.arguments or architecture_of(made.model)["args"]}
-    fields = card("llm/made", made.model, architecture=architecture, sparsity={"parts": made.parts})
-    return save(made.model, folder, card=fields, masks=made.masks, extras=made.extras)
+    return write
 
 
 IDS = torch.arange(24).view(2, 12) + 7
@@ -88,10 +66,10 @@ def logits(model):
         ("ecoflap", {"sparsity": 0.5, "coarse": "first", "local": "sparsegpt"}),
     ],
 )
-def test_masked_and_packed_bundles_agree(tmp_path, name, options):
+def test_masked_and_packed_bundles_agree(save_made, tmp_path, name, options):
     made = METHODS.get(name)(**SMALL, **options).sparsify(tiny())
     assert made.masks.sparsity() == pytest.approx(options.get("sparsity", 0.5), abs=0.02)
-    path = saved(made, tmp_path / "made")
+    path = save_made(tmp_path / "made", made.model, made)
     masked, packed = load(path), load(path, execution="packed")
     assert masks_of(masked).equal(made.masks) and masks_of(masked).zeros_intact(masked) == []
     skipping = [module for module in packed.modules() if isinstance(module, SparseLinear)]
@@ -101,10 +79,10 @@ def test_masked_and_packed_bundles_agree(tmp_path, name, options):
     torch.testing.assert_close(logits(packed), logits(masked), rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_a_cut_bundle_is_smaller_and_comes_back(tmp_path):
+def test_a_cut_bundle_is_smaller_and_comes_back(save_made, tmp_path):
     dense = tiny()
     made = METHODS.get("cfsp")(ratio=0.4, **SMALL).sparsify(tiny())
-    path = saved(made, tmp_path / "made")
+    path = save_made(tmp_path / "made", made.model, made)
     again = load(path)
     widths = [layer.mlp.up_proj.out_features for layer in again.model.layers]
     assert widths == made.hyperparameters["widths"] and sum(widths) < 0.62 * 128
@@ -115,9 +93,9 @@ def test_a_cut_bundle_is_smaller_and_comes_back(tmp_path):
     assert torch.equal(logits(again), logits(made.model))
 
 
-def test_a_quantised_bundle_holds_codes_and_comes_back(tmp_path):
+def test_a_quantised_bundle_holds_codes_and_comes_back(save_made, tmp_path):
     made = METHODS.get("gqsa")(block_epochs=1, model_epochs=1, **SMALL).sparsify(tiny())
-    path = saved(made, tmp_path / "made")
+    path = save_made(tmp_path / "made", made.model, made)
     masked, packed = load(path), load(path, execution="packed")
     assert sum(isinstance(module, GroupQuantLinear) for module in masked.modules()) == 14
     assert sum(isinstance(module, PackedGroupLinear) for module in packed.modules()) == 14
@@ -146,14 +124,14 @@ def test_a_head_in_four_bits_leaves_the_embedding_alone_and_comes_back(tmp_path)
     torch.testing.assert_close(logits(packed), logits(masked), rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_the_command_line_makes_and_measures(tmp_path, monkeypatch):
+def test_the_command_line_makes_and_measures(save_made, tmp_path, monkeypatch):
     from zoo.llm.data import corpus
 
     text = corpus("embedded")
     short = text.__class__(**{**text.__dict__, "test": text.test[:2], "train": text.train[:20]})
     monkeypatch.setattr("zoo.llm.data.corpus", lambda name: short)
     monkeypatch.setattr("zoo.llm.tasks.corpus", lambda name: short)
-    source = save(tiny(), tmp_path / "dense", card=card("llm/tiny", tiny()))
+    source = save_made(tmp_path / "dense", tiny())
     out = tmp_path / "wanda"
     arguments = [
         "sparsify",
@@ -215,7 +193,7 @@ def test_a_job_brings_batches_of_its_own_and_runs_any_network():
 
 @pytest.mark.parametrize("name,options", [("wanda", {}), ("sparsegpt", {}), ("ecoflap", {"eps": 0.01})])
 def test_a_vision_transformer_is_pruned_on_its_own_loss(name, options):
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason="timm is an extra that this environment lacks")
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
     model = timm.models.VisionTransformer(**sizes).eval()

@@ -282,39 +282,14 @@ def test_a_toy_package_adds_a_method_by_entry_point(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def dense_bundle(tmp_path):
+def dense_bundle(card_of, tmp_path):
     """An untrained small net on digits as a bundle."""
     model = reinitialised(ConvNet((8, 16), (1, 2)), 0).eval()
     task = get_task("vision/digits")
     value, flops = task.evaluate(model).metrics["accuracy"], task.flops(model)
-    card = {
-        "name": "vision/tiny",
-        "version": "1.0.0",
-        "domain": "vision",
-        "summary": "A tiny net.",
-        "architecture": {"name": "vision/convnet", "args": model.current_arguments()},
-        "method": {"name": "dense", "seed": 0},
-        "dense_twin": None,
-        "cost": {"parameters": {}, "flops": {"dense": flops.dense, "sparse": flops.sparse}, "bytes": {}},
-        "metrics": [
-            {
-                "task": "vision/digits",
-                "metric": "accuracy",
-                "split": "test",
-                "protocol": "none",
-                "value": value.value,
-                "stderr": value.stderr,
-                "per_seed": {0: value.value},
-                "mean": value.value,
-                "spread": 0.0,
-            }
-        ],
-        "training": {"command": "none", "seconds": 0.0},
-        "data": {"name": "digits", "source": "scikit-learn", "licence": "CC BY 4.0"},
-        "license": "Apache-2.0",
-        "citation": "none",
-    }
-    return save(model, tmp_path / "tiny", card=card)
+    architecture = {"name": "vision/convnet", "args": model.current_arguments()}
+    figure = (task.name, "accuracy", value.value, value.stderr, (flops.dense, flops.sparse))
+    return save(model, tmp_path / "tiny", card=card_of("vision/tiny", architecture, *figure))
 
 
 @pytest.mark.traced
@@ -354,32 +329,24 @@ OPTIONS = {
     "pgf": ("--sparsity", "0.75"),
     "bdwp": ("--sparsity", "0.75"),
     "sparse-ift": ("--sparsity", "0.5"),
-    "mask-sparsity": ("--sparse-epochs", "1", "--epochs", "2"),
-    "wgsef": ("--sparse-epochs", "1", "--epochs", "2"),
+    "mask-sparsity": ("--sparsity", "0.5", "--sparse-epochs", "1", "--epochs", "2"),
+    "wgsef": ("--sparsity", "0.5", "--sparse-epochs", "1", "--epochs", "2"),
 }
 
 
 @pytest.mark.traced
-def test_zoo_sparsify_takes_every_classifier_method(tmp_path, capsys):
-    for method, options in OPTIONS.items():
-        own = [] if "--sparsity" in options else ["--sparsity", "0.6"]
-        epochs = [] if "--epochs" in options else ["--epochs", "1"]
-        command = [
-            "sparsify",
-            "vision/dense-convnet-digits",
-            "--method",
-            method,
-            "--out",
-            str(tmp_path / method),
-            *own,
-            *epochs,
-            *options,
-        ]
-        assert main(command) == 0, capsys.readouterr().err
-        card = load(str(tmp_path / method)).zoo_info.card
-        assert card.method.name == method and card.dense_twin == "vision/dense-convnet-digits"
-        wanted = float((own or options)[1])
-        assert card.sparsity.overall >= wanted - 0.01
+@pytest.mark.parametrize("method", OPTIONS)
+def test_zoo_sparsify_takes_every_classifier_method(method, dense_bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ZOO_PATH", str(tmp_path))
+    monkeypatch.setattr("zoo.vision.domain.load_images", lambda name: load_images(name).subset(128))
+    own, out = OPTIONS[method], tmp_path / "made"
+    usual = {"--sparsity": "0.6", "--epochs": "1"}
+    options = [word for pair in usual.items() if pair[0] not in own for word in pair] + [*own]
+    command = ["sparsify", str(dense_bundle), "--method", method, "--out", str(out), *options]
+    assert main(command) == 0, capsys.readouterr().err
+    card = load(str(out)).zoo_info.card
+    assert card.method.name == method and card.dense_twin == "vision/tiny"
+    assert card.sparsity.overall >= float(options[options.index("--sparsity") + 1]) - 0.01
 
 
 def test_unknown_options_are_refused(dense_bundle, tmp_path):

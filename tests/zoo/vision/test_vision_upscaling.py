@@ -143,37 +143,13 @@ def test_the_study_sums_up_its_cells(data, tmp_path, monkeypatch):
     assert found["sparsity"] == pytest.approx(0.75, abs=0.01) and len(found["psnr Set14"]) == 2
 
 
-def test_an_upscaler_is_pruned_verified_and_tuned(data, tmp_path, monkeypatch, capsys):
+def test_an_upscaler_is_pruned_verified_and_tuned(data, card_of, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ZOO_PATH", str(tmp_path))
     model, task = EDSR(1, 4).eval(), get_task("vision/set5-x2")
     value, flops = task.evaluate(model).metrics["psnr"], task.flops(model)
-    card = {
-        "name": "vision/tiny-edsr",
-        "version": "1.0.0",
-        "domain": "vision",
-        "summary": "A tiny upscaler.",
-        "architecture": {"name": "vision/edsr", "args": model.current_arguments()},
-        "method": {"name": "dense", "seed": 0},
-        "dense_twin": None,
-        "cost": {"parameters": {}, "flops": {"dense": flops.dense, "sparse": flops.sparse}, "bytes": {}},
-        "metrics": [
-            {
-                "task": task.name,
-                "metric": "psnr",
-                "split": "test",
-                "protocol": "none",
-                "value": value.value,
-                "stderr": value.stderr,
-                "per_seed": {0: value.value},
-                "mean": value.value,
-                "spread": 0.0,
-            }
-        ],
-        "training": {"command": "none", "seconds": 0.0},
-        "data": {"name": "T91", "source": "made for a test", "licence": "none"},
-        "license": "Apache-2.0",
-        "citation": "none",
-    }
+    architecture = {"name": "vision/edsr", "args": model.current_arguments()}
+    figure = (task.name, "psnr", value.value, value.stderr, (flops.dense, flops.sparse))
+    card = card_of("vision/tiny-edsr", architecture, *figure)
     dense, out, tuned = save(model, tmp_path / "tiny-edsr", card=card), tmp_path / "made", tmp_path / "tuned"
     options = ["--sparsity", "0.5", "--epochs", "2", "--batch", "2"]
     assert main(["sparsify", str(dense), "--method", "iss-p", "--out", str(out), *options]) == 0
