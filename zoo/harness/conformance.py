@@ -1,9 +1,9 @@
 """Conformance of tasks and domains: what each must do, checked on any of them, plug-ins included.
 
-    from zoo.harness.conformance import check_domain, check_task
+from zoo.harness.conformance import check_domain, check_task
 
-    check_task("graph/digits", zoo.load("graph/dense-gcn-digits"))
-    check_domain("graph", zoo.load("graph/dense-gcn-digits"))
+check_task("graph/digits", zoo.load("graph/dense-gcn-digits"))
+check_domain("graph", zoo.load("graph/dense-gcn-digits"))
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def check_domain(name: str, model: nn.Module) -> None:
     """Check that all that a domain registers is there, and that its jobs train.
 
     Every entry must load; the public names of its package must exist and others be refused as Python does;
-    its maker of jobs must take what `zoo sparsify` gives it, refuse data that nobody knows by an error of this
+    its maker of jobs must take what `zoo sparsify` gives it, refuse data that nobody knows by an error of
+    this
     project, and make for a model of the domain a job whose loss is finite and has gradients.
 
     Args:

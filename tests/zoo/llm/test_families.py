@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -73,11 +74,16 @@ OTHERS: dict[str, dict[str, Any]] = {
 FAMILIES = GATED | UNGATED | MIXTURES | OTHERS
 
 
-def family(kind: str, seed: int = 0) -> nn.Module:
+def family(kind: str) -> nn.Module:
     """A random model of a family, in eval mode."""
+    return copy.deepcopy(_family(kind))
+
+
+@functools.cache
+def _family(kind: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**_COMMON, **FAMILIES[kind]})
     build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = build.from_config(config).eval()
