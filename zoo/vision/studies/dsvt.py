@@ -9,7 +9,6 @@ process.
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from zoo.names import check_known
 from zoo.shared.train import Checkpoint, Fit, resume
@@ -160,13 +158,11 @@ def step_times(options: DSVTOptions, cells: CellCache) -> dict[str, float]:
     return dict(cells.cell(key, compute))
 
 
-def trained_cell(
-    options: DSVTOptions, arm: str, seed: int, epochs: int, cells: CellCache
-) -> tuple[Row, dict[str, Tensor]]:
-    """What an arm trained for so many epochs finds in the test scenes, and its weights."""
+def trained_cell(options: DSVTOptions, arm: str, seed: int, epochs: int, cells: CellCache) -> Row:
+    """What an arm trained for so many epochs finds in the test scenes."""
     key = options.key(trained_cell, cell="trained", arm=arm, seed=seed, epochs=epochs)
 
-    def compute() -> tuple[Row, dict[str, Tensor]]:
+    def compute() -> Row:
         torch.set_num_threads(1)
         frames = scene_frames("train", options.scenes)
         fit = options.fit(arm, frames, epochs, seed)
@@ -176,8 +172,8 @@ def trained_cell(
         model = fit.model
         test = scene_frames("test", options.test_scenes)
         found = scores(detections(cast(Detector, model), test), [truth_of(frame) for frame in test])
-        shutil.rmtree(checkpoint.folder, ignore_errors=True)
-        figures = {
+        checkpoint.remove()
+        return {
             "epochs": epochs,
             "seconds": fit.cost.seconds,
             "wall": time.perf_counter() - start,
@@ -186,16 +182,8 @@ def trained_cell(
             **{name: measure.value for name, measure in found.items()},
             **{f"{name} stderr": m.stderr for name, m in found.items() if m.stderr is not None},
         }
-        return figures, model.state_dict()
 
-    return cells.tensors(key, compute)
-
-
-def trained_model(options: DSVTOptions, arm: str, seed: int, epochs: int, cells: CellCache) -> Detector:
-    """The detector of a cell, trained first if it is not there."""
-    model = make_arm(arm, seed)
-    model.load_state_dict(trained_cell(options, arm, seed, epochs, cells)[1])
-    return model.eval()
+    return dict(cells.cell(key, compute))
 
 
 def equal_time_epochs(options: DSVTOptions, times: dict[str, float]) -> dict[str, int]:
@@ -212,7 +200,7 @@ def measure(make: Any, options: DSVTOptions, case: Row, cells: CellCache) -> Row
     epochs = options.epochs
     if case["level"] == TIME:
         epochs = equal_time_epochs(options, step_times(options, cells))[case["arm"]]
-    return trained_cell(options, case["arm"], case["seed"], epochs, cells)[0]
+    return trained_cell(options, case["arm"], case["seed"], epochs, cells)
 
 
 def cases(options: DSVTOptions) -> Iterator[Row]:
