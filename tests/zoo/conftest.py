@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from zoo.registry import ARCHITECTURES
 from zoo.shared.masks import MaskSet, set_masks
+from zoo.shared.train import Checkpoint
 
 
 class TinyNet(nn.Module):
@@ -40,6 +42,25 @@ def _tiny_architecture(monkeypatch) -> None:
     """`test/tiny` exists while a test runs."""
     ARCHITECTURES.names()
     monkeypatch.setitem(ARCHITECTURES._entries, "test/tiny", TinyNet)
+
+
+@pytest.fixture
+def stopped(monkeypatch) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which a run stops right after its first checkpoint, as at ctrl-C."""
+
+    @contextmanager
+    def stop() -> Iterator[None]:
+        write = Checkpoint.write
+
+        def write_and_stop(self: Checkpoint, *state: Any) -> None:
+            write(self, *state)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Checkpoint, "write", write_and_stop)
+            yield
+
+    return stop
 
 
 @pytest.fixture

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import runpy
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -189,18 +184,7 @@ def test_low_rank_options_that_cannot_be_are_refused():
     assert not any(p.dim() < 2 for p in fit_of(model, 1).parameters if p.requires_grad)
 
 
-# What the command line does, on a toy model, since each run is a process of its own.
 TOY = Path(__file__).with_name("toy_task.py")
-RUN = (
-    TOY.read_text()
-    + """
-import sys
-from pathlib import Path
-from zoo.llm.finetune import Finetune
-out, steps = Path(sys.argv[1]), int(sys.argv[2])
-Finetune(sys.argv[3], out, steps=steps, batch=2, window=32, checkpoint_every=2).run()
-"""
-)
 
 
 @pytest.fixture
@@ -272,32 +256,20 @@ def test_impossible_fine_tunings_are_refused(tmp_path, pruned):
         Finetune("graph/dense-gcn-digits", tmp_path / "tuned").run()
 
 
-def start(out: Path, steps: int, model: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    command = [sys.executable, "-c", RUN, str(out), str(steps), str(model)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, pruned, stopped):
+    def tune(name):
+        return Finetune(str(pruned), tmp_path / name, steps=10, batch=2, window=32, checkpoint_every=4).run()
 
-
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, pruned):
-    steps = 30
-    process = start(tmp_path / "killed", steps, pruned)
-    checkpoint = tmp_path / ".killed.checkpoint" / "state.safetensors"
-    deadline = time.monotonic() + 300
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert checkpoint.exists() and not (tmp_path / "killed").exists()
-    resumed = start(tmp_path / "killed", steps, pruned)
-    Finetune(str(pruned), tmp_path / "whole", steps=steps, batch=2, window=32, checkpoint_every=2).run()
-    assert resumed.wait() == 0, resumed.stderr.read()
-    left, right = load(tmp_path / "whole").state_dict(), load(tmp_path / "killed").state_dict()
+    with stopped():
+        tune("stopped")
+    assert (tmp_path / ".stopped.checkpoint" / "state.safetensors").exists()
+    assert not (tmp_path / "stopped").exists()
+    paths = [tune(name) for name in ("stopped", "whole")]
+    left, right = (load(path).state_dict() for path in paths)
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name
-    assert find(tmp_path / "whole").card.metrics == find(tmp_path / "killed").card.metrics
+    assert find(paths[0]).card.metrics == find(paths[1]).card.metrics
 
 
 @pytest.fixture(scope="module")

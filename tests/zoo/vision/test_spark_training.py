@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -67,25 +63,15 @@ def test_the_bundle_is_fine_tuned_by_the_usual_command(made, capsys):
     assert find(tuned).card.metrics[0].value > 0.5
 
 
-def start(out) -> subprocess.Popen:
-    command = [sys.executable, "-m", "zoo", "pretrain", "vision", "--out", str(out), *SMALL, "--epochs", "6"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    process = start(tmp_path / "killed")
-    checkpoint = tmp_path / ".killed.checkpoint" / "state.safetensors"
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert not (tmp_path / "killed").exists()
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stopped):
+    options = {"width": 4, "decoder": 8, "ratio": 0.5, "batch": 128, "execution": "grid", "epochs": 3}
+    with stopped():
+        Pretrain(tmp_path / "stopped", **options).run()
+    assert (tmp_path / ".stopped.checkpoint" / "state.safetensors").exists()
+    assert not (tmp_path / "stopped").exists()
     with pytest.raises(IdentityError, match="other options"):
-        Pretrain(tmp_path / "killed", epochs=7, width=4, decoder=8, ratio=0.5, batch=128).run()
-    options = {"width": 4, "decoder": 8, "ratio": 0.5, "batch": 128, "execution": "grid", "epochs": 6}
-    resumed = Pretrain(tmp_path / "killed", **options).run()
-    whole = Pretrain(tmp_path / "whole", **options).run()
-    first, second = zoo.load(str(resumed)), zoo.load(str(whole))
+        Pretrain(tmp_path / "stopped", **{**options, "epochs": 4}).run()
+    first, second = (zoo.load(str(Pretrain(tmp_path / n, **options).run())) for n in ("stopped", "whole"))
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
 
