@@ -98,9 +98,11 @@ class Claim:
             if difference is None:
                 continue
             cap, note = _cap(self, view, each, value)
-            text = self.text or self._in_words(value, len(levels) > 1)
+            text, where = self.text, view.title
+            if not text:
+                text, where = self._in_words(value, len(levels) > 1), f"{where}: " if where else ""
             yield Finding(
-                text.format(where=view.title, level=shown(each[0])),
+                text.format(where=where, level=shown(each[0])),
                 self.published,
                 difference,
                 self.bar,
@@ -115,7 +117,7 @@ class Claim:
         """What is claimed, from the arms and the bar."""
         gap = f"{abs(self.bar):.{value.decimals}f} {value.unit}"
         how = f"less than {gap} below" if self.bar < 0 else f"{gap} or more above" if self.bar else "above"
-        return f"{{where}}: '{self.first}' is {how} '{self.second}'{' at {level}' * levels}"
+        return f"{{where}}'{self.first}' is {how} '{self.second}'{' at {level}' * levels}"
 
 
 def above(first: str, second: str, bar: float = 0.0, published: str = BAR, **fields: Any) -> Claim:

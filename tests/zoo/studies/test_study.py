@@ -9,8 +9,8 @@ import pytest
 
 from zoo.studies import digests
 from zoo.studies.digests import code_digest
-from zoo.studies.figures import Curves, Grid
-from zoo.studies.study import Arm, Claim, Study, Tuned, grid, shown
+from zoo.studies.figures import BySample, Columns, Curves, Grid, mean_of, when
+from zoo.studies.study import Arm, Claim, Study, Tuned, above, grid, shown
 from zoo.studies.view import Value, View
 
 
@@ -130,6 +130,88 @@ def test_grid_and_curves():
     plot = Curves("p", "P", "x", "y", references=("dense",))(view)
     assert [s.label for s in plot.series] == ["good", "dense"] and plot.series[0].x == [50.0, 90.0]
     assert plot.series[1].kind == "reference"
+
+
+def test_columns_have_a_figure_each():
+    data = [{**row, "cost": 2.0 + row["seed"]} for row in rows(good=0.5, dense=0.9)]
+    view = View(study(), data, Options(), {"graph": "g"})
+    columns = {
+        "accuracy": Value(),
+        "cost": mean_of("cost", "{:.2f}"),
+        "arm, level": lambda v, a, lv: f"{a} {lv}",
+    }
+    table = Columns("T {where}", columns, levels=(0.5,), heading="zeros")(view)
+    assert table.title == "T g" and table.columns == ["arm", "zeros", "accuracy", "cost", "arm, level"]
+    assert table.rows[0] == ["good", "50 %", "50.2 ± 0.2", "3.00", "good 0.5"]
+    assert table.rows[1][2] == "90.1 ± 0.1", "a flat arm stands for every level"
+    assert Columns("T", columns, arms=("bad",))(view) is None
+    assert mean_of("nothing")(view, "good", 0.5) == ""
+
+
+def test_differences_by_sample_take_each_samples_mean_over_seeds():
+    data = [
+        {
+            "arm": arm,
+            "level": 0.5,
+            "seed": seed,
+            "accuracy": base + seed / 10,
+            "each": [base, base + seed, 3.0],
+        }
+        for arm, base in (("good", 2.0), ("bad", 1.0))
+        for seed in (0, 1, 2)
+    ]
+    view = View(study(value=Value("accuracy", 1.0)), data, Options(), {})
+    table = BySample("bad", lambda row: row["each"], "Against bad", "Note.", digits=2)(view)
+    (row,) = table.rows  # the arm itself has no row; samples differ by 1, 1 and 0 in every seed
+    assert row[0] == "good" and row[1].startswith("+0.67 [") and row[1].endswith("]")
+    assert table.note == "Note. *: seen over samples; **: over seeds as well."
+    data = [{**row, "each": [value + 5 * (row["arm"] == "good") for value in row["each"]]} for row in data]
+    (row,) = BySample("bad", lambda row: row["each"], "T")(View(view.study, data, Options(), {})).rows
+    assert row[1].endswith(" **")
+
+
+def test_points_lie_at_the_mean_of_a_figure_and_are_numbered_or_marked():
+    data = [{**row, "cost": 10.0 * (row["seed"] + 1)} for row in rows(good=0.5, bad=0.4)]
+    view = View(study(), data, Options(), {})
+    one = Curves("p", "P", "x", "y", x=Value("cost", 0.1), levels=[0.5], points=True)(view)
+    assert [(s.label, s.x, s.marks) for s in one.series] == [
+        ("1: good", [2.0], ["1"]),
+        ("2: bad", [2.0], ["2"]),
+    ]
+    both = Curves("p", "P", "x", "y", x=Value("cost", 0.1), points=True)(view)
+    assert both.series[0].marks == ["50 %", "90 %"] and both.series[0].kind == "points"
+    assert when(lambda view: False, lambda view: one)(view) is None
+
+
+def test_a_contrast_is_of_the_seeds_that_all_have():
+    data = rows(good=0.5, bad=0.4, chance=0.1)
+    data = [row for row in data if (row["arm"], row["seed"]) != ("chance", 2)]
+    found = View(study(), data, Options(), {}).contrast([("good", 0.5), ("chance", 0.9)], [("bad", 0.5)])
+    assert found == {0: pytest.approx(50.2 + 10.1 - 40.1), 1: pytest.approx(50 + 10 - 40)}
+
+
+def test_facts_and_claims_in_the_words_of_their_arms():
+    view = View(study(papers=(3,)), rows(good=0.9), Options(), {"graph": "g"})
+    made = [view.fact("{where}: it", "yes", "1", holds) for holds in (True, False, None)]
+    assert [v.verdict for v in made] == ["holds", "does not hold", "not measured"]
+    assert (
+        made[0].claim == "g: it"
+        and made[0].paper == (3,)
+        and view.fact("", "", "", True, paper=()).paper == ()
+    )
+    claims = [
+        above("good", "bad", 1.0),
+        above("good", "bad", -0.5, "close", at=(0.5,)),
+        above("good", "bad", at=(0.9,)),
+    ]
+    found = outcomes(claims, good=0.9, bad=0.8, chance=0.1)
+    assert [v.claim for v in found] == [
+        "'good' is 1.0 points or more above 'bad' at 50 %",
+        "'good' is 1.0 points or more above 'bad' at 90 %",
+        "'good' is less than 0.5 points below 'bad'",
+        "'good' is above 'bad'",
+    ]
+    assert found[2].published == "close"
 
 
 def test_cases_of_a_grid():
