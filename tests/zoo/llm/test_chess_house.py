@@ -14,7 +14,6 @@ from zoo.harness.tasks import get_task
 from zoo.llm.methods.chess import Chess
 from zoo.llm.models.serving import PackedGatedMLP
 from zoo.llm.models.thresholds import thresholds_of
-from zoo.registry import METHODS
 from zoo.shared.store.io import write_json
 from zoo.studies.cells import CellCache
 from zoo.studies.runner import get_study
@@ -66,11 +65,6 @@ def test_the_task_measures_what_thresholds_spare(made):
     # half of up's and down's 704 columns and a quarter of q's and o's 256, of 1440 in a block
     assert found.metrics["skipped_weights"].value == pytest.approx(0.289, abs=0.02)
     assert task.evaluate(load(TWIN)).metrics["skipped_weights"].value == 0.0
-
-
-def test_registered_by_name():
-    for name in ("chess", "cats", "teal"):
-        assert dataclasses.is_dataclass(METHODS.get(name))
 
 
 def test_the_study_sums_up(tmp_path):

@@ -109,11 +109,12 @@ def test_a_quantised_bundle_holds_codes_and_comes_back(save_made, tmp_path):
     torch.testing.assert_close(logits(packed), logits(masked), rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_a_head_in_four_bits_leaves_the_embedding_alone_and_comes_back(tmp_path):
+def test_a_head_in_four_bits_leaves_the_embedding_alone_and_comes_back(save_made, tmp_path):
     dense = tiny()
     embedding = dense.get_input_embeddings().weight.detach().clone()
     method = METHODS.get("gqsa")(block_epochs=0, model_epochs=0, head=True, **SMALL)
-    path = saved(method.sparsify(dense), tmp_path / "made")
+    made = method.sparsify(dense)
+    path = save_made(tmp_path / "made", made.model, made)
     masked, packed = load(path), load(path, execution="packed")
     assert torch.equal(masked.get_input_embeddings().weight, embedding)
     assert isinstance(packed.lm_head, PackedGroupLinear) and packed.lm_head.groups.density == 1.0

@@ -52,6 +52,10 @@ def test_methods_of_a_domain_refuse_a_plain_module_by_name_or_keep_the_contract(
             assert outcome.taken or named, f"{name}: {outcome.refusal}"
 
 
+def test_the_options_of_every_method_are_fields():
+    assert [name for name in METHODS.names() if not dataclasses.is_dataclass(METHODS.get(name))] == []
+
+
 @dataclasses.dataclass
 class Toy:
     """A plug-in, with one way of breaking the contract or none."""

@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import zoo.vision
 from zoo.bundles.store import info, load, save
 from zoo.cli import main
 from zoo.errors import ConfigError, DataError, TaskError
 from zoo.harness.tasks import get_task
-from zoo.registry import ARCHITECTURES, FINETUNERS, METHODS, STUDIES, TASKS, Registry
+from zoo.registry import FINETUNERS, Registry
 from zoo.shared.errors import BudgetError, MaskError, PatternError, TrainingError
 from zoo.shared.masks import masks_of, set_masks
 from zoo.shared.pruning.sparsifier import sparsify
@@ -34,40 +31,6 @@ from zoo.vision.studies.pruning import PruningOptions
 
 RESULTS = Path(__file__).parents[3] / "benchmarks/results/vision/claims"
 needs_data = pytest.mark.skipif(not os.environ.get("ZOO_DATA"), reason="needs the images below ZOO_DATA")
-
-
-def test_everything_is_registered_without_importing_torch():
-    code = (
-        "import sys, zoo.vision; from zoo.registry import TASKS; TASKS.names(); "
-        "sys.exit('torch' in sys.modules)"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
-    for registry in (ARCHITECTURES, TASKS):
-        assert len([registry.get(name) for name in registry.names("vision/*")]) >= 5
-    for name in (
-        "magnitude",
-        "random-pruning",
-        "dynamic-sparse",
-        "lottery-ticket",
-        "lottery-jackpot",
-        "bip",
-        "sparse-soup",
-        "pgf",
-        "bdwp",
-        "sparse-ift",
-        "mask-sparsity",
-        "wgsef",
-        "iss-p",
-        "fast-convnet",
-    ):
-        assert METHODS.get(name).__module__.startswith("zoo.methods.")
-    assert STUDIES.get("pruning-benchmark") is pruning.STUDY
-    assert STUDIES.get("pruning-claims") is claims.STUDY
-    assert FINETUNERS.get("vision").__name__ == "Finetune"
-    assert zoo.vision.ResNet is ResNet
-    with pytest.raises(AttributeError):
-        _ = zoo.vision.nonsense
 
 
 def test_the_digits_are_split_once_and_for_all():
