@@ -65,7 +65,12 @@ class NodeClassification(Task):
         return Flops(total.flops, total.flops_kept)
 
     def _logits(self, model: nn.Module, x: Tensor, edge_index: Tensor) -> Tensor:
-        logits = model(x, edge_index)
+        try:
+            logits = model(x, edge_index)
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise TaskError(
+                f"{self.name} calls model(x, edge_index), which {type(model).__name__} does not take: {error}"
+            ) from error
         if not isinstance(logits, Tensor) or tuple(logits.shape) != (len(x), self.widths()[1]):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise TaskError(

@@ -73,7 +73,7 @@ def check_task(task: str | Task, model: nn.Module) -> None:
     _refuses(lambda: task.evaluate(foreign), f"{task.name} measures a network of three inputs")
 
 
-def check_domain(name: str, model: nn.Module) -> None:
+def check_domain(name: str, model: nn.Module, dataset: str | None = None) -> None:
     """Check that all that a domain registers is there, and that its jobs train.
 
     Every entry must load; the public names of its package must exist and others be refused as Python does;
@@ -84,6 +84,7 @@ def check_domain(name: str, model: nn.Module) -> None:
     Args:
         name: of the domain.
         model: one of its models; not changed.
+        dataset: what its job is made on; by default what the domain takes for this model.
 
     Raises:
         ConformanceError: the domain breaks the contract; the message says how.
@@ -101,9 +102,12 @@ def check_domain(name: str, model: nn.Module) -> None:
     missing = [one for one in _JOB if one not in inspect.signature(make).parameters]
     _must(not missing, f"the jobs of {name} take no {missing}")
     _refuses(lambda: make("no-such-data", model=model), f"{name} makes a job of data that nobody knows")
-    job = make(model=model)
+    job = make(dataset, model=model)
     loss = job.loss(model, next(iter(job.sample(1))))
-    _must(math.isfinite(float(loss)) and loss.requires_grad, f"the loss of a job of {name} cannot be trained")
+    _must(
+        math.isfinite(float(loss.detach())) and loss.requires_grad,
+        f"the loss of a job of {name} cannot be trained",
+    )
 
 
 def _must(holds: bool, message: str) -> None:

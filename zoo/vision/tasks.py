@@ -36,7 +36,13 @@ class Classification(Task):
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Accuracy with its standard error; samples are 1 for right and 0 for wrong."""
         data = self._fitting(model)
-        right = correct(model, data, data.test)
+        try:
+            right = correct(model, data, data.test)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            shape = tuple(data.test.images.shape[1:])
+            raise TaskError(
+                f"{self.name} has images {shape}, which this {type(model).__name__} does not classify: {error}"
+            ) from error
         digest = hashlib.sha256(data.test.images.numpy().tobytes()).hexdigest()[:16]
         return TaskResult.from_samples({"accuracy": right.double().tolist()}, digest)
 
