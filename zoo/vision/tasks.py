@@ -41,7 +41,7 @@ class Classification(Task):
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             shape = tuple(data.test.images.shape[1:])
             raise TaskError(
-                f"{self.name} has images {shape}, which this {type(model).__name__} does not classify: {error}"
+                f"{self.name} has images {shape}, which {type(model).__name__} does not classify: {error}"
             ) from error
         digest = hashlib.sha256(data.test.images.numpy().tobytes()).hexdigest()[:16]
         return TaskResult.from_samples({"accuracy": right.double().tolist()}, digest)
