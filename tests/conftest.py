@@ -9,10 +9,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "0")
 
 import jaxtyping  # noqa: E402
 
-# Public functions carry shape annotations; the tests run with them switched on, users do not pay for it. Only
-# the Triton tests' own process runs without: the checks may not wrap what Triton compiles.
-if "ZOO_TEST_UNCHECKED" not in os.environ:
+# Public functions carry shape annotations; the tests run with them switched on, users do not pay for it.
+_CHECKED = "ZOO_TEST_UNCHECKED" not in os.environ
+if _CHECKED:
     jaxtyping.install_import_hook(["zoo"], "beartype.beartype")
+
+import subprocess  # noqa: E402
+import sys  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -23,6 +26,23 @@ slow = [HealthCheck.too_slow]
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=slow)
 settings.register_profile("search", deadline=None, suppress_health_check=slow)
 settings.load_profile("search" if "ZOO_TEST_SEARCH" in os.environ else "same")
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a test marked `alone` in a process of its own, where no shape checks wrap what Triton compiles."""
+    if pyfuncitem.get_closest_marker("alone") is None or not _CHECKED:
+        return None
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        command,
+        cwd=pyfuncitem.config.rootpath,
+        env={**environment, "ZOO_TEST_UNCHECKED": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ CASES = {
 }
 
 
-@pytest.mark.traced
+@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 def test_kernels_compile_for_hopper():
     import triton
