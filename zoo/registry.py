@@ -221,7 +221,8 @@ TASKS: Registry[Any] = Registry("task", "zoo.tasks", needs=("evaluate",), factor
 STUDIES: Registry[Any] = Registry("study", "zoo.studies", needs=("run", "report"))
 #: domain/name -> function that returns a data set, with an attribute `source` for cards
 DATASETS: Registry[Callable[[], Any]] = Registry("data set", "zoo.datasets")
-#: domain -> function of a data set's name or file: the task that is measured on it, and its `Source`
+#: domain -> function of a data set's name or file: the task that is measured on it, None if models only train
+#: on it, and its `Source`
 MEASURED: Registry[Callable[[str], Any]] = Registry("measure of data", "zoo.measured")
 FINETUNERS: Registry[Any] = Registry("fine-tuner", "zoo.finetuners", needs=("run",))
 #: domain -> `make_job(dataset, *, recipe, seed, device, model) -> zoo.Job`, behind `zoo sparsify`

@@ -170,7 +170,11 @@ def _task_on(options: Eval) -> str | None:
     if options.task or domain not in MEASURED:
         known = ", ".join(MEASURED.names())
         raise ConfigError(f"--data goes without --task, and with models of the domains {known}")
-    task: str = MEASURED.get(domain)(options.data)[0]
+    task: str | None = MEASURED.get(domain)(options.data)[0]
+    if task is None:
+        raise ConfigError(
+            f"--data {options.data}: models only train on it; leave it out to measure the card's"
+        )
     return task
 
 

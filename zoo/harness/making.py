@@ -97,7 +97,7 @@ def make_bundle(
 def figures_on(domain: str, dataset: str, known: Sequence[Figure]) -> tuple[Sequence[Figure], dict[str, str]]:
     """What is measured on a data set, those of `known` if they are its, and the data's fields on a card."""
     task, source = MEASURED.get(domain)(dataset)
-    own = [figure for figure in known if figure.task == task]
+    own = known if task is None else [figure for figure in known if figure.task == task]
     return own or [Figure(task)], {"name": source.title, "source": source.origin, "licence": source.licence}
 
 

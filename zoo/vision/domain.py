@@ -89,14 +89,11 @@ def source_of(dataset: str) -> Source:
     return SOURCES[dataset] if dataset in SOURCES else data.source_named(dataset)
 
 
-def measured(dataset: str) -> tuple[str, Source]:
-    """The task that is measured on images by name or folder, and what a card says of them.
-
-    Raises:
-        ConfigError: patches or point clouds, on which the tasks of a model's card are measured.
-    """
+def measured(dataset: str) -> tuple[str | None, Source]:
+    """The task that is measured on images by name or folder, and what a card says of them; no task for
+    patches and point clouds, which models train on only."""
     if dataset in SOURCES and dataset not in data.SOURCES:
-        raise ConfigError(f"{dataset} is what a model trains on; what it is measured on is on its card")
+        return None, SOURCES[dataset]
     return measured_on_images(dataset)
 
 

@@ -15,11 +15,12 @@ from zoo.bundles.publish import Figure
 from zoo.errors import ConfigError
 from zoo.shared.train import Recipe
 from zoo.training.finetune import FineTuner, Plan
-from zoo.vision.domain import dataset_of, make_job, measured, source_of
+from zoo.vision.domain import dataset_of, make_job, source_of
 from zoo.vision.heads import classes_of, fitting_spec, for_classes
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.train import detector_recipe
 from zoo.vision.models import Classifier
+from zoo.vision.tasks import measured_on_images
 from zoo.vision.upscalers import Upscaler
 
 
@@ -83,7 +84,7 @@ class Finetune(FineTuner):
             if new:
                 print(f"zoo: {dataset} has other classes: {', '.join(new)} are new", file=sys.stderr)
             if dataset != dataset_of(loaded):
-                figures = [Figure(measured(dataset)[0])]
+                figures = [Figure(measured_on_images(dataset)[0])]
         job = make_job(
             dataset, recipe=recipe, seed=self.seed, device=device, model=model, limit=self.train_images
         )

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from zoo.bundles.card import read_card
+from zoo.bundles.publish import Figure
 from zoo.bundles.store import load
 from zoo.cli import main
 from zoo.errors import DataError, TaskError
+from zoo.harness.making import figures_on
 from zoo.harness.runner import evaluate
 from zoo.shared.masks import masks_of
 from zoo.vision.data import load_images
@@ -110,3 +112,11 @@ def test_own_images_go_through_every_command(tmp_path, monkeypatch, capsys):
 def test_labels_decide_the_classes(tmp_path):
     images = load_images(str(draw(tmp_path / "mine", classes=("b", "a"), count=4)))
     assert int(torch.cat([images.train.labels, images.test.labels]).max()) == 1
+
+
+def test_what_models_only_train_on_keeps_the_figures_of_the_card(capsys):
+    figures = [Figure("vision/set5-x2")]
+    assert figures_on("vision", "t91", figures)[0] == figures
+    assert figures_on("vision", "digits", figures)[0] == [Figure("vision/digits")]
+    assert main(["eval", "vision/dense-edsr-x2", "--data", "t91"]) == 2
+    assert "models only train on it" in capsys.readouterr().err
