@@ -4,8 +4,8 @@
     load_spconv_state(net, torch.load(path, weights_only=True))
 
 spconv has stored weights in three orders of dimensions: KRSC [out, *kernel, in] since 2.2 and here, RSCK
-[*kernel, in, out] in 1.x and RSKC [*kernel, out, in] in between. Where the shape does not tell them apart - as
-many channels out as in - the order must be given; to guess would transpose the weight without a word.
+[*kernel, in, out] in 1.x and RSKC [*kernel, out, in] in between. Where the shape does not tell them apart,
+with as many channels out as in, the order must be given; to guess would transpose the weight without a word.
 """
 
 from __future__ import annotations
