@@ -55,7 +55,7 @@ class _SparseConvolution(nn.Module):
         kernel = (kernel_size,) * self.dims if isinstance(kernel_size, int) else tuple(kernel_size)
         if len(kernel) != self.dims:
             raise ConfigError(f"kernel_size has {len(kernel)} numbers for {self.dims} dimensions")
-        self.geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+        self.geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         self.weight = nn.Parameter(torch.empty(out_channels, *kernel, in_channels))
         bound = 1 / math.sqrt(in_channels * math.prod(kernel))
         nn.init.uniform_(self.weight, -bound, bound)
