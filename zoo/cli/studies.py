@@ -122,7 +122,7 @@ def _list(argv: Sequence[str]) -> int:
     from zoo.report import markdown
     from zoo.report.terminal import show_table
     from zoo.shared.store.io import atomic_write
-    from zoo.studies.papers import overview, page
+    from zoo.studies.papers import in_short, overview, page
 
     options = parse(Overview, argv, "reproduce")
     table = overview(options.results)
@@ -131,5 +131,6 @@ def _list(argv: Sequence[str]) -> int:
     else:
         show_table(stdout(), table)
     if options.markdown is not None:
-        note(f"written: {atomic_write(options.markdown, page(markdown.table(table)).encode())}")
+        text = page(markdown.table(in_short(table)), markdown.table(table))
+        note(f"written: {atomic_write(options.markdown, text.encode())}")
     return OK

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from zoo.errors import DataError
 from zoo.registry import STUDIES
 from zoo.shared.store.io import read_json
-from zoo.studies.tables import Table
+from zoo.studies.tables import Outcome, Table
 
 #: The papers of the zoo by number.
 PAPERS = {
@@ -131,8 +131,24 @@ def overview(folder: Path) -> Table:
     return Table("What the papers claim and what came out here", list(COLUMNS), body, note)
 
 
-def page(table: str) -> str:
-    """The Markdown page around the table."""
+def in_short(table: Table) -> Table:
+    """Claims of each paper by verdict, from the table of all claims; papers without a study have none."""
+    verdicts = [name for name in get_args(Outcome) if any(row[4] == name for row in table.rows)]
+    counted: dict[str, dict[str, int]] = {}
+    for row in table.rows:
+        found = counted.setdefault(row[0], dict.fromkeys(verdicts, 0))
+        if row[4] != NOT_YET:
+            found[row[4]] += 1
+    rows: list[list[Any]] = [
+        [paper, *(found[name] or "" for name in verdicts)] if any(found.values()) else [paper, NOT_YET]
+        for paper, found in counted.items()
+    ]
+    width = len(verdicts) + 1
+    return Table("In short", ["paper", *verdicts], [row + [""] * (width - len(row)) for row in rows])
+
+
+def page(short: str, table: str) -> str:
+    """The Markdown page around the two tables."""
     return (
         "# Papers\n\n"
         "Made by `zoo reproduce --list --markdown docs/papers.md` from the files in `benchmarks/results`; a "
@@ -140,5 +156,5 @@ def page(table: str) -> str:
         "the bar after Holm's correction over the claims of its group; else it cannot be told, and the "
         "smallest difference that the study could have seen says why. It is invalid if its control does not "
         "beat chance, or if an arm was tuned on test data. Rows without a visible difference are counts and "
-        "ratios. The pages beside the files have p-values, tuning and the machine.\n\n" + table
+        "ratios. The pages beside the files have p-values, tuning and the machine.\n\n" + short + "\n" + table
     )

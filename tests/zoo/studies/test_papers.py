@@ -10,8 +10,9 @@ import pytest
 
 from zoo.report import markdown
 from zoo.shared.store.io import read_json
-from zoo.studies.papers import NOT_YET, PAPERS, overview, page, results
+from zoo.studies.papers import NOT_YET, PAPERS, in_short, overview, page, results
 from zoo.studies.runner import _typed, get_study
+from zoo.studies.tables import Table
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "benchmarks/results"
@@ -37,7 +38,8 @@ def test_committed_verdicts_are_those_of_their_rows(path, monkeypatch):
 
 def test_the_page_is_the_table_of_the_files():
     committed = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
-    assert committed == page(markdown.table(overview(FOLDER)))
+    table = overview(FOLDER)
+    assert committed == page(markdown.table(in_short(table)), markdown.table(table))
     assert "docs/papers.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -48,6 +50,14 @@ def test_every_paper_has_a_row():
         assert own and (len(own) == 1 or all(row[4] != NOT_YET for row in own))
     assert len(PAPERS) == 64
     assert all(row[6].startswith("zoo reproduce") for row in rows if row[4] != NOT_YET)
+
+
+def test_claims_are_counted_by_paper_and_verdict():
+    rows = [["1. A", "c", "", "", verdict, "", "", ""] for verdict in ("holds", "invalid", "holds")]
+    rows += [["2. B", "c", "", "", "does not hold", "", "", ""], ["3. C", "", "", "", NOT_YET, "", "", ""]]
+    short = in_short(Table("all", [*"abcdefgh"], rows))
+    assert short.columns == ["paper", "holds", "does not hold", "invalid"]
+    assert short.rows == [["1. A", 2, "", 1], ["2. B", "", 1, ""], ["3. C", NOT_YET, "", ""]]
 
 
 def test_readme_figures_of_decoding_are_those_of_the_files():
