@@ -29,7 +29,7 @@ settings.load_profile("search" if "ZOO_TEST_SEARCH" in os.environ else "same")
 
 
 def pytest_pyfunc_call(pyfuncitem):
-    """Run a test marked `alone` in a process of its own, where no shape checks wrap what Triton compiles."""
+    """Run a test marked `alone` in a process of its own, where no shape checks wrap what is compiled."""
     if pyfuncitem.get_closest_marker("alone") is None or not _CHECKED:
         return None
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", pyfuncitem.nodeid]

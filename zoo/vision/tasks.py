@@ -36,13 +36,7 @@ class Classification(Task):
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Accuracy with its standard error; samples are 1 for right and 0 for wrong."""
         data = self._fitting(model)
-        try:
-            right = correct(model, data, data.test)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            shape = tuple(data.test.images.shape[1:])
-            raise TaskError(
-                f"{self.name} has images {shape}, which {type(model).__name__} does not classify: {error}"
-            ) from error
+        right = correct(model, data, data.test)
         digest = hashlib.sha256(data.test.images.numpy().tobytes()).hexdigest()[:16]
         return TaskResult.from_samples({"accuracy": right.double().tolist()}, digest)
 
@@ -61,8 +55,14 @@ class Classification(Task):
                 f"{self.name} has images of {channels} channels and {classes} classes; the first convolution "
                 f"of this {type(model).__name__} takes {first.shape[1]} channels"
             )
-        with torch.no_grad(), eval_mode(model):
-            logits = model(data.normalised(data.test.images[:1]))
+        try:
+            with torch.no_grad(), eval_mode(model):
+                logits = model(data.normalised(data.test.images[:1]))
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            shape = tuple(data.test.images.shape[1:])
+            raise TaskError(
+                f"{self.name} has images {shape}, which {type(model).__name__} does not take: {error}"
+            ) from error
         if logits.shape[1] != classes:
             raise TaskError(
                 f"{self.name} has {classes} classes, this {type(model).__name__} {logits.shape[1]}. Give it "
