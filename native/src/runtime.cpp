@@ -1,4 +1,6 @@
 // Threads, scratch memory and the instruction sets of this CPU.
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <memory>
@@ -26,7 +28,26 @@ struct OpenMP {
 struct Team {
   TeamTask task;
   void* context;
+  int64_t* done;  // when the calling thread had done its share
+
+  void run(int64_t thread, int64_t size) const;
 };
+
+int64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+void Team::run(int64_t thread, int64_t size) const {
+  task(context, thread, size);
+  if (thread == 0) *done = nanoseconds();
+}
+
+// A thread that another program keeps from running holds the whole team up, for milliseconds, while the others wait
+// actively at the end of the region: OpenMP has no other way to wait that could be chosen here. So whoever waited much
+// longer than it worked goes on alone for a while, and such waits take a small part of the time at most.
+constexpr int64_t kStall = 200'000;  // nanoseconds; to wake a thread takes less
+constexpr int64_t kRest = 32;        // times what was waited
+std::atomic<int64_t> alone_until{0};
 
 // Used only where there is no OpenMP runtime to share. One team at a time; a nested call runs alone.
 class Pool {
@@ -43,7 +64,7 @@ class Pool {
   void run(int64_t threads, const Team& team) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
     if (!busy.owns_lock()) {
-      team.task(team.context, 0, 1);
+      team.run(0, 1);
       return;
     }
     {
@@ -58,7 +79,7 @@ class Pool {
       ++round_;
     }
     wake_.notify_all();
-    team.task(team.context, 0, threads);
+    team.run(0, threads);
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return pending_ == 0; });
   }
@@ -74,7 +95,7 @@ class Pool {
       const Team team = team_;
       const int64_t size = size_;
       lock.unlock();
-      team.task(team.context, number, size);
+      team.run(number, size);
       lock.lock();
       if (--pending_ == 0) done_.notify_one();
     }
@@ -108,21 +129,21 @@ struct Buffer {
 }  // namespace
 
 void run_team(int64_t threads, TeamTask task, void* context) {
-  if (threads <= 1) {
+  const int64_t began = threads > 1 ? nanoseconds() : 0;
+  if (threads <= 1 || began < alone_until.load(std::memory_order_relaxed)) {
     task(context, 0, 1);
     return;
   }
-  Team team{task, context};
+  int64_t done = began;
+  Team team{task, context, &done};
   if (openmp.parallel == nullptr) {
     pool().run(threads, team);
-    return;
+  } else {
+    openmp.parallel([](void* raw) { static_cast<Team*>(raw)->run(openmp.thread_number(), openmp.team_size()); }, &team,
+                    static_cast<unsigned>(threads), 0);
   }
-  openmp.parallel(
-      [](void* raw) {
-        auto* t = static_cast<Team*>(raw);
-        t->task(t->context, openmp.thread_number(), openmp.team_size());
-      },
-      &team, static_cast<unsigned>(threads), 0);
+  const int64_t now = nanoseconds(), waited = now - done;
+  if (waited > std::max(kStall, 2 * (done - began))) alone_until.store(now + kRest * waited, std::memory_order_relaxed);
 }
 
 void* scratch(int64_t bytes, int slot) {

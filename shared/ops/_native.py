@@ -163,14 +163,31 @@ def value(name: str, signature: str) -> Callable[..., int]:
     return _entry(name, signature)
 
 
+@functools.cache
+def bare(name: str) -> Callable[..., int]:
+    """The exported C function `name` for calls that are made often: it takes what `address` and `number`
+    return (or None), which is made once for what stays, and returns its code or number.
+    """
+    return _named(name)
+
+
+address: Callable[[int], Any] = ctypes.c_void_p.from_param
+number: Callable[[int], Any] = ctypes.c_int64.from_param
+
+
 def _entry(name: str, signature: str) -> Any:
+    entry = _named(name)
+    entry.argtypes = [_TYPES[letter] for letter in signature]
+    return entry
+
+
+def _named(name: str) -> Any:
     try:
         entry = _load()[0][name]  # an object of its own in every call, unlike the attribute
     except AttributeError as error:
         raise NativeMissing(
             f"the native library has no {name}: it is older than this code, build it again"
         ) from error
-    entry.argtypes = [_TYPES[letter] for letter in signature]
     entry.restype = ctypes.c_int64
     return entry
 
@@ -202,8 +219,8 @@ def finite_like(tensor: torch.Tensor) -> Callable[[torch.Tensor], bool]:
     """`finite` of contiguous tensors on the device and of the dtype of this one."""
     if tensor.device.type != "cpu" or not available():
         return finite
-    entry, size, infinity = value("zoo_finite", "piii"), tensor.element_size(), _INFINITY[tensor.dtype]
-    return lambda other: entry(other.data_ptr(), other.numel(), size, infinity) == 1
+    entry, size, infinity = bare("zoo_finite"), number(tensor.element_size()), number(_INFINITY[tensor.dtype])
+    return lambda other: entry(address(other.data_ptr()), number(other.numel()), size, infinity) == 1
 
 
 def threads() -> int:

@@ -30,7 +30,8 @@ from . import _native, dispatch
 Run = Callable[[Tensor, "Tensor | None"], Tensor]  # of x and the bias
 Form = TypeVar("Form")
 Owner = TypeVar("Owner")
-_num_threads = torch.get_num_threads
+# Looked up once, as the look-ups would take as long as the answers.
+_num_threads, _requested, _table = torch.get_num_threads, dispatch.requested, dispatch.table
 
 
 def digest(*tensors: Tensor) -> int:
@@ -108,9 +109,10 @@ class Derived(Generic[Form]):
         when their content has changed. A call costs the digest and little else.
         """
         held, places = weakref.ref(owner), [_place(source) for source in sources]
-        look = _native.value("zoo_digest", "piiii") if _native.available() else None
-        if any(source.device.type != "cpu" for source in sources) or not all(places):
-            look = None
+        look, number = None, _native.number
+        if _native.available() and all(places) and all(source.device.type == "cpu" for source in sources):
+            look = _native.bare("zoo_digest")
+        bound = [(_native.address(at), *map(number, sizes)) for at, *sizes in places if look]
         known: int | None = None
         run: Run | None = None
 
@@ -125,8 +127,8 @@ class Derived(Generic[Form]):
                 now = digest(*sources)
             else:
                 now = 0
-                for place in places:
-                    now = look(*place, now)
+                for at, rows, size, stride in bound:
+                    now = look(at, rows, size, stride, number(now))
             if run is None or now != known:
                 run, known = make(alive, self.get(sources, lambda: build(alive), options)), now
             return run(x, bias)
@@ -167,15 +169,15 @@ class Calls:
         if (
             x.dtype is not dtype
             or _num_threads() != threads
-            or dispatch.requested() != request
-            or dispatch.table() is not table
+            or _requested() != request
+            or _table() is not table
             or x.device != device
         ):
             return None
         if bias is not None and (bias.dtype is not dtype or bias.shape != (rows,) or bias.device != device):
             return None
-        for part, address, count in parts:
-            if part.data_ptr() != address or part.numel() != count:
+        for part, address, size, kind_of_number in parts:
+            if part.data_ptr() != address or part.nbytes != size or part.dtype is not kind_of_number:
                 return None
         return run
 
@@ -183,7 +185,7 @@ class Calls:
         """Let later calls like this one go straight to `run`, while the parts lie where they are."""
         if len(self._held) >= self._CAPACITY:
             self._held.clear()
-        held = [(part, part.data_ptr(), part.numel()) for part in parts]
+        held = [(part, part.data_ptr(), part.nbytes, part.dtype) for part in parts]
         choice = (_num_threads(), dispatch.requested(), dispatch.table())
         self._held[x.shape if kind is None else (kind, x.shape)] = (run, x.dtype, x.device, *choice, held)
 
@@ -230,23 +232,26 @@ def dense_run(
     return run
 
 
-def native_run(
-    function: Callable[..., int], parts: Sequence[Tensor], y_shape: tuple[int, ...], numbers: Sequence[int]
-) -> Run:
+def native_run(name: str, parts: Sequence[Tensor], y_shape: tuple[int, ...], numbers: Sequence[int]) -> Run:
     """The run of a kernel that takes x, the parts of a weight, a bias, y, numbers and threads, in that order.
 
-    All is made ready that stays from call to call. The parts are kept alive.
+    All is made ready that stays from call to call, the number of threads among it. The parts are kept alive.
     """
-    held = (tuple(parts), tuple(part.data_ptr() for part in parts))
-    plain, empty, float32, threads = _native.plain, torch.empty, torch.float32, torch.get_num_threads
+    kernel, address = _native.bare(name), _native.address
+    held = (tuple(parts), tuple(address(part.data_ptr()) for part in parts))
+    sizes = tuple(map(_native.number, (*numbers, _native.threads())))
+    plain, empty, float32 = _native.plain, torch.empty, torch.float32
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        flat, y = plain(x), empty(y_shape, dtype=float32)
-        wide_bias = None if bias is None else plain(bias)
-        at_bias = None if wide_bias is None else wide_bias.data_ptr()
-        code = function(flat.data_ptr(), *held[1], at_bias, y.data_ptr(), *numbers, threads())
+        flat, y = plain(x), empty(*y_shape, dtype=float32)  # sizes one by one are the faster to read
+        if bias is None:
+            code = kernel(address(flat.data_ptr()), *held[1], None, address(y.data_ptr()), *sizes)
+        else:
+            wide = plain(bias)
+            at = address(wide.data_ptr())
+            code = kernel(address(flat.data_ptr()), *held[1], at, address(y.data_ptr()), *sizes)
         if code:
-            _native.refuse(code, function)
+            _native.refuse(code, kernel)
         return y if x.dtype is float32 else y.to(x.dtype)
 
     return run

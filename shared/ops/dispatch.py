@@ -87,9 +87,7 @@ def backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-def requested() -> str:
-    """The backend that the enclosing `backend(...)` block asks for, "auto" outside of any."""
-    return _requested.get()
+requested = _requested.get  # what the enclosing `backend(...)` block asks for, "auto" outside of any
 
 
 @contextlib.contextmanager
@@ -375,6 +373,7 @@ def measure(
     copied: int = 0,
     *,
     quick: bool,
+    plain: Callable[[], object] | None = None,
 ) -> Entry:
     """Time a call on each offered backend but the reference, side by side, for the table.
 
@@ -382,12 +381,16 @@ def measure(
         run: the call.
         offered, kind, sizes, copied: what the op passes to `choose` for it.
         quick: shorter blocks.
+        plain: the product by a plain dense layer, for an op whose "dense" multiplies by a copy: the table has
+            what a plain layer takes, to which `choose` adds what looking the copy up costs.
     """
 
     def forced(name: str) -> Callable[[], object]:
+        timed = plain if plain is not None and name == "dense" else run
+
         def call() -> object:
             with backend(name):
-                return run()
+                return timed()
 
         return call
 
@@ -400,11 +403,9 @@ def measure(
         # CPU time of one thread is what other programs disturb least
         clock=time.process_time if threads == 1 else time.perf_counter,
     )
-    times = {name: timing.median for name, timing in timings.items()}
-    if copied:  # the table has the product alone: a plain layer is compared by it, too
-        times |= {
-            name: max(0.1 * times[name], times[name] - looking(copied)) for name in _BY_COPY & times.keys()
-        }
+    times = {name: timing.p10 for name, timing in timings.items()}  # other programs make times longer only
+    if copied and "vendor" in times:
+        times["vendor"] = max(0.1 * times["vendor"], times["vendor"] - looking(copied))
     return Entry(op, kind, threads, sizes, times)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,8 @@ def hash_encode(
         OpError: shapes, dtypes or devices that do not fit; a point that is NaN (not seen while tracing).
     """
     _check(points, table, grid, saliency)
+    dispatch.refuse_transforms("hash_encode")
+    dispatch.refuse_tangents(points, table, saliency)
     return _run(points, table, grid, saliency, _plan(points, table, grid).backend)
 
 
@@ -136,7 +139,8 @@ def _run(points: Tensor, table: Tensor, grid: HashGrid, saliency: Tensor | None,
     if rows is None:
         rows = torch.arange(len(points))
     shape = (grid.levels, grid.features, grid.log2_size, grid.coarsest, grid.finest)
-    out: Tensor = (_Eager.apply if dispatch.eager() else _hash_encode)(points, table, rows, *shape)
+    run = _Eager.apply if dispatch.eager() else _hash_encode
+    out: Tensor = run(points.resolve_neg(), table.resolve_neg(), rows, *shape)
     return out if saliency is None else out * saliency[:, None]
 
 
@@ -250,7 +254,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients for points and table, empty where they are not wanted."""
     grid = HashGrid(levels, features, log2_size, coarsest, finest)
-    points, table, grad = points.contiguous(), table.contiguous(), grad.contiguous()
+    points, table, grad = points.contiguous(), table.contiguous(), grad.resolve_neg().contiguous()
     to_points = torch.zeros_like(points) if of_points else points.new_empty(0)
     to_table = torch.zeros_like(table) if of_table else table.new_empty(0)
     _native.function("zoo_hash_encode_backward", "pppippiipppi")(
@@ -311,4 +315,17 @@ class _Eager(torch.autograd.Function):
 
 
 _hash_encode.register_autograd(lambda ctx, grad: _back(ctx, grad, _hash_encode_backward), setup_context=_save)
-dispatch.register("hash_encode", plan=_explain)
+
+
+def _examples() -> Iterator[dispatch.Example]:
+    grid = HashGrid(levels=3, features=2, log2_size=5, coarsest=2, finest=7)
+    for count in (1, 6, 0):
+        points, saliency = torch.rand(count, 3), torch.rand(count).sub(0.3).relu()
+        for factor in (None, saliency):
+            yield dispatch.Example(
+                lambda table, points, factor=factor: hash_encode(points, table, grid, factor),
+                (torch.randn(grid.entries, 2), points),
+            )
+
+
+dispatch.register("hash_encode", plan=_explain, examples=_examples)

@@ -32,7 +32,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("index", weight.index)
         self.register_buffer("pointer", weight.pointer)
         self._weight: SparseWeight | None = None  # the last one returned, with what it remembers
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
 
     @classmethod
     def from_dense(
@@ -81,7 +81,7 @@ class SparseLinear(nn.Module):
         return linear.train(self.training)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return sparse_linear(x, self.weight, self.bias)
+        return sparse_linear(x, self.weight, self._parameters["bias"])  # see `weight`
 
     def extra_repr(self) -> str:
         sizes = (

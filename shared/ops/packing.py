@@ -16,7 +16,7 @@ from torch import nn
 from ..masks import Mask, MaskSet, set_masks
 from ..masks.patterns import NM
 from ..structure.folding import fold_norms, fuse_relus
-from .dispatch import choose
+from .dispatch import MARGIN, choose, looking
 from .modules import DepthwiseConv, SparseConv1x1, SparseLinear, is_depthwise, is_pointwise
 from .nm_linear import PATTERNS, pack_nm
 from .sparse_linear import case
@@ -147,8 +147,7 @@ MIN_SPARSITY = 0.5
 @register_packer(nn.Linear)
 def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
     """`zoo.shared.ops.SparseLinear`, which runs each product by the fastest backend for its shape, also
-    dense; in
-    the layout of `nm_linear` where the mask is of such a pattern. A layer that is never faster so stays.
+    dense; in the layout of `nm_linear` where the mask is of such a pattern. A layer that does not gain stays.
     """
     keep = masks.get("weight")
     if not isinstance(module, nn.Linear) or keep is None or set(masks) != {"weight"}:
@@ -168,7 +167,7 @@ def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | No
         packed = SparseLinear(weight.packed, module.bias)
     else:
         packed = SparseLinear.from_dense(module, keep.keep)
-    return None if _runs_dense(packed.weight) else packed.requires_grad_(False)
+    return packed.requires_grad_(False) if _gains(packed.weight) else None
 
 
 def _read_by_owner(model: nn.Module, name: str) -> bool:
@@ -228,13 +227,18 @@ def _agree(module: nn.Module, linear: nn.Linear) -> bool:
     return same and torch.allclose(found, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().amax()))
 
 
-def _runs_dense(weight: SparseWeight) -> bool:
-    """Whether `auto` would multiply by the dense weight for one row of x, for some and for many: then a plain
-    layer does the same without a choice at each call, which takes longer than a small product."""
-    some_x = (weight.values.new_empty(rows, weight.shape[1]) for rows in (1, 64, 2048))
-    # Not by `plan`: a plain layer has no copy to look up.
-    cases = (case(x, weight)[:3] for x in some_x)
-    return all(choose("sparse_linear", weight.values.device, *each).backend == "dense" for each in cases)
+def _gains(weight: SparseWeight) -> bool:
+    """Whether `auto` is expected to be faster than a plain layer, which has no copy to look up: over one row
+    of x, some and many together, so that what one of them gains the others do not lose."""
+    times = 1.0
+    for rows in (1, 64, 2048):
+        offered, kind, sizes, copied = case(weight.values.new_empty(rows, weight.shape[1]), weight)
+        plan = choose("sparse_linear", weight.values.device, offered, kind, sizes, copied)
+        if plan.measured:
+            times *= plan.measured[plan.backend] / (plan.measured["dense"] - looking(copied))
+        elif plan.backend != "dense":
+            return True  # nothing is known of it, or it was asked for
+    return times < MARGIN
 
 
 @register_packer(nn.Conv2d)

@@ -239,10 +239,9 @@ def case(x: Tensor, weight: QuantGroups) -> tuple[tuple[str, ...], str, tuple[fl
 def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
     backend = plan(x, weight, bias).backend
     if backend == "native" and x.numel() and weight.shape[0]:
-        function = _native.value("zoo_quant_sparse_linear", "ppppppppiiiiii")
         y_shape = (*x.shape[:-1], weight.shape[0])
         sizes = (math.prod(y_shape[:-1]), weight.columns.numel(), *weight.shape, weight.group)
-        run = native_run(function, weight.parts, y_shape, sizes)
+        run = native_run("zoo_quant_sparse_linear", weight.parts, y_shape, sizes)
         weight.calls.keep(x, run, weight.parts)
         return run(x, bias)
     if backend == "dense":
@@ -332,11 +331,15 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
                 weight = quantise_groups(
                     torch.randn(side, side), torch.rand(side, side // group) < density, group
                 )
+                dense = weight.to_dense()
                 for batch in (1, 64) if quick else (1, 4, 8, 64, 512):
                     x = torch.randn(batch, side)
                     run = functools.partial(quant_sparse_linear, x, weight)
+                    plain = functools.partial(torch.nn.functional.linear, x, dense)
                     entries.append(
-                        dispatch.measure("quant_sparse_linear", run, *case(x, weight), quick=quick)
+                        dispatch.measure(
+                            "quant_sparse_linear", run, *case(x, weight), quick=quick, plain=plain
+                        )
                     )
     return entries
 

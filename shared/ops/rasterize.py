@@ -10,6 +10,8 @@ definition is `rasterize_reference.py`; the native kernels tile the image, and g
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from ..errors import OpError
 from . import dispatch, rasterize_native
 from .rasterize_checks import check_arguments, check_options, check_values, refusal, split_channels, too_many
+from .rasterize_native import Camera, Scene
 from .rasterize_reference import boxes, draw, project, sh_colours
 
 MOST_PAIRS = 2**31 - 1
@@ -27,7 +30,13 @@ _SCENE = (
     "Tensor viewmat, Tensor intrinsics"
 )
 _RULES = "float near, float far, float eps2d, bool antialiased"
-Options = tuple[int, int, float, float, float, bool]  # width, height, near, far, eps2d, antialiased
+_OF_SCENE = len(Scene._fields)
+_TENSORS = _OF_SCENE + 2  # those of a scene, and the camera's two matrices; then come width, height and rules
+
+
+def _scene_and_camera(inputs: Sequence[Any]) -> tuple[Scene, Camera]:
+    """The inputs of `zoo::rasterize`, in the order of `_SCENE`, width, height and `_RULES`."""
+    return Scene(*inputs[:_OF_SCENE]), Camera(*inputs[_OF_SCENE:])
 
 
 class Rendering(NamedTuple):
@@ -102,17 +111,19 @@ def rasterize(
             )
     if means.dtype in (torch.float16, torch.bfloat16):
         raise OpError(f"positions in {means.dtype} are too coarse to project: pass float32 tensors")
-    options = (width, height, near, far, eps2d, antialiased)
-    tensors = (means, quats, scales, opacities, sh, values, shift, viewmat, intrinsics)
-    backend = _plan(tensors, width * height).backend
+    scene = Scene(means, quats, scales, opacities, sh, values, shift)
+    camera = Camera(viewmat, intrinsics, width, height, near, far, eps2d, antialiased)
+    dispatch.refuse_transforms("rasterize")
+    dispatch.refuse_tangents(*scene, viewmat, intrinsics)
+    backend = _plan(means, viewmat, intrinsics, width * height).backend
     if backend == "native":
-        image = _native_image(tensors, options)
+        image = _native_image(scene, camera)
     elif backend == "vendor":
         from .rasterize_gsplat import rasterize_gsplat
 
-        image = rasterize_gsplat(*tensors, options)
+        image = rasterize_gsplat(scene, camera)
     else:
-        image = _reference(*tensors, options)
+        image = _reference(scene, camera)
     drawn = 3 if sh is not None else colours.shape[1]
     planes = image.split([drawn, len(image) - drawn - 2, 1, 1])
     colour, seen = (part.permute(1, 2, 0) for part in planes[:2])
@@ -128,39 +139,15 @@ def reference(*args: Any, **kwargs: Any) -> Rendering:
         return rasterize(*args, **kwargs)
 
 
-def _reference(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor | None,
-    values: Tensor,
-    shift: Tensor | None,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    options: Options,
-) -> Tensor:
-    width, height, near, far, eps2d, antialiased = options
-    check_values(
-        dict(
-            means=means,
-            quats=quats,
-            scales=scales,
-            opacities=opacities,
-            colours=sh,
-            values=values,
-            shift=shift,
-        )
-    )
+@dispatch.in_own_precision
+def _reference(scene: Scene, camera: Camera) -> Tensor:
+    means, quats, scales, opacities, sh, values, shift = scene
+    viewmat, intrinsics, width, height, *rules = camera
+    named = scene._asdict()
+    check_values({"colours" if name == "sh" else name: tensor for name, tensor in named.items()})
+    near, far, eps2d, antialiased = rules
     flat = project(
-        means,
-        quats,
-        scales,
-        opacities,
-        viewmat,
-        intrinsics,
-        width,
-        height,
+        *(means, quats, scales, opacities, viewmat, intrinsics, width, height),
         near=near,
         far=far,
         eps2d=eps2d,
@@ -175,10 +162,8 @@ def _reference(
     return draw(flat, torch.cat([*colours, values, flat.depths[:, None]], 1), width, height)
 
 
-def _plan(tensors: tuple[Tensor | None, ...], pixels: int) -> dispatch.Plan:
+def _plan(means: Tensor, viewmat: Tensor, intrinsics: Tensor, pixels: int) -> dispatch.Plan:
     """The native kernels know neither float64 nor gradients for the camera."""
-    means, viewmat, intrinsics = tensors[0], tensors[-2], tensors[-1]
-    assert means is not None and viewmat is not None and intrinsics is not None
     moving = torch.is_grad_enabled() and (viewmat.requires_grad or intrinsics.requires_grad)
     offered = ["native"] if means.device.type == "cpu" and means.dtype is torch.float32 and not moving else []
     if means.device.type == "cuda" and means.dtype is torch.float32:
@@ -191,41 +176,26 @@ def _plan(tensors: tuple[Tensor | None, ...], pixels: int) -> dispatch.Plan:
 
 def _explain(means: Tensor, *args: Any, **kwargs: Any) -> dispatch.Plan:
     viewmat, intrinsics, width, height = args[4:8]
-    return _plan((means, viewmat, intrinsics), width * height)
+    return _plan(means, viewmat, intrinsics, width * height)
 
 
-def _native_image(tensors: tuple[Tensor | None, ...], options: Options) -> Tensor:
+def _native_image(scene: Scene, camera: Camera) -> Tensor:
     """The image, past torch's dispatcher where that would add nothing: it takes longer than a small image."""
-    inputs: Any = (*tensors, *options)
-    if dispatch.direct(*tensors):
+    tensors = [None if tensor is None else tensor.resolve_neg() for tensor in (*scene, *camera[:2])]
+    inputs: Any = (*tensors, *camera[2:])
+    if dispatch.direct(*inputs[:_TENSORS]):
         return _forward(*inputs)[0]
     image: Tensor = _Eager.apply(*inputs) if dispatch.eager() else _rasterize(*inputs)[0]
     return image
 
 
-def _forward(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor | None,
-    values: Tensor,
-    shift: Tensor | None,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    near: float,
-    far: float,
-    eps2d: float,
-    antialiased: bool,
-) -> tuple[Tensor, ...]:
-    """The image [channels + depth + alpha, height, width], and what the way back needs."""
-    scene = rasterize_native.Scene(means, quats, scales, opacities, sh, values, shift)
-    camera = rasterize_native.Camera(viewmat, intrinsics, width, height, near, far, eps2d, antialiased)
+def _forward(*inputs: Any) -> tuple[Tensor, ...]:
+    """The image [channels + depth + alpha, height, width] of a scene and a camera, and what the way back
+    needs."""
+    scene, camera = _scene_and_camera(inputs)
     status, row, drawn = rasterize_native.forward(scene, camera, MOST_PAIRS)
     if status == rasterize_native.TOO_MANY:
-        raise too_many(row, "tiles", len(means), width, height, MOST_PAIRS)
+        raise too_many(row, "tiles", len(scene.means), camera.width, camera.height, MOST_PAIRS)
     if status != rasterize_native.DONE:
         raise refusal(status, row)
     return drawn
@@ -240,23 +210,8 @@ _rasterize = torch.library.custom_op(
 
 
 @_rasterize.register_fake
-def _(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor | None,
-    values: Tensor,
-    shift: Tensor | None,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    near: float,
-    far: float,
-    eps2d: float,
-    antialiased: bool,
-) -> tuple[Tensor, ...]:
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    (means, *_, sh, values, _), (_, _, width, height, *_) = _scene_and_camera(inputs)
     channels = values.shape[1] + (0 if sh is None else 3) + 1
     count, tiles = means.shape[0], rasterize_native.tile_count(width, height)
     pairs = torch.library.get_ctx().new_dynamic_size()
@@ -270,31 +225,13 @@ def _(
 
 
 def _gradients(
-    grad: Tensor,
-    image: Tensor,
-    records: Tensor,
-    tiles: Tensor,
-    pointer: Tensor,
-    entries: Tensor,
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor | None,
-    values: Tensor,
-    shift: Tensor | None,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    near: float,
-    far: float,
-    eps2d: float,
-    antialiased: bool,
+    grad: Tensor, image: Tensor, records: Tensor, tiles: Tensor, pointer: Tensor, entries: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     """Gradients for means, quats, scales, opacities, sh, values and shift (empty where there is none)."""
-    scene = rasterize_native.Scene(means, quats, scales, opacities, sh, values, shift)
     height, width = image.shape[1:]
-    camera = rasterize_native.Camera(viewmat, intrinsics, width, height, near, far, eps2d, antialiased)
-    return rasterize_native.backward(scene, camera, (image, records, tiles, pointer, entries), grad)
+    scene, camera = _scene_and_camera((*rest[:_TENSORS], width, height, *rest[_TENSORS:]))
+    drawn = (image, records, tiles, pointer, entries)
+    return rasterize_native.backward(scene, camera, drawn, grad.resolve_neg())
 
 
 _rasterize_backward = torch.library.custom_op(
@@ -313,7 +250,7 @@ def _(grad: Tensor, image: Tensor, records: Tensor, tiles: Tensor, *rest: Any) -
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options = inputs[:9], inputs[11:]
+    tensors, ctx.options = inputs[:_TENSORS], inputs[_TENSORS + 2 :]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output, *tensors)
 
@@ -336,8 +273,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         drawn = _forward(*inputs)
-        ctx.options = inputs[11:]
-        ctx.save_for_backward(*drawn, *inputs[:9])
+        ctx.options = inputs[_TENSORS + 2 :]
+        ctx.save_for_backward(*drawn, *inputs[:_TENSORS])
         return drawn[0]
 
     @staticmethod
@@ -347,4 +284,28 @@ class _Eager(torch.autograd.Function):
 
 
 _rasterize.register_autograd(_backward, setup_context=_save)
-dispatch.register("rasterize", plan=_explain)
+
+
+def _examples() -> Iterator[dispatch.Example]:
+    """Few Gaussians, all in front of the camera."""
+    lens = torch.tensor([[12.0, 0, 6], [0, 12, 5], [0, 0, 1]])
+    for count, sh_degree in ((5, None), (3, 1), (0, None)):
+        means = torch.rand(count, 3) * 2 - torch.tensor([1.0, 1.0, -0.5])
+        shape = (means, torch.randn(count, 4), 0.05 + 0.2 * torch.rand(count, 3))
+        colours = torch.rand((count, 3) if sh_degree is None else (count, 4, 3))
+        run = functools.partial(_pixels, shape, (torch.eye(4), lens, 12, 10), sh_degree)
+        yield dispatch.Example(run, (colours, 0.2 + 0.6 * torch.rand(count)))
+
+
+def _pixels(
+    shape: tuple[Tensor, ...],
+    view: tuple[Any, ...],
+    sh_degree: int | None,
+    colours: Tensor,
+    opacities: Tensor,
+) -> Tensor:
+    seen = rasterize(*shape, opacities, colours, *view, sh_degree=sh_degree)
+    return torch.cat([seen.colour, seen.depth[..., None], seen.alpha[..., None]], -1)
+
+
+dispatch.register("rasterize", plan=_explain, examples=_examples)

@@ -6,20 +6,11 @@ import torch
 from torch import Tensor
 
 from ..errors import OpError
+from .rasterize_native import Camera, Scene
+from .rasterize_reference import sh_colours
 
 
-def rasterize_gsplat(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor | None,
-    values: Tensor,
-    shift: Tensor | None,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    options: tuple[int, int, float, float, float, bool],
-) -> Tensor:
+def rasterize_gsplat(scene: Scene, camera: Camera) -> Tensor:
     """The image [channels + depth + alpha, height, width] by `gsplat.rasterization` (gsplat >= 1.5).
 
     Raises:
@@ -29,26 +20,22 @@ def rasterize_gsplat(
         from gsplat import rasterization
     except ImportError as error:
         raise OpError("drawing Gaussians on a GPU needs gsplat: pip install 'gsplat>=1.5.3'") from error
-    if shift is not None:
+    if scene.shift is not None:
         raise OpError("gsplat has no shift of projected means: leave it out, or draw on the CPU")
-    from .rasterize_reference import sh_colours
-
-    width, height, near, far, eps2d, antialiased = options
-    colours = values if sh is None else torch.cat([sh_colours(sh, means, viewmat), values], 1)
+    colours = scene.values
+    if scene.sh is not None:
+        colours = torch.cat([sh_colours(scene.sh, scene.means, camera.viewmat), colours], 1)
     out, alpha, _ = rasterization(
-        means,
-        quats,
-        scales,
-        opacities,
+        *scene[:4],
         colours,
-        viewmat[None],
-        intrinsics[None],
-        width,
-        height,
-        near_plane=near,
-        far_plane=far,
-        eps2d=eps2d,
+        camera.viewmat[None],
+        camera.intrinsics[None],
+        camera.width,
+        camera.height,
+        near_plane=camera.near,
+        far_plane=camera.far,
+        eps2d=camera.eps2d,
         render_mode="RGB+D",
-        rasterize_mode="antialiased" if antialiased else "classic",
+        rasterize_mode="antialiased" if camera.antialiased else "classic",
     )
     return torch.cat([out[0], alpha[0]], -1).permute(2, 0, 1)

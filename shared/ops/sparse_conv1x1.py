@@ -157,10 +157,9 @@ def _conv_run(
     shape: torch.Size, weight: SparseWeight, layout: str, form: Parts, panel: int, relu: bool
 ) -> Run:
     """The native convolution of maps of this shape by a weight in this form."""
-    function = _native.value("zoo_sparse_conv1x1", "ppppppiiiiiiiiii")
     kind = (LAYOUTS.index(layout), VALUE_TYPES.index(weight.values.dtype), int(relu))
     sizes = (shape[0], math.prod(shape[2:]), entries_of(weight), *weight.shape, panel, *kind)
-    return native_run(function, form, (shape[0], weight.shape[0], *shape[2:]), sizes)
+    return native_run("zoo_sparse_conv1x1", form, (shape[0], weight.shape[0], *shape[2:]), sizes)
 
 
 @torch.library.custom_op(
@@ -252,7 +251,10 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
                 for batch in (1,) if quick else (1, 8):
                     x = torch.randn(batch, cols, side, side)
                     run = functools.partial(sparse_conv1x1, x, weight)
-                    entries.append(dispatch.measure("sparse_conv1x1", run, *case(x, weight), quick=quick))
+                    plain = functools.partial(torch.matmul, weight.expanded(x.dtype), x.flatten(2))
+                    entries.append(
+                        dispatch.measure("sparse_conv1x1", run, *case(x, weight), quick=quick, plain=plain)
+                    )
     return entries
 
 

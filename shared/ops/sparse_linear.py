@@ -223,10 +223,11 @@ def _linear_run(
     panel: int,
 ) -> Run:
     """The native product of a weight in this form and of x [*lead, in], which has `batch` rows."""
-    function = _native.value("zoo_sparse_linear", "ppppppiiiiiiiii")
     y_shape = (*lead, weight.shape[0])
     kind = (LAYOUTS.index(layout), weight.width, VALUE_TYPES.index(weight.values.dtype))
-    return native_run(function, form, y_shape, (batch, entries_of(weight), *weight.shape, panel, *kind))
+    return native_run(
+        "zoo_sparse_linear", form, y_shape, (batch, entries_of(weight), *weight.shape, panel, *kind)
+    )
 
 
 def entries_of(weight: SparseWeight) -> int:
@@ -461,7 +462,10 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
                         x = torch.randn(batch, side).to(given)
                         run = functools.partial(sparse_linear, x, typed)
                         run(), run()  # forms of the weight are made once
-                        entries.append(dispatch.measure("sparse_linear", run, *case(x, typed), quick=quick))
+                        plain = functools.partial(torch.nn.functional.linear, x, typed.expanded(given))
+                        entries.append(
+                            dispatch.measure("sparse_linear", run, *case(x, typed), quick=quick, plain=plain)
+                        )
     return entries
 
 

@@ -63,12 +63,20 @@ def test_what_looking_a_copy_up_costs_counts_for_dense(measured, monkeypatch) ->
     assert plan.backend == "native"
     assert dict(plan.measured) == {"native": 1.2e-4, "dense": pytest.approx(1e-4 + look)}
     assert choice((64.0,), copied=4_000_000).backend == "dense"
-    # A table measured here holds the product alone, so that nothing is counted twice.
-    monkeypatch.setattr(
-        dispatch, "compare", lambda runs, **_: {name: SimpleNamespace(median=1e-3) for name in runs}
+    # A table measured here holds the product alone, of "dense" a plain layer's: nothing is counted twice.
+    ran = []
+
+    def compare(runs, **_):
+        return {name: SimpleNamespace(p10=1e-3 if run() is None else 0) for name, run in runs.items()}
+
+    monkeypatch.setattr(dispatch, "compare", compare)
+    backends = ("native", "dense", "vendor")
+    runs = {"run": lambda: ran.append(dispatch.requested()), "plain": lambda: ran.append("plain")}
+    entry = dispatch.measure(
+        "toy", runs["run"], backends, "kind", (1.0,), 4_000_000, quick=True, plain=runs["plain"]
     )
-    entry = dispatch.measure("toy", int, ("native", "dense"), "kind", (1.0,), 4_000_000, quick=True)
-    assert entry.times == {"native": 1e-3, "dense": pytest.approx(1e-3 - look)}
+    assert ran == ["native", "plain", "vendor"]
+    assert entry.times == {"native": 1e-3, "dense": 1e-3, "vendor": pytest.approx(1e-3 - look)}
 
 
 def test_the_number_of_threads_comes_first(measured, monkeypatch) -> None:

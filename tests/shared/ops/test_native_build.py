@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,3 +63,38 @@ def test_unknown_instruction_set_is_refused() -> None:
 def test_function_that_the_library_lacks_is_named() -> None:
     with pytest.raises(_native.NativeMissing, match="zoo_no_such_function"):
         _native.function("zoo_no_such_function", "p")
+
+
+@needs_native
+def test_a_thread_that_does_not_run_is_not_waited_for_again_and_again(tmp_path: Path) -> None:
+    """A library of its own gets a team whose second thread comes 30 ms late: the next regions go without it,
+    for 32 times as long."""
+    path = shutil.copy2(_native._path(_native.isa()), tmp_path)
+    library, thread, late, teams = ctypes.CDLL(str(path)), [0], [0.03], []
+
+    def parallel(task: Callable[[int], None], data: int, threads: int, flags: int) -> None:
+        teams.append(threads)
+        for thread[0] in range(threads):
+            time.sleep(late[0] if thread[0] else 0)
+            task(data)
+
+    task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    whole = ctypes.CFUNCTYPE(None, task, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(parallel)
+    number = ctypes.CFUNCTYPE(ctypes.c_int)
+    entries = (whole, number(lambda: thread[0]), number(lambda: 2))
+    library.zoo_set_openmp(*(ctypes.cast(entry, ctypes.c_void_p) for entry in entries))
+    counts = torch.zeros(100, dtype=torch.int64)
+
+    def region() -> None:
+        assert (
+            library.zoo_selftest_threads(ctypes.c_void_p(counts.data_ptr()), *map(ctypes.c_int64, (100, 2)))
+            == 0
+        )
+
+    for _ in range(6):
+        region()
+    assert len(teams) <= 3  # where this machine is busy, a first region may itself take long
+    late[0], waited = 0.0, len(teams)
+    time.sleep(1.1)
+    region()
+    assert len(teams) == waited + 1 and counts.eq(7).all()
