@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -227,18 +228,25 @@ def _agree(module: nn.Module, linear: nn.Linear) -> bool:
     return same and torch.allclose(found, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().amax()))
 
 
+# Bytes of a dense weight. A smaller one lies in a cache from call to call, as those that were measured do; the
+# layers of a large model do not, where the fewer bytes of the packed weight gain more than was measured.
+_CACHED = 1 << 20
+_NOT_SLOWER = 1 / 0.97  # times the time of a plain layer
+
+
 def _gains(weight: SparseWeight) -> bool:
     """Whether `auto` is expected to be faster than a plain layer, which has no copy to look up: over one row
-    of x, some and many together, so that what one of them gains the others do not lose."""
-    times = 1.0
+    of x, some and many together, and slower for none of them."""
+    times = []
     for rows in (1, 64, 2048):
         offered, kind, sizes, copied = case(weight.values.new_empty(rows, weight.shape[1]), weight)
         plan = choose("sparse_linear", weight.values.device, offered, kind, sizes, copied)
-        if plan.measured:
-            times *= plan.measured[plan.backend] / (plan.measured["dense"] - looking(copied))
-        elif plan.backend != "dense":
-            return True  # nothing is known of it, or it was asked for
-    return times < MARGIN
+        if not plan.measured:  # nothing is known of it, or it was asked for
+            return plan.backend != "dense"
+        times.append(plan.measured[plan.backend] / (plan.measured["dense"] - looking(copied)))
+        if plan.backend != "dense" and math.prod(weight.shape) * weight.values.element_size() > _CACHED:
+            return True
+    return max(times) <= _NOT_SLOWER and math.prod(times) < MARGIN
 
 
 @register_packer(nn.Conv2d)

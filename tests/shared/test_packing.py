@@ -13,6 +13,7 @@ from zoo.shared.errors import MaskError
 from zoo.shared.masks import Mask, MaskSet, masks_of
 from zoo.shared.masks.patterns import NM
 from zoo.shared.ops import SparseLinear, packing
+from zoo.shared.ops.dispatch import Plan, looking
 from zoo.shared.ops.packing import pack
 
 
@@ -117,6 +118,27 @@ def test_a_layer_that_would_always_run_dense_stays(backend: str, kind: type[nn.M
     assert type(packed[0]) is kind
     assert (list(masks_of(packed) or {}) == ["0.weight"]) == (kind is nn.Linear)
     torch.testing.assert_close(packed(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("side", "rows", "kind"),
+    [
+        (300, (0.9, 0.5, 0.9), SparseLinear),  # 4 bytes each of 90,000 weights
+        (300, (1.1, 0.5, 0.5), nn.Linear),  # slower for one row
+        (300, (1.0, 0.9, 0.96), nn.Linear),  # no clear gain
+        (600, (1.1, 0.5, 0.5), SparseLinear),  # more than a cache holds: fewer bytes gain more
+    ],
+)
+def test_a_layer_is_packed_where_it_gains_and_is_nowhere_slower(side, rows, kind, monkeypatch) -> None:
+    """Times of the packed layer for 1, 64 and 2048 rows of x, where a plain one takes 1 and a copy too long."""
+
+    def choose(op, device, offered, layout, sizes, copied):
+        taken = dict(zip((1.0, 64.0, 2048.0), rows, strict=True))[sizes[1]]
+        return Plan(op, "native", "", {"native": taken, "dense": 1 + looking(copied)})
+
+    monkeypatch.setattr(packing, "choose", choose)
+    model, masks = masked(nn.Sequential(nn.Linear(side, side)), 0.8)
+    assert type(pack(model, masks)[0]) is kind
 
 
 def test_tied_layers_stay_tied() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from zoo.errors import ConfigError
 from zoo.methods.bip import BiP, total_gradient
+from zoo.methods.iss_p import ISSP
 from zoo.methods.jackpots import MARGIN, LotteryJackpot
 from zoo.methods.magnitude import MagnitudePruning
 from zoo.methods.mask_sparsity import l1, to_go
@@ -72,6 +73,28 @@ def test_bip_makes_that_step(job_of):
         OneRow(0.5, 0.4), row_job(job_of, [1.0, -1.0], lr=0.0)
     )
     assert made.masks["row.weight"].keep.tolist() == [[True, False]]
+
+
+class TwoRows(nn.Module):
+    """The sum of two rows over the halves of x."""
+
+    def __init__(self, a: list[float], b: list[float]) -> None:
+        super().__init__()
+        self.a, self.b = OneRow(*a).row, OneRow(*b).row
+
+    def forward(self, x):
+        return self.a(x[:, :2]) + self.b(x[:, 2:])
+
+
+def test_bip_shares_its_budget_out_anew(job_of):
+    """Scores (1, 0.9) and (0.1, 0.2) keep the first row; 0.2 + 0.45 * 0.2 * 10 = 1.1 then takes the place of
+    0.9."""
+    model = TwoRows([1.0, 0.9], [0.1, 0.2])
+    made = BiP(0.5, mask_lr=0.45, implicit=0.0).sparsify(model, row_job(job_of, [0, 0, 0, -10.0], lr=0.0))
+    assert {name: mask.keep.tolist() for name, mask in made.masks.items()} == {
+        "a.weight": [[True, False]],
+        "b.weight": [[False, True]],
+    }
 
 
 def test_jackpots_start_with_kept_weights_ahead_by_the_margin(job_of):
@@ -140,6 +163,50 @@ def test_a_ticket_goes_back_to_the_early_weights(net, job_of):
         assert torch.equal(made.model.get_parameter(name), fresh.get_parameter(name) * mask.keep)
     with pytest.raises(ConfigError, match="rewind"):
         LotteryTicket(0.5, rewind=2).sparsify(net, job)
+
+
+def watched(job, watch):
+    """The job, with `watch(model)` before each of its steps."""
+
+    def loss(model, batch):
+        watch(model)
+        return job.loss(model, batch)
+
+    return job.replace(loss=loss)
+
+
+def test_rounds_of_a_ticket_begin_where_it_was_rewound_to(net, job_of):
+    steps = []
+    job = watched(job_of(epochs=2), steps.append)
+    LotteryTicket(0.5, rounds=2, rewind=1).sparsify(net, job)
+    assert (
+        len(steps) == 6 + 2 * 3
+    )  # of three batches an epoch: the dense training, and the second epoch twice
+
+
+def test_gradual_cuts_end_at_three_fifths_of_the_steps(job_of):
+    """A cubic ramp to 5 of 10 zeros in 6 steps: 0.5 (1 - (1 - t / 6)^3) of 10 weights."""
+    zeros = []
+    job = row_job(job_of, [0.0] * 10, lr=0.01, steps=10)
+    job = watched(job, lambda model: zeros.append(int((model.row.weight == 0).sum())))
+    MagnitudePruning(0.5, gradual=True).sparsify(OneRow(*range(1, 11)), job)
+    assert zeros == [0, 2, 3, 4, 4, 4, 5, 5, 5, 5]
+
+
+@pytest.mark.parametrize(("choice", "zeros"), [("iss-p", False), ("iht", True)])
+def test_soft_shrinkage_leaves_weights_a_way_back(choice, zeros, net, job_of):
+    found = []
+    job = watched(job_of(epochs=2, batch=24), lambda model: found.append(bool((model[3].weight == 0).any())))
+    ISSP(0.5, choice=choice, shrink_share=0.5).sparsify(net, job)
+    assert found == [False, zeros, True, True]
+
+
+def test_a_greedy_soup_begins_with_the_best_and_takes_what_helps(job):
+    """Of weights 10, 1 and 3 by -|w - 2|: 1, then the mean 2 of 1 and 3; 14 / 3 with 10 is worse."""
+    members = [OneRow(weight) for weight in (10.0, 1.0, 3.0)]
+    scored = job.replace(score=lambda model: -abs(float(model.row.weight) - 2))
+    soup = SparseSoup(0.8, soup="greedy", recalibrate=False).average(members, scored)
+    assert float(soup.row.weight) == 2.0
 
 
 def test_a_soup_is_the_average_of_members_with_one_mask(net, job):

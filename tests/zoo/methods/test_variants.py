@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -125,9 +126,21 @@ def test_the_penalty_spares_the_scales_that_stay(net, job):
     means = {}
     for which in ("marked", "all"):
         made = copied(net)
-        MaskSparsity(0.5, sparse_epochs=3, penalty=0.3, regularise=which).cut(made, own)
+        fit, _ = MaskSparsity(0.5, sparse_epochs=3, penalty=0.3, regularise=which).cut(made, own)
+        assert fit.penalty is None  # what is left is trained without it
         means[which] = torch.cat([s.detach().abs() for s in norm_scales(made).values()]).mean()
     assert means["marked"] > means["all"] + 0.05
+
+
+@pytest.mark.traced
+def test_the_envelope_takes_the_rate_of_the_step_before_it(net, job_of, monkeypatch):
+    job, steps = job_of(epochs=2, lr=0.5), []
+    module = importlib.import_module("zoo.methods.wgsef")
+    monkeypatch.setattr(
+        module, "envelope_factors", lambda x, weights, kept, step: steps.append(step) or torch.ones_like(x)
+    )
+    WGSEF(0.5, sparse_epochs=1, penalty=0.1).sparsify(net, job)
+    assert steps == pytest.approx([0.1 * job.recipe.learning_rate(step, 6) for step in range(3)])
 
 
 @pytest.mark.traced

@@ -1,0 +1,108 @@
+"""Mutation check: defining steps of methods and core, each changed in a copy of the tree, must fail a test.
+
+    python tests/mutation.py --out benchmarks/results/mutation.json          # all rows of mutations.yaml
+    python tests/mutation.py --only zoo/methods                              # those of files that begin so
+
+A row names a file, a text that stands there once, what replaces it, and the tests that know the step. It is
+caught if these tests fail with it, survives if they pass; before, they have to pass without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = Path(__file__).with_name("mutations.yaml")
+_SLOW = ("hypothesis", "jaxtyping", "torch_geometric.data", "transformers.models.llama.modeling_llama")
+_LEAST = 0.95  # share that must be caught
+_SECONDS = 900.0  # of a row's tests; a mutation that hangs is caught
+
+
+def passes(tree: Path, tests: list[str]) -> bool:
+    """Whether tests of a tree pass, in a fork of this process, which has imported what takes long."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.chdir(tree)
+        sys.path[0] = str(tree)
+        sys.dont_write_bytecode = True
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1), os.dup2(quiet, 2)
+        torch.set_num_threads(1)
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
+    until = time.monotonic() + _SECONDS
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status) == 0
+        if time.monotonic() > until:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False
+        time.sleep(0.2)
+
+
+def caught(tree: Path, row: dict[str, str]) -> bool:
+    """Whether the row's tests fail with its mutation.
+
+    Raises:
+        SystemExit: what it replaces does not stand in the file exactly once.
+    """
+    path = tree / row["file"]
+    source = path.read_text()
+    if source.count(row["old"]) != 1:
+        sys.exit(f"{row['file']} has {row['old']!r} {source.count(row['old'])} times, not once: mend the row")
+    path.write_text(source.replace(row["old"], row["new"]))
+    try:
+        return not passes(tree, row["tests"].split())
+    finally:
+        path.write_text(source)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows of files whose path begins so")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    for name in _SLOW:
+        importlib.import_module(name)
+    rows = [row for row in yaml.safe_load(ROWS.read_text()) if row["file"].startswith(options.only)]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        left_out = shutil.ignore_patterns(".git", "build", "__pycache__", ".*_cache", ".venv")
+        shutil.copytree(ROOT, tree, symlinks=True, ignore=left_out)
+        for tests in sorted({test for row in rows for test in row["tests"].split()}):
+            if not passes(tree, [tests]):
+                sys.exit(f"{tests} fails without any mutation (or has no test): mend it first")
+        for row in rows:
+            row["outcome"] = "caught" if caught(tree, row) else "survived"
+            print(
+                f"{row['outcome']:9} {row['file']}: {row['old'].strip()!r} -> {row['new'].strip()!r}",
+                flush=True,
+            )
+    found = sum(row["outcome"] == "caught" for row in rows)
+    print(f"{found} of {len(rows)} caught")
+    if options.out:
+        options.out.write_text(
+            json.dumps({"caught": found, "mutations": len(rows), "rows": rows}, indent=1) + "\n"
+        )
+    return int(found < _LEAST * len(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
