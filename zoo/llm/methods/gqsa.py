@@ -13,6 +13,7 @@ Rounding passes gradients straight through. The source could not be compared wit
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,17 +24,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from zoo.bundles.card import share_dropped
+from zoo.bundles.store import PART_MASK
 from zoo.errors import ConfigError
+from zoo.llm.data.calibration import Calibrated, extras_of
 from zoo.llm.loss import language_forward, language_loss
+from zoo.llm.models import architecture_of
 from zoo.llm.models.blocks import find_blocks
-from zoo.llm.models.quantised import GroupQuantLinear, check_group, replace_module
+from zoo.llm.models.quantised import GroupQuantLinear, check_group, quantise_head, replace_module
+from zoo.llm.models.quantiser import Quantiser
+from zoo.llm.pruning import open_sparsity
+from zoo.methods.contract import Sparsified
 from zoo.shared.blocks import Forward, RunningBlock, measure_inputs, walk_blocks
-from zoo.shared.learned.constraints.straight_through import pass_through, round_through
+from zoo.shared.masks import MaskSet, masks_of, set_masks
 from zoo.shared.masks.patterns import NM, topk_mask
 from zoo.shared.measure.calibration import LossFn, LossModule
-from zoo.shared.ops.quant_sparse_linear import QuantGroups
+from zoo.shared.measure.modes import float32
 from zoo.shared.pruning.budgets import kept_count
 from zoo.shared.pruning.hessians import inverse_diagonal
+from zoo.shared.train import Fit, Job, Recipe
 
 Spread = Literal["row", "layer"]
 #: Chooses which weights of a layer stay, [out, in], from the weight and H = 2/n X^T X.
@@ -73,81 +82,15 @@ def group_mask(
     return topk_mask(saliency.flatten(), rows * kept).view_as(saliency)
 
 
-@dataclass
-class Quantiser:
-    """The tunable quantiser of one weight.
-
-    Attributes:
-        weight: [out, groups, G], zero where dropped.
-        scale, zero: [out, groups, 1]; zero is rounded when used.
-        keep: [out, groups, G].
-        bits: per weight.
-    """
-
-    weight: Float[Tensor, "out groups size"]
-    scale: Float[Tensor, "out groups 1"]
-    zero: Float[Tensor, "out groups 1"]
-    keep: Bool[Tensor, "out groups size"]
-    bits: int
-
-    @classmethod
-    def of(
-        cls, weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"], group: int, bits: int
-    ) -> Quantiser:
-        """Scale = (max - min) / (2^b - 1) over each group and zero, zero = round(-min / scale); a group of
-        zeros has scale 1 (as `zoo.shared.ops.quantise_groups`)."""
-        check_group(weight.shape[1], group)
-        shape = (weight.shape[0], weight.shape[1] // group, group)
-        kept = keep.reshape(shape)
-        values = torch.where(kept, weight.detach().float().reshape(shape), 0.0)
-        low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
-        levels = 2**bits - 1
-        scale = ((high - low) / levels).half().float()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        return cls(values, scale, (-low / scale).round().clamp(0, levels), kept, bits)
-
-    def parameters(self) -> list[Tensor]:
-        """Weight, scale and zero point."""
-        return [self.weight, self.scale, self.zero]
-
-    def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
-        positive = self.scale.clamp(min=2.0**-24)  # the smallest number that fp16 tells from zero
-        scale = pass_through(positive, positive.half().float())
-        return scale, round_through(self.zero).clamp(0, 2**self.bits - 1)
-
-    def codes(self) -> Float[Tensor, "out groups size"]:
-        """q of every weight, also of those dropped; differentiable through rounding."""
-        scale, zero = self._scale_and_zero()
-        return (round_through(self.weight / scale) + zero).clamp(0, 2**self.bits - 1)
-
-    def dequantised(self, codes: Float[Tensor, "out groups size"] | None = None) -> Float[Tensor, "out in"]:
-        """s (q - z) where kept, 0 elsewhere; with other codes, if they are frozen."""
-        scale, zero = self._scale_and_zero()
-        q = self.codes() if codes is None else codes
-        return ((q - zero) * scale * self.keep).flatten(1)
-
-    def pack(self, codes: Float[Tensor, "out groups size"] | None = None) -> QuantGroups:
-        """The layout of the sparse op, exactly what `dequantised` gives.
-
-        Raises:
-            ConfigError: not four bits, or a group of which only a part is kept.
-        """
-        whole = self.keep.all(-1)
-        if self.bits != 4 or not torch.equal(whole, self.keep.any(-1)):
-            raise ConfigError("only four-bit weights whose groups are kept or dropped whole can be packed")
-        scale, zero = (part.detach() for part in self._scale_and_zero())
-        q = (self.codes() if codes is None else codes).detach()[whole].to(torch.uint8)
-        pointer = torch.zeros(len(whole) + 1, dtype=torch.int32, device=whole.device)
-        pointer[1:] = whole.sum(-1).cumsum(0)
-        return QuantGroups(
-            codes=(q[:, 0::2] | (q[:, 1::2] << 4)).contiguous(),
-            scales=scale[whole].flatten().half(),
-            zeros=zero[whole].flatten().to(torch.uint8),
-            columns=whole.nonzero()[:, 1].to(torch.int16),
-            pointer=pointer,
-            shape=(whole.shape[0], whole.shape[1] * self.keep.shape[2]),
-            group=self.keep.shape[2],
-        )
+_DESCENT = Recipe(
+    lr=1.0,  # each parameter has its own
+    optimizer="adam",
+    options={"betas": (0.9, 0.95)},
+    weight_decay=0.0,
+    warmup=0.0,
+    decay="cosine",
+    select="best",
+)
 
 
 @dataclass(frozen=True)
@@ -232,18 +175,21 @@ def _tune_block(
     block: RunningBlock, quantisers: dict[str, Quantiser], targets: list[Tensor], tuning: Tuning
 ) -> None:
     """BQPO of one block: the best parameters met, which are never worse than those at the start."""
-    rates = []
+    rates: list[tuple[nn.Parameter, float]] = []
     for quantiser in quantisers.values():
         size = float(quantiser.weight.abs().sum() / quantiser.keep.sum().clamp(min=1))
-        step = float(quantiser.scale.mean())
         slow = 0.1 * tuning.block_lr
-        rates += [tuning.block_lr * size, slow * step, slow * 2**quantiser.bits]
+        rates += [
+            (quantiser.weight, tuning.block_lr * size),
+            (quantiser.scale, slow * float(quantiser.scale.mean())),
+            (quantiser.zero, slow * 2**quantiser.bits),
+        ]
 
     def batch_loss(i: int) -> Tensor:
         weights = {name: quantiser.dequantised() for name, quantiser in quantisers.items()}
         return (block.run(i, weights=weights) - targets[i]).square().mean()
 
-    _descend(_flat(quantisers), rates, batch_loss, len(targets), tuning.block_epochs)
+    _descend(quantisers, rates, batch_loss, len(targets), tuning.block_epochs)
 
 
 @torch.enable_grad()
@@ -264,10 +210,10 @@ def tune_model(
         The frozen codes, for `Quantiser.pack`.
     """
     codes = {name: quantiser.codes().detach() for name, quantiser in quantisers.items()}
-    parts, rates = [], []
+    rates: list[tuple[nn.Parameter, float]] = []
     for quantiser in quantisers.values():
-        parts += [quantiser.scale, quantiser.zero]
-        rates += [tuning.model_lr * float(quantiser.scale.mean()), tuning.model_lr * 2**quantiser.bits]
+        rates.append((quantiser.scale, tuning.model_lr * float(quantiser.scale.mean())))
+        rates.append((quantiser.zero, tuning.model_lr * 2**quantiser.bits))
     wrapped = LossModule(model, loss_fn)
 
     def batch_loss(i: int) -> Tensor:
@@ -276,7 +222,7 @@ def tune_model(
         return loss
 
     if tuning.model_epochs:
-        _descend(parts, rates, batch_loss, len(batches), tuning.model_epochs)
+        _descend(quantisers, rates, batch_loss, len(batches), tuning.model_epochs)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, quantiser in quantisers.items():
@@ -284,43 +230,53 @@ def tune_model(
     return codes
 
 
-def _flat(quantisers: dict[str, Quantiser]) -> list[Tensor]:
-    return [part for quantiser in quantisers.values() for part in quantiser.parameters()]
+@dataclass
+class _Places:
+    """Numbers of the calibration batches as data: each epoch in another order, drawn by one generator."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        self.order = torch.Generator().manual_seed(0)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def draw(self, generator: torch.Generator) -> Iterator[int]:
+        return iter(torch.randperm(self.count, generator=self.order).tolist())
+
+    def example(self) -> tuple[int]:
+        return (0,)
 
 
 def _descend(
-    tensors: list[Tensor],
-    rates: list[float],
+    quantisers: dict[str, Quantiser],
+    rates: list[tuple[nn.Parameter, float]],
     batch_loss: Callable[[int], Tensor],
     batches: int,
     epochs: int,
 ) -> None:
-    """Adam with a cosine to zero over `epochs` passes; ends at the tensors with the least mean loss after any
-    pass, the start included."""
-    for tensor in tensors:
-        tensor.requires_grad_()
-    groups = [{"params": [tensor], "lr": rate} for tensor, rate in zip(tensors, rates, strict=True)]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
-    order = torch.Generator().manual_seed(0)
-
-    def mean_loss() -> float:
-        with torch.no_grad():
-            return sum(float(batch_loss(i)) for i in range(batches)) / batches
-
-    best, kept = mean_loss(), [tensor.detach().clone() for tensor in tensors]
-    for _ in range(epochs):
-        for i in torch.randperm(batches, generator=order).tolist():
-            optimizer.zero_grad()
-            batch_loss(i).backward()
-            optimizer.step()
-            schedule.step()
-        loss = mean_loss()
-        if math.isfinite(loss) and loss < best:
-            best, kept = loss, [tensor.detach().clone() for tensor in tensors]
-    for tensor, value in zip(tensors, kept, strict=True):
-        tensor.requires_grad_(False)
-        tensor.copy_(value)
+    """Adam with a cosine to zero over `epochs` passes; ends at the parameters with the least mean loss after
+    any pass, the start included."""
+    for parameter, _ in rates:
+        parameter.requires_grad_()
+    fit = Fit(
+        nn.ModuleList(quantisers.values()),
+        _Places(batches),
+        dataclasses.replace(_DESCENT, epochs=epochs),
+        loss=lambda _, place: batch_loss(place),
+        score=lambda _: -sum(float(batch_loss(i)) for i in range(batches)) / batches,
+        parameters=[{"params": [parameter], "lr": rate} for parameter, rate in rates],
+        macs=lambda: 0.0,
+    )
+    start = [parameter.detach().clone() for parameter, _ in rates]
+    with torch.no_grad():
+        least = fit.score(fit.model) if fit.score else math.nan
+    fit.run()
+    for (parameter, _), before in zip(rates, start, strict=True):
+        parameter.requires_grad_(False)
+        if fit.best is None or not fit.best.score > least:
+            parameter.copy_(before)
 
 
 def pack_model(
@@ -383,3 +339,56 @@ def stored_bits(model: nn.Module) -> Iterator[tuple[str, int, int]]:
     for name, module in model.named_modules():
         if isinstance(module, GroupQuantLinear):
             yield name, 8 * module.groups.nbytes, module.out_features * module.in_features
+
+
+@dataclass
+class GQSA(Calibrated):
+    """Drop groups of weights and store the others in four bits, tuned block by block and end to end."""
+
+    sparsity: float = 0.5
+    """Share of each row's groups to drop, between 0 and 1."""
+
+    group: int = 16
+    """Consecutive inputs per group, a multiple of 16."""
+
+    block_epochs: int = Tuning.block_epochs
+    """BQPO: passes over the text per block; 0 leaves it out."""
+
+    model_epochs: int = Tuning.model_epochs
+    """E2E-OQP: passes over the text; 0 leaves it out."""
+
+    head: bool = False
+    """Store the output layer in four bits, too, all of it; the embedding stays as it is."""
+
+    def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
+        """Compress `model` in place: its blocks' linear layers become `GroupQuantLinear`.
+
+        Raises:
+            ConfigError: options that are not possible, a model that carries masks, or one without blocks or
+                tokenizer.
+            DataError: too little text, or activations that are not finite.
+        """
+        open_sparsity(self.sparsity)
+        if masks_of(model):
+            raise ConfigError("GQSA chooses its own zeros; start from a dense model")
+        tuning = Tuning(block_epochs=self.block_epochs, model_epochs=self.model_epochs)
+        with float32(model):
+            batches = self.tokens(model, job, size=8)
+            choose = choose_groups(self.group, self.sparsity)
+            quantisers = quantise_blocks(model, batches, choose, group=self.group, tuning=tuning)
+            codes = tune_model(model, quantisers, batches, tuning)
+            pack_model(model, quantisers, codes)
+            if self.head:
+                quantise_head(model, self.group)
+        set_masks(model, None)
+        keep = torch.cat([quantiser.keep.any(-1).flatten() for quantiser in quantisers.values()]).cpu()
+        kept, total = int(keep.sum()), keep.numel()
+        part = {"kept": kept, "total": total, "sparsity": share_dropped(kept, total)}
+        return Sparsified(
+            model,
+            MaskSet({}),
+            extras_of(model) | {f"groups{PART_MASK}": keep},
+            dataclasses.asdict(self) | {"bits": 4},
+            {"groups": {**part, "pattern": f"block1x{self.group}"}},
+            architecture_of(model)["args"],
+        )
