@@ -181,7 +181,7 @@ _DERIVATIVES = (torch._C._functorch.TransformType.Jvp, torch._C._functorch.Trans
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
-def looking(copied: int) -> float:
+def looking(copied: float) -> float:
     """Seconds that a call by a copy takes to find that so many bytes, which it was made from, are the same
     (`cache.py`), and that its result is finite: as measured on the machine of the shipped table."""
     return 8e-6 + copied / 40e9
@@ -240,8 +240,9 @@ def _auto(
     measured = {name: nearest.times[name] for name in offered if name in nearest.times}
     if not measured:
         return Plan(op, offered[0], "first choice, nothing measured for this case")
-    if copied:
-        measured |= {name: time + looking(copied) for name, time in measured.items() if name in _BY_COPY}
+    if copied:  # the times are those of another size, and so are the bytes
+        looked = looking(copied * nearest.sizes[0] / sizes[0])
+        measured |= {name: time + looked for name, time in measured.items() if name in _BY_COPY}
     best = min(measured, key=measured.__getitem__)
     if "dense" in measured and measured[best] > MARGIN * measured["dense"]:
         reason = f"no other of {len(measured)} is clearly faster where last measured"

@@ -17,7 +17,7 @@ from torch import nn
 from ..masks import Mask, MaskSet, set_masks
 from ..masks.patterns import NM
 from ..structure.folding import fold_norms, fuse_relus
-from .dispatch import MARGIN, choose, looking
+from .dispatch import MARGIN, choose
 from .modules import DepthwiseConv, SparseConv1x1, SparseLinear, is_depthwise, is_pointwise
 from .nm_linear import PATTERNS, pack_nm
 from .sparse_linear import case
@@ -240,10 +240,13 @@ def _gains(weight: SparseWeight) -> bool:
     times = []
     for rows in (1, 64, 2048):
         offered, kind, sizes, copied = case(weight.values.new_empty(rows, weight.shape[1]), weight)
-        plan = choose("sparse_linear", weight.values.device, offered, kind, sizes, copied)
+        plan, plain = (
+            choose("sparse_linear", weight.values.device, offered, kind, sizes, looked)
+            for looked in (copied, 0)
+        )
         if not plan.measured:  # nothing is known of it, or it was asked for
             return plan.backend != "dense"
-        times.append(plan.measured[plan.backend] / (plan.measured["dense"] - looking(copied)))
+        times.append(plan.measured[plan.backend] / plain.measured["dense"])
         if plan.backend != "dense" and math.prod(weight.shape) * weight.values.element_size() > _CACHED:
             return True
     return max(times) <= _NOT_SLOWER and math.prod(times) < MARGIN

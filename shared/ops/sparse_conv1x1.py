@@ -105,7 +105,7 @@ def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[f
     pixels = x.numel() // max(1, cols)
     kind = f"{weight.layout} {str(weight.values.dtype).removeprefix('torch.')}"
     sizes = (float(max(1, rows * cols)), float(max(1, pixels)), max(weight.density, 1e-4))
-    return offered, kind, sizes, weight.nbytes
+    return offered, kind, sizes, sum(part.nbytes for part in weight.content)
 
 
 def _is_rows(x: Tensor) -> bool:

@@ -132,7 +132,8 @@ def case(x: Tensor, weight: SparseWeight) -> tuple[tuple[str, ...], str, tuple[f
     if x.dtype != weight.values.dtype:
         kind += f" x {str(x.dtype).removeprefix('torch.')}"
     batch = max(1, x.numel() // max(1, cols))
-    return offered, kind, (float(max(1, rows * cols)), float(batch), max(weight.density, 1e-4)), weight.nbytes
+    copied = sum(part.nbytes for part in weight.content)
+    return offered, kind, (float(max(1, rows * cols)), float(batch), max(weight.density, 1e-4)), copied
 
 
 def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
