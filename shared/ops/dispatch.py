@@ -181,7 +181,7 @@ _DERIVATIVES = (torch._C._functorch.TransformType.Jvp, torch._C._functorch.Trans
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
-def looking(copied: float) -> float:
+def looking(copied: int) -> float:
     """Seconds that a call by a copy takes to find that so many bytes, which it was made from, are the same
     (`cache.py`), and that its result is finite: as measured on the machine of the shipped table."""
     return 8e-6 + copied / 40e9
@@ -241,7 +241,7 @@ def _auto(
     if not measured:
         return Plan(op, offered[0], "first choice, nothing measured for this case")
     if copied:  # the times are those of another size, and so are the bytes
-        looked = looking(copied * nearest.sizes[0] / sizes[0])
+        looked = looking(round(copied * nearest.sizes[0] / sizes[0]))
         measured |= {name: time + looked for name, time in measured.items() if name in _BY_COPY}
     best = min(measured, key=measured.__getitem__)
     if "dense" in measured and measured[best] > MARGIN * measured["dense"]:

@@ -228,8 +228,8 @@ def _agree(module: nn.Module, linear: nn.Linear) -> bool:
     return same and torch.allclose(found, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().amax()))
 
 
-# Bytes of a dense weight. A smaller one lies in a cache from call to call, as those that were measured do; the
-# layers of a large model do not, where the fewer bytes of the packed weight gain more than was measured.
+# Bytes of a dense weight. A smaller one lies in a cache from call to call, as those that were measured do;
+# the layers of a large model do not, where the fewer bytes of the packed weight gain more than was measured.
 _CACHED = 1 << 20
 _NOT_SLOWER = 1 / 0.97  # times the time of a plain layer
 
