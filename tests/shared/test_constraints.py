@@ -449,3 +449,10 @@ class TestStraightThrough:
             DecayingSTE.set_beta(nn.Linear(2, 2), 1.5)
         with pytest.raises(PatternError, match="multiple of 4"):
             parametrize.register_parametrization(nn.Linear(6, 2), "weight", SRSTE(NM(2, 4)))
+
+
+def test_a_restricted_flow_fades_the_gradient_with_the_weight() -> None:
+    weight, keep = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([True, False])
+    faded = decaying_ste(weight, keep, 0.25, restrict=True)
+    faded.sum().backward()
+    assert faded.tolist() == [1.0, 0.5] and weight.grad.tolist() == [1.0, 0.25]

@@ -204,9 +204,9 @@ def test_soft_shrinkage_leaves_weights_a_way_back(choice, zeros, net, job_of):
 def test_a_greedy_soup_begins_with_the_best_and_takes_what_helps(job):
     """Of weights 10, 1 and 3 by -|w - 2|: 1, then the mean 2 of 1 and 3; 14 / 3 with 10 is worse."""
     members = [OneRow(weight) for weight in (10.0, 1.0, 3.0)]
-    scored = job.replace(score=lambda model: -abs(float(model.row.weight) - 2))
+    scored = job.replace(score=lambda model: -abs(float(model.row.weight.detach()) - 2))
     soup = SparseSoup(0.8, soup="greedy", recalibrate=False).average(members, scored)
-    assert float(soup.row.weight) == 2.0
+    assert float(soup.row.weight.detach()) == 2.0
 
 
 def test_a_soup_is_the_average_of_members_with_one_mask(net, job):
