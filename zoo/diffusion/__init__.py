@@ -32,6 +32,24 @@ FOLDERS.register("diffusion/config.json:_diffusers_version", "zoo.diffusion.fold
 MAKERS.register("diffusion/text-to-image", "zoo.diffusion.makers:text_to_image")
 MAKERS.register("diffusion/flow", "zoo.diffusion.makers:flow")
 
+# Networks of papers that are no pruning methods.
+ARCHITECTURES.register("diffusion/one-d-piece", "zoo.diffusion.networks.one_d_piece:OneDPiece")
+ARCHITECTURES.register("diffusion/iter", "zoo.diffusion.networks.iter:Iter")
+ARCHITECTURES.register("diffusion/pqdiff", "zoo.diffusion.networks.pqdiff:PQDiff")
+ARCHITECTURES.register("diffusion/diffusesg", "zoo.diffusion.networks.diffusesg:DiffuseSG")
+ARCHITECTURES.register("diffusion/defencing", "zoo.diffusion.networks.defencing:Defencing")
+MAKERS.register("diffusion/network", "zoo.diffusion.makers:network")
+STUDIES.register("defencing", "zoo.diffusion.studies.defencing:STUDY")
+STUDIES.register("diffusesg", "zoo.diffusion.studies.diffusesg:STUDY")
+STUDIES.register("pqdiff", "zoo.diffusion.studies.pqdiff:STUDY")
+STUDIES.register("iter", "zoo.diffusion.studies.iter:STUDY")
+STUDIES.register("one-d-piece", "zoo.diffusion.studies.one_d_piece:STUDY")
+TASKS.register("diffusion/tokens-digits", "zoo.diffusion.networks.one_d_piece:Tokens")
+TASKS.register("diffusion/enlarged-digits", "zoo.diffusion.networks.iter:Enlarged")
+TASKS.register("diffusion/outpainted-digits", "zoo.diffusion.networks.pqdiff:Outpainted")
+TASKS.register("diffusion/scene-graphs", "zoo.diffusion.networks.diffusesg:Agreement")
+TASKS.register("diffusion/fences-photos", "zoo.diffusion.networks.defencing:Fences")
+
 _PUBLIC = {
     "TextToImage": "models",
     "TextToImagePipeline": "pipelines",

@@ -51,11 +51,15 @@ def make_job(
         seed: of order, noise and captions.
         device: where to train.
         model: whose tokenizer and noise schedule are used; by default those of the data set's own network.
+            One that has a `make_job` of its own is asked for it.
 
     Raises:
         DataError: an unknown data set, or files that are not there.
         ConfigError: a model of another domain.
     """
+    if callable(own := getattr(model, "make_job", None)):
+        job: Job = own(dataset, recipe=recipe, seed=seed, device=device)
+        return job
     used = recipe or RECIPE
     owner = model if model is not None else dense_model(dataset, seed)
     if isinstance(owner, Flow):

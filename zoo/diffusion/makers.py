@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -33,3 +34,12 @@ def flow(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified
     job = make_job(str(row.dataset), recipe=Recipe(**row.recipe), seed=seed, device=work.device, model=model)
     job.fit(model).run()
     return Sparsified(model.cpu().eval(), MaskSet({}), arguments=model.current_arguments())
+
+
+def network(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A dense network of a paper, trained as it says itself (`zoo.diffusion.networks.base.PaperNetwork`)."""
+    kind: Any = ARCHITECTURES.get(str(row.architecture))
+    model = kind.fresh(seed, **row.arguments)
+    recipe = dataclasses.replace(kind.usual, **row.recipe)
+    model.learn(str(row.dataset), recipe=recipe, seed=seed, device=work.device)
+    return Sparsified(model.cpu().eval(), MaskSet({}))
