@@ -56,8 +56,9 @@ class Autoencoder(nn.Module):
 
     def __init__(self, factor: int, codes: int, width: int = 24, code_width: int = 8) -> None:
         super().__init__()
-        downs, down, up = int(math.log2(factor)), [], []
-        for _ in range(downs):
+        down: list[nn.Module] = []
+        up: list[nn.Module] = []
+        for _ in range(int(math.log2(factor))):
             down += [nn.Conv2d(width, width, 4, 2, 1), nn.SiLU()]
             up += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, 1, 1), nn.SiLU()]
         first, last = nn.Conv2d(1, width, 3, 1, 1), nn.Conv2d(width, code_width, 1)

@@ -72,7 +72,7 @@ class PQDiff(PaperNetwork):
     """
 
     usual = Recipe(
-        steps=900,
+        steps=700,
         lr=2e-3,
         batch=32,
         optimizer="adamw",

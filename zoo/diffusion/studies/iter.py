@@ -81,10 +81,11 @@ def measure(make: Any, options: IterOptions, case: Row, cells: CellCache) -> lis
 def figures(model: Iter, data: str, options: IterOptions, seed: int) -> list[Row]:
     """A row per arm."""
     if data == DIGITS:
-        true, others = load_pictures("digits").test, load_pictures("digits").train[: options.images]
+        true, real = load_pictures("digits").test, load_pictures("digits").train[: options.images]
         small, features = degrade(true, model.scale, model.noise), load_judge("digits").features
     else:
-        (small, true), others, features = photo_pairs(model.side, model.scale, options.tiles), None, details
+        small, true = photo_pairs(model.side, model.scale, options.tiles)
+        real, features = true, details
     made: dict[str, tuple[Tensor, float]] = {
         FIRST: (model.decode(model.predict(small)), 0.0),
         BICUBIC: (F.interpolate(small, scale_factor=model.scale, mode="bicubic"), 0.0),
@@ -94,7 +95,7 @@ def figures(model: Iter, data: str, options: IterOptions, seed: int) -> list[Row
         draws = torch.Generator().manual_seed(seed)
         tokens, taken = model.refine(small, steps=STEPS, chooser=chooser, generator=draws)  # type: ignore[arg-type]
         made[arm] = model.decode(tokens), float(taken.double().mean())
-    target = features(true if others is None else others)
+    target = features(real)
     return [
         {
             "arm": arm,

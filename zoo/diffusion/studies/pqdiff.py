@@ -36,8 +36,8 @@ class PQDiffOptions:
     """
 
     seeds: int = 3
-    steps: int = 900
-    images: int = 150
+    steps: int = 700
+    images: int = 100
     levels: tuple[float, ...] = (1.5, 1.8, 2.25)
     device: str = "cpu"
 
