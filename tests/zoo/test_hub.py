@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import hashlib
 import json
@@ -130,7 +131,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             self.server.halted.set()
-            self.rfile.read()  # until the other side is gone
+            with contextlib.suppress(OSError):
+                self.rfile.read()  # until the other side is gone
             self.close_connection = True
             return
         cut = self.server.cut_after.get(name)
