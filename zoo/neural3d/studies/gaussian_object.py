@@ -38,7 +38,7 @@ class ObjectOptions(common.FewOptions):
     """
 
     views: tuple[str, ...] = ("shapes-ring", "lego")
-    steps: int = 300
+    steps: int = 200
 
 
 def random_start(views: Views, count: int, seed: int) -> GaussianScene:
