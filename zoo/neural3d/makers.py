@@ -11,7 +11,7 @@ from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified
 from zoo.neural3d.fields import HashField, field_job
 from zoo.neural3d.methods.coherent_gs import PairedViews, flows_between
-from zoo.neural3d.priors import affine, monotone, scattered
+from zoo.neural3d.priors import MOBILITY, affine, monotone, scattered
 from zoo.neural3d.refine import refine, scene_job
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.splats import from_points
@@ -58,7 +58,7 @@ def few(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
     options = {key: value for key, value in row.options.items() if key not in ("count", "prior")}
     job = scene_job(views.train, seed=seed, **row.recipe)
     if row.method == "dense":
-        return Sparsified(refine(scene, job).eval(), MaskSet({}))
+        return Sparsified(refine(scene, job, mobility=MOBILITY).eval(), MaskSet({}))
     prior = {"order": monotone, "affine": affine}[row.options["prior"]](views.train, seed)
     batches = PairedViews(prior, flows_between(views.train))
     made: Sparsified = METHODS.get(row.method)(**options).sparsify(scene, job.replace(batches=batches))

@@ -18,6 +18,8 @@ from zoo.neural3d.views import View, Views
 from zoo.shared.ops.rasterize import Rendering
 from zoo.shared.train import Job
 
+MOBILITY = 10.0  # of scenes fitted to few views, see `refine`
+
 
 def few(views: Sequence[View], count: int) -> list[View]:
     """`count` of the views, evenly spaced from the first to the last (LLFF's sparse protocol).

@@ -79,18 +79,24 @@ def rate_groups(scene: GaussianScene, extent: float, lr: float = 1.0) -> list[di
 
 
 def refine(
-    scene: GaussianScene, job: Job, after_step: Callable[[Fit], object] | None = None
+    scene: GaussianScene,
+    job: Job,
+    after_step: Callable[[Fit], object] | None = None,
+    *,
+    mobility: float = 1.0,
 ) -> GaussianScene:
     """Fit a scene in place, to the end of the job's recipe.
 
     Args:
         after_step: called with the training after each step.
+        mobility: factor on the rate of the means, for a scene that begins far from where it should be and has
+            few of the 30,000 steps of 3DGS to get there.
 
     Raises:
         ConfigError: a job whose batches are not views.
     """
     _, extent = middle_of_views(views_of(job))
-    fit = job.fit(scene, parameters=rate_groups(scene, extent, job.recipe.lr), macs=lambda: 0.0)
+    fit = job.fit(scene, parameters=rate_groups(scene, extent * mobility, job.recipe.lr), macs=lambda: 0.0)
     fit.run(None if after_step is None else lambda: after_step(fit))
     return scene
 

@@ -27,7 +27,7 @@ from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, stated_options
 from zoo.neural3d.cameras import Camera
 from zoo.neural3d.hull import pixels_of
-from zoo.neural3d.priors import given, known_depth
+from zoo.neural3d.priors import MOBILITY, given, known_depth
 from zoo.neural3d.refine import RATES, RECIPE, picture_loss, refine, views_of
 from zoo.neural3d.splats import SH_C0, Splats
 from zoo.neural3d.views import View, ViewBatches
@@ -254,7 +254,7 @@ class CoherentGS:
         affine = torch.stack([pixels.scale, pixels.shift]).detach()
         extras = {"affine/scale-and-shift": affine}
         if self.motion == "free":
-            fitted = refine(scene.like(pixels.splats().map(torch.Tensor.detach)), job)
+            fitted = refine(scene.like(pixels.splats().map(torch.Tensor.detach)), job, mobility=MOBILITY)
         else:
             self._fit(pixels, job, flows)
             fitted = scene.like(pixels.splats().map(torch.Tensor.detach))

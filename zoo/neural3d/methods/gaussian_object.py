@@ -20,7 +20,7 @@ from torch.nn import functional
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, stated_options
 from zoo.neural3d.hull import cube, sampled, visual_hull
-from zoo.neural3d.priors import given
+from zoo.neural3d.priors import MOBILITY, given
 from zoo.neural3d.refine import RECIPE, picture_loss, refine, views_of
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.splats import Splats, from_points
@@ -72,7 +72,7 @@ class GaussianObject:
                 names = [name for name, _ in fitted.named_parameters()]
                 RowResizer(fitted, names, [fit.optimizer]).keep(~stray(fitted.means.detach(), limit))
 
-        refine(fitted, job.replace(loss=self.loss), clean if self.floaters else None)
+        refine(fitted, job.replace(loss=self.loss), clean if self.floaters else None, mobility=MOBILITY)
         arguments = {"count": len(fitted), "sh_degree": fitted.sh_degree}
         arguments |= {"background": fitted.background.tolist(), "antialiased": fitted.antialiased}
         options = stated_options(self, job)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, stated_options
 from zoo.neural3d.cameras import Camera, from_world
-from zoo.neural3d.priors import expected_depth, given, known_depth, pearson
+from zoo.neural3d.priors import MOBILITY, expected_depth, given, known_depth, pearson
 from zoo.neural3d.refine import RECIPE, picture_loss, refine, views_of
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.views import View
@@ -65,7 +65,9 @@ class LMGaussian:
             )
         pictures = cloud_pictures(scene, views_of(job), self.between) if self.virtual else []
         fitted = copy.deepcopy(scene)
-        refine(fitted, job.replace(loss=lambda model, view: self.loss(model, view, pictures)))
+        refine(
+            fitted, job.replace(loss=lambda model, view: self.loss(model, view, pictures)), mobility=MOBILITY
+        )
         return Sparsified(fitted.eval(), MaskSet({}), hyperparameters=stated_options(self, job))
 
     def loss(self, model: nn.Module, view: View, pictures: Sequence[View]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, stated_options
-from zoo.neural3d.priors import expected_depth, given, known_depth, ranking
+from zoo.neural3d.priors import MOBILITY, expected_depth, given, known_depth, ranking
 from zoo.neural3d.refine import RECIPE, picture_loss, refine, views_of
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.views import View, middle_of_views
@@ -75,7 +75,9 @@ class SparseNeRF:
             )
         fitted = copy.deepcopy(scene)
         _, extent = middle_of_views(views_of(job))
-        refine(fitted, job.replace(loss=lambda model, view: self.loss(model, view, extent)))
+        refine(
+            fitted, job.replace(loss=lambda model, view: self.loss(model, view, extent)), mobility=MOBILITY
+        )
         return Sparsified(fitted.eval(), MaskSet({}), hyperparameters=stated_options(self, job))
 
     def loss(self, model: nn.Module, view: View, extent: float) -> Tensor:

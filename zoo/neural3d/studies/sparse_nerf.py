@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoo.neural3d.methods.sparse_nerf import SparseNeRF
-from zoo.neural3d.priors import expected_depth, known_depth, monotone, scattered
+from zoo.neural3d.priors import MOBILITY, expected_depth, known_depth, monotone, scattered
 from zoo.neural3d.refine import picture_loss, refine, scene_job
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.studies import common
@@ -34,7 +34,9 @@ def measure(make: Any, options: common.FewOptions, case: Row, cells: CellCache) 
     job = scene_job(monotone(views.train, case["seed"]), seed=case["seed"], steps=options.steps)
     scene = scattered(views, options.count, case["seed"])
     if case["arm"] in (PLAIN, WRONG):
-        scene = refine(scene, job if case["arm"] == PLAIN else job.replace(loss=plain_depth))
+        scene = refine(
+            scene, job if case["arm"] == PLAIN else job.replace(loss=plain_depth), mobility=MOBILITY
+        )
     else:
         scene = make(near_is_larger=False).sparsify(scene, job).model
     return common.quality(scene, views.test)
