@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,6 @@ def make_job(
             raise ConfigError("a scene without a card: name its views with --dataset, shapes or lego-100 say")
         dataset = known.card.metrics[0].task.partition("/")[2]
     views = load_views(dataset)
-    make = field_job if isinstance(model, HashField) else scene_job
+    make: Callable[..., Job] = field_job if isinstance(model, HashField) else scene_job
     job = make(views.train[: limit or None], views.test, recipe=recipe, seed=seed)
     return job.replace(device=device)

@@ -84,7 +84,7 @@ class HashField(nn.Module):
         self.grid = HashGrid(levels, 2, log2_size, coarsest, finest)
         self.half, self.samples, self.near, self.gate = half, samples, near, gate
         self.hardened = hardened
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "centre": list(centre),
             "half": half,
             "levels": levels,

@@ -102,6 +102,7 @@ class Finetune(FineTuner):
         self, source: Bundle, plan: Plan, twin: Bundle | None, fit: Fit, extras: Mapping[str, Tensor]
     ) -> Path:
         if self.densify:
-            count = {**source.card.architecture.args, "count": len(plan.model.means)}
+            assert isinstance(plan.model, GaussianScene)
+            count = {**source.card.architecture.args, "count": len(plan.model)}
             plan = dataclasses.replace(plan, arguments=count)
         return super()._publish(source, plan, twin, fit, extras)

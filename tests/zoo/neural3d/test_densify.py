@@ -17,7 +17,7 @@ from zoo.neural3d.makers import start_of
 from zoo.neural3d.refine import picture_loss, rate_groups, scene_job
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.shapes import shapes
-from zoo.shared.masks import MaskSet, set_masks
+from zoo.shared.masks import MaskSet, masks_of, set_masks
 from zoo.shared.structure.resize import RowResizer
 
 NAMES = ("means", "quats", "scales", "opacities", "sh0", "shN")
@@ -138,3 +138,20 @@ def test_a_pruned_scene_trains_on(tmp_path: Path) -> None:
     assert set(plan.model.state_dict()) == set(NAMES)  # nothing of the densification is left in it
     with pytest.raises(ConfigError, match="fitted to pictures"):
         Finetune(**common, distillation=1.0).plan(source, plan.model, None, torch.device("cpu"))
+
+
+def test_a_hollow_field_trains_on_and_its_zeros_stay(tmp_path: Path) -> None:
+    source = find("neural3d/hollow-field-shapes-c1")
+    tuner = Finetune(model=source.card.name, dataset="shapes-12", out=tmp_path / "tuned", steps=3)
+    plan = tuner.plan(source, load_bundle(source), None, torch.device("cpu"))
+    before = {name: value.detach().clone() for name, value in plan.model.named_parameters()}
+    tuner._train(source, plan, None, None)
+    masks = masks_of(plan.model)
+    assert masks is not None and set(masks) == {"saliency", "table"} and not masks.zeros_intact(plan.model)
+    for name, value in plan.model.named_parameters():
+        assert not torch.equal(value, before[name])
+        assert name not in masks or torch.equal(value != 0, before[name] != 0)
+    with pytest.raises(ConfigError, match="no Gaussians to densify"):
+        Finetune(model=source.card.name, out=tmp_path / "other", densify=True).plan(
+            source, plan.model, None, torch.device("cpu")
+        )

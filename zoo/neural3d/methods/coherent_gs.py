@@ -145,7 +145,8 @@ class PixelScene(nn.Module):
         self.focal = torch.stack([view.camera.intrinsics[0, 0] for view in views])
         self.layers = layer_masks(depth, layers)
         count = int(self.known.sum())
-        self.scale, self.shift = (nn.Parameter(start(len(views))) for start in (torch.ones, torch.zeros))
+        self.scale = nn.Parameter(torch.ones(len(views)))
+        self.shift = nn.Parameter(torch.zeros(len(views)))
         self.reach = REACH * float(depth[self.known].mean())
         self.decoder = Decoder(layers, width, *depth.shape[1:]) if width else None
         self.residual = None if width else nn.Parameter(torch.zeros_like(depth))
@@ -249,7 +250,7 @@ class CoherentGS:
             torch.manual_seed(job.seed)
             width = self.width if self.motion == "decoder" else 0
             pixels = PixelScene(views, scene.background, self.layers, width)
-        flows = job.batches.flows  # type: ignore[attr-defined]
+        flows = job.batches.flows
         aligned(pixels, job, self.align, flows)
         affine = torch.stack([pixels.scale, pixels.shift]).detach()
         extras = {"affine/scale-and-shift": affine}
@@ -284,7 +285,7 @@ class CoherentGS:
 
     def _fit(self, pixels: PixelScene, job: Job, flows: Mapping[tuple[int, int], Flow]) -> None:
         lr = job.recipe.lr
-        moved = [*pixels.decoder.parameters()] if pixels.decoder is not None else [pixels.residual]
+        moved: list[Any] = [*pixels.decoder.parameters()] if pixels.decoder is not None else [pixels.residual]
         groups = [
             {"params": moved, "lr": lr * self.decoder_rate},
             {"params": [pixels.sh0], "lr": lr * RATES["sh0"]},
