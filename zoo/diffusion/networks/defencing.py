@@ -152,8 +152,8 @@ class Completion(nn.Module):
             for step, dilation in enumerate((1, 2, 4, 1))
         )
         self.out = nn.Conv2d(width + growth * 5, 1, 3, padding=1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -257,7 +257,8 @@ class Defencing(PaperNetwork):
 def segmentation_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:
     """Class-balanced cross-entropy + 1 - Dice."""
     images, masks, _ = batch
-    logits = getattr(model, "module", model).segmentation(images)
+    network: Any = getattr(model, "module", model)
+    logits = network.segmentation(images)
     share = masks.mean().clamp(0.01, 0.99)
     weight = torch.where(masks > 0, 0.5 / share, 0.5 / (1 - share))
     chance = torch.sigmoid(logits)
@@ -268,7 +269,8 @@ def segmentation_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:
 def completion_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:
     """Absolute and squared error in the hole, of the image and of its edges."""
     images, masks, true = batch
-    made = getattr(model, "module", model).complete(images, masks)
+    network: Any = getattr(model, "module", model)
+    made = network.complete(images, masks)
     return reconstruction(made, true, masks)
 
 
@@ -315,7 +317,8 @@ class Critics(PaperNetwork):
     def against(self, model: nn.Module, batch: Any) -> Float[Tensor, ""]:
         """The completion's loss: reconstruction, and the hinge terms -D(composite)."""
         images, masks, true = batch
-        made = getattr(model, "module", model).complete(images, masks)
+        network: Any = getattr(model, "module", model)
+        made = network.complete(images, masks)
         texture, structure = self(made, masks)
         self.last = made.detach(), masks, true
         return reconstruction(made, true, masks) - TEXTURE * texture.mean() - STRUCTURE * structure.mean()

@@ -98,5 +98,5 @@ def photo_pairs(
                 cut = small[:, top * inner :, left * inner :][:, :inner, :inner]
                 pairs.append((cut, true[:, top * side :, left * side :][:, :side, :side]))
     chosen = torch.linspace(0, len(pairs) - 1, min(limit, len(pairs))).long().tolist()
-    small, true = zip(*(pairs[index] for index in chosen), strict=True)
-    return torch.stack(small), torch.stack(true)
+    smalls, trues = zip(*(pairs[index] for index in chosen), strict=True)
+    return torch.stack(smalls), torch.stack(trues)

@@ -218,7 +218,7 @@ class PQDiff(PaperNetwork):
             noise = torch.randn(target.shape, generator=generator)
             when = torch.randint(times, (n,), generator=generator)
             noisy = self.scheduler.add_noise(target, noise, when)
-            return noisy, when, anchor, relative_positions(*boxes, self.grid), target
+            return noisy, when, anchor, relative_positions(boxes[0], boxes[1], self.grid), target
 
         return Job(Drawn(draw, 4, used.batch), target_loss, recipe=used, seed=seed, device=device)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,7 @@ def measure(make: Any, options: IterOptions, case: Row, cells: CellCache) -> lis
 @torch.no_grad()
 def figures(model: Iter, data: str, options: IterOptions, seed: int) -> list[Row]:
     """A row per arm."""
+    features: Callable[[Tensor], Tensor]
     if data == DIGITS:
         true, real = load_pictures("digits").test, load_pictures("digits").train[: options.images]
         small, features = degrade(true, model.scale, model.noise), load_judge("digits").features

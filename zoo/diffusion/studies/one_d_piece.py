@@ -193,7 +193,9 @@ def codecs(view: View) -> Table | None:
     values = [PSNR, *(Value(f"above {name}", 1.0, 2) for name in CODECS)]
     body = [[k, *(view.cell(DROP, k, value) for value in values)] for k in view.levels(DROP)]
     heads = ["PSNR (dB)", *(f"above the smallest {name}" for name in CODECS)]
-    smallest = [f"{name} {min(row['bytes'] for row in view.chosen(name)):.0f}" for name in view.arms(CODECS)]
+    smallest = [
+        f"{name} {min(row['bytes'] for row in view.chosen(name)):.0f}" for name in view.arms(tuple(CODECS))
+    ]
     note = f"A token is a byte here; bytes of the smallest files: {', '.join(smallest)}."
     return Table("PSNR beside the codecs' smallest files (dB)", ["tokens", *heads], body, note)
 
