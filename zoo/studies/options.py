@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from zoo.errors import ConfigError
 
@@ -28,8 +28,9 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
+            default: Any = one.default
             given, least = getattr(self, one.name), int(one.name not in self.may_be_none)
-            usual, count = (len(v) if isinstance(v, tuple) else v for v in (one.default, given))
+            usual, count = (len(v) if isinstance(v, tuple) else v for v in (default, given))
             if type(usual) is int and count < min(least, usual):
                 raise ConfigError(
                     f"give at least {least} of {one.name.replace('_', ' ')}; received {given!r}"
