@@ -14,7 +14,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -34,6 +34,20 @@ from zoo.shared.measure.account import count
 SHARE = 0.9  # of the ratio of operations
 STEPS, CACHED_STEPS = 10, 20
 Call = Callable[[], object]
+
+
+def loaded(name: str, execution: Literal["masked", "packed"] = "masked") -> TextToImage:
+    """A text-to-image model of the zoo."""
+    model = load(name, execution)
+    assert isinstance(model, TextToImage)
+    return model
+
+
+def twin_of(name: str) -> TextToImage:
+    """The dense twin of one."""
+    twin = find(name).card.dense_twin
+    assert twin is not None
+    return loaded(twin)
 
 
 def sampling(model: TextToImage, steps: int = STEPS, run: Callable[..., Tensor] = sample) -> Call:
@@ -94,7 +108,8 @@ class UNetByHand(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net: Any = unet()
-        for module in [*self.net.modules()]:
+        modules: list[Any] = [*self.net.modules()]
+        for module in modules:
             if hasattr(module, "transformer_blocks"):
                 module.transformer_blocks[0] = BasicTransformerBlock(
                     320, 4, 40, cross_attention_dim=768, ff_inner_dim=640
@@ -115,14 +130,14 @@ def shaped(name: str) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
 
 def cells(quick: bool, threads: int) -> Iterator[Later]:
     def of_bundle(labels: dict[str, object], name: str) -> Cell:
-        model, dense = load(name), load(find(name).card.dense_twin)
+        model, dense = loaded(name), twin_of(name)
         flops = find(name).card.cost.flops
         ratio = flops.dense / flops.sparse
         labels["FLOPs"] = f"1/{ratio:.2f}"
         return Cell(labels, sampling(model), {"dense twin": sampling(dense)}, goal=Goal(SHARE * ratio))
 
     def of_zeros(labels: dict[str, object], name: str) -> Cell:
-        model, dense = load(name, execution="packed"), load(find(name).card.dense_twin)
+        model, dense = loaded(name, "packed"), twin_of(name)
         return Cell(labels, sampling(model), {"dense twin": sampling(dense)}, goal=Goal(0.97))
 
     def of_shape(labels: dict[str, object], name: str, cut: str) -> Cell:
@@ -141,7 +156,7 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
         return Cell(labels, lambda: made(*arguments), peers, goal=Goal(SHARE * ratio, over=("dense",)))
 
     def of_cache(labels: dict[str, object], name: str) -> Cell:
-        model = load(name)
+        model = loaded(name)
         cached = sampling(model, CACHED_STEPS, sample_cached)
         return Cell(labels, cached, {"every step whole": sampling(model, CACHED_STEPS)}, goal=Goal(1.5))
 

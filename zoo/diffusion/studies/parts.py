@@ -112,9 +112,9 @@ def total(view: View) -> list[Verdict]:
     text, unet = split()
     mixed = 100 * mixed_sparsity({"text": (text, 0.475), "unet": (unet, 0.35)})
     words = f"{mixed:.1f} % of {text / 1e6:.1f} M + {unet / 1e6:.1f} M parameters"
-    outcome = "holds" if round(mixed, 1) == 38.5 else "does not hold"
     claim = "47.5 % of the text encoder and 35 % of the denoiser of Stable Diffusion 2 are 38.5 % of both"
-    return [Verdict(claim, "38.5 % (abstract)", words, outcome, paper=(5,))]
+    same = round(mixed, 1) == 38.5
+    return [Verdict(claim, "38.5 % (abstract)", words, "holds" if same else "does not hold", paper=(5,))]
 
 
 def _levels(view: View) -> list[Any]:

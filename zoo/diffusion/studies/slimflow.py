@@ -140,8 +140,8 @@ def sizes(view: View) -> list[Verdict]:
     whole = sum(p.numel() for p in teacher().parameters())
     words = f"{own[0]:,} of {whole:,} parameters ({whole / own[0]:.1f} times smaller), 1 step for 50"
     claim = "the one-step flow has less than a tenth of the teacher's parameters"
-    done = "holds" if 10 * own[0] < whole else "does not hold"
-    return [Verdict(claim, "15.7 M parameters (abstract)", words, done, paper=(18,))]
+    published, smaller = "15.7 M parameters (abstract)", 10 * own[0] < whole
+    return [Verdict(claim, published, words, "holds" if smaller else "does not hold", paper=(18,))]
 
 
 PLAIN, REFLOW, HALF, ANNEALED = "not reflowed", "reflow", "half flow, half reflow", "annealing reflow"
