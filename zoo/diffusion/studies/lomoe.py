@@ -41,8 +41,8 @@ class LomoeOptions:
     """
 
     seeds: int = 3
-    canvases: int = 10
-    steps: int = 20
+    canvases: int = 6
+    steps: int = 10
     training: int = 300
 
     def __post_init__(self) -> None:
