@@ -27,8 +27,10 @@ EXPORTERS.register("turntable", "zoo.neural3d.exports:ExportTurntable")
 PICTURES.register("neural3d", "zoo.neural3d.exports:picture")
 METHODS.register("splat-pruning", "zoo.neural3d.methods.splat_pruning:SplatPruning")
 STUDIES.register("edge-gaussians", "zoo.neural3d.studies.edge_gaussians:STUDY")
+STUDIES.register("gvgen", "zoo.neural3d.studies.gvgen:STUDY")
 STUDIES.register("orex", "zoo.neural3d.studies.orex:STUDY")
 STUDIES.register("spare", "zoo.neural3d.studies.spare:STUDY")
+STUDIES.register("sparp", "zoo.neural3d.studies.sparp:STUDY")
 STUDIES.register("queen", "zoo.neural3d.studies.queen:STUDY")
 for _name, _class in (
     ("hollow_nerf", "HollowNeRF"),

@@ -235,9 +235,8 @@ def score(found: Float[Tensor, "h w 3"], view: View) -> dict[str, float]:
     """
     if view.mask is None:
         raise DataError(f"view {view.name!r} has no mask; the benchmark's figures are of the object")
-    figures = psnr(found, view.image, view.mask), psnr(found, view.image)
-    figures += ssim(found, view.image, view.mask), ssim(found, view.image)
-    return dict(zip(METRICS, figures, strict=True))
+    inside, whole = (found, view.image, view.mask), (found, view.image)
+    return dict(zip(METRICS, (psnr(*inside), psnr(*whole), ssim(*inside), ssim(*whole)), strict=True))
 
 
 def evaluate(

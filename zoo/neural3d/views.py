@@ -272,6 +272,7 @@ def _posed(folder: Path, images: str, poses: str, k_name: str, offset: float = 0
     for number, (file, world) in enumerate(zip(files, worlds, strict=True)):
         image, _ = _coloured(file, 0.0)
         own = (k if k.ndim == 2 else k[number]).clone()
+        own[0, 1] = 0  # rounding of the source's decomposition: 1e-6 pixels
         own[:2, 2] += offset
         camera = from_world(world, own, image.shape[1], image.shape[0])
         views.append(View(camera, image, None, None, file.name))

@@ -157,6 +157,7 @@ class _Schedule:
         self.projection = 0.0
 
     def start(self, fit: Fit) -> None:
+        assert isinstance(fit.model, EdgePoints)
         self.fit, self.points = fit, fit.model
         self.resizer = RowResizer(fit.model, NAMES, [fit.optimizer])
         self.pull = torch.zeros(len(self.resizer))

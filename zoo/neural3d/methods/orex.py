@@ -135,8 +135,8 @@ def samples(sections: Sections, level: int, generator: torch.Generator) -> tuple
         add(plane, on - away)
     for plane in range(len(sections.planes)):
         add(plane, torch.rand(UNIFORM, 2, generator=generator).double() * 2 - 1)
-    hull = sections.vertices.numpy()
-    hull = torch.from_numpy(hull[ConvexHull(hull).simplices]).mean(1)
+    corners = sections.vertices
+    hull = corners[torch.from_numpy(ConvexHull(corners.numpy()).simplices).long()].mean(1)
     drawn = hull[torch.randint(len(hull), (HULL,), generator=generator)]
     middle = sections.vertices.mean(0)
     points.append(middle + 1.05 * (drawn - middle))
@@ -221,7 +221,8 @@ class OReX:
         for stage, epochs in enumerate(EPOCHS):
             own = levels[max(0, stage - 2) : stage + 1]
             steps = max(1, round(self.steps * epochs / sum(EPOCHS)))
-            batches = PointBatches(*(torch.cat(parts) for parts in zip(*own, strict=True)), self.batch)
+            points, labels = (torch.cat(parts) for parts in zip(*own, strict=True))
+            batches = PointBatches(points, labels, self.batch)
             recipe = Recipe(
                 lr=self.lr * 0.9 ** (sum(EPOCHS[:stage]) / 10),
                 steps=steps,

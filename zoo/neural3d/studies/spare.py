@@ -18,7 +18,7 @@ from zoo.neural3d.refine import refine, scene_job
 from zoo.neural3d.spare import SceneSplit, evaluate, pack, read_submission, score
 from zoo.neural3d.views import Views, load_views
 from zoo.studies.cells import CellCache
-from zoo.studies.figures import Grid
+from zoo.studies.figures import Curves, Grid
 from zoo.studies.study import BAR, Arm, Claim, Study
 from zoo.studies.tables import Verdict
 from zoo.studies.view import Row, Value, View
@@ -147,6 +147,11 @@ STUDY = Study(
         Grid("PSNR (dB)", value=Value("psnr", 1.0, 2)),
         Grid("SSIM-M", value=Value("ssim_m", 1.0, 3)),
         Grid("SSIM", value=Value("ssim", 1.0, 3)),
+    ],
+    plots=[
+        Curves(
+            "inputs", "Masked PSNR by number of inputs", "input views", "PSNR-M (dB)", x=lambda level: level
+        )
     ],
     notes=lambda options: [
         f"DTU scan 24 at 100 x 75 pixels, {options.asked} views asked for, inputs of the sparse-view "
