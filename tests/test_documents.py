@@ -72,13 +72,14 @@ def test_the_readme_runs_as_python(monkeypatch) -> None:
     """The blocks of Python code in the README, one after the other, as a reader would paste them."""
     import torch
     from torch import nn
+    from torch.nn.utils import prune
 
     def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         model(data.x, data.edge_index).square().mean().backward()
         optimizer.step()
 
     blocks = re.findall(r"```python\n(.*?)```", pages()["README.md"], re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     space: dict[str, object] = {"train": train}
     exec(blocks[0], space)
     model, data = space["model"], space["data"]
@@ -97,3 +98,6 @@ def test_the_readme_runs_as_python(monkeypatch) -> None:
     space["model"] = nn.Linear(32, 16)
     exec(second, space)
     assert space["masks"].sparsity() == 0.5
+    space["pruned"] = prune.l1_unstructured(nn.Linear(32, 16), "weight", amount=0.25)
+    exec(blocks[4], space)
+    assert set(space["state"]) == {"weight", "bias"} and space["masks"].sparsity() == 0.5
