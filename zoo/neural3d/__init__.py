@@ -45,7 +45,6 @@ for _name, _class in (
 JOBS.register("neural3d", "zoo.neural3d.domain:make_job")
 FINETUNERS.register("neural3d", "zoo.neural3d.finetune:Finetune")
 MAKERS.register("neural3d/gaussians", "zoo.neural3d.makers:gaussians")
-MAKERS.register("neural3d/few", "zoo.neural3d.makers:few")
 MAKERS.register("neural3d/field", "zoo.neural3d.makers:field")
 for _name, _class in (
     ("shapes", "Shapes"),

@@ -10,13 +10,10 @@ from zoo.bundles.recipes import Row
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified
 from zoo.neural3d.fields import HashField, field_job
-from zoo.neural3d.methods.coherent_gs import PairedViews, flows_between
-from zoo.neural3d.priors import MOBILITY, affine, monotone, scattered
 from zoo.neural3d.refine import refine, scene_job
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.splats import from_points
 from zoo.neural3d.views import Views, load_views
-from zoo.registry import METHODS
 from zoo.shared.masks import MaskSet
 
 
@@ -48,18 +45,3 @@ def field(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsifie
     model = HashField(**row.arguments).like(seed)
     field_job(views.train, seed=seed, **row.recipe).fit(model, macs=lambda: 0.0).run()
     return Sparsified(model.eval(), MaskSet({}))
-
-
-def few(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
-    """A scene fitted to the few training views of the row's set, by its method if it has one; the depth that
-    the views know comes to the method distorted, as an estimator's would."""
-    views = load_views(str(row.dataset))
-    scene = scattered(views, row.options["count"], seed)
-    options = {key: value for key, value in row.options.items() if key not in ("count", "prior")}
-    job = scene_job(views.train, seed=seed, **row.recipe)
-    if row.method == "dense":
-        return Sparsified(refine(scene, job, mobility=MOBILITY).eval(), MaskSet({}))
-    prior = {"order": monotone, "affine": affine}[row.options["prior"]](views.train, seed)
-    batches = PairedViews(prior, flows_between(views.train))
-    made: Sparsified = METHODS.get(row.method)(**options).sparsify(scene, job.replace(batches=batches))
-    return made
