@@ -536,3 +536,12 @@ def test_channels_go_only_as_far_as_each_layer_keeps_one():
     kept = sparsify(copy.deepcopy(model), sparsity=0.5, pattern="channel0")
     assert kept["3.weight"].keep.flatten(1).any(1).sum() == 1
     assert sparsify(model, sparsity=0.5, pattern="channel0", budget=Global())["3.weight"].kept == 0
+
+
+def test_nothing_grows_outside_of_what_it_may() -> None:
+    """All of the kept moves: to the largest gradient but the one that an earlier mask dropped."""
+    mask = Mask(torch.tensor([True, False, False, False]))
+    context = ScoreContext(grads={"w": torch.tensor([0.0, -5.0, 9.0, 1.0])})
+    within = torch.tensor([True, True, False, True])
+    moved = RigL(end=10, fraction=1.0).update("w", mask, torch.ones(4), context, 0, within)
+    assert moved.keep.tolist() == [False, True, False, False]
