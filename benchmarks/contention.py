@@ -2,14 +2,15 @@
 
     python benchmarks/contention.py --busy 1 --out benchmarks/results/contention.json
 
-With ZOO_NATIVE_DIR another build of the kernels is measured. A thread that does not run holds its team up; what
-is measured is waiting, so means count and not least times.
+With ZOO_NATIVE_DIR another build of the kernels is measured. A thread that does not run holds its team up:
+what is measured is waiting, of which the means tell and the least times do not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -57,13 +58,13 @@ def main() -> None:
     finally:
         for process in busy:
             process.kill()
-    means = [sum(side) / len(times) for side in zip(*times, strict=True)]
+    sparse_ms, dense_ms = zip(*times, strict=True)
     found = {
         "busy": options.busy,
         "threads": torch.get_num_threads(),
-        "sparse_ms": means[0],
-        "dense_ms": means[1],
-        "ratio": means[1] / means[0],
+        "sparse_ms": sparse_ms,
+        "dense_ms": dense_ms,
+        "ratio_of_medians": statistics.median(dense_ms) / statistics.median(sparse_ms),
     }
     print(json.dumps(found))
     if options.out:

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <ctime>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -28,7 +29,7 @@ struct OpenMP {
 struct Team {
   TeamTask task;
   void* context;
-  int64_t* done;  // when the calling thread had done its share
+  int64_t *done, *worked;  // when the calling thread had done its share, and its processor time then
 
   void run(int64_t thread, int64_t size) const;
 };
@@ -37,9 +38,18 @@ int64_t nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// Of this thread. What it worked is not told by the clock on the wall, which runs on while it does not run itself.
+int64_t processor_time() {
+#if defined(CLOCK_THREAD_CPUTIME_ID)
+  timespec time;
+  if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0) return time.tv_sec * 1'000'000'000 + time.tv_nsec;
+#endif
+  return nanoseconds();
+}
+
 void Team::run(int64_t thread, int64_t size) const {
   task(context, thread, size);
-  if (thread == 0) *done = nanoseconds();
+  if (thread == 0) *done = nanoseconds(), *worked = processor_time();
 }
 
 // A thread that another program keeps from running holds the whole team up, for milliseconds, while the others wait
@@ -134,16 +144,17 @@ void run_team(int64_t threads, TeamTask task, void* context) {
     task(context, 0, 1);
     return;
   }
-  int64_t done = began;
-  Team team{task, context, &done};
+  const int64_t before = processor_time();
+  int64_t done = began, worked = before;
+  Team team{task, context, &done, &worked};
   if (openmp.parallel == nullptr) {
     pool().run(threads, team);
   } else {
-    openmp.parallel([](void* raw) { static_cast<Team*>(raw)->run(openmp.thread_number(), openmp.team_size()); }, &team,
-                    static_cast<unsigned>(threads), 0);
+    openmp.parallel([](void* raw) { static_cast<Team*>(raw)->run(openmp.thread_number(), openmp.team_size()); },
+                    &team, static_cast<unsigned>(threads), 0);
   }
   const int64_t now = nanoseconds(), waited = now - done;
-  if (waited > std::max(kStall, 2 * (done - began))) alone_until.store(now + kRest * waited, std::memory_order_relaxed);
+  if (waited > std::max(kStall, 2 * (worked - before))) alone_until.store(now + kRest * waited, std::memory_order_relaxed);
 }
 
 void* scratch(int64_t bytes, int slot) {
