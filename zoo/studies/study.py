@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from zoo.errors import ConfigError
 from zoo.shared.store.identity import data_digest
 from zoo.studies.cells import CellCache, share
 from zoo.studies.digests import code_digest
@@ -197,8 +198,14 @@ class Study:
         return self.arms.get(case.get("arm", ""), Arm())
 
     def key(self, options: Any, case: Row) -> Row:
-        """What decides the value of a case: its options, and digests of its code and data."""
+        """What decides the value of a case: its options, and digests of its code and data.
+
+        Raises:
+            ConfigError: an option or coordinate with the name of one of the digests, which would hide it.
+        """
         own = {k: v for k, v in dataclasses.asdict(options).items() if k not in self.varies}
+        if clash := sorted({"code", "data"} & {*own, *case}):
+            raise ConfigError(f"study {self.name}: {clash[0]!r} is the name of a digest; name it otherwise")
         where = {name: case[name] for name in self.by if name in case}
         return {
             "study": self.name,

@@ -7,6 +7,7 @@ import functools
 
 import pytest
 
+from zoo.errors import ConfigError
 from zoo.studies import digests
 from zoo.studies.digests import code_digest
 from zoo.studies.figures import BySample, Columns, Curves, Grid, mean_of, when
@@ -212,6 +213,11 @@ def test_facts_and_claims_in_the_words_of_their_arms():
         "'good' is above 'bad'",
     ]
     assert found[2].published == "close"
+
+
+def test_a_coordinate_may_not_hide_a_digest():
+    with pytest.raises(ConfigError, match="'data' is the name of a digest; name it otherwise"):
+        study().key(Options(), {"arm": "good", "data": "cora", "seed": 0})
 
 
 def test_cases_of_a_grid():
