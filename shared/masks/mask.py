@@ -202,8 +202,8 @@ class MaskSet(Mapping[str, Mask]):
             for name, parameter in self._parameters(model).items():
                 parameter.masked_fill_(~self[name].keep.to(parameter.device), 0)
 
-    def zeros_intact(self, model: nn.Module) -> list[str]:
-        """The names whose dropped entries are not all exactly zero; empty means that no zero was lost."""
+    def lost_zeros(self, model: nn.Module) -> list[str]:
+        """Names of the masked tensors with a dropped entry that is not exactly zero; empty if no zero was lost."""
         parameters = self._parameters(model)
         return [
             name

@@ -23,6 +23,7 @@ class SparseLinear(nn.Module):
     values: nn.Parameter
     index: Tensor
     pointer: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, weight: SparseWeight, bias: Float[Tensor, " out"] | None = None) -> None:
         super().__init__()

@@ -145,13 +145,13 @@ def _reference(scene: Scene, camera: Camera) -> Tensor:
     viewmat, intrinsics, width, height, *rules = camera
     named = scene._asdict()
     check_values({"colours" if name == "sh" else name: tensor for name, tensor in named.items()})
-    near, far, eps2d, antialiased = rules
+    near, far, eps2d = rules[:3]
     flat = project(
         *(means, quats, scales, opacities, viewmat, intrinsics, width, height),
         near=near,
         far=far,
         eps2d=eps2d,
-        antialiased=antialiased,
+        antialiased=bool(rules[3]),
     )
     if shift is not None:
         flat = flat._replace(means=flat.means + shift)
@@ -304,7 +304,11 @@ def _pixels(
     colours: Tensor,
     opacities: Tensor,
 ) -> Tensor:
-    seen = rasterize(*shape, opacities, colours, *view, sh_degree=sh_degree)
+    means, quats, scales = shape
+    viewmat, intrinsics, width, height = view
+    seen = rasterize(
+        means, quats, scales, opacities, colours, viewmat, intrinsics, width, height, sh_degree=sh_degree
+    )
     return torch.cat([seen.colour, seen.depth[..., None], seen.alpha[..., None]], -1)
 
 

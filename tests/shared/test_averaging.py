@@ -31,7 +31,7 @@ def test_the_average_is_the_mean_and_keeps_the_mask():
         stack = [member.state_dict()[name] for member in members]
         expected = torch.stack(stack).mean(0) if value.is_floating_point() else stack[0]
         assert torch.equal(value, expected)
-    assert masks_of(soup).equal(masks) and not masks.zeros_intact(soup)
+    assert masks_of(soup).equal(masks) and not masks.lost_zeros(soup)
     assert torch.equal(members[0][0].weight, copy.deepcopy(members[0])[0].weight)
 
 

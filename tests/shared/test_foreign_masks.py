@@ -42,7 +42,7 @@ def test_torchs_own_pruning_comes_in_without_its_hooks() -> None:
     plain.load_state_dict(state)
     torch.testing.assert_close(plain(x), expected)
     assert masks["0.weight"].kept == 24 and masks["2.bias"].kept == 2
-    assert masks.zeros_intact(plain) == []
+    assert masks.lost_zeros(plain) == []
     broken = dict(model.state_dict())
     del broken["0.weight_mask"]
     with pytest.raises(MaskError, match="'0.weight_orig' is there without '0.weight_mask'"):

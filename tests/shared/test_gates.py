@@ -302,7 +302,7 @@ class TestHarden:
         masks = harden(net)
         assert set(masks) == {"0.weight", "2.weight"}
         assert not (masks["0.weight"].keep & ~old["0.weight"].keep).any()
-        assert masks.zeros_intact(net) == []
+        assert masks.lost_zeros(net) == []
 
     def test_closed_gates_zero_even_a_nan_weight(self):
         net = _net()

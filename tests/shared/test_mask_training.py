@@ -89,7 +89,7 @@ def test_zeros_survive_every_optimizer(name):
         assert_state_is_masked(model, masks, optimizer)
         for step in range(4):
             train(model, optimizer, steps=1, start=step)
-            assert masks.zeros_intact(model) == []
+            assert masks.lost_zeros(model) == []
         assert assert_state_is_masked(model, masks, optimizer) == tensors * len(masks)
         kept = {n: dict(model.named_parameters())[n][masks[n].keep] for n in NAMES}
         assert all(value.isfinite().all() and (value != 0).all() for value in kept.values())
@@ -122,7 +122,7 @@ def test_clipping_sees_masked_gradients(clip):
         if got is not None:
             assert float(got) == pytest.approx(float(norm), rel=1e-5)
         optimizer.step()
-        assert masks.zeros_intact(model) == []
+        assert masks.lost_zeros(model) == []
 
 
 def test_accumulated_gradients_are_masked_sums():
@@ -139,7 +139,7 @@ def test_accumulated_gradients_are_masked_sums():
             expected = dict(plain.named_parameters())[name].grad * masks[name].keep
             assert torch.allclose(got, expected, atol=1e-6)
         optimizer.step()
-        assert masks.zeros_intact(model) == []
+        assert masks.lost_zeros(model) == []
 
 
 @pytest.mark.parametrize("ema", [False, True])
@@ -153,7 +153,7 @@ def test_weight_averages_keep_the_zeros(ema):
         for step in range(4):
             train(model, optimizer, steps=1, start=step)
             averaged.update_parameters(model)
-    assert masks.zeros_intact(averaged) == []
+    assert masks.lost_zeros(averaged) == []
     found = masks_of(averaged)
     assert found is not None and found.equal(masks)
     assert not torch.equal(averaged.module[3].weight, model[3].weight)
@@ -171,7 +171,7 @@ def test_autocast():
             loss.backward()
             assert all((p.grad[~masks[n].keep] == 0).all() for n, p in model.named_parameters() if n in masks)
             optimizer.step()
-    assert masks.zeros_intact(model) == [] and model[0].weight.dtype == torch.float32
+    assert masks.lost_zeros(model) == [] and model[0].weight.dtype == torch.float32
 
 
 def test_a_model_in_bfloat16():
@@ -182,7 +182,7 @@ def test_a_model_in_bfloat16():
         inputs = torch.randn(4, 3, 6, 6, dtype=torch.bfloat16)
         model(inputs).square().mean().backward()
         optimizer.step()
-    assert masks.zeros_intact(model) == []
+    assert masks.lost_zeros(model) == []
 
 
 def test_infinite_gradients_at_dropped_weights_do_no_harm():
@@ -203,9 +203,9 @@ def test_without_the_optimizer_the_handle_steps():
     train(model, optimizer, steps=2)
     with masks.attach(model) as handle:
         train(model, optimizer, steps=1)
-        assert masks.zeros_intact(model), "Adam's old moments move dropped weights"
+        assert masks.lost_zeros(model), "Adam's old moments move dropped weights"
         handle.step()
-        assert masks.zeros_intact(model) == []
+        assert masks.lost_zeros(model) == []
 
 
 def test_two_optimizers():
@@ -220,7 +220,7 @@ def test_two_optimizers():
             loss_of(model, step).backward()
             for optimizer in pair:
                 optimizer.step()
-            assert masks.zeros_intact(model) == []
+            assert masks.lost_zeros(model) == []
 
 
 def test_loaded_optimizer_state_is_masked():
@@ -232,7 +232,7 @@ def test_loaded_optimizer_state_is_masked():
         optimizer.load_state_dict(dense.state_dict())
         assert assert_state_is_masked(model, masks, optimizer) == 4
         train(model, optimizer, steps=1)
-        assert masks.zeros_intact(model) == []
+        assert masks.lost_zeros(model) == []
 
 
 def test_loaded_dense_weights_are_masked_and_keys_never_change():
@@ -242,11 +242,11 @@ def test_loaded_dense_weights_are_masked_and_keys_never_change():
     with masks.attach(model):
         assert list(model.state_dict()) == keys
         model.load_state_dict(net(seed=1).state_dict(), strict=True)
-        assert masks.zeros_intact(model) == []
+        assert masks.lost_zeros(model) == []
         saved = copy.deepcopy(model.state_dict())
     fresh = net(seed=2)
     fresh.load_state_dict(saved, strict=True)
-    assert masks.zeros_intact(fresh) == [] and list(fresh.state_dict()) == keys
+    assert masks.lost_zeros(fresh) == [] and list(fresh.state_dict()) == keys
 
 
 def test_detaching_leaves_a_clean_model():
@@ -262,7 +262,7 @@ def test_detaching_leaves_a_clean_model():
     assert not optimizer._optimizer_load_state_dict_post_hooks
     loss_of(model).backward()
     optimizer.step()
-    assert some_masks(model).zeros_intact(model), "a detached model trains densely"
+    assert some_masks(model).lost_zeros(model), "a detached model trains densely"
     some_masks(model).attach(model, optimizer).detach()  # and can be masked again
 
 
@@ -281,16 +281,16 @@ def test_copies_of_an_attached_model_are_free_and_carry_the_masks():
         train(model, optimizer, steps=1)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             found = masks_of(twin)
-            assert found is not None and found.equal(masks) and found.zeros_intact(twin) == []
+            assert found is not None and found.equal(masks) and found.lost_zeros(twin) == []
             assert not any(parameter._backward_hooks for parameter in twin.parameters())
             own = torch.optim.AdamW(twin.parameters(), lr=0.1)
             with found.attach(twin, own):
                 train(twin, own)
-                assert found.zeros_intact(twin) == []
+                assert found.lost_zeros(twin) == []
             assert not twin._load_state_dict_post_hooks
         copy.deepcopy(optimizer)
         train(model, optimizer, steps=1)
-        assert masks.zeros_intact(model) == []
+        assert masks.lost_zeros(model) == []
 
 
 def _work(model: nn.Module, queue) -> None:
@@ -299,7 +299,7 @@ def _work(model: nn.Module, queue) -> None:
     with masks.attach(model, optimizer):
         model(torch.randn(3, 4)).square().mean().backward()
         optimizer.step()
-    queue.put((masks.zeros_intact(model), masks.sparsity()))
+    queue.put((masks.lost_zeros(model), masks.sparsity()))
 
 
 def test_an_attached_model_goes_to_a_worker_process():
@@ -340,8 +340,8 @@ def test_torch_compile(when):
             compiled(torch.randn(3, 4)).square().mean().backward()
             assert (model[0].weight.grad[~masks["0.weight"].keep] == 0).all()
             optimizer.step()
-            assert masks.zeros_intact(model) == []
-        assert masks.zeros_intact(compiled) == [] and masks_of(compiled) is masks_of(model)
+            assert masks.lost_zeros(model) == []
+        assert masks.lost_zeros(compiled) == [] and masks_of(compiled) is masks_of(model)
     inputs = torch.randn(3, 4)
     assert torch.allclose(compiled(inputs), model(inputs), atol=1e-6)
 
@@ -408,7 +408,7 @@ def test_frozen_parameters_may_carry_masks():
         train(model, optimizer, steps=1)
         model[0].weight.requires_grad_(True)
         train(model, optimizer, steps=2)
-        assert masks.zeros_intact(model) == []
+        assert masks.lost_zeros(model) == []
 
 
 def test_tied_parameters_train_masked():
@@ -423,7 +423,7 @@ def test_tied_parameters_train_masked():
             optimizer.zero_grad()
             model(torch.arange(5)).square().mean().backward()
             optimizer.step()
-            assert masks.zeros_intact(model) == []
+            assert masks.lost_zeros(model) == []
             assert model[0].weight is model[1].weight
 
 
@@ -449,7 +449,7 @@ def test_regrown_weights_start_at_zero_with_zero_moments():
             assert torch.equal(parameter[both], before[name][both])
             assert torch.equal(state["exp_avg_sq"][both], moments[name][both])
         train(model, optimizer)
-        assert new.zeros_intact(model) == []
+        assert new.lost_zeros(model) == []
         for name in new:
             grown = new[name].keep & ~old[name].keep
             assert (dict(model.named_parameters())[name][grown] != 0).any(), "grown weights learn"

@@ -95,9 +95,9 @@ def test_apply_zeroes_even_nan_and_reports():
     with torch.no_grad():
         model[0].weight.view(-1)[1] = torch.nan
         model[0].weight.view(-1)[3] = -torch.inf
-    assert set(masks.zeros_intact(model)) == {"0.weight", "2.weight"}
+    assert set(masks.lost_zeros(model)) == {"0.weight", "2.weight"}
     masks.apply_(model)
-    assert masks.zeros_intact(model) == []
+    assert masks.lost_zeros(model) == []
     assert (model[0].weight.view(-1)[1::2] == 0).all() and (model[0].weight.view(-1)[::2] != 0).all()
     report = masks.report(model)
     assert (report.kept, report.masked_numel, report.whole_numel) == (18, 36, 44)
@@ -139,7 +139,7 @@ def test_masks_of_another_model_are_refused(masks, message):
         lambda m: m.apply_(model),
         lambda m: m.attach(model),
         lambda m: m.report(model),
-        lambda m: m.zeros_intact(model),
+        lambda m: m.lost_zeros(model),
         lambda m: set_masks(model, m),
     ):
         with pytest.raises(MaskError, match=message):
@@ -154,7 +154,7 @@ def test_tied_parameters_are_masked_once():
     masks = MaskSet({"embed.weight": keep, "head.weight": keep})
     masks.apply_(model)
     assert masks.report(model).masked_numel == 15 == masks.report(model).whole_numel
-    assert MaskSet({"head.weight": keep}).zeros_intact(model) == []
+    assert MaskSet({"head.weight": keep}).lost_zeros(model) == []
     with masks.attach(model), pytest.raises(MaskError, match="already attached"):
         MaskSet({"head.weight": keep}).attach(model)
     with pytest.raises(MaskError, match="'head.weight' and 'embed.weight' are one tied parameter"):

@@ -61,7 +61,7 @@ def train(model, optimizer, sparsifier, steps: int, start: int = 0) -> list[bool
         loss_fn(model, batch_of(step)).backward()
         optimizer.step()
         changed.append(sparsifier.step())
-        assert sparsifier.masks.zeros_intact(model) == []
+        assert sparsifier.masks.lost_zeros(model) == []
     return changed
 
 
@@ -110,7 +110,7 @@ def test_one_shot_over_the_grid(pattern, score):
         context = ScoreContext(**measured())
         masks = sparsify(twin, sparsity=0.5, pattern=pattern, score=score, budget=make(), context=context)
         assert list(masks) == WEIGHTS and masks_of(twin) is masks
-        assert masks.zeros_intact(twin) == []
+        assert masks.lost_zeros(twin) == []
         kept = sum(mask.kept for mask in masks.values())
         assert kept == 560 if exact(pattern, budget) else kept <= 560
 
@@ -360,7 +360,7 @@ def test_sparsify_goes_on_from_a_sparse_model():
     assert sum(mask.kept for mask in second.values()) == kept_count(NUMEL, 0.8)
     third = sparsify(model, sparsity=0.9, names=["5.weight"])
     assert third["0.weight"].equal(second["0.weight"]) and third["5.weight"].kept == kept_count(256, 0.9)
-    assert third.zeros_intact(model) == []
+    assert third.lost_zeros(model) == []
 
 
 def test_sparsify_refuses_a_model_whose_masks_are_held():
@@ -506,7 +506,7 @@ def test_a_second_pruning_never_loosens_the_first():
         with Sparsifier(model, optimizer, every=1, **options) as sparsifier:
             for step in range(4):
                 train(model, optimizer, sparsifier, 1, step)
-                assert (first & sparsifier.masks).equal(sparsifier.masks) and not first.zeros_intact(model)
+                assert (first & sparsifier.masks).equal(sparsifier.masks) and not first.lost_zeros(model)
         wanted = 0.5 if "schedule" not in options else 0.7
         assert sparsifier.masks.sparsity() >= wanted - 1e-3
     model = net()

@@ -352,7 +352,7 @@ class TestCarriedAlong:
         assert set(carried) == {"3.weight"}, "the bias mask dropped only what is gone"
         assert torch.equal(carried["3.weight"].keep, fine[1:][:, keep["0.weight"]])
         carried.check(model)
-        assert carried.zeros_intact(model) == []
+        assert carried.lost_zeros(model) == []
 
     def test_gradients_frozen_flags_and_tied_parameters(self):
         class Tied(nn.Module):

@@ -30,7 +30,7 @@ def test_what_is_saved_is_loaded(tiny_bundle, tiny_model, tiny_extras) -> None:
         name: value.dtype for name, value in expected.items()
     }
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-    assert masks_of(model).equal(masks_of(tiny_model)) and masks_of(model).zeros_intact(model) == []
+    assert masks_of(model).equal(masks_of(tiny_model)) and masks_of(model).lost_zeros(model) == []
     assert model.second_again.weight is model.second.weight, "ties hold"
     assert torch.equal(model.edges, tiny_extras["edges/keep"]), "load_extras was called"
     found = info(model)

@@ -101,7 +101,7 @@ def load_bundle(bundle: Bundle, execution: Execution = "masked") -> nn.Module:
     with refusing(bundle.card.name, f" in {bundle.folder}"):
         fill_model(model, contents.tensors)
         set_masks(model, contents.masks)
-        if lost := contents.masks.zeros_intact(model):
+        if lost := contents.masks.lost_zeros(model):
             raise BundleError(f"{lost[0]!r} has other values than zero where its mask drops")
         for module in model.modules():  # masked execution refuses what packed execution would
             if callable(check := getattr(module, "check_loaded", None)):
@@ -181,7 +181,7 @@ def save(
     whole = isinstance(card, Card) and base is None and card.base is None
     described = fields["weights"]["sha256"] if whole else None  # equal content gives equal bytes
     kept = masks if masks is not None else masks_of(model) or MaskSet({})
-    if lost := kept.zeros_intact(model):
+    if lost := kept.lost_zeros(model):
         raise BundleError(
             f"{folder}: {lost[0]!r} has non-zero values where its mask drops. Call masks.apply_(model) first."
         )

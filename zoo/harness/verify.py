@@ -223,7 +223,7 @@ def _sparsity(card: Card, model: nn.Module) -> Iterator[Check]:
         yield exact(f"{name}, kept", f"{part.kept} of {part.total}", f"{found[0]} of {found[1]}")
         yield close(f"{name}, sparsity", part.sparsity, share_dropped(*found), ROUNDING)
     yield close("sparsity, overall", card.sparsity.overall, share_dropped(kept, total), ROUNDING)
-    lost = masks.zeros_intact(model)
+    lost = masks.lost_zeros(model)
     yield Check("zeros where masks drop", "all", "all" if not lost else f"not in {', '.join(lost)}", not lost)
 
 

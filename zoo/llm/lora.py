@@ -100,7 +100,7 @@ class Adapter:
             for name, update in self.updates.items():
                 weight = parameters[name]
                 weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
-        if lost := own.zeros_intact(model):
+        if lost := own.lost_zeros(model):
             raise MaskError(f"{lost[0]!r} lost zeros in the merge; the adapter's update is not masked")
 
 

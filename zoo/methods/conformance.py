@@ -133,9 +133,9 @@ def _check_bits(name: str, first: Sparsified, second: Sparsified) -> None:
 
 def _check_zeros(name: str, made: Sparsified) -> None:
     """Through a step of an optimiser with moments and decay, and through a file."""
-    if made.masks.zeros_intact(made.model):
+    if made.masks.lost_zeros(made.model):
         raise ConformanceError(
-            f"{name} leaves weights where its masks drop: {made.masks.zeros_intact(made.model)}"
+            f"{name} leaves weights where its masks drop: {made.masks.lost_zeros(made.model)}"
         )
     parameters = [p for p in made.model.parameters() if p.is_floating_point()]
     for parameter in parameters:
@@ -146,7 +146,7 @@ def _check_zeros(name: str, made: Sparsified) -> None:
             for parameter in parameters:
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
-    if lost := made.masks.zeros_intact(made.model):
+    if lost := made.masks.lost_zeros(made.model):
         raise ConformanceError(f"{name}: a training step moves dropped weights of {lost[0]!r}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.safetensors")

@@ -82,7 +82,7 @@ class HashField(nn.Module):
                 f"{near}, {gate}"
             )
         self.grid = HashGrid(levels, 2, log2_size, coarsest, finest)
-        self.half, self.samples, self.near, self.gate = half, samples, near, gate
+        self.half_side, self.samples, self.near, self.gate = half, samples, near, gate
         self.hardened = hardened
         self.arguments: dict[str, Any] = {
             "centre": list(centre),
@@ -174,7 +174,7 @@ class HashField(nn.Module):
         points, widths, distances = self._samples(origins, rays)
         n, count = widths.shape
         density, colours = self.at(points.reshape(-1, 3), rays.repeat_interleave(count, 0))
-        thickness = density.reshape(n, count) * widths / (2 * self.half)
+        thickness = density.reshape(n, count) * widths / (2 * self.half_side)
         before = functional.pad(thickness.cumsum(1)[:, :-1], (1, 0))
         weights = (-before).exp() * -torch.expm1(-thickness)
         alpha = weights.sum(1)
@@ -185,7 +185,7 @@ class HashField(nn.Module):
     def at(self, points: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
         """Density [n] per side of the cube and colour [n, 3] at points of the world [n, 3]; both zero outside
         the cube and, in a hardened field, in empty cells."""
-        unit = (points - self.centre) / (2 * self.half) + 0.5
+        unit = (points - self.centre) / (2 * self.half_side) + 0.5
         rows = self._live(unit).nonzero()[:, 0]
         density, colour = points.new_zeros(len(points)), points.new_zeros(len(points), 3)
         if not len(rows):
@@ -223,7 +223,7 @@ class HashField(nn.Module):
         """Points [n, samples, 3] between a ray's entry into the cube and its exit, their spacing and their
         distances [n, samples]."""
         inverse = 1 / torch.where(rays.abs() < 1e-9, 1e-9, rays)
-        one, other = (self.centre + sign * self.half - origins for sign in (-1, 1))
+        one, other = (self.centre + sign * self.half_side - origins for sign in (-1, 1))
         first, second = one * inverse, other * inverse
         start = torch.minimum(first, second).amax(1).clamp_min(self.near)
         end = torch.maximum(torch.maximum(first, second).amin(1), start)
@@ -239,7 +239,7 @@ class HashField(nn.Module):
         points = self.eval()._samples(origin.expand(rays[..., 0].numel(), 3), rays.reshape(-1, 3))[0]
         each = 2 * sum(p.numel() for p in (*self.density.parameters(), *self.colour.parameters()))
         each += self.grid.levels * 8 * 8
-        unit = (points.reshape(-1, 3) - self.centre) / (2 * self.half) + 0.5
+        unit = (points.reshape(-1, 3) - self.centre) / (2 * self.half_side) + 0.5
         return each * len(unit), each * int(self._live(unit).sum())
 
 

@@ -278,7 +278,7 @@ def require_zeros(model: nn.Module, masks: MaskSet | None) -> None:
     if masks is None:
         return
     set_masks(model, masks)
-    if lost := masks.zeros_intact(model):
+    if lost := masks.lost_zeros(model):
         raise ConfigError(
             f"Fine-tuning lost zeros of {lost[0]!r}; this is a fault of the zoo, please report it."
         )

@@ -54,7 +54,7 @@ def test_parts_lose_exactly_their_shares(model, job, score: str, scope: str) -> 
         if scope == "row":
             counts = [m.keep.flatten(1).sum(1) for m in masks]
             assert all(int(c.max() - c.min()) <= 1 for c in counts)
-    assert not made.masks.zeros_intact(net)
+    assert not made.masks.lost_zeros(net)
     assert not any("conv_in" in name or "time_embedding" in name for name in made.masks)
 
 

@@ -17,7 +17,7 @@ def test_half_of_the_weights_are_zero_in_the_sparse_twin(name: str) -> None:
     dense, sparse = zoo.load(f"diffusion/{name}"), zoo.load(f"diffusion/{name}-s50")
     masks = masks_of(sparse)
     assert masks is not None and masks.sparsity() == pytest.approx(0.5, abs=0.01)
-    assert not masks.zeros_intact(sparse)
+    assert not masks.lost_zeros(sparse)
     assert {n: p.shape for n, p in dense.named_parameters()} == {
         n: p.shape for n, p in sparse.named_parameters()
     }

@@ -33,7 +33,7 @@ def test_zeros_stay_and_the_bundle_is_whole(tmp_path, capsys):
     path = Finetune(TICKET, tmp_path / "tuned", epochs=4).run()
     before, after = load(TICKET), load(path)
     assert masks_of(before).equal(masks_of(after))
-    assert masks_of(before).zeros_intact(after) == []
+    assert masks_of(before).lost_zeros(after) == []
     changed = [
         n for n, p in after.named_parameters() if not torch.equal(p, dict(before.named_parameters())[n])
     ]
@@ -174,7 +174,7 @@ def test_transfer_to_another_graph_keeps_what_fits(graph, build):
     assert "64 features and 10 classes, the model 12 and 3" in changes[0]
     assert "another graph" in changes[1]
     found = masks_of(moved)
-    assert found.zeros_intact(moved) == []
+    assert found.lost_zeros(moved) == []
     old = dict(model.named_parameters())
     for name, parameter in moved.named_parameters():
         if old[name].shape == parameter.shape:

@@ -125,7 +125,7 @@ def test_the_method_trains_a_ticket_beside_its_teacher():
     total = sum(p.numel() for p in made.model.parameters())
     assert made.masks.equal(masks_of(made.model))
     assert sum(mask.kept for mask in made.masks.values()) == total - math.ceil(0.8 * total)
-    assert made.masks.zeros_intact(made.model) == []
+    assert made.masks.lost_zeros(made.model) == []
     keep = made.extras["edges/keep"]
     assert len(keep) - int(keep.sum()) == int(0.3 * len(keep)) // 2 * 2
     assert made.hyperparameters["dataset"] == "digits"

@@ -64,7 +64,7 @@ def test_zeros_may_come_back_but_the_result_is_on_the_ball(graph):
     best = train_best(model, graph_job(model, graph, recipe(15, lr=0.05)), constraint)
     assert bool((seen[-2] & ~seen[0]).any())  # not sticky
     assert sum(int(mask.sum()) for mask in best.masks.values()) == ball.kept
-    assert MaskSet(best.masks).zeros_intact(model) == []
+    assert MaskSet(best.masks).lost_zeros(model) == []
     assert all(torch.equal(value, best.weights[name]) for name, value in model.state_dict().items())
     again = model(*model.prepare(graph.x, graph.edge_index))
     assert torch.allclose(again, best.logits, atol=1e-6)

@@ -203,7 +203,7 @@ def test_a_ticket_for_any_stack_of_convolutions(graph):
     with pytest.raises(DataError, match="Name what belongs to edges"):
         pruned(graph.x, graph.edge_index, graph.edge_weight)
     masks = zoo.sparsify(pruned, sparsity=0.5)
-    assert masks.zeros_intact(pruned) == []
+    assert masks.lost_zeros(pruned) == []
 
 
 def test_another_graph_is_refused_or_scored_again(graph):

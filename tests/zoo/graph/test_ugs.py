@@ -84,7 +84,7 @@ def test_the_method_makes_the_ticket_of_its_level(graph):
     assert int(made.extras["edges/keep"].sum()) == entries - (dropped - dropped % 2)
     total = sum(p.numel() for p in model.parameters())
     assert sum(mask.kept for mask in made.masks.values()) == total - -int(-total * released_level(2)[1] // 1)
-    assert not made.masks.zeros_intact(made.model) and made.hyperparameters["seed"] == 5
+    assert not made.masks.lost_zeros(made.model) and made.hyperparameters["seed"] == 5
     assert made.model(graph.x, graph.edge_index).shape == (60, 3)
     for wrong, message in ((Job([(graph.x, graph.y)]), "whole graph"), (None, "job")):
         with pytest.raises(ConfigError, match=message):

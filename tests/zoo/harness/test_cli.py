@@ -237,7 +237,7 @@ def test_finetune_keeps_zeros(capsys, toy_zoo, tmp_path):
     assert "before" in text and "after" in text and "50.0 % sparse" in err
     before, after = load("toy/half-mlp"), load(out)
     assert masks_of(before).equal(masks_of(after))
-    assert masks_of(after).zeros_intact(after) == []
+    assert masks_of(after).lost_zeros(after) == []
 
 
 def test_reproduce(capsys, toy, tmp_path):

@@ -238,7 +238,7 @@ def test_training_mode_and_masks_survive(toy_zoo):
     model = load("toy/half-mlp").train()
     evaluate(model, "toy/accuracy")
     assert model.training
-    assert masks_of(model).zeros_intact(model) == []
+    assert masks_of(model).lost_zeros(model) == []
 
 
 @pytest.mark.parametrize(

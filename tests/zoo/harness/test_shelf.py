@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -9,6 +11,8 @@ from zoo.bundles.catalog import select
 from zoo.cli import main
 from zoo.report.plots import digest
 from zoo.report.shelf import shelf_plot
+
+COMMITTED = Path(__file__).parents[3] / "docs" / "shelf.png"
 
 
 def test_points_are_shares_of_the_dense_twins(toy_zoo, tmp_path):
@@ -31,3 +35,10 @@ def test_lower_is_better_turns_the_share_round():
     metric = card.metrics[0]
     assert metric.value > metric.dense.value, "perplexity or loss: higher is worse"
     assert points.y == [pytest.approx(metric.dense.value / metric.value)]
+
+
+def test_the_committed_picture_is_not_older_than_the_cards():
+    cards = [bundle.card for bundle in select("*") if bundle.folder.parents[1].parent.name == "zoo"]
+    assert Image.open(COMMITTED).text["Plot"] == digest(shelf_plot(cards)), (
+        "draw it again: zoo list --picture docs/shelf.png"
+    )

@@ -142,7 +142,7 @@ def wanted_weights(model):
 def test_weights_are_pruned_to_the_exact_share_and_pattern(kind, method, tmp_path):
     made = run(kind, method, WEIGHT_METHODS[method])
     axes = wanted_weights(made.model)
-    assert set(made.masks) == set(axes) and masks_of(made.model).zeros_intact(made.model) == []
+    assert set(made.masks) == set(axes) and masks_of(made.model).lost_zeros(made.model) == []
     for name, mask in made.masks.items():
         if method.endswith("2:4"):
             groups = mask.keep.movedim(axes[name], -1).unflatten(-1, (-1, 4)).sum(-1)
@@ -155,7 +155,7 @@ def test_weights_are_pruned_to_the_exact_share_and_pattern(kind, method, tmp_pat
     made.model.save_pretrained(tmp_path)
     again = type(made.model).from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again), masked) and torch.equal(generated(again), text)
-    assert made.masks.zeros_intact(again) == []
+    assert made.masks.lost_zeros(again) == []
     packed = pack_model(copy.deepcopy(made.model))
     assert sum(isinstance(module, SparseLinear) for module in packed.modules()) >= 2
     torch.testing.assert_close(logits(packed), masked, rtol=1e-3, atol=1e-3)

@@ -60,7 +60,7 @@ def test_a_folder_becomes_one_that_transformers_loads_and_a_bundle(folder, tmp_p
     own = load(out)
     state = own.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
-    assert masks_of(own).zeros_intact(again) == [] and masks_of(own).sparsity() == pytest.approx(
+    assert masks_of(own).lost_zeros(again) == [] and masks_of(own).sparsity() == pytest.approx(
         share, abs=2e-3
     )
     assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE

@@ -139,7 +139,7 @@ def test_low_rank_updates_keep_every_zero_and_merge_to_the_same_model():
         assert not torch.allclose(trained, start(input_ids=ids).logits, atol=0.1)
         detach_lora(model, merge=True)
         torch.testing.assert_close(model(input_ids=ids).logits, trained, rtol=1e-4, atol=1e-5)
-    assert masks.zeros_intact(model) == []
+    assert masks.lost_zeros(model) == []
     assert model.state_dict().keys() == start.state_dict().keys()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, start.get_parameter(n))}
     assert changed == set(masks)
@@ -163,10 +163,10 @@ def test_adapters_merge_only_onto_the_zeros_they_were_trained_on():
     with pytest.raises(MaskError, match="no weight"):
         adapter.merge_(llama(64, 16, 32, layers=1, heads=4, context=32))
     adapter.merge_(start)
-    assert masks_of(start).zeros_intact(start) == []
+    assert masks_of(start).lost_zeros(start) == []
     half = copy.deepcopy(model).half()
     adapter.merge_(half)
-    assert masks_of(half).zeros_intact(half) == []
+    assert masks_of(half).lost_zeros(half) == []
 
 
 def test_low_rank_options_that_cannot_be_are_refused():
@@ -224,7 +224,7 @@ def test_fine_tuning_recovers_and_keeps_every_zero(tmp_path, pruned, options, ca
     settings = {"steps": 12, "batch": 4, "window": 32, "lr": 3e-3, **options}
     path = Finetune(str(pruned), tmp_path / "tuned", **settings).run()
     before, after = load(pruned), load(path)
-    assert masks_of(before).equal(masks_of(after)) and masks_of(before).zeros_intact(after) == []
+    assert masks_of(before).equal(masks_of(after)) and masks_of(before).lost_zeros(after) == []
     assert after.dtype == torch.float16
     old, new = find(pruned).card, find(path).card
     assert new.metrics[0].value < old.metrics[0].value and new.metrics[0].dense == old.metrics[0].dense

@@ -95,7 +95,7 @@ def test_nm_masks_have_their_counts_and_their_pattern(llama, batches, pruner, te
     for mask in masks.values():
         groups = mask.keep.unflatten(-1, (-1, pattern.m))
         assert (groups.sum(-1) == pattern.n).all() and mask.pattern == pattern
-    assert masks_of(llama).equal(masks) and masks.zeros_intact(llama) == []
+    assert masks_of(llama).equal(masks) and masks.lost_zeros(llama) == []
 
 
 def test_rowwise_counts_are_exact_with_a_remainder():
@@ -223,7 +223,7 @@ def test_a_second_pruning_never_thaws_the_first(llama, batches, pruner, first, s
     before, after = prune(first), prune(second)
     assert after["model.embed_tokens.weight"].equal(embedding["model.embed_tokens.weight"])
     assert all(not bool((after[name].keep & ~mask.keep).any()) for name, mask in before.items())
-    assert masks_of(llama).equal(after) and after.zeros_intact(llama) == []
+    assert masks_of(llama).equal(after) and after.lost_zeros(llama) == []
     if second in (0.61, 0.7):  # what is gone already counts
         for name in (name for name in after if "layers" in name):
             assert after[name].kept == after[name].numel - int(second * after[name].numel)

@@ -115,7 +115,7 @@ def test_masks_never_loosen_whatever_comes_second(first):
         after = masks_of(made.model)
         for name, mask in start.masks.items():
             assert not bool((after[name].keep & ~mask.keep).any()), f"{first} then {second} loosens {name}"
-        assert not after.zeros_intact(made.model)
+        assert not after.lost_zeros(made.model)
         assert made.masks.equal(after), "the card counts the zeros that are there"
 
 
@@ -124,7 +124,7 @@ def test_masks_survive_the_cut_of_channels():
     start = run("magnitude", plain_network(0), 0.6)
     for name in ("mask-sparsity", "wgsef"):
         made = run(name, start.model, 0.3)
-        assert made.masks and not made.masks.zeros_intact(made.model)
+        assert made.masks and not made.masks.lost_zeros(made.model)
         assert made.masks.sparsity() > 0.3
 
 

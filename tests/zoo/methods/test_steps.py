@@ -216,7 +216,7 @@ def test_a_soup_is_the_average_of_members_with_one_mask(net, job):
     soup = method.average(members, job)
     assert not torch.equal(members[0][11].weight, members[1][11].weight)
     torch.testing.assert_close(soup[11].weight, (members[0][11].weight + members[1][11].weight) / 2)
-    assert masks_of(soup).equal(masks_of(net)) and not masks_of(soup).zeros_intact(soup)
+    assert masks_of(soup).equal(masks_of(net)) and not masks_of(soup).lost_zeros(soup)
     greedy = SparseSoup(0.8, soup="greedy").average(members, job)
     assert job.score(greedy) >= max(job.score(member) for member in members)
     with pytest.raises(ConfigError, match="needs a score"):

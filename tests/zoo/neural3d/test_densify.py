@@ -147,7 +147,7 @@ def test_a_hollow_field_trains_on_and_its_zeros_stay(tmp_path: Path) -> None:
     before = {name: value.detach().clone() for name, value in plan.model.named_parameters()}
     tuner._train(source, plan, None, None)
     masks = masks_of(plan.model)
-    assert masks is not None and set(masks) == {"saliency", "table"} and not masks.zeros_intact(plan.model)
+    assert masks is not None and set(masks) == {"saliency", "table"} and not masks.lost_zeros(plan.model)
     for name, value in plan.model.named_parameters():
         assert not torch.equal(value, before[name])
         assert name not in masks or torch.equal(value != 0, before[name] != 0)

@@ -128,7 +128,7 @@ def test_hollow_nerf_as_a_method(views: Views) -> None:
     assert torch.equal(start.table, before) and made.arguments["hardened"] and made.arguments["saliency"] == 8
     keep = made.masks["saliency"].keep
     assert 0 < keep.sum() < keep.numel() and torch.equal(field.saliency != 0, keep)
-    assert made.masks.zeros_intact(field) == [] and masks_of(field) is not None
+    assert made.masks.lost_zeros(field) == [] and masks_of(field) is not None
     again = HashField(**made.arguments).eval()
     again.load_state_dict(field.state_dict())
     camera = views.test[0].camera

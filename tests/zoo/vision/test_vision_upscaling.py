@@ -97,7 +97,7 @@ def test_quality_is_that_of_luma_without_borders():
 def test_every_choice_ends_at_the_share_with_every_zero_kept(network, choice, data):
     made, again = (ISSP(0.75, choice).sparsify(network, quick_job(network)) for _ in range(2))
     masks, pairs = made.masks, zip(made.model.parameters(), again.model.parameters(), strict=True)
-    assert list(masks) == inner_weights(network) and not masks.zeros_intact(made.model)
+    assert list(masks) == inner_weights(network) and not masks.lost_zeros(made.model)
     for mask in masks.values():
         assert mask.kept == mask.numel - int(0.75 * mask.numel)
     assert again.masks.equal(masks) and all(torch.equal(a, b) for a, b in pairs)
@@ -162,6 +162,6 @@ def test_an_upscaler_is_pruned_verified_and_tuned(data, card_of, tmp_path, monke
     for folder in (out, tuned):
         assert main(["verify", str(folder)]) == 0, capsys.readouterr().out
     sparse = load(str(tuned))
-    assert masks_of(sparse).equal(masks_of(load(str(out)))) and not masks_of(sparse).zeros_intact(sparse)
+    assert masks_of(sparse).equal(masks_of(load(str(out)))) and not masks_of(sparse).lost_zeros(sparse)
     with pytest.raises(ConfigError, match="there already"):
         FINETUNERS.get("vision")(model=str(out), out=tuned).run()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from zoo.shared.train import Job
 
 FREQUENCIES = 10
 OPACITY = {2: 0.6, 3: 0.5, 4: 0.35}  # by number of views
-_EDGE = "replicate"  # a reflected border needs two pixels
+_EDGE: Literal["replicate"] = "replicate"  # a reflected border needs two pixels
 REACH = 0.2  # of a decoder's output, in units of the mean depth
 Flow = tuple[Tensor, Tensor]
 

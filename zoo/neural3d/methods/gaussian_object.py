@@ -73,7 +73,7 @@ class GaussianObject:
                 RowResizer(fitted, names, [fit.optimizer]).keep(~stray(fitted.means.detach(), limit))
 
         refine(fitted, job.replace(loss=self.loss), clean if self.floaters else None, mobility=MOBILITY)
-        arguments = {"count": len(fitted), "sh_degree": fitted.sh_degree}
+        arguments: dict[str, Any] = {"count": len(fitted), "sh_degree": fitted.sh_degree}
         arguments |= {"background": fitted.background.tolist(), "antialiased": fitted.antialiased}
         options = stated_options(self, job)
         return Sparsified(fitted.eval(), MaskSet({}), hyperparameters=options, arguments=arguments)

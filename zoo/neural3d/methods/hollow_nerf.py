@@ -89,7 +89,7 @@ class HollowNeRF:
         lagrangian = AugmentedLagrangian(self.bound, self.rho, self.dual_step)
         rest = [p for name, p in field.named_parameters() if name != "saliency"]
         rate = job.recipe.lr * self.saliency_rate
-        groups = [{"params": rest}, {"params": [field.saliency], "lr": rate}]
+        groups: list[dict[str, Any]] = [{"params": rest}, {"params": [field.saliency], "lr": rate}]
 
         def begun() -> bool:
             return fit.step >= self.start * fit.steps and not field.hardened

@@ -24,7 +24,7 @@ from zoo.shared.store.formats import save_packed
 from zoo.shared.train import Job
 from zoo.studies.cells import CellCache
 from zoo.studies.digests import code_digest
-from zoo.studies.study import BAR, Arm, Claim, Study
+from zoo.studies.study import BAR, Arm, Claim, Study, Tuned
 from zoo.studies.tables import Plot, Series, Table
 from zoo.studies.view import Row, Value, View
 
@@ -226,7 +226,15 @@ RECALL = Value("recall", 100.0, 1, "% of the surface's cells", 1)
 ENTRIES = Value("entries", 100.0, 1, "%", 1)
 BYTES = Value("bytes", 1e-3, 1, "kB", 1, lower=True)
 TIME = Value("ms", 1.0, 0, "ms", 0, lower=True)
-ARMS = {arm: Arm() for arm in (DENSE, HOLLOW, ORACLE, RANDOM)}
+ARMS = {arm: Arm() for arm in (DENSE, ORACLE, RANDOM)} | {
+    HOLLOW: Arm(
+        tuned=Tuned(
+            "rate of the saliency, when its bound begins and when it is hardened, by hand",
+            "test views of the shapes, seed 0",
+            ("saliency_rate", "start", "trained", "steps"),
+        )
+    )
+}
 
 STUDY = Study(
     "hollow-nerf",
