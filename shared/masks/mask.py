@@ -203,7 +203,7 @@ class MaskSet(Mapping[str, Mask]):
                 parameter.masked_fill_(~self[name].keep.to(parameter.device), 0)
 
     def lost_zeros(self, model: nn.Module) -> list[str]:
-        """Names of the masked tensors with a dropped entry that is not exactly zero; empty if no zero was lost."""
+        """Names of masked tensors with a dropped entry that is not zero; empty if no zero was lost."""
         parameters = self._parameters(model)
         return [
             name
