@@ -122,7 +122,7 @@ def within_steps(view: View) -> list[Verdict]:
         return []
     return [
         Verdict(
-            f"{view.where['data']}: refinement takes at most {STEPS} steps",
+            f"{view.title}: refinement takes at most {STEPS} steps",
             "within 8 steps",
             f"{min(taken):.1f} to {max(taken):.1f} on average, by seed",
             "holds" if max(taken) <= STEPS else "does not hold",
