@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
 
+from zoo.diffusion.networks.base import sine_cosine
 from zoo.diffusion.networks.pqdiff import (  # noqa: E402
     Outpainted,
     PQDiff,
@@ -16,7 +17,6 @@ from zoo.diffusion.networks.pqdiff import (  # noqa: E402
     cut,
     random_boxes,
     relative_positions,
-    sine_cosine,
 )
 from zoo.errors import ConfigError  # noqa: E402
 from zoo.shared.train import Recipe  # noqa: E402

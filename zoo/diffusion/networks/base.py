@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.errors import TaskError
@@ -19,6 +20,18 @@ from zoo.shared.train import Job, Recipe
 
 N = TypeVar("N", bound="PaperNetwork")
 Draw = Callable[[int, torch.Generator], tuple[Tensor, ...]]
+
+
+#: What the trainings of these networks share; each says its steps, its batch and what differs.
+USUAL = Recipe(lr=2e-3, optimizer="adamw", weight_decay=0.01, warmup=0.1, decay="cosine", clip=1.0)
+
+
+def sine_cosine(places: Float[Tensor, "*n 2"], width: int) -> Float[Tensor, "*n width"]:
+    """Sines and cosines of each coordinate at frequencies 10000^(-4k / width), k below width / 4."""
+    quarter = width // 4
+    rates = 10000.0 ** (-torch.arange(quarter).to(places) / quarter)
+    angles = places[..., None] * rates
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
 class PaperNetwork(nn.Module, ABC):

@@ -12,6 +12,7 @@ perceptual loss; the completion net predicts what is to be added to a harmonic f
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from zoo.diffusion.networks.base import Drawn, NetworkTask, PaperNetwork
+from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork
 from zoo.diffusion.networks.photos import crops, test_tiles
 from zoo.errors import ConfigError
 from zoo.harness.tasks import Progress, TaskResult, register_task
@@ -181,17 +182,7 @@ class Defencing(PaperNetwork):
         adversarial: whether the discriminators are used.
     """
 
-    usual = Recipe(
-        steps=300,
-        lr=2e-3,
-        batch=16,
-        optimizer="adamw",
-        weight_decay=0.0,
-        warmup=0.1,
-        decay="cosine",
-        clip=1.0,
-        ema=0.98,
-    )
+    usual = dataclasses.replace(USUAL, steps=300, batch=16, weight_decay=0.0, ema=0.98)
 
     def __init__(self, side: int = 32, width: int = 16, growth: int = 12, adversarial: bool = True) -> None:
         super().__init__()

@@ -25,8 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from zoo.diffusion.networks.base import Drawn, NetworkTask, PaperNetwork, transformer
-from zoo.diffusion.networks.pqdiff import sine_cosine
+from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork, sine_cosine, transformer
 from zoo.errors import ConfigError, DataError
 from zoo.harness.tasks import Progress, TaskResult, register_task
 from zoo.shared.train import Job, Recipe
@@ -211,17 +210,7 @@ class DiffuseSG(PaperNetwork):
         box_loss: weight of the generalised-IoU loss; 0 for none.
     """
 
-    usual = Recipe(
-        steps=900,
-        lr=2e-3,
-        batch=32,
-        optimizer="adamw",
-        weight_decay=0.0,
-        warmup=0.1,
-        decay="cosine",
-        clip=1.0,
-        ema=0.99,
-    )
+    usual = dataclasses.replace(USUAL, steps=900, batch=32, weight_decay=0.0, ema=0.99)
     node_channels: ClassVar[int] = bits_of(CLASSES) + 4
     edge_channels: ClassVar[int] = bits_of(len(RELATIONS))
 

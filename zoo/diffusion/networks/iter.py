@@ -13,6 +13,7 @@ is enlarged bicubically and then read at the grid of the tokens; no perceptual a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from zoo.diffusion.data import load_pictures
-from zoo.diffusion.networks.base import Drawn, NetworkTask, PaperNetwork, picked, transformer
+from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork, picked, transformer
 from zoo.diffusion.networks.photos import crops
 from zoo.diffusion.networks.quantiser import Quantiser
 from zoo.errors import ConfigError
@@ -141,17 +142,7 @@ class Iter(PaperNetwork):
         noise: standard deviation on the small images in training; pixels are -1 to 1.
     """
 
-    usual = Recipe(
-        steps=600,
-        lr=2e-3,
-        batch=16,
-        optimizer="adamw",
-        weight_decay=0.01,
-        warmup=0.1,
-        decay="cosine",
-        clip=1.0,
-        ema=0.99,
-    )
+    usual = dataclasses.replace(USUAL, steps=600, batch=16, ema=0.99)
 
     def __init__(
         self,

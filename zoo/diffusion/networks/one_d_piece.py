@@ -11,6 +11,7 @@ first, no adversarial second stage); codes that no image uses are put where imag
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from typing import Any
@@ -21,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from zoo.diffusion.data import load_pictures
-from zoo.diffusion.networks.base import Drawn, NetworkTask, PaperNetwork, picked, transformer
+from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork, picked, transformer
 from zoo.diffusion.networks.photos import crops
 from zoo.diffusion.networks.quantiser import Quantiser
 from zoo.errors import ConfigError
@@ -43,16 +44,7 @@ class OneDPiece(PaperNetwork):
         tail_drop: whether training drops the tail.
     """
 
-    usual = Recipe(
-        steps=700,
-        lr=2e-3,
-        batch=24,
-        optimizer="adamw",
-        weight_decay=0.01,
-        warmup=0.1,
-        decay="cosine",
-        clip=1.0,
-    )
+    usual = dataclasses.replace(USUAL, steps=700, batch=24)
 
     def __init__(
         self,

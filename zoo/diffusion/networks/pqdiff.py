@@ -12,6 +12,7 @@ predicted (not the noise), and the schedule is the cosine one, sampled by DDIM.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from zoo.diffusion.classifier import load_judge
 from zoo.diffusion.data import load_pictures
-from zoo.diffusion.networks.base import Drawn, NetworkTask, PaperNetwork, transformer
+from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork, sine_cosine, transformer
 from zoo.diffusion.sampling import sample
 from zoo.errors import ConfigError
 from zoo.harness.tasks import Progress, TaskResult, register_task
@@ -54,14 +55,6 @@ def relative_positions(
     return pairs.flatten(1, 2)
 
 
-def sine_cosine(places: Float[Tensor, "*n 2"], width: int) -> Float[Tensor, "*n width"]:
-    """Sines and cosines of each coordinate at frequencies 10000^(-4k / width), k below width / 4."""
-    quarter = width // 4
-    rates = 10000.0 ** (-torch.arange(quarter).to(places) / quarter)
-    angles = places[..., None] * rates
-    return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
-
-
 class PQDiff(PaperNetwork):
     """The outpainting network.
 
@@ -71,17 +64,7 @@ class PQDiff(PaperNetwork):
         width, depth: of the blocks before and after the query.
     """
 
-    usual = Recipe(
-        steps=700,
-        lr=2e-3,
-        batch=32,
-        optimizer="adamw",
-        weight_decay=0.01,
-        warmup=0.1,
-        decay="cosine",
-        clip=1.0,
-        ema=0.99,
-    )
+    usual = dataclasses.replace(USUAL, steps=700, batch=32, ema=0.99)
 
     def __init__(self, side: int = 16, grid: int = 4, width: int = 64, depth: int = 2) -> None:
         super().__init__()
