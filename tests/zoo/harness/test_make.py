@@ -48,7 +48,7 @@ def test_every_bundle_has_a_row_that_says_what_its_card_says(bundle):
 
 
 def test_all_bundles_are_packaged_with_a_row():
-    assert len(PACKAGED) == 111
+    assert len(PACKAGED) >= 111
     assert {bundle.card.name for bundle in PACKAGED} <= set(rows())
 
 
