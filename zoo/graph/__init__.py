@@ -1,5 +1,5 @@
 """Graph neural networks with few edges and few weights: TEDDY's one-shot tickets and what they are measured
-against.
+against; low rank for ratings and clicks.
 
 Importing this package imports neither torch nor torch-geometric: everything is registered by address.
 """
@@ -25,6 +25,7 @@ TASKS.register("nodes", "zoo.graph.tasks:Nodes")
 for _name in ("cora", "citeseer", "pubmed", "cs", "digits"):
     DATASETS.register(f"graph/{_name}", f"zoo.graph.data:{_name}")
 MEASURED.register("graph", "zoo.graph.tasks:measured_on_graph")
+STUDIES.register("matrix-completion", "zoo.graph.studies.matrix_completion:STUDY")
 STUDIES.register("teddy", "zoo.graph.studies.teddy:STUDY")
 MAKERS.register("graph/dense", "zoo.graph.makers:dense")
 FINETUNERS.register("graph", "zoo.graph.finetune:Finetune")

@@ -1,0 +1,1 @@
+"""Methods on graphs, ratings, click models and dynamics, a paper a file."""

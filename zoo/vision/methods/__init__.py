@@ -1,0 +1,1 @@
+"""Methods of image models, a paper a file."""
