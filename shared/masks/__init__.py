@@ -1,6 +1,8 @@
 """Masks: which entries of a tensor are kept, where zeros may lie, and what holds them during training."""
 
-from .mask import Mask, MaskHandle, MaskSet, SparsityReport, masks_of, near_misses, set_masks, tighten, unwrap
+from .handle import MaskHandle
+from .hold import register_optimizer_state
+from .mask import Mask, MaskSet, SparsityReport, masks_of, near_misses, set_masks, tighten, unwrap
 
 __all__ = [
     "Mask",
@@ -9,6 +11,7 @@ __all__ = [
     "SparsityReport",
     "masks_of",
     "near_misses",
+    "register_optimizer_state",
     "set_masks",
     "tighten",
     "unwrap",

@@ -2,12 +2,13 @@
 
 The hooks sit on the parameters (before accumulation, so that gradient clipping, accumulation and
 DistributedDataParallel all see masked gradients) and on the optimiser. They are never copied or pickled with
-the model.
+the model. Parameters that FSDP2 shards get their gradients from FSDP2, after they were summed over the
+processes, so the hook on them runs after accumulation; each process zeroes its own part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import MaskError, OptimizerStateError
+from .shards import is_sharded, local_mask, local_part
 
-#: Optimiser state with one entry per weight that starts at zero; masked like the weight. A library with its
-#: own optimiser may add its keys.
+#: Optimiser state with one entry per weight that starts at zero; masked like the weight.
 PER_WEIGHT_STATE = {
     "momentum_buffer",  # SGD, RMSprop, Muon
     "exp_avg",  # the Adam family
@@ -36,6 +37,17 @@ PER_WEIGHT_STATE = {
 }
 #: State that holds no entry per weight, or none that a zero could revive.
 OTHER_STATE = {"step", "mu_product", "mu", "eta", "step_size", "row_var", "col_var"}
+
+
+def register_optimizer_state(key: str, per_weight: bool = True) -> None:
+    """Say what a key of an optimiser's state means, so that masks take optimisers that are not torch's.
+
+    Args:
+        key: in `optimizer.state[parameter]`.
+        per_weight: whether it holds one entry per weight that starts at zero, as a moment does, and which is
+            zeroed where the weight is; else it is left alone, as a count of steps.
+    """
+    (PER_WEIGHT_STATE if per_weight else OTHER_STATE).add(key)
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -58,13 +70,37 @@ class _GradientHook:
         return self.enforcer.filter_gradient(self.name, gradient)
 
 
+class _AccumulatedHook:
+    """Runs on a sharded parameter after its gradient was summed over the processes."""
+
+    __torch_unserializable__ = True
+
+    def __init__(self, enforcer: Enforcer, name: str) -> None:
+        self.enforcer, self.name = enforcer, name
+
+    def __call__(self, parameter: Tensor) -> None:
+        with torch.no_grad():
+            self.enforcer.zero_gradient(self.name, parameter)
+
+
 def refuse_attached(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raises MaskError if one of the parameters is held by masks at the moment."""
     for name, parameter in parameters.items():
-        if any(isinstance(hook, _GradientHook) for hook in (parameter._backward_hooks or {}).values()):
+        hooks = [*(parameter._backward_hooks or {}).values()]
+        hooks += (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()
+        if any(isinstance(hook, _GradientHook | _AccumulatedHook) for hook in hooks):
             raise MaskError(
                 f"masks are already attached to {name!r}; detach that handle first, or use its update()"
             )
+
+
+def replaced(name: str, now: Tensor | None) -> MaskError:
+    """The error of a parameter that stands no longer where its masks were attached."""
+    what = "sharded" if now is not None and is_sharded(now) else "replaced"
+    return MaskError(
+        f"parameter {name!r} was {what} since the masks were attached, so that nothing holds its zeros; "
+        "attach them again (after fully_shard, with the optimiser that is made then)"
+    )
 
 
 class Enforcer:
@@ -74,6 +110,7 @@ class Enforcer:
         parameters: the parameters by name, each once.
         keep: their masks, True = kept.
         optimizers: the optimisers that step them.
+        check: called before each step.
     """
 
     def __init__(
@@ -81,17 +118,23 @@ class Enforcer:
         parameters: Mapping[str, nn.Parameter],
         keep: Mapping[str, Tensor],
         optimizers: Iterable[Optimizer],
+        check: Callable[[], None],
     ) -> None:
         self.parameters = dict(parameters)
         self.optimizers = [unwrap_optimizer(optimizer) for optimizer in optimizers]
-        self.capture = False
+        self.capture, self._check = False, check
         self._dense_gradients: dict[str, Tensor] = {}
         self._dropped: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         refuse_attached(self.parameters)
         self.set_masks(keep)
         for name, parameter in self.parameters.items():
-            if parameter.requires_grad:
+            if not parameter.requires_grad:
+                continue
+            if is_sharded(parameter):
+                hook = _AccumulatedHook(self, name)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+            else:
                 self._hooks.append(parameter.register_hook(_GradientHook(self, name)))
         for optimizer in self.optimizers:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
@@ -101,15 +144,19 @@ class Enforcer:
     def set_masks(self, keep: Mapping[str, Tensor]) -> None:
         """Takes new masks: what is dropped now loses weight and state, what is kept anew starts from
         zeros."""
-        self._dropped = {name: ~keep[name] for name in self.parameters}
+        self._dropped = {name: local_mask(~keep[name], p) for name, p in self.parameters.items()}
         self.enforce()
 
     def dropped(self, name: str, device: torch.device) -> Bool[Tensor, ...]:
-        """The inverted mask on the device where the parameter now lives."""
+        """The inverted mask of what this process holds, on the device where the parameter now lives."""
         dropped = self._dropped[name]
         if dropped.device != device:
             dropped = self._dropped[name] = dropped.to(device)
         return dropped
+
+    def _zero(self, name: str, tensor: Tensor) -> None:
+        part = local_part(tensor)
+        part.masked_fill_(self.dropped(name, part.device), 0)
 
     def filter_gradient(self, name: str, gradient: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The masked gradient; the dense one is put aside while `capture` is on."""
@@ -143,8 +190,8 @@ class Enforcer:
     def enforce(self) -> None:
         """Zeroes the dropped entries of weights, gradients and optimiser state."""
         for name, parameter in self.parameters.items():
-            parameter.masked_fill_(self.dropped(name, parameter.device), 0)
-            self._zero_gradient(name, parameter)
+            self._zero(name, parameter)
+            self.zero_gradient(name, parameter)
         for optimizer in self.optimizers:
             self._zero_state(optimizer)
 
@@ -155,20 +202,22 @@ class Enforcer:
         self._hooks.clear()
         self._dense_gradients.clear()
 
-    def _zero_gradient(self, name: str, parameter: nn.Parameter) -> None:
+    def zero_gradient(self, name: str, parameter: Tensor) -> None:
+        """Zeroes the dropped entries of the gradient that a parameter holds, if it holds one."""
         if parameter.grad is not None and parameter.grad.layout == torch.strided:
-            parameter.grad.masked_fill_(self.dropped(name, parameter.grad.device), 0)
+            self._zero(name, parameter.grad)
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._check()
         # Gradients set by hand (autograd.grad, a parameter unfrozen later) never met the gradient hook.
         for name, parameter in self.parameters.items():
-            self._zero_gradient(name, parameter)
+            self.zero_gradient(name, parameter)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for name, parameter in self.parameters.items():
-            parameter.masked_fill_(self.dropped(name, parameter.device), 0)
+            self._zero(name, parameter)
         self._zero_state(optimizer)
 
     @torch.no_grad()
@@ -178,10 +227,10 @@ class Enforcer:
             for key, value in (state or {}).items():
                 if key in PER_WEIGHT_STATE:
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        value.masked_fill_(self.dropped(name, value.device), 0)
+                        self._zero(name, value)
                 elif key not in OTHER_STATE:
                     raise OptimizerStateError(
                         f"{type(optimizer).__name__} holds state {key!r} for {name!r} whose meaning is "
-                        "unknown, so zeros cannot be kept; use a torch.optim optimiser, or add the key to "
-                        "zoo.shared.masks.hold.PER_WEIGHT_STATE (one entry per weight) or OTHER_STATE"
+                        "unknown, so zeros cannot be kept; use a torch.optim optimiser, or say "
+                        f"what it is: zoo.shared.masks.register_optimizer_state({key!r})"
                     )

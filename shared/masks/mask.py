@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool
@@ -18,8 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import MaskError, PatternError
-from .hold import Enforcer
 from .patterns import Pattern, Unstructured
+from .shards import any_part, local_mask, local_part
+
+if TYPE_CHECKING:
+    from .handle import MaskHandle
 
 _ATTRIBUTE = "_sparse_masks"
 
@@ -200,16 +202,16 @@ class MaskSet(Mapping[str, Mask]):
         """Zeroes the dropped entries of the model's parameters in place (NaN and infinities too)."""
         with torch.no_grad():
             for name, parameter in self._parameters(model).items():
-                parameter.masked_fill_(~self[name].keep.to(parameter.device), 0)
+                local_part(parameter).masked_fill_(local_mask(~self[name].keep, parameter), 0)
 
     def lost_zeros(self, model: nn.Module) -> list[str]:
         """Names of masked tensors with a dropped entry that is not zero; empty if no zero was lost."""
-        parameters = self._parameters(model)
-        return [
-            name
-            for name, parameter in parameters.items()
-            if bool((parameter.detach()[~self[name].keep.to(parameter.device)] != 0).any())
-        ]
+        lost = []
+        for name, parameter in self._parameters(model).items():
+            dropped = local_mask(~self[name].keep, parameter)
+            if any_part(bool((local_part(parameter.detach())[dropped] != 0).any()), parameter):
+                lost.append(name)
+        return lost
 
     def report(self, model: nn.Module) -> SparsityReport:
         """Sparsity over the masked tensors, over the whole model and per tensor."""
@@ -234,6 +236,8 @@ class MaskSet(Mapping[str, Mask]):
             MaskError: the masks do not fit the model, or it is already attached.
             OptimizerStateError: optimiser state of unknown meaning.
         """
+        from .handle import MaskHandle
+
         return MaskHandle(self, model, optimizer)
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -258,96 +262,6 @@ class MaskSet(Mapping[str, Mask]):
 
     def __repr__(self) -> str:
         return f"MaskSet({len(self)} tensors, sparsity {self.sparsity():.4f})"
-
-
-class MaskHandle:
-    """Masks attached to a model, as a context manager; made by `MaskSet.attach`.
-
-    `detach()` (or leaving the context) removes every hook and leaves the same Parameter objects under the
-    same names. The model goes on carrying its masks as a record (`masks_of`), and so do its copies.
-    """
-
-    def __init__(
-        self, masks: MaskSet, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None
-    ) -> None:
-        self.model = unwrap(model)
-        optimizers: Iterable[Optimizer] = (
-            () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
-        )
-        parameters = masks._parameters(self.model)
-        self._enforcer = Enforcer(parameters, {name: masks[name].keep for name in parameters}, optimizers)
-        _forget_reload_hook(self.model)  # a deepcopy of an attached model brings one along
-        self.model.register_load_state_dict_post_hook(_mask_loaded_weights)
-        self.masks = masks
-        set_masks(self.model, masks)
-
-    def step(self) -> None:
-        """Re-zeroes weights, gradients and optimiser state; needed only if no optimiser was given.
-
-        Raises:
-            MaskError: a parameter object was replaced since attaching.
-        """
-        current = dict(self.model.named_parameters(remove_duplicate=False))
-        for name, parameter in self._enforcer.parameters.items():
-            if current.get(name) is not parameter:
-                raise MaskError(
-                    f"parameter {name!r} was replaced since the masks were attached; attach them again"
-                )
-        self._enforcer.enforce()
-
-    def update(self, masks: MaskSet) -> None:
-        """Goes over to new masks of the same tensors: a newly kept entry has weight zero and zero moments, an
-        entry kept before and after keeps its own.
-
-        Raises:
-            MaskError: other names than before, or shapes that do not fit.
-        """
-        if set(masks) != set(self.masks):
-            raise MaskError(
-                f"new masks must name the same tensors; differing: {sorted(set(masks) ^ set(self.masks))}"
-            )
-        parameters = masks._parameters(self.model)
-        self._enforcer.set_masks(
-            {name: masks[name].keep for name in self._enforcer.parameters if name in parameters}
-        )
-        self.masks = masks
-        set_masks(self.model, masks)
-
-    def capture_gradients(self, on: bool) -> None:
-        """Whether backward passes from now on also put aside the dense gradient (memory: one dense copy)."""
-        self._enforcer.capture = on
-
-    def take_dense_gradients(self) -> dict[str, Tensor]:
-        """Removes and returns the dense gradients put aside, summed over backward passes, by parameter
-        name."""
-        return self._enforcer.take_dense_gradients()
-
-    def detach(self) -> None:
-        """Removes every hook from model and optimisers."""
-        self._enforcer.remove()
-        _forget_reload_hook(self.model)
-
-    def __enter__(self) -> MaskHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.detach()
-
-
-def _mask_loaded_weights(model: nn.Module, incompatible_keys: Any) -> None:
-    """After `load_state_dict`: a dense checkpoint must not revive dropped weights. Holds no state, so copies
-    are safe."""
-    masks = masks_of(model)
-    if masks is not None:
-        masks.apply_(model)
-
-
-def _forget_reload_hook(model: nn.Module) -> None:
-    hooks = model._load_state_dict_post_hooks
-    for key in [key for key, hook in hooks.items() if hook is _mask_loaded_weights]:
-        del hooks[key]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from zoo.shared.errors import MaskError, OptimizerStateError
-from zoo.shared.masks import Mask, MaskSet, masks_of
+from zoo.shared.masks import Mask, MaskSet, masks_of, register_optimizer_state
 from zoo.shared.masks.hold import OTHER_STATE, PER_WEIGHT_STATE
 from zoo.shared.masks.patterns import NM
 
@@ -359,13 +359,14 @@ class Strange(torch.optim.SGD):
 def test_unknown_optimizer_state_is_refused_not_guessed(monkeypatch):
     model = net()
     optimizer = Strange(model.parameters(), lr=0.1)
-    message = "Strange holds state 'secret' for '0.weight'"
+    message = r"Strange holds state 'secret' for '0.weight'.*register_optimizer_state\('secret'\)"
     with some_masks(model).attach(model, optimizer), pytest.raises(OptimizerStateError, match=message):
         train(model, optimizer, steps=1)
     with pytest.raises(OptimizerStateError, match=message):
         some_masks(model).attach(model, optimizer)
     assert not model[0].weight._backward_hooks, "a refused attach leaves nothing behind"
-    monkeypatch.setattr("zoo.shared.masks.hold.PER_WEIGHT_STATE", PER_WEIGHT_STATE | {"secret"})
+    monkeypatch.setattr("zoo.shared.masks.hold.PER_WEIGHT_STATE", set(PER_WEIGHT_STATE))
+    register_optimizer_state("secret")
     with some_masks(model).attach(model, optimizer):
         train(model, optimizer, steps=1)
         assert (optimizer.state[model[0].weight]["secret"][~some_masks(model)["0.weight"].keep] == 0).all()
@@ -393,10 +394,14 @@ def test_attaching_twice_is_refused():
 
 def test_a_replaced_parameter_is_noticed():
     model = net()
-    with some_masks(model).attach(model) as handle:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    noticed = pytest.raises(MaskError, match="'0.weight' was replaced")
+    with noticed, some_masks(model).attach(model, optimizer) as handle:
         model[0].weight = nn.Parameter(model[0].weight.detach().clone())
-        with pytest.raises(MaskError, match="'0.weight' was replaced"):
-            handle.step()
+        for step in (handle.step, optimizer.step):
+            with pytest.raises(MaskError, match="'0.weight' was replaced"):
+                step()
+    assert not model._load_state_dict_post_hooks  # leaving the context said it, and detached all the same
 
 
 def test_frozen_parameters_may_carry_masks():

@@ -12,6 +12,7 @@ from zoo.methods.training import (
     Pruned,
     TrainingMethod,
     cost_of_step,
+    drawn_by,
     second_stream,
     share_of_recipe,
     train_held,
@@ -68,7 +69,8 @@ class BiP(TrainingMethod):
 
         def upper_step() -> None:
             model.zero_grad()
-            job.loss(model, next(second)).backward()
+            with drawn_by(job, fit.step):
+                job.loss(model, next(second)).backward()
             for name, gate in gates.items():
                 if gate.logits.grad is not None and (of_weight := weights[name].grad) is not None:
                     gate.logits.grad = total_gradient(gate.logits.grad, of_weight, self.implicit)

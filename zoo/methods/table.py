@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,35 +96,63 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[object], Job]]] = {
 }
 
 
-def answer(name: str, network: str) -> str:
-    """ "yes", or the method's refusal."""
-    make, job = NETWORKS[network]
+def answer(
+    name: str, make: Callable[[], nn.Module], job: Callable[[object], Job], options: dict[str, Any]
+) -> str:
+    """ "yes", or the method's refusal.
+
+    Args:
+        name: of the method.
+        make: makes the model, always the same one.
+        job: makes the job of a method, always the same one.
+        options: further options of the method.
+    """
     kind = METHODS.get(name)
     asked = 0.5 if "sparsity" in {field.name for field in dataclasses.fields(kind)} else None
     try:
-        outcome = check_method(name, model=make, job=lambda: job(kind), sparsity=asked, **QUICK.get(name, {}))
+        outcome = check_method(name, model=make, job=lambda: job(kind), sparsity=asked, **options)
     except Exception as error:  # the page shows a method that breaks the contract, or raises anything
         return f"BREAKS THE CONTRACT: {type(error).__name__}: {error}"
     return "yes" if outcome.taken else outcome.refusal
 
 
+def table(
+    corner: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    said: Callable[[str, str], str],
+    refusals: list[str],
+) -> str:
+    """A Markdown table of "yes" and numbers of refusals, which are added to `refusals`."""
+    lines = [f"| {corner} | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
+    for row in rows:
+        cells = []
+        for column in columns:
+            cell = said(row, column)
+            if cell != "yes":
+                if cell not in refusals:
+                    refusals.append(cell)
+                cell = f"no ({refusals.index(cell) + 1})"
+            cells.append(cell)
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def notes(refusals: Sequence[str]) -> str:
+    """The refusals that the numbers of tables mean."""
+    lines = [f"{number}. {' '.join(text.split())}" for number, text in enumerate(refusals, 1)]
+    return "\n## Refusals\n\n" + "\n".join(lines) + "\n"
+
+
 def page(names: list[str]) -> str:
     """The page: a table of yes and numbers of refusals, and the refusals."""
-    rows, refusals = [], list[str]()
-    for name in names:
-        cells = []
-        for network in NETWORKS:
-            said = answer(name, network)
-            if said != "yes":
-                if said not in refusals:
-                    refusals.append(said)
-                said = f"no ({refusals.index(said) + 1})"
-            cells.append(said)
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-        print(rows[-1], file=sys.stderr, flush=True)
-    head = f"| method | {' | '.join(NETWORKS)} |\n|{'---|' * (len(NETWORKS) + 1)}"
-    notes = "\n".join(f"{number}. {text}" for number, text in enumerate(refusals, 1))
-    return f"{HEAD}\n{head}\n" + "\n".join(rows) + f"\n\n## Refusals\n\n{notes}\n"
+    refusals: list[str] = []
+
+    def said(name: str, network: str) -> str:
+        return answer(name, *NETWORKS[network], QUICK.get(name, {}))
+
+    return f"{HEAD}\n{table('method', names, list(NETWORKS), said, refusals)}{notes(refusals)}"
 
 
 if __name__ == "__main__":

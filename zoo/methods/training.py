@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -195,6 +196,15 @@ def second_stream(job: Job) -> Iterator[Any]:
     while True:
         for batch in job.batches.draw(generator):
             yield moved(batch, torch.device(job.device))
+
+
+@contextmanager
+def drawn_by(job: Job, step: int) -> Iterator[None]:
+    """Context manager within which dropout and what else is random depend on the job's seed and a step alone,
+    for forward passes beside those of the training loop."""
+    with torch.random.fork_rng(devices=[job.device] if torch.device(job.device).type == "cuda" else []):
+        torch.manual_seed((job.seed * 1_000_003 + 500_009 + step) % 2**63)
+        yield
 
 
 def share_of_recipe(job: Job, parts: int) -> dict[str, Any]:

@@ -98,6 +98,11 @@ class Bidirectional(nn.Module):
         for pattern in (self.forward_pattern, self.backward_pattern):
             pattern.check_shape(tuple(layer.weight.shape))
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The dense weight, whose dtype some networks (T5) look up before they call the layer."""
+        return self.layer.weight
+
     def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
         layer, magnitude = self.layer, self.layer.weight.detach().abs()
         keep = self.forward_pattern.keep(magnitude, 0)
