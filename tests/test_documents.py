@@ -20,6 +20,7 @@ PAGES = (
     "docs/design.md",
     "docs/format.md",
     "docs/security.md",
+    "docs/zeros.md",
     *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "zoo").glob("*/README.md"))),
 )
 

@@ -30,7 +30,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "peft":
         raise
-    raise ConfigError("peft is not installed. Run: pip install peft") from error
+    raise ConfigError("peft is not installed. Run: pip install 'sparse-model-zoo[peft]'") from error
 
 
 class MaskedLoraLinear(Linear):

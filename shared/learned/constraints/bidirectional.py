@@ -103,6 +103,14 @@ class Bidirectional(nn.Module):
         """The dense weight, whose dtype some networks (T5) look up before they call the layer."""
         return self.layer.weight
 
+    @property
+    def bias(self) -> None:
+        """Raises MaskError: a network that asks (Mamba) computes the layer's product by itself."""
+        raise MaskError(
+            "a network that multiplies by a layer's weight and adds its bias without calling the layer would "
+            "train it densely; leave that layer out"
+        )
+
     def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
         layer, magnitude = self.layer, self.layer.weight.detach().abs()
         keep = self.forward_pattern.keep(magnitude, 0)
