@@ -264,22 +264,33 @@ class TestSelect:
     @pytest.mark.parametrize(
         ("kept", "expected"),
         [
-            (3, {"a": [1, 0, 0], "b": [1, 0], "c": [1]}),  # the floors alone
-            (4, {"a": [1, 0, 1], "b": [1, 0], "c": [1]}),
-            (5, {"a": [1, 1, 1], "b": [1, 0], "c": [1]}),
-            (6, {"a": [1, 1, 1], "b": [1, 1], "c": [1]}),
+            (3.0, {"a": [1, 0, 0], "b": [1, 0], "c": [1]}),  # the floors alone
+            (4.0, {"a": [1, 0, 1], "b": [1, 0], "c": [1]}),
+            (5.0, {"a": [1, 1, 1], "b": [1, 0], "c": [1]}),
+            (6.0, {"a": [1, 1, 1], "b": [1, 1], "c": [1]}),
         ],
     )
     def test_table_by_hand(self, kept, expected):
         found = GroupMap([]).select(self.scores, kept)
         assert {name: units.int().tolist() for name, units in found.items()} == expected
 
+    def test_what_costs_too_much_makes_room_for_what_is_worth_less(self):
+        costs = {"a": torch.tensor([3.0, 1.0, 5.0]), "b": torch.tensor([2.0, 2.0]), "c": torch.tensor([1.0])}
+        found = GroupMap([]).select(self.scores, 9.5, costs)  # 6 for the floors; 4.0 costs 5, 1.0 costs 1
+        assert {name: units.int().tolist() for name, units in found.items()} == {
+            "a": [1, 1, 0],
+            "b": [1, 1],
+            "c": [1],
+        }
+        with pytest.raises(GroupError, match="from 6 to 14"):
+            GroupMap([]).select(self.scores, 5.9, costs)
+
     def test_refusals(self):
-        for kept, minimum in [(2, 1), (7, 1), (4, 2), (4, 0)]:
+        for kept in (2.0, 7.0):
             with pytest.raises(GroupError, match="cannot be kept"):
-                GroupMap([]).select(self.scores, kept, minimum)
+                GroupMap([]).select(self.scores, kept)
         with pytest.raises(GroupError, match="no scores"):
-            GroupMap([]).select({}, 1)
+            GroupMap([]).select({}, 1.0)
 
 
 class TestMasks:

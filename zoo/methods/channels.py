@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,20 @@ from zoo.errors import ConfigError
 from zoo.methods.training import Pruned, TrainingMethod, example_of, run_model
 from zoo.shared.errors import GroupError
 from zoo.shared.masks import masks_of
+from zoo.shared.measure.account import count
 from zoo.shared.structure.averaging import recalibrate_norms
 from zoo.shared.structure.groups import GroupMap, trace_groups
 from zoo.shared.structure.surgery import cut
 from zoo.shared.train import Fit, Job
 
 Units = dict[str, Tensor]
+
+
+class Budget(NamedTuple):
+    """What channels cost, by family, and how much of it all those that stay may cost together."""
+
+    costs: Units
+    kept: float
 
 
 @dataclass
@@ -33,6 +42,9 @@ class ChannelMethod(TrainingMethod):
 
     sparsity: float = 0.5
     """Share of the channels to remove, over all families that can be cut."""
+
+    budget: Literal["channels", "macs"] = "channels"
+    """What the sparsity is a share of: the channels, or the multiply-adds of the layers that make them."""
 
     sparse_epochs: int = 5
     """Epochs before the cut; the recipe's epochs count these and those after it."""
@@ -56,9 +68,13 @@ class ChannelMethod(TrainingMethod):
                 f"{epochs:g}"
             )
         groups = trace_groups(model, example_of(job))
-        kept = kept_channels(model, groups, self.sparsity)
-        fit = self.sparse_stage(model, groups, kept, job)
-        keep = groups.select(self.scores(model, groups), kept)
+        if self.budget == "macs":
+            budget = macs_budget(model, groups, self.sparsity, job)
+        else:
+            ones = {name: torch.ones(family.units) for name, family in groups.items()}
+            budget = Budget(ones, float(kept_channels(model, groups, self.sparsity)))
+        fit = self.sparse_stage(model, groups, budget, job)
+        keep = groups.select(self.scores(model, groups, budget), budget.kept, budget.costs)
         cut(model, groups, keep, fit.optimizer)
         # A removed channel may have sent a constant on (ReLU of its shift); the next norm's new mean takes it
         # up.
@@ -66,12 +82,27 @@ class ChannelMethod(TrainingMethod):
         return fit, {name: keep[name] for name in groups}
 
     @abstractmethod
-    def sparse_stage(self, model: nn.Module, groups: GroupMap, kept: int, job: Job) -> Fit:
+    def sparse_stage(self, model: nn.Module, groups: GroupMap, budget: Budget, job: Job) -> Fit:
         """Train so that the channels to go lose their worth; returns the training, `sparse_epochs` on."""
 
     @abstractmethod
-    def scores(self, model: nn.Module, groups: GroupMap) -> Units:
+    def scores(self, model: nn.Module, groups: GroupMap, budget: Budget) -> Units:
         """What each channel is worth, by family."""
+
+
+def macs_budget(model: nn.Module, groups: GroupMap, sparsity: float, job: Job) -> Budget:
+    """The multiply-adds of a channel's makers, and the share of all of them that stays.
+
+    What the readers of removed channels save comes on top, so that the share of the whole network's is less.
+    """
+    kept_channels(model, groups, sparsity)  # refuses a model without channels
+    costs = {layer.name: float(layer.macs) for layer in count(model, example_of(job)).layers}
+    of = {
+        name: sum(costs.get(m.name.rpartition(".")[0], 0.0) for m in family.roles("out") if m.dim == 0)
+        for name, family in groups.items()
+    }
+    shares = {name: torch.full((family.units,), of[name] / family.units) for name, family in groups.items()}
+    return Budget(shares, (1 - sparsity) * sum(of.values()))
 
 
 def kept_channels(model: nn.Module, groups: GroupMap, sparsity: float) -> int:

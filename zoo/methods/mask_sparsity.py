@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.methods.channels import ChannelMethod, Units, mask_again, norm_scales
+from zoo.methods.channels import Budget, ChannelMethod, Units, mask_again, norm_scales
 from zoo.shared.errors import GroupError
 from zoo.shared.structure.groups import GroupMap
 from zoo.shared.train import Fit, Job
@@ -47,7 +47,7 @@ class MaskSparsity(ChannelMethod):
     regularise: Literal["marked", "all", "none"] = "marked"
     """On which scales; the last two are what the method is compared with."""
 
-    def sparse_stage(self, model: nn.Module, groups: GroupMap, kept: int, job: Job) -> Fit:
+    def sparse_stage(self, model: nn.Module, groups: GroupMap, budget: Budget, job: Job) -> Fit:
         scales = norm_scales(model)
         found = groups.sums({name: scale.detach().abs() for name, scale in scales.items()}, roles=("follow",))
         if not scales or any(not bool(values.any()) for values in found.values()):
@@ -61,7 +61,7 @@ class MaskSparsity(ChannelMethod):
             dense = {name: value.clone() for name, value in model.state_dict().items()}
             marking = job.fit(model, penalty=lambda: self.penalty * l1(scales, None))
             marking.run(mask_again(model), until=max(1, self.sparse_epochs // 3))
-            keep = groups.select(self.scores(model, groups), kept)
+            keep = groups.select(self.scores(model, groups, budget), budget.kept, budget.costs)
             where = to_go(groups, model, keep, scales)
             model.load_state_dict(dense)
         penalty = None if self.regularise == "none" else lambda: self.penalty * l1(scales, where)
@@ -69,6 +69,6 @@ class MaskSparsity(ChannelMethod):
         fit.penalty = None
         return fit
 
-    def scores(self, model: nn.Module, groups: GroupMap) -> Units:
+    def scores(self, model: nn.Module, groups: GroupMap, budget: Budget) -> Units:
         scales = {name: scale.detach().abs() for name, scale in norm_scales(model).items()}
         return groups.sums(scales, roles=("follow",))

@@ -36,6 +36,7 @@ PRETRAINERS.register("vision", "zoo.vision.spark.command:Pretrain")
 STUDIES.register("dsvt", "zoo.vision.studies.dsvt:STUDY")
 STUDIES.register("pruning-benchmark", "zoo.vision.studies.pruning:STUDY")
 STUDIES.register("pruning-claims", "zoo.vision.studies.claims:STUDY")
+STUDIES.register("structured-pruning", "zoo.vision.studies.structured:STUDY")
 STUDIES.register("superres-pruning", "zoo.vision.studies.superres:STUDY")
 STUDIES.register("spark", "zoo.vision.studies.spark:STUDY")
 

@@ -243,32 +243,46 @@ class GroupMap(Mapping[str, Family]):
                 tensor.mul_(_along(slices, member.dim, tensor.ndim))
 
     def select(
-        self, scores: Mapping[str, Float[Tensor, " units"]], kept: int, minimum: int = 1
+        self,
+        scores: Mapping[str, Float[Tensor, " units"]],
+        kept: float,
+        costs: Mapping[str, Float[Tensor, " units"]] | None = None,
     ) -> dict[str, Tensor]:
-        """The `kept` best units of all families in `scores` together, but at least `minimum` of each family.
+        """The best unit of each family in `scores`, then by falling score what still fits.
 
         Equal scores are decided by the order of families and units.
+
+        Args:
+            scores: what each unit is worth, by family.
+            kept: how much those that stay may cost together.
+            costs: of each unit, >= 0; by default 1, so that `kept` is their number.
 
         Returns:
             By family a bool vector, for `masks` and `surgery.cut`.
 
         Raises:
-            GroupError: no scores, or a count below the floors or above the number of units.
+            GroupError: no scores, or less than one unit of each family costs, or more than all.
             PatternError: a NaN among the scores.
         """
         if not scores:
             raise GroupError("select: no scores are given; see GroupMap.sums and GroupMap.norms.")
-        floors = {name: topk_mask(score, min(max(minimum, 0), len(score))) for name, score in scores.items()}
-        floor, total = sum(int(f.sum()) for f in floors.values()), sum(len(f) for f in floors.values())
-        if not floor <= kept <= total or minimum < 1:
+        keep = torch.cat([topk_mask(score.cpu(), 1) for score in scores.values()])
+        values = torch.cat([score.detach().cpu() for score in scores.values()])
+        price = (
+            torch.ones(len(values)) if costs is None else torch.cat([costs[name] for name in scores]).cpu()
+        )
+        price = price.double()
+        floor, total = float(price[keep].sum()), float(price.sum())
+        if not floor <= kept <= total * (1 + 1e-9):
             raise GroupError(
-                f"select: {kept} units cannot be kept of {total} in {len(floors)} families with at least "
-                f"{minimum} each; choose a number from {floor} to {total}."
+                f"select: {kept:,.10g} cannot be kept of {total:,.10g} in {len(scores)} families with at "
+                f"least one unit each; choose a number from {floor:,.10g} to {total:,.10g}."
             )
-        secured = torch.cat(list(floors.values()))
-        values = torch.cat([score.detach() for score in scores.values()])
-        secured[~secured] = topk_mask(values[~secured], kept - floor)
-        parts = secured.split([len(score) for score in scores.values()])
+        left = kept - floor + 1e-9 * total  # sums of shares are not exact
+        for index in values.argsort(descending=True, stable=True).tolist():
+            if not keep[index] and price[index] <= left:
+                keep[index], left = True, left - float(price[index])
+        parts = keep.split([len(score) for score in scores.values()])
         return {name: part.clone() for name, part in zip(scores, parts, strict=True)}
 
     # -- gates and masks

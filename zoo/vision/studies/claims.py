@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zoo.methods.bdwp import BDWP
 from zoo.methods.bip import BiP
-from zoo.methods.channels import ChannelMethod
 from zoo.methods.contract import Method, default_recipe
 from zoo.methods.jackpots import LotteryJackpot
 from zoo.methods.magnitude import MagnitudePruning
-from zoo.methods.mask_sparsity import MaskSparsity
 from zoo.methods.nm import parsed_nm
 from zoo.methods.pgf import ProgressiveFlow
 from zoo.methods.soups import SparseSoup
 from zoo.methods.sparse_ift import SparseIFT
 from zoo.methods.sr_ste import SparseRefined
-from zoo.methods.wgsef import WGSEF
 from zoo.names import check_known
 from zoo.shared.bench.timing import compare
 from zoo.shared.masks import MaskSet, masks_of
@@ -36,13 +33,13 @@ from zoo.shared.pruning.choose import magnitude_masks
 from zoo.shared.pruning.inventory import inner_weights
 from zoo.shared.pruning.sparsifier import sparsify
 from zoo.shared.structure.averaging import recalibrate_norms
-from zoo.shared.structure.groups import GroupMap, trace_groups
+from zoo.shared.structure.groups import trace_groups
 from zoo.shared.structure.relatives import copied, reinitialised
 from zoo.shared.structure.surgery import cut
-from zoo.shared.train import Fit, Job, Recipe
+from zoo.shared.train import Job, Recipe
 from zoo.studies.cells import CellCache
 from zoo.studies.options import StudyOptions
-from zoo.studies.study import Arm, Claim, Study, Tuned, above
+from zoo.studies.study import Arm, Claim, Study, above
 from zoo.studies.tables import Table
 from zoo.studies.verdict import mean_cell
 from zoo.studies.view import Row, Value, View
@@ -201,55 +198,6 @@ def sparse_ift(seed: int) -> Figures:
     return out
 
 
-@dataclass
-class _RandomChannels(ChannelMethod):
-    """The control: as many channels, drawn at random, after as much training."""
-
-    seed: int = 0
-
-    def sparse_stage(self, model: nn.Module, groups: GroupMap, kept: int, job: Job) -> Fit:
-        return job.fit(model).run(until=self.sparse_epochs)
-
-    def scores(self, model: nn.Module, groups: GroupMap) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        return {name: torch.rand(family.units, generator=generator) for name, family in groups.items()}
-
-
-def _removals(
-    dense: Classifier, methods: Mapping[str, ChannelMethod], epochs: int, when: str, seed: int
-) -> Figures:
-    """Accuracy right after each method's removal of channels, and after the epochs that are left."""
-    out = {"dense": _test(dense)}
-    for name, method in methods.items():
-        made = copied(dense)
-        fit = method.cut(made, _job(seed, method, epochs=epochs))[0]
-        out[f"{name}: {when}"] = _test(made)
-        fit.run()
-        out[f"{name}: fine-tuned"] = _test(made)
-    return out
-
-
-def mask_sparsity(seed: int) -> Figures:
-    """Right after removal of half the channels between the convolutions of each block, and after
-    fine-tuning."""
-    methods: dict[str, ChannelMethod] = {
-        "random channels": _RandomChannels(0.5, 6, seed),
-        "marked": MaskSparsity(0.5, 6, regularise="marked"),
-        "all": MaskSparsity(0.5, 6, regularise="all"),
-        "none": MaskSparsity(0.5, 6, regularise="none"),
-    }
-    return _removals(_dense(ResNet(14, 8, channels=1), seed), methods, 8, "after removal", seed)
-
-
-def wgsef(seed: int) -> Figures:
-    """Right after the cut to a quarter of the channels, for several penalties, and without one."""
-    methods: dict[str, ChannelMethod] = {"random channels": _RandomChannels(0.75, 8, seed)}
-    for penalty in (0.0, 0.1, 0.3, 1.0):
-        name = f"penalty {penalty:g}" if penalty else "no penalty"
-        methods[name] = WGSEF(0.75, 8, penalty)
-    return _removals(_dense(ConvNet(), seed), methods, 10, "after the cut", seed)
-
-
 def removed_channels(seed: int) -> Figures:
     """How much faster ResNet-20 without half of its inner channels is, one image of 32x32, one thread."""
     model = reinitialised(ResNet(20), seed).eval()
@@ -381,26 +329,6 @@ SMALL = {
             above("wide, 90%, rigl", "wide, 90%, static", published="above"),
         ],
     ),
-    "mask-sparsity": Small(
-        "MaskSparsity, half of the channels",
-        mask_sparsity,
-        8,
-        [
-            above("marked: after removal", "all: after removal", 1.0),
-            above("marked: after removal", "none: after removal", 5.0),
-            above("marked: fine-tuned", "random channels: fine-tuned"),
-        ],
-    ),
-    "wgsef": Small(
-        "WGSEF, a quarter of the channels left",
-        wgsef,
-        17,
-        [
-            above("penalty 1: after the cut", "no penalty: after the cut", 5.0),
-            above("penalty 1: fine-tuned", "no penalty: fine-tuned", -0.3),
-            above("penalty 1: fine-tuned", "random channels: fine-tuned"),
-        ],
-    ),
     "removed-channels": Small(
         "ResNet-20 without half of its inner channels",
         removed_channels,
@@ -408,15 +336,8 @@ SMALL = {
         [above("times as fast as whole", "whole", value=TIMES)],
     ),
 }
-# The penalty was raised twenty-fold after a first result on these test images; its rival kept the old value.
-_RAISED = Tuned("penalty", "test images", (0.005, 0.1))
 ARMS = {
     **{name: Arm(small.run) for name, small in SMALL.items()},
-    "marked: after removal": Arm(tuned=_RAISED),
-    "marked: fine-tuned": Arm(tuned=_RAISED),
-    "none: after removal": Arm(control="random channels: after removal"),
-    "no penalty: after the cut": Arm(control="random channels: after the cut"),
-    "no penalty: fine-tuned": Arm(control="random channels: fine-tuned"),
     **{name: Arm(control="random mask") for name in ("sr-ste", "ste", "SR-STE 2:8")},
 }
 STUDY = Study(
