@@ -19,7 +19,7 @@ def test_each_arm_keeps_the_penalty_that_is_best_on_validation():
             "arm": "WGSEF",
             "level": 0.5,
             "seed": seed,
-            "penalty": penalty,
+            "penalty": one,
             "validation": value,
             "cut": 1 - value,
         }
