@@ -38,6 +38,9 @@ class Again:
     from_results: Path
     """A NAME.json that `zoo reproduce` wrote; it and what is beside it are replaced."""
 
+    add: Path | None = None
+    """Another NAME.json of the study, measured later: its rows of further arms or seeds are added."""
+
     json: bool = False
     """Print the result as JSON."""
 
@@ -109,7 +112,7 @@ def _again(argv: Sequence[str]) -> int:
     from zoo.studies.runner import judge_again
 
     options = parse(Again, argv, "reproduce")
-    done = judge_again(options.from_results)
+    done = judge_again(options.from_results, more=options.add)
     if options.json:
         print_json(dataclasses.asdict(done.result))
     else:

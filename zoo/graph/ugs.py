@@ -24,7 +24,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional
 from torch_geometric.data import Data
 
 from zoo.errors import ConfigError
@@ -142,6 +141,8 @@ def ugs(
     levels: Collection[int],
     *,
     self_loops_count: bool = False,
+    teacher: Float[Tensor, "nodes classes"] | None = None,
+    distillation: float = 0.0,
 ) -> dict[int, UGSLevel]:
     """Run rounds 1 to max(levels), reading off the levels asked for.
 
@@ -151,6 +152,8 @@ def ugs(
         config: settings.
         levels: rounds k whose accuracy is wanted; sparsities as in `zoo.graph.teddy.released_level`.
         self_loops_count: count a self-loop for every node among the entries, as TEDDY does for GAT.
+        teacher: logits that are distilled in every training, as TEDDY does; the paper does not.
+        distillation: weight of that.
     """
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in initial.items()}
@@ -161,17 +164,21 @@ def ugs(
     start = time.process_time()
     readout_seconds = 0.0
     found: dict[int, UGSLevel] = {}
+
+    def job_of(keep: Tensor) -> Job:
+        taught: dict[str, Any] = {"teacher": teacher, "distillation": distillation}
+        return graph_job(model, data, config.recipe(), keep=keep[:entries], **taught)
+
     for k in range(1, max(levels) + 1):
         edge_sparsity, weight_sparsity = released_level(k)
         _rewind(model, initial, masks)
-        edge_score, weight_score = _train_masks(model, data, config, full, keep, masks)
+        edge_score, weight_score = _train_masks(model, job_of(keep), config, full, keep, masks)
         keep = keep_highest(edge_score, full, nodes, edge_sparsity)
         masks = _keep_weights(weight_score, masks, weight_sparsity)
         if k in levels:
             begun = time.process_time()
             _rewind(model, initial, masks)
-            job = graph_job(model, data, config.recipe(), keep=keep[:entries], seed=_drawn_seed())
-            best = train_best(model, job, FixedMasks(masks))
+            best = train_best(model, job_of(keep).replace(seed=_drawn_seed()), FixedMasks(masks))
             now = time.process_time()
             found[k] = UGSLevel(best, keep[:entries], now - start - readout_seconds)
             readout_seconds += (
@@ -193,7 +200,7 @@ def _rewind(model: GraphModel, initial: dict[str, Tensor], masks: dict[str, Tens
 
 def _train_masks(
     model: GraphModel,
-    data: Data,
+    job: Job,
     config: UGSConfig,
     full: Int[Tensor, "2 F"],
     keep: Bool[Tensor, " F"],
@@ -202,18 +209,12 @@ def _train_masks(
     """|mask| of every entry of `full` and of every weight at the best validation epoch; -1 for what is
     already cut.
     """
-    whole = WholeGraph.of(model, data, keep[: data.edge_index.shape[1]])
-    masked = _Masked(model, whole.graph, int(data.num_nodes), masks, config.noise)
-
-    def loss(trained: nn.Module, batch: WholeGraph) -> Tensor:
-        logits = trained(batch.features, batch.graph)
-        return functional.cross_entropy(logits[batch.train_nodes], batch.labels[batch.train_nodes])
-
-    job = Job(whole, loss, whole.accuracy, config.recipe(), _drawn_seed())
-    job.fit(masked, penalty=lambda: masked.l1(config.s1, config.s2), macs=lambda: 0.0).run()
+    nodes = int(job.batches.data.num_nodes)
+    masked = _Masked(model, job.batches.graph, nodes, masks, config.noise)
+    own = job.replace(seed=_drawn_seed())
+    own.fit(masked, penalty=lambda: masked.l1(config.s1, config.s2), macs=lambda: 0.0).run()
     with torch.no_grad():
-        edges = masked.edge_mask.abs()
-        edge_score = _entry_scores(full, keep, int(data.num_nodes), masked.pairs, edges)
+        edge_score = _entry_scores(full, keep, nodes, masked.pairs, masked.edge_mask.abs())
         found = {name: masked.weight_mask[name.replace(".", "/")].abs() for name in masks}
         return edge_score, {name: torch.where(masks[name], m, -1.0) for name, m in found.items()}
 

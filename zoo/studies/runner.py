@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from zoo.studies.cells import CellCache
 from zoo.studies.digests import commit
 from zoo.studies.study import Study
 from zoo.studies.tables import Result
+from zoo.studies.view import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,9 @@ def reproduce(
     )
 
 
-def judge_again(results: str | Path, out: str | Path | None = None) -> Reproduction:
+def judge_again(
+    results: str | Path, out: str | Path | None = None, more: str | Path | None = None
+) -> Reproduction:
     """Make tables, verdicts and plots anew from the rows of a result file, without measuring anything.
 
     Tables that need more than the rows (what is right image by image, say) are kept as they were.
@@ -87,32 +90,78 @@ def judge_again(results: str | Path, out: str | Path | None = None) -> Reproduct
     Args:
         results: a `NAME.json` that `reproduce` wrote.
         out: folder of the new files; by default they replace those beside the file.
+        more: another one of the same study, whose rows are added: further arms or seeds, measured later. The
+            result names both origins.
 
     Raises:
-        DataError: the file is no result of a study.
+        DataError: a file is no result of a study; or `more` is of another study or of other options, or
+            measured a case that is there already.
         UnknownNameError: of a study that nobody registered.
     """
     path = Path(results)
-    try:
-        stored = read_json(path)
-    except ValueError:
-        stored = None
-    name = stored.get("study", stored.get("experiment")) if isinstance(stored, dict) else None
-    if not isinstance(name, str) or "result" not in stored:
-        raise DataError(f"{path} is no result of a study; give a NAME.json that `zoo reproduce` wrote")
-    study = get_study(name)
-    known = {field.name: field for field in dataclasses.fields(study.options)}
-    options = study.options(**{k: _typed(v, known[k]) for k, v in stored["config"].items() if k in known})
-    result = study.report(stored["result"]["rows"], options)
+    study, stored, options = _stored(path)
+    rows = stored["result"]["rows"]
+    kept = ("seconds", "created", "environment", "provenance", "cells", "added")
+    made = {key: stored[key] for key in kept if key in stored} | {"judged": _now()}
+    if more is not None:
+        other, added, further = _stored(Path(more))
+        options = _joined(study, options, other, further, Path(more))
+        rows = [*rows, *_new(study, rows, added["result"]["rows"], Path(more))]
+        origin = {key: added[key] for key in ("command", *kept) if key in added}
+        made["added"] = [*made.get("added", []), origin]
+    result = study.report(rows, options)
     from zoo.studies.tables import Table
 
     titles = {table.title for table in result.tables}
     old = [Table(**table) for table in stored["result"]["tables"] if table["title"] not in titles]
     result = dataclasses.replace(result, tables=[*result.tables, *old])
-    kept = ("seconds", "created", "environment", "provenance", "cells")
-    made = {key: stored[key] for key in kept if key in stored} | {"judged": _now()}
     folder = Path(out) if out is not None else path.parent
     return Reproduction(study, options, result, 0.0, write_result(study, options, result, folder, made))
+
+
+def _stored(path: Path) -> tuple[Study, dict[str, Any], Any]:
+    """The study of a result file, what it holds, and the options it was run with."""
+    try:
+        stored = read_json(path)
+    except ValueError:
+        stored = None
+    name = stored.get("study", stored.get("experiment")) if isinstance(stored, dict) else None
+    if not isinstance(stored, dict) or not isinstance(name, str) or "result" not in stored:
+        raise DataError(f"{path} is no result of a study; give a NAME.json that `zoo reproduce` wrote")
+    study = get_study(name)
+    known = {field.name: field for field in dataclasses.fields(study.options)}
+    options = study.options(**{k: _typed(v, known[k]) for k, v in stored["config"].items() if k in known})
+    return study, stored, options
+
+
+def _joined(study: Study, first: Any, other: Study, second: Any, path: Path) -> Any:
+    """The options of both runs: lists and counts that decide no cell joined, all else alike."""
+    if other is not study:
+        raise DataError(f"{path} is a result of {other.name!r}, not of {study.name!r}")
+    changed = {}
+    for field in dataclasses.fields(first):
+        ours, theirs = getattr(first, field.name), getattr(second, field.name)
+        if ours == theirs:
+            continue
+        if field.name not in study.varies:
+            raise DataError(f"{path} was run with {field.name}={theirs!r}, the rows here with {ours!r}")
+        if isinstance(ours, tuple):  # an empty list stands for all
+            changed[field.name] = tuple(dict.fromkeys([*ours, *theirs])) if ours and theirs else ()
+        elif isinstance(ours, int):
+            changed[field.name] = max(ours, theirs)
+    return dataclasses.replace(first, **changed)
+
+
+def _new(study: Study, rows: Sequence[Row], more: Sequence[Row], path: Path) -> Sequence[Row]:
+    """The further rows; none is of an arm, level and seed that was measured already."""
+
+    def case(row: Row) -> tuple[str, ...]:
+        return tuple(str(row.get(name)) for name in (*study.by, "arm", "level", "seed"))
+
+    there = {case(row) for row in rows}
+    if double := next((case(row) for row in more if case(row) in there), None):
+        raise DataError(f"{path} measured {', '.join(double)} again: run it without that arm or seed")
+    return more
 
 
 def write_result(
@@ -189,6 +238,8 @@ def _facts(made: Mapping[str, Any]) -> dict[str, str]:
         facts["Machine"] = f"{here.get('cpu')}, {here.get('cpus')} CPUs, torch {here.get('torch')}"
         facts["Commit, code, data"] = "not recorded when these rows were measured"
     facts["Measured"] = str(made.get("created", ""))
+    if added := made.get("added"):
+        facts["Added"] = "; ".join(f"{one['created']} by `{one['command']}`" for one in added)
     if "judged" in made:
         facts["Judged"] = f"{made['judged']}, from the rows of the JSON file"
     return facts

@@ -76,6 +76,20 @@ def test_rows_are_judged_again_without_measuring(study_of_arithmetic, tmp_path):
         judge_again(tmp_path / "x.json")
 
 
+def test_rows_that_were_measured_later_are_added(study_of_arithmetic, tmp_path):
+    first = reproduce("arithmetic", out=tmp_path / "a", seeds=2, levels=(0.5,)).files[0]
+    later = reproduce("arithmetic", out=tmp_path / "b", seeds=2, levels=(0.9,)).files[0]
+    done = judge_again(first, more=later)
+    whole = reproduce("arithmetic", out=tmp_path / "c", seeds=2, levels=(0.5, 0.9))
+    assert done.options == whole.options and done.result.verdicts == whole.result.verdicts
+    written = json.loads(first.read_text())
+    assert [one["command"] for one in written["added"]] == ["zoo reproduce arithmetic --levels 0.9"]
+    assert "zoo reproduce arithmetic --levels 0.9" in (tmp_path / "a" / "arithmetic.md").read_text()
+    with pytest.raises(DataError, match="measured dense, 0.9, 0 again"):
+        judge_again(first, more=later)
+    assert json.loads(first.read_text()) == written
+
+
 def test_wrong_requests(study_of_arithmetic, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="no option 'seed'; it has: levels, seeds"):
         reproduce("arithmetic", out=tmp_path, seed=1)
