@@ -49,7 +49,8 @@ class BiP(TrainingMethod):
     """
 
     mask_lr: float = 0.1
-    """Learning rate of the scores."""
+    """Peak learning rate of the scores, which falls as that of the weights does. The paper's, for a hundred
+    epochs; few of them, or few weights left, want a tenth or a hundredth: choose it on validation data."""
 
     implicit: float = 1e-4
     """1 / gamma."""
@@ -68,6 +69,8 @@ class BiP(TrainingMethod):
         second = second_stream(job)
 
         def upper_step() -> None:
+            falling = fit.learning_rate(fit.step - 1) / job.recipe.lr if job.recipe.lr else 1.0
+            upper.param_groups[0]["lr"] = self.mask_lr * falling
             model.zero_grad()
             with drawn_by(job, fit.step):
                 job.loss(model, next(second)).backward()
