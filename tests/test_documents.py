@@ -69,18 +69,24 @@ def test_names_in_a_page_lead_somewhere(page: str) -> None:
     assert not missing, missing
 
 
-def test_the_readme_runs_as_python(monkeypatch) -> None:
+def test_the_readme_runs_as_python(monkeypatch, tmp_path) -> None:
     """The blocks of Python code in the README, one after the other, as a reader would paste them."""
     import torch
     from torch import nn
     from torch.nn.utils import prune
+
+    class MyNet(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 2))
 
     def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         model(data.x, data.edge_index).square().mean().backward()
         optimizer.step()
 
     blocks = re.findall(r"```python\n(.*?)```", pages()["README.md"], re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
+    monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {"train": train}
     exec(blocks[0], space)
     model, data = space["model"], space["data"]
@@ -100,5 +106,9 @@ def test_the_readme_runs_as_python(monkeypatch) -> None:
     exec(second, space)
     assert space["masks"].sparsity() == 0.5
     space["pruned"] = prune.l1_unstructured(nn.Linear(32, 16), "weight", amount=0.25)
+    space |= {"model": MyNet(16), "MyNet": MyNet}
+    space["zoo"].sparsify(space["model"], sparsity=0.5)
     exec(blocks[4], space)
+    assert space["masks_of"](space["model"]).sparsity() == 0.5
+    exec(blocks[5], space)
     assert set(space["state"]) == {"weight", "bias"} and space["masks"].sparsity() == 0.5

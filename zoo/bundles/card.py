@@ -28,6 +28,7 @@ from zoo.errors import CardError
 from zoo.names import is_model_name, is_version, split_version
 
 CARD_FILE = "card.yaml"
+OWN = "own"  # the domain of models that somebody saved as they were
 SCHEMA_VERSION = 1
 BASE_SCHEMA_VERSION = 2  # the same with `base`: a reader of version 1 would take the file for the whole
 TOLERANCE = 1e-6  # relative; figures on a card are written with all their digits
@@ -116,7 +117,7 @@ class Method(_Part):
 
     name: Text
     hyperparameters: Plain = {}
-    seed: Count
+    seed: Count | None = None
 
 
 class SparsityPart(_Part):
@@ -188,7 +189,7 @@ class Cost(_Part):
     """What the model costs beside its dense twin."""
 
     parameters: ParameterCount
-    flops: FlopCount
+    flops: FlopCount | None = None
     bytes: ByteCount
 
 
@@ -251,7 +252,7 @@ class Training(_Part):
     """The command that made the model and its figures, and how long it ran."""
 
     command: Text
-    seconds: NonNegative
+    seconds: NonNegative | None = None
 
 
 class Data(_Part):
@@ -285,7 +286,11 @@ class Base(_Part):
 
 
 class Card(_Part):
-    """Everything that a bundle says about itself. See the fields' own types."""
+    """Everything that a bundle says about itself. See the fields' own types.
+
+    A model of the domain `own` was saved by somebody who measured nothing: its card may lack figures, twin,
+    FLOPs, seed and time. No other card may.
+    """
 
     schema_version: Literal[1, 2]
     name: ModelName
@@ -296,7 +301,7 @@ class Card(_Part):
     method: Method
     sparsity: Sparsity
     cost: Cost
-    metrics: Annotated[list[Metric], Field(min_length=1)]
+    metrics: list[Metric] = []
     dense_twin: ModelReference | None = None
     training: Training
     data: Data
@@ -321,6 +326,16 @@ class Card(_Part):
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(f"metrics has {' / '.join(key)} twice")
+        if self.domain == OWN:
+            return self
+        known = {
+            "metrics": self.metrics,
+            "method.seed": self.method.seed is not None,
+            "cost.flops": self.cost.flops,
+        }
+        for field, stated in (known | {"training.seconds": self.training.seconds is not None}).items():
+            if not stated:
+                raise ValueError(f"{field} is missing; only models of the domain {OWN!r} may lack it")
         if self.method.name == "dense":
             if self.dense_twin is not None or any(metric.dense for metric in self.metrics):
                 raise ValueError("a dense model is its own twin: leave dense_twin and metrics.dense out")
@@ -333,6 +348,17 @@ class Card(_Part):
             if metric.dense.name != self.dense_twin:
                 raise ValueError(f"metrics.dense.name {metric.dense.name!r} is not {self.dense_twin!r}")
         return self
+
+    @property
+    def seed(self) -> int:
+        """That of the stored model.
+
+        Raises:
+            CardError: it is not stated.
+        """
+        if self.method.seed is None:
+            raise CardError(f"{self.name}: its card states no seed: the model was saved as it was")
+        return self.method.seed
 
     @property
     def reference(self) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from zoo.bundles.card import Card, Metric, mean_and_spread
 from zoo.bundles.catalog import Bundle, find, twin_of
 from zoo.bundles.store import load_bundle, save
-from zoo.errors import TaskError
+from zoo.errors import ConfigError, TaskError
 from zoo.harness.evidence import record_evidence
 from zoo.harness.records import Record
 from zoo.harness.runner import evaluate
@@ -261,10 +261,12 @@ def publish_like(
     """
     source = like if isinstance(like, Bundle) else find(like)
     card, folder = source.card, Path(out)
+    if not card.metrics:
+        raise ConfigError(f"{card.name} has no figures to measure again: save the model without like=")
     kept = masks if masks is not None else masks_of(model)
     twin = twin_of(source) if card.dense_twin is not None else source if kept else None
     trained = Trained(
-        {card.method.seed: model},
+        {card.seed: model},
         card.architecture.model_dump(),
         "own" if twin is not None and card.method.name == "dense" else card.method.name,
         card.method.hyperparameters,
@@ -294,7 +296,7 @@ class _Twin:
         if task not in self.measured:
             self.measured |= _measure(load_bundle(self.bundle), [task])
         value = _value(self.measured[task], metric)[0]
-        per_seed = {card.method.seed: value}
+        per_seed = {card.seed: value}
         if self.evidence is not None:
             self.evidence.record(card.name, task, metric, per_seed)
         return {"name": card.name, "value": value, **summary_of(per_seed)}
@@ -353,7 +355,7 @@ def cost_beside(model: nn.Module, task: str, twin: Card | None) -> dict[str, Any
     flops = get_task(task).flops(model)
     if flops is None and twin is None:
         raise TaskError(f"{task} counts no operations of {type(model).__name__}")
-    known = twin.cost.flops.dense if twin is not None else 0
+    known = twin.cost.flops.dense if twin is not None and twin.cost.flops is not None else 0
     cost: dict[str, Any] = {
         # A task that counts no operations cannot say what was saved: the dense figure stands for both.
         "flops": {

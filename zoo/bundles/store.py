@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.bundles import base as bases
+from zoo.bundles import own as own_models
 from zoo.bundles.building import build, fill_model, refusing
 from zoo.bundles.card import (
     BASE_SCHEMA_VERSION,
@@ -39,6 +40,7 @@ from zoo.shared.masks import MaskSet, SparsityReport, masks_of, set_masks
 from zoo.shared.ops import packing
 from zoo.shared.store.formats import PackedContents, PackedReport, load_packed, save_packed
 from zoo.shared.store.io import sha256_file
+from zoo.shared.structure.relatives import copied
 
 __all__ = ["Bundle", "ModelInfo", "find", "info", "load", "load_bundle", "open_bundle", "save"]
 
@@ -64,6 +66,7 @@ def load(
     execution: Execution = "masked",
     version: str | None = None,
     offline: bool | None = None,
+    into: nn.Module | type[nn.Module] | None = None,
 ) -> nn.Module:
     """Load a pretrained sparse model.
 
@@ -73,6 +76,7 @@ def load(
             swaps in modules that skip the zeros, for inference. Outputs are the same within 1e-5.
         version: the version wanted, the same as a pin in the name.
         offline: whether the hub may not be asked; None leaves it to `ZOO_OFFLINE` and `HF_HUB_OFFLINE`.
+        into: of a model that was saved without a card: its class, or a model of it, which is filled.
 
     Returns:
         The module on the CPU in eval mode, its masks recorded (`zoo.shared.masks.masks_of`), with a
@@ -85,10 +89,12 @@ def load(
         ConfigError: an unknown execution, or an architecture whose package is not installed.
     """
     _check_execution(execution)
-    return load_bundle(find(name, version, offline), execution)
+    return load_bundle(find(name, version, offline), execution, into)
 
 
-def load_bundle(bundle: Bundle, execution: Execution = "masked") -> nn.Module:
+def load_bundle(
+    bundle: Bundle, execution: Execution = "masked", into: nn.Module | type[nn.Module] | None = None
+) -> nn.Module:
     """Load the model of a bundle that is at hand; see `load`."""
     _check_execution(execution)
     contents = _unpack(bundle)
@@ -97,7 +103,14 @@ def load_bundle(bundle: Bundle, execution: Execution = "masked") -> nn.Module:
     with refusing(bundle.card.name, f" in {bundle.folder}"):
         if base is not None:
             contents = bases.restore(contents, base)
-    model = build(bundle.card, contents.tensors)
+    if bundle.card.architecture.name.startswith(own_models.PYTHON):
+        model = own_models.handed(bundle.card, into, contents.tensors)
+    elif into is None:
+        model = build(bundle.card, contents.tensors)
+    else:
+        raise ConfigError(
+            f"{bundle.card.name} is a {bundle.card.architecture.name} of the zoo: leave into out"
+        )
     with refusing(bundle.card.name, f" in {bundle.folder}"):
         fill_model(model, contents.tensors)
         set_masks(model, contents.masks)
@@ -137,8 +150,13 @@ def save(
     extras: Mapping[str, Tensor] | None = None,
     base: Bundle | str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    name: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model as a bundle, the whole folder or nothing, after proving that it loads back bit for bit.
+
+    With neither `card` nor `like` any module is saved as it is, of a class that nobody registered: its card
+    says what can be counted, and `zoo.load(folder, into=...)` is given the class or a model of it.
 
     What can be measured is measured and replaces what the card says: `weights`, `cost.parameters.kept`,
     `cost.bytes.sparse`, `cost.bytes.on_disk`, the parts of `sparsity` with a mask, and the overall share.
@@ -158,6 +176,8 @@ def save(
         base: a bundle whose tensors are not stored again where the model's are the same, bit for bit, or the
             same under a mask. It must be found from `folder` again; see `zoo.bundles.catalog.base_of`.
         overwrite: whether a bundle that is there may be replaced; it stays until the new one is complete.
+        name: of a model that is saved as it is, `own/...`; by default the folder's.
+        arguments: with which the class of such a model makes it again, as plain values.
 
     Returns:
         The folder.
@@ -166,21 +186,30 @@ def save(
         BundleError: the folder is taken or cannot be written, zeros are lost, it does not load back, or the
             base shares nothing with the model or stands on another one itself.
         CardError: the card breaks the schema.
-        ConfigError: neither a card nor `like`, or both.
+        ConfigError: both a card and `like`, or neither for a model that was loaded from the zoo.
         MaskError: the masks do not fit the model.
         UnknownNameError: nobody registered the architecture on the card.
     """
-    if (card is None) == (like is None):
-        raise ConfigError("save needs a card, or like=BUNDLE whose figures are measured again; not both")
+    if card is not None and like is not None:
+        raise ConfigError("save takes a card, or like=BUNDLE whose figures are measured again; not both")
     if like is not None:
         from zoo.bundles.publish import publish_like
 
         return publish_like(model, folder, like, masks=masks, extras=extras, base=base, overwrite=overwrite)
-    assert card is not None
+    kept = masks if masks is not None else masks_of(model) or MaskSet({})
+    if card is None:
+        known = getattr(model, "zoo_info", None)
+        if isinstance(known, ModelInfo) and known.card.domain != own_models.OWN:
+            raise ConfigError(
+                f"this model was loaded as {known.card.name}: save it with like={known.card.name!r}, whose "
+                "figures are measured again, or with a card"
+            )
+        card = own_models.own_fields(model, Path(folder), kept, name, arguments)
+    elif name is not None or arguments is not None:
+        raise ConfigError("a card has a name and arguments already: leave name and arguments out")
     fields = copy.deepcopy(card.to_dict() if isinstance(card, Card) else dict(card))
     whole = isinstance(card, Card) and base is None and card.base is None
     described = fields["weights"]["sha256"] if whole else None  # equal content gives equal bytes
-    kept = masks if masks is not None else masks_of(model) or MaskSet({})
     if lost := kept.lost_zeros(model):
         raise BundleError(
             f"{folder}: {lost[0]!r} has non-zero values where its mask drops. Call masks.apply_(model) first."
@@ -208,7 +237,7 @@ def save(
             )
         written = parse_card(fields, str(Path(folder) / CARD_FILE))
         (temporary / CARD_FILE).write_text(written.to_yaml(), encoding="utf-8")
-        _prove(Bundle(written, temporary), state, kept)
+        _prove(Bundle(written, temporary), model, state, kept)
 
     return publish_folder(Path(folder), write, overwrite)
 
@@ -352,9 +381,14 @@ def _part(kept: int, total: int, pattern: str) -> dict[str, Any]:
     return {"kept": kept, "total": total, "sparsity": share_dropped(kept, total), "pattern": pattern}
 
 
-def _prove(bundle: Bundle, state: Mapping[str, Tensor], masks: MaskSet) -> None:
+def _prove(bundle: Bundle, model: nn.Module, state: Mapping[str, Tensor], masks: MaskSet) -> None:
     """Load what was written and compare it with what was meant."""
-    loaded = load_bundle(bundle)
+    into = None
+    if bundle.card.architecture.name.startswith(own_models.PYTHON):
+        into = copied(model)
+        for tensor in into.state_dict().values():
+            tensor.zero_()  # nothing may come back that was not stored
+    loaded = load_bundle(bundle, into=into)
     again = loaded.state_dict()
     for name, tensor in state.items():
         if not _same_bits(again[name], tensor):

@@ -96,8 +96,7 @@ def list_command(argv: Sequence[str]) -> int:
             numbers.percent(card.sparsity.overall),
             numbers.count(card.cost.parameters.kept),
             numbers.size(card.weights.bytes) + (f" + {numbers.size(card.base.bytes)}" if card.base else ""),
-            f"{card.metrics[0].metric} {numbers.value(card.metrics[0].value)}",
-            numbers.value(card.metrics[0].dense.value) if card.metrics[0].dense else "",
+            *_first_figure(card),
         ]
         for card in cards
     ]
@@ -130,11 +129,12 @@ def show_command(argv: Sequence[str]) -> int:
     console.print(card.summary, markup=False)
     for table in _card_tables(card):
         show_table(console, table)
+    took, seed = card.training.seconds, "" if card.method.seed is None else f" seed={card.method.seed}"
     facts = {
         "Architecture": f"{card.architecture.name} {_arguments(card.architecture.args)}",
-        "Method": f"{card.method.name} {_arguments(card.method.hyperparameters)} seed={card.method.seed}",
-        "Dense twin": card.dense_twin or "it is dense itself",
-        "Made by": f"{card.training.command}  ({numbers.seconds(card.training.seconds)})",
+        "Method": f"{card.method.name} {_arguments(card.method.hyperparameters)}{seed}",
+        "Dense twin": card.dense_twin or ("it is dense itself" if card.method.name == "dense" else "none"),
+        "Made by": card.training.command + ("" if took is None else f"  ({numbers.seconds(took)})"),
         "Data": f"{card.data.name}, {card.data.source}, {card.data.licence}",
         "Licence": card.license,
         "Citation": card.citation.strip(),
@@ -186,6 +186,17 @@ def _list_names(options: List) -> int:
     return 0
 
 
+def _first_figure(card: Card) -> tuple[str, str]:
+    """The first figure of a card, and that of the dense twin."""
+    if not card.metrics:
+        return "not measured", ""
+    metric = card.metrics[0]
+    return (
+        f"{metric.metric} {numbers.value(metric.value)}",
+        numbers.value(metric.dense.value) if metric.dense else "",
+    )
+
+
 def _brief(card: Card) -> dict[str, Any]:
     return {
         "name": card.name,
@@ -195,7 +206,7 @@ def _brief(card: Card) -> dict[str, Any]:
         "summary": card.summary,
         "sparsity": card.sparsity.overall,
         "parameters": card.cost.parameters.model_dump(),
-        "flops": card.cost.flops.model_dump(),
+        "flops": card.cost.flops.model_dump() if card.cost.flops else None,
         "bytes": card.cost.bytes.model_dump(),
         "base": card.base.model_dump() if card.base else None,
         "metrics": [
@@ -228,16 +239,17 @@ def _card_tables(card: Card) -> list[Any]:
             ]
         )
     columns = ["task", "metric", "this model", "dense twin", "mean ± spread (seeds)", "dense twin's"]
-    cost = card.cost
+    cost, flops = card.cost, card.cost.flops
     costs = [
         ["parameters", numbers.count(cost.parameters.dense), numbers.count(cost.parameters.kept)],
-        ["FLOPs per pass", numbers.count(cost.flops.dense), numbers.count(cost.flops.sparse)],
+        *([["FLOPs per pass", numbers.count(flops.dense), numbers.count(flops.sparse)]] if flops else []),
         ["tensors", numbers.size(cost.bytes.dense), numbers.size(cost.bytes.sparse)],
         ["file on disk", "", numbers.size(cost.bytes.on_disk)],
     ]
     if card.base is not None:
         costs.append(["its base's file", "", numbers.size(card.base.bytes)])
-    tables = [Table("Measured", columns, metrics), Table("Cost", ["", "dense", "sparse"], costs)]
+    tables = [Table("Measured", columns, metrics)] if metrics else []
+    tables.append(Table("Cost", ["", "dense", "sparse"], costs))
     if card.sparsity.parts:
         parts = [
             [name, f"{part.kept:,}", f"{part.total:,}", numbers.percent(part.sparsity), part.pattern]

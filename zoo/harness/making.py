@@ -72,7 +72,7 @@ def make_bundle(
     made = method.sparsify(model, job(model)) if job is not None else method.sparsify(model)
     seconds = time.perf_counter() - start
     steps.next("measuring it")
-    seed = int(made.hyperparameters.get("seed", source.card.method.seed))
+    seed = int(made.hyperparameters.get("seed", source.card.seed))
     architecture = source.card.architecture.model_dump()
     about = About.like(
         source.card, origin.name, f"{source.card.name} sparsified by {origin.method}.", origin.command

@@ -202,6 +202,8 @@ def tasks_for(subject: Subject, tasks: Tasks | None) -> list[Task]:
             raise TaskError(
                 f"{subject.name} has no card that says what to measure; name the tasks, e.g. tasks='graph/*'"
             )
+        if not subject.card.metrics:
+            raise TaskError(f"the card of {subject.name} states no figure; name the tasks to measure")
         return [get_task(name) for name in dict.fromkeys(metric.task for metric in subject.card.metrics)]
     asked: list[Task] = []
     for task in [tasks] if isinstance(tasks, str | Task) else tasks:
@@ -294,7 +296,7 @@ def _cost(subject: Subject, model: nn.Module, task: Task) -> Cost:
         cost = subject.card.cost
         return Cost(
             parameters=Pair(dense=cost.parameters.dense, sparse=cost.parameters.kept),
-            flops=Pair(dense=cost.flops.dense, sparse=cost.flops.sparse),
+            flops=Pair(dense=cost.flops.dense, sparse=cost.flops.sparse) if cost.flops else None,
             bytes=Pair(dense=cost.bytes.dense, sparse=cost.bytes.sparse),
             bytes_on_disk=subject.card.bytes_needed,
         )

@@ -46,7 +46,7 @@ def evidence_checks(card: Card, tolerance: float) -> Iterator[Check]:
     stored, why = _recorded(card)
     if stored is None:
         for metric in several:
-            seeds = [seed for seed in metric.per_seed if seed != card.method.seed]
+            seeds = [seed for seed in metric.per_seed if seed != card.seed]
             label = f"{metric.task}: {metric.metric}, seeds {', '.join(map(str, seeds))}"
             yield Check(label, listed({seed: metric.per_seed[seed] for seed in seeds}), "", None, why)
         return

@@ -179,6 +179,8 @@ def _cost(subject: _Subject) -> Iterator[Check]:
     yield beside("bytes, dense", cost.bytes.dense, dense_bytes)
     yield exact("bytes, packed", cost.bytes.sparse, packed)
     yield exact("bytes on disk", cost.bytes.on_disk, subject.bundle.weights.stat().st_size)
+    if cost.flops is None:
+        return
     task = get_task(subject.card.metrics[0].task)
     flops = task.flops(model)
     if flops is None:
@@ -256,10 +258,10 @@ def _quality(subject: _Subject, tolerance: float) -> Iterator[Check]:
         yield close(label, metric.value, measured.value, tolerance)
         if measured.stderr is not None:
             yield close(f"{label}, stderr", metric.stderr, measured.stderr, tolerance)
-        seed = card.method.seed
+        seed = card.seed
         yield _seed(f"{label}, seed {seed}", metric.per_seed.get(seed), measured.value, tolerance)
         if metric.dense is not None and subject.twin is not None:
-            dense, seed = others[metric.task].metrics[metric.metric], subject.twin.card.method.seed
+            dense, seed = others[metric.task].metrics[metric.metric], subject.twin.card.seed
             yield close(f"{label}, dense twin", metric.dense.value, dense.value, tolerance)
             stated = metric.dense.per_seed.get(seed)
             yield _seed(f"{label}, dense twin, seed {seed}", stated, dense.value, tolerance)

@@ -21,8 +21,8 @@ def shelf_plot(cards: Iterable[Card]) -> Plot:
     """
     points: dict[str, list[tuple[float, float]]] = {}
     for card in cards:
-        metric = card.metrics[0]
-        if metric.dense is None or not (metric.value > 0 and metric.dense.value > 0):
+        metric = next(iter(card.metrics), None)
+        if metric is None or metric.dense is None or not (metric.value > 0 and metric.dense.value > 0):
             continue
         quality = metric.value / metric.dense.value
         if get_task(metric.task).direction(metric.metric) < 0:

@@ -138,9 +138,10 @@ def _joined(study: Study, first: Any, other: Study, second: Any, path: Path) -> 
     """The options of both runs: lists and counts that decide no cell joined, all else alike."""
     if other is not study:
         raise DataError(f"{path} is a result of {other.name!r}, not of {study.name!r}")
-    changed = {}
+    changed: dict[str, Any] = {}
     for field in dataclasses.fields(first):
-        ours, theirs = getattr(first, field.name), getattr(second, field.name)
+        ours: Any = getattr(first, field.name)
+        theirs: Any = getattr(second, field.name)
         if ours == theirs:
             continue
         if field.name not in study.varies:

@@ -156,11 +156,18 @@ def test_sr_ste_pulls_masked_weights_to_zero(job_of):
 
 
 def test_a_ticket_goes_back_to_the_early_weights(net, job_of):
-    job = job_of(epochs=2, lr=0.0, weight_decay=0.0)
-    made = LotteryTicket(0.5, rounds=1, rewind=0).sparsify(net, job)
-    fresh = reinitialised(net, 0)  # with no learning at all, what is kept are the initial weights
+    seen = []
+    job = watched(
+        job_of(epochs=2), lambda m: seen.append({n: p.detach().clone() for n, p in m.named_parameters()})
+    )
+    made = LotteryTicket(0.5, rounds=1, rewind=1).sparsify(net, job)
+    early, again = (
+        seen[3],
+        seen[6],
+    )  # the second epoch's start: of the dense training, and of the round after it
+    assert not torch.equal(seen[5]["3.weight"], early["3.weight"])
     for name, mask in made.masks.items():
-        assert torch.equal(made.model.get_parameter(name), fresh.get_parameter(name) * mask.keep)
+        assert torch.equal(again[name], early[name] * mask.keep)
     with pytest.raises(ConfigError, match="rewind"):
         LotteryTicket(0.5, rewind=2).sparsify(net, job)
 

@@ -95,7 +95,7 @@ def jackpots(seed: int) -> Figures:
     return out
 
 
-def _best(method: Method, dense: Classifier, seed: int, grid: Mapping[str, Sequence[float]]) -> nn.Module:
+def _best(method: Any, dense: Classifier, seed: int, grid: Mapping[str, Sequence[float]]) -> nn.Module:
     """What a method makes with the one value of an option, its own or the recipe's, that is best on the
     validation images."""
     (name, values), made = next(iter(grid.items())), []

@@ -158,9 +158,11 @@ def at_best_penalty(rows: Rows, options: StructuredOptions) -> Rows:
     for row in rows:
         tried = found.setdefault((row["arm"], row["level"]), {})
         tried.setdefault(row["penalty"], []).append(row["validation"])
-    best = {
-        where: max(tried, key=lambda one, t=tried: statistics.fmean(t[one])) for where, tried in found.items()
+    means = {
+        where: {one: statistics.fmean(values) for one, values in tried.items()}
+        for where, tried in found.items()
     }
+    best = {where: max(tried, key=tried.__getitem__) for where, tried in means.items()}
     return [row for row in rows if row["penalty"] == best[row["arm"], row["level"]]]
 
 
