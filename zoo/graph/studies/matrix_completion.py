@@ -33,14 +33,14 @@ class CompletionOptions(StudyOptions):
     """Options of the experiment.
 
     Args:
-        data: ratings, noisy (a matrix of rank 5), entries and ranks (times over a decade of each).
+        parts: ratings, noisy (a matrix of rank 5), entries and ranks (times over a decade of each).
         seeds: how many, from 0.
         samples: entries a degree of freedom of the noisy matrix.
         entries: sizes that are timed.
         ranks: that are timed.
     """
 
-    data: tuple[str, ...] = ("ratings", "noisy", "entries", "ranks")
+    parts: tuple[str, ...] = ("ratings", "noisy", "entries", "ranks")
     seeds: int = 5
     samples: tuple[float, ...] = (2.0, 3.0, 5.0)
     entries: tuple[int, ...] = (100_000, 215_000, 464_000, 1_000_000)
@@ -178,17 +178,17 @@ def timed(make: Completion, size: int, rank: int, seed: int) -> Row:
 
 def measure(make: Any, options: CompletionOptions, case: Row, cells: CellCache) -> Row | list[Row]:
     """The error on entries that were not seen; of times, all of the decade and the exponent."""
-    data, seed = case["data"], case["seed"]
-    if data == "ratings":
+    part, seed = case["part"], case["seed"]
+    if part == "ratings":
         return completed(make, ratings(seed), (2, 5, 10), (6.0, 10.0, 15.0, 20.0), seed)
-    if data == "noisy":
+    if part == "noisy":
         split = low_rank((400, 300), 5, round(case["level"] * 5 * 695), 0.5, seed)
         penalties = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0) if make == SOFT else (0.01, 0.1, 0.3, 1.0)
         return completed(make, split, (4, 5, 7), penalties, seed)
-    sizes = options.entries if data == "entries" else options.ranks
+    sizes = options.entries if part == "entries" else options.ranks
     found = []
     for size in sizes:
-        of = (size, 10) if data == "entries" else (200_000, size)
+        of = (size, 10) if part == "entries" else (200_000, size)
         found.append({**timed(make, *of, seed), "level": size})
     slope = np.polyfit(np.log(sizes), np.log([row["seconds"] for row in found]), 1)[0]
     return [*found, {"level": "exponent", "exponent": float(slope)}]
@@ -196,14 +196,13 @@ def measure(make: Any, options: CompletionOptions, case: Row, cells: CellCache) 
 
 def cases(options: CompletionOptions) -> Iterator[Row]:
     """All arms of a seed before the next seed."""
-    for data in options.data:
-        for level in options.samples if data == "noisy" else (data,):
+    for part in options.parts:
+        arms = {"ratings": list(ARMS), "noisy": [SKETCHED, WARM, EXACT, SOFT]}.get(
+            part, [SKETCHED, WARM, EXACT]
+        )
+        for level in options.samples if part == "noisy" else (part,):
             for seed in range(options.seeds):
-                for arm in ARMS:
-                    if (data not in ("entries", "ranks") or arm in (SKETCHED, WARM, EXACT)) and not (
-                        data == "noisy" and arm == BIAS
-                    ):
-                        yield {"data": data, "arm": arm, "level": level, "seed": seed}
+                yield from ({"part": part, "arm": arm, "level": level, "seed": seed} for arm in arms)
 
 
 _GRID = Tuned("rank, ridge", "entries held back", ("3 ranks", "4 ridges"))
@@ -217,7 +216,7 @@ ARMS = {
 RMSE = Value("rmse", 1.0, 4, "RMSE", 4, lower=True)
 SECONDS = Value("seconds", 1.0, 3, "s", 3, lower=True)
 EXPONENT = Value("exponent", 1.0, 2, "", 2, lower=True)
-RATINGS, NOISY, SIZES, RANKS = ({"data": d} for d in ("ratings", "noisy", "entries", "ranks"))
+RATINGS, NOISY, SIZES, RANKS = ({"part": d} for d in ("ratings", "noisy", "entries", "ranks"))
 EQUAL = "approximate updates lose nothing"
 
 
@@ -279,8 +278,8 @@ STUDY = Study(
         ),
     ],
     value=RMSE,
-    data=lambda options, case: filmtrust() if case["data"] == "ratings" else (),
-    by=("data",),
+    data=lambda options, case: filmtrust() if case["part"] == "ratings" else (),
+    by=("part",),
     titles={
         "ratings": "FilmTrust",
         "noisy": "rank 5, 400 x 300, noise 0.5",
