@@ -1,4 +1,4 @@
-"""Jobs on the graphs of the zoo."""
+"""Jobs on the graphs and click tables of the zoo."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from zoo.errors import ConfigError
+from zoo.graph.clicks import DeepFM, click_job
 from zoo.graph.data import load_graph
 from zoo.graph.method import dataset_of
 from zoo.graph.models import GraphModel
 from zoo.graph.train import graph_job
 from zoo.shared.train import Job, Recipe, device_named
+from zoo.tables import adult
 
 
 def make_job(
@@ -21,7 +23,7 @@ def make_job(
     device: str | torch.device = "cpu",
     model: nn.Module | None = None,
 ) -> Job:
-    """Full-batch training on a graph by name.
+    """Full-batch training on a graph by name; of a DeepFM training on Adult.
 
     Args:
         dataset: cora, citeseer, pubmed, cs, digits, a plug-in's, or a file; by default the one on the model's
@@ -29,12 +31,16 @@ def make_job(
         recipe: by default TEDDY's.
         seed: of dropout.
         device: where to train; the model is moved there.
-        model: whose inputs the graph is converted to; of the zoo's GCN, GAT and GIN.
+        model: whose inputs the graph is converted to; of the zoo's GCN, GAT and GIN, or a DeepFM.
 
     Raises:
         ConfigError: no such model is given, or one without a card and no graph.
         DataError: an unknown graph.
     """
+    if isinstance(model, DeepFM):
+        if dataset not in (None, "adult"):
+            raise ConfigError(f"a DeepFM trains on adult; received {dataset!r}")
+        return click_job(adult(), recipe, seed)
     if not isinstance(model, GraphModel):
         raise ConfigError(
             f"a graph is prepared for one of the zoo's GCN, GAT and GIN. Received: {type(model).__name__}."

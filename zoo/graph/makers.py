@@ -7,11 +7,14 @@ from torch import nn
 
 from zoo.bundles.make import Work
 from zoo.bundles.recipes import Row
+from zoo.graph.clicks import RECIPE, DeepFM, click_job
 from zoo.graph.data import load_graph
 from zoo.graph.train import graph_job, graph_recipe, train_best
 from zoo.methods.contract import Sparsified
 from zoo.registry import ARCHITECTURES
 from zoo.shared.masks import MaskSet
+from zoo.shared.train import Recipe
+from zoo.tables import adult
 
 
 def dense(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
@@ -21,3 +24,11 @@ def dense(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsifie
     data = load_graph(str(row.dataset))
     train_best(model, graph_job(model.to(work.device), data, graph_recipe(**row.recipe), seed=seed))
     return Sparsified(model.cpu().eval(), MaskSet({}))
+
+
+def clicks(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A dense click model on Adult: the epoch of the best area on the rows held back."""
+    torch.manual_seed(seed)
+    model = DeepFM(adult().sizes.tolist(), **row.options)
+    click_job(adult(), Recipe(**{**RECIPE, **row.recipe}), seed).fit(model, macs=lambda: 0.0).run()
+    return Sparsified(model.eval(), MaskSet({}), arguments=model.current_arguments())
