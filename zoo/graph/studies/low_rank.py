@@ -142,6 +142,13 @@ ARMS = {
     FURTHER: Arm(flat=True, tuned=_SHARED),
 }
 AUC, RAW = Value("auc", 100.0, 2, "AUC points", 2), Value("raw", 100.0, 2, "AUC points", 2)
+COLUMNS = {
+    "AUC, %": AUC,
+    "before tuning, %": RAW,
+    "log-loss": Value("loss", 1.0, 4),
+    "parameters": Value("parameters", 1.0, 0),
+    "ms of 4,096 rows": Value("ms", 1.0, 1),
+}
 STUDY = Study(
     "low-rank-clicks",
     "Click models made thin by low rank",
@@ -174,18 +181,8 @@ STUDY = Study(
     varies=("seeds", "ratios", "device"),
     data=lambda options, case: TABLES[options.table](),
     tables=[
-        Columns(
-            "AUC and size",
-            {
-                "AUC, %": AUC,
-                "before tuning, %": RAW,
-                "log-loss": Value("loss", 1.0, 4),
-                "parameters": Value("parameters", 1.0, 0),
-                "ms of 4,096 rows": Value("ms", 1.0, 1),
-            },
-            levels=(),
-            heading="ratio",
-        ),
+        Columns("Thin models", COLUMNS, arms=(OUTPUTS, WEIGHTS, RANDOM, SMALL), levels=(), heading="ratio"),
+        Columns("Dense models", COLUMNS, arms=(DENSE, FURTHER)),
     ],
     plots=[
         Curves(
