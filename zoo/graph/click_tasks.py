@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from zoo.errors import TaskError
 from zoo.graph.clicks import DeepFM, area, logits_of, parts_of
-from zoo.harness.tasks import Measure, Progress, Task, TaskResult, register_task
+from zoo.harness.tasks import Flops, Measure, Progress, Task, TaskResult, register_task
+from zoo.shared.measure.account import count
 from zoo.tables import adult
 
 
@@ -41,3 +42,8 @@ class Adult(Task):
         found = TaskResult.from_samples({"log_loss": losses.double().tolist()}, f"adult:{len(labels)}")
         metrics = {"auc": Measure(area(logits, labels)), **found.metrics}
         return TaskResult(metrics, found.samples, found.n, found.sample_set)
+
+    def flops(self, model: nn.Module) -> Flops:
+        """Operations for one row."""
+        total = count(model, (parts_of(adult())[2][0][:1],)).total
+        return Flops(total.flops, total.flops_kept)

@@ -186,7 +186,7 @@ STUDY = Study(
     ],
     plots=[
         Curves(
-            "low-rank-clicks",
+            "auc",
             "AUC by parameters",
             "parameters",
             "AUC (%)",

@@ -304,7 +304,7 @@ STUDY = Study(
     ],
     plots=[
         Curves(
-            "matrix-completion-{slug}",
+            "times-{slug}",
             "{where}: seconds of four rounds",
             "logarithm (base 10)",
             "seconds, logarithm (base 10)",

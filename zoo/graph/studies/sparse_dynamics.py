@@ -306,7 +306,7 @@ STUDY = Study(
     ],
     plots=[
         Curves(
-            "sparse-dynamics-{slug}",
+            "errors-{slug}",
             "Error of ten moves by ReLUs",
             "ReLUs (logarithm, base 2)",
             "error, logarithm (base 10)",
