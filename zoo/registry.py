@@ -255,6 +255,8 @@ register_task = TASKS.register
 register_study = STUDIES.register
 
 MAKERS.register("sparsify", "zoo.bundles.make:sparsify")
+EXPORTERS.register("onnx", "zoo.bundles.interchange:ExportOnnx")
+EXPORTERS.register("torch-export", "zoo.bundles.interchange:ExportProgram")
 for _name, _class in {  # methods that belong to no domain
     "prune": "prune:Prune",
     "magnitude": "magnitude:MagnitudePruning",

@@ -41,7 +41,7 @@ def masks_from_zeros(model: nn.Module, at_least: float = 0.05) -> MaskSet:
         MaskError: no parameter has so many zeros.
     """
     found = {
-        name: _masked(parameter.detach() != 0)
+        name: masked(parameter.detach() != 0)
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and parameter.numel()
         if float((parameter.detach() == 0).double().mean()) >= at_least
@@ -68,7 +68,7 @@ def plain_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], MaskSet
             keep = _part(state, f"{own}_mask", name) != 0
             if keep.shape != tensor.shape:
                 raise MaskError(f"{own}_mask is {list(keep.shape)}, {name} {list(tensor.shape)}")
-            plain[own], masks[own] = torch.where(keep, tensor, 0), _masked(keep)
+            plain[own], masks[own] = torch.where(keep, tensor, 0), masked(keep)
             used |= {name, f"{own}_mask"}
         elif last == "compressed":
             own = f"{where}weight"
@@ -98,10 +98,10 @@ def _decompressed(state: Mapping[str, Tensor], where: str, values: Tensor) -> tu
         )
     dense = torch.zeros(shape, dtype=values.dtype)
     dense[keep] = values.flatten().cpu()
-    return dense, _masked(keep)
+    return dense, masked(keep)
 
 
-def _masked(keep: Tensor) -> Mask:
+def masked(keep: Tensor) -> Mask:
     """The mask with the narrowest pattern among those that kernels know."""
     pattern: Pattern = NM(2, 4)
     try:

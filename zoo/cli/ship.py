@@ -62,8 +62,8 @@ class Export:
     """A name, folder or hf://owner/name."""
 
     to: Path
-    """FILE.safetensors, or a folder for model.safetensors and card.json; or what a domain writes: viewer or
-    turntable for scenes, with --out FILE."""
+    """FILE.safetensors, or a folder for model.safetensors and card.json; or, with --out FILE, onnx or
+    torch-export; gguf for language models; viewer or turntable for scenes."""
 
     overwrite: bool = False
     """Replace a file that is there."""

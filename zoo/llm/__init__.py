@@ -10,6 +10,7 @@ from typing import Any
 
 from zoo.registry import (
     ARCHITECTURES,
+    EXPORTERS,
     FINETUNERS,
     FOLDERS,
     GENERATORS,
@@ -48,6 +49,7 @@ FINETUNERS.register("llm", "zoo.llm.finetune:Finetune")
 JOBS.register("llm", "zoo.llm.domain:make_job")
 FOLDERS.register("llm/config.json", "zoo.llm.folders:sparsify_folder")
 TASKS.register("llm/text", "zoo.llm.tasks:TextFile")
+EXPORTERS.register("gguf", "zoo.llm.gguf:ExportGguf")
 GENERATORS.register("llm", "zoo.llm.generate:generate")
 TASKS.register("llm/sparsity-embedded", "zoo.llm.sparsity_task:EmbeddedSparsity")
 TASKS.register("llm/sparsity-tinystories", "zoo.llm.sparsity_task:TinyStoriesSparsity")

@@ -99,7 +99,7 @@ class Bidirectional(nn.Module):
             pattern.check_shape(tuple(layer.weight.shape))
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The dense weight, whose dtype some networks (T5) look up before they call the layer."""
         return self.layer.weight
 
@@ -108,7 +108,7 @@ class Bidirectional(nn.Module):
         """Raises MaskError: a network that asks (Mamba) computes the layer's product by itself."""
         raise MaskError(
             "a network that multiplies by a layer's weight and adds its bias without calling the layer would "
-            "train it densely; leave that layer out"
+            "train it densely; sr-ste and pgf mask the weight itself"
         )
 
     def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
