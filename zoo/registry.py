@@ -274,5 +274,6 @@ for _name, _class in {  # methods that belong to no domain
     "mask-sparsity": "mask_sparsity:MaskSparsity",
     "wgsef": "wgsef:WGSEF",
     "iss-p": "iss_p:ISSP",
+    "sparcl": "sparcl:SparCL",
 }.items():
     METHODS.register(_name, f"zoo.methods.{_class}")

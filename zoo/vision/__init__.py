@@ -8,7 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, FINETUNERS, JOBS, MAKERS, MEASURED, PRETRAINERS, STUDIES, TASKS
+from zoo.registry import (
+    ARCHITECTURES,
+    DATASETS,
+    FINETUNERS,
+    JOBS,
+    MAKERS,
+    MEASURED,
+    PRETRAINERS,
+    STUDIES,
+    TASKS,
+)
 
 ARCHITECTURES.register("vision/resnet", "zoo.vision.models:ResNet")
 ARCHITECTURES.register("vision/convnet", "zoo.vision.models:ConvNet")
@@ -26,6 +36,7 @@ TASKS.register("images", "zoo.vision.tasks:Own")
 TASKS.register("vision/set5-x2", "zoo.vision.superres:Set5")
 TASKS.register("vision/set14-x2", "zoo.vision.superres:Set14")
 TASKS.register("vision/lidar-scenes", "zoo.vision.lidar.tasks:Scenes")
+DATASETS.register("vision/mnist", "zoo.vision.studies.small:mnist")
 MEASURED.register("vision", "zoo.vision.domain:measured")
 MAKERS.register("vision/classifier", "zoo.vision.makers:classifier")
 MAKERS.register("vision/upscaler", "zoo.vision.makers:upscaler")
@@ -37,6 +48,7 @@ STUDIES.register("dsvt", "zoo.vision.studies.dsvt:STUDY")
 STUDIES.register("pruning-benchmark", "zoo.vision.studies.pruning:STUDY")
 STUDIES.register("pruning-claims", "zoo.vision.studies.claims:STUDY")
 STUDIES.register("structured-pruning", "zoo.vision.studies.structured:STUDY")
+STUDIES.register("sparcl", "zoo.vision.studies.sparcl:STUDY")
 STUDIES.register("superres-pruning", "zoo.vision.studies.superres:STUDY")
 STUDIES.register("spark", "zoo.vision.studies.spark:STUDY")
 
