@@ -7,6 +7,7 @@ import gzip
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class SmallOptions(StudyOptions):
 @functools.lru_cache(2)
 def _small(name: str, train: int, test: int) -> Images:
     data = load_images(name)
-    parts = {
+    parts: dict[str, Any] = {
         "train": _first(data.train, train),
         "val": _first(data.val, 1000),
         "test": _first(data.test, test),

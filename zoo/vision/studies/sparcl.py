@@ -105,7 +105,7 @@ def facts(view: View) -> list[Verdict]:
     return [view.fact(claim, "up to 23x less (abstract)", measured, ratio <= 0.35)]
 
 
-_plain = {"sparse_gradients": False, "removal": 0.0}
+_plain: dict[str, Any] = {"sparse_gradients": False, "removal": 0.0}
 _rate = Tuned("learning rate", "validation images", "lrs")
 ARMS = {
     DENSE: Arm(partial(SparCL, masks="dense", **_plain), tuned=_rate, flat=True),
