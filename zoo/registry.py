@@ -277,3 +277,4 @@ for _name, _class in {  # methods that belong to no domain
     "sparcl": "sparcl:SparCL",
 }.items():
     METHODS.register(_name, f"zoo.methods.{_class}")
+STUDIES.register("quick-selection", "zoo.methods.studies.quick_selection:STUDY")

@@ -332,8 +332,6 @@ class SparCL(TrainingMethod):
             raise ConfigError(f"the buffer of {self.buffer} is smaller than a batch of {batch}")
         if not 0 <= self.removal < 1:
             raise ConfigError(f"removal leaves out a share from 0 up to 1; received {self.removal}")
-        if self.masks not in ("dense", "static", "set", "task"):
-            raise ConfigError(f"masks are dense, static, set or task; received {self.masks!r}")
 
 
 def tasks_of(labels: Int[Tensor, " n"], tasks: int) -> list[Int[Tensor, " classes"]]:

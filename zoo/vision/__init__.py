@@ -49,6 +49,7 @@ STUDIES.register("pruning-benchmark", "zoo.vision.studies.pruning:STUDY")
 STUDIES.register("pruning-claims", "zoo.vision.studies.claims:STUDY")
 STUDIES.register("structured-pruning", "zoo.vision.studies.structured:STUDY")
 STUDIES.register("sparcl", "zoo.vision.studies.sparcl:STUDY")
+STUDIES.register("unlearning", "zoo.vision.studies.unlearning:STUDY")
 STUDIES.register("superres-pruning", "zoo.vision.studies.superres:STUDY")
 STUDIES.register("spark", "zoo.vision.studies.spark:STUDY")
 

@@ -1,0 +1,1 @@
+"""Studies of methods that belong to no domain."""
