@@ -26,6 +26,8 @@ EXPORTERS.register("viewer", "zoo.neural3d.exports:ExportViewer")
 EXPORTERS.register("turntable", "zoo.neural3d.exports:ExportTurntable")
 PICTURES.register("neural3d", "zoo.neural3d.exports:picture")
 METHODS.register("splat-pruning", "zoo.neural3d.methods.splat_pruning:SplatPruning")
+ARCHITECTURES.register("neural3d/dpmesh", "zoo.neural3d.methods.dpmesh:DPMeshNet")
+STUDIES.register("dpmesh", "zoo.neural3d.studies.dpmesh:STUDY")
 STUDIES.register("edge-gaussians", "zoo.neural3d.studies.edge_gaussians:STUDY")
 STUDIES.register("gvgen", "zoo.neural3d.studies.gvgen:STUDY")
 STUDIES.register("orex", "zoo.neural3d.studies.orex:STUDY")
@@ -46,6 +48,8 @@ JOBS.register("neural3d", "zoo.neural3d.domain:make_job")
 FINETUNERS.register("neural3d", "zoo.neural3d.finetune:Finetune")
 MAKERS.register("neural3d/gaussians", "zoo.neural3d.makers:gaussians")
 MAKERS.register("neural3d/field", "zoo.neural3d.makers:field")
+MAKERS.register("neural3d/network", "zoo.neural3d.networks:network")
+TASKS.register("neural3d/hidden-joints", "zoo.neural3d.studies.dpmesh:HiddenJoints")
 for _name, _class in (
     ("shapes", "Shapes"),
     ("shapes-arc", "ShapesArc"),
