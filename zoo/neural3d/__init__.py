@@ -28,6 +28,8 @@ PICTURES.register("neural3d", "zoo.neural3d.exports:picture")
 METHODS.register("splat-pruning", "zoo.neural3d.methods.splat_pruning:SplatPruning")
 ARCHITECTURES.register("neural3d/dpmesh", "zoo.neural3d.methods.dpmesh:DPMeshNet")
 STUDIES.register("dpmesh", "zoo.neural3d.studies.dpmesh:STUDY")
+ARCHITECTURES.register("neural3d/shapefusion", "zoo.neural3d.methods.shapefusion:SpiralNet")
+STUDIES.register("shapefusion", "zoo.neural3d.studies.shapefusion:STUDY")
 STUDIES.register("edge-gaussians", "zoo.neural3d.studies.edge_gaussians:STUDY")
 STUDIES.register("gvgen", "zoo.neural3d.studies.gvgen:STUDY")
 STUDIES.register("orex", "zoo.neural3d.studies.orex:STUDY")
@@ -50,6 +52,7 @@ MAKERS.register("neural3d/gaussians", "zoo.neural3d.makers:gaussians")
 MAKERS.register("neural3d/field", "zoo.neural3d.makers:field")
 MAKERS.register("neural3d/network", "zoo.neural3d.networks:network")
 TASKS.register("neural3d/hidden-joints", "zoo.neural3d.studies.dpmesh:HiddenJoints")
+TASKS.register("neural3d/region-edits", "zoo.neural3d.studies.shapefusion:RegionEdits")
 for _name, _class in (
     ("shapes", "Shapes"),
     ("shapes-arc", "ShapesArc"),
