@@ -30,6 +30,7 @@ ARCHITECTURES.register("neural3d/dpmesh", "zoo.neural3d.methods.dpmesh:DPMeshNet
 STUDIES.register("dpmesh", "zoo.neural3d.studies.dpmesh:STUDY")
 ARCHITECTURES.register("neural3d/shapefusion", "zoo.neural3d.methods.shapefusion:SpiralNet")
 STUDIES.register("shapefusion", "zoo.neural3d.studies.shapefusion:STUDY")
+STUDIES.register("part123", "zoo.neural3d.studies.part123:STUDY")
 STUDIES.register("edge-gaussians", "zoo.neural3d.studies.edge_gaussians:STUDY")
 STUDIES.register("gvgen", "zoo.neural3d.studies.gvgen:STUDY")
 STUDIES.register("orex", "zoo.neural3d.studies.orex:STUDY")

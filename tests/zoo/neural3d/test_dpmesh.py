@@ -10,6 +10,7 @@ import torch
 from zoo.errors import ConfigError, DataError, TaskError
 from zoo.neural3d.bodies import JOINTS, OFFSETS, Bodies, faces, from_six, rotations
 from zoo.neural3d.meshes import is_watertight, volume_of
+from zoo.neural3d.methods import dpmesh
 from zoo.neural3d.methods.dpmesh import DPMesh, DPMeshNet, crops, heat_maps, mesh_loss, spoil, vertex_error
 from zoo.neural3d.networks import fresh
 from zoo.neural3d.studies.dpmesh import HiddenJoints
@@ -82,9 +83,15 @@ def test_one_pass_is_corrected_layer_by_layer_and_control_begins_at_zero() -> No
     torch.testing.assert_close(model(given.picture, other, given.known)[-1].joints, found[-1].joints)
 
 
-def test_a_prior_a_teacher_and_a_pupil() -> None:
+def test_a_prior_a_teacher_and_a_pupil(monkeypatch) -> None:
+    monkeypatch.setattr(dpmesh, "POOL", 4)
+    dpmesh._pool.cache_clear()
     make = DPMesh(steps=1, prior=1, batch=1)
-    model, again = make.fit(3), make.fit(3)
+    model = make.fit(3)
+    for kept in (dpmesh._trained, dpmesh._denoiser, dpmesh._pool):
+        kept.cache_clear()
+    again = make.fit(3)
+    dpmesh._pool.cache_clear()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from zoo.shared.train import Job, Recipe
 BLOCK = 4  # pixels on a side that become one place of the U-Net's input
 LATENT = 3 * BLOCK * BLOCK
 PLACES = SIZE // BLOCK
+POOL = 4000  # crops that a seed trains on
 SIGMA = 0.75  # of a heat map's blob, in places
 RECIPE = Recipe(
     lr=3e-3, optimizer="adamw", weight_decay=0.01, warmup=0.05, decay="cosine", clip=1.0, epochs=1
@@ -291,8 +292,8 @@ class DPMesh:
     missing: float = 0.5
     noise: float = 1.5
     teacher: float = 0.1
-    prior: int = 80
-    steps: int = 450
+    prior: int = 60
+    steps: int = 350
     batch: int = 16
 
     def __post_init__(self) -> None:
@@ -305,7 +306,7 @@ class DPMesh:
 
     def _learn(self, model: DPMeshNet, teacher: DPMeshNet | None, seed: int) -> DPMeshNet:
         def make(count: int, generator: torch.Generator) -> tuple[Crop, Crop]:
-            crop = crops(count, generator)
+            crop = _drawn(count, seed, generator)
             share = self.missing * float(torch.rand((), generator=generator))
             return crop, spoil(crop, share, self.noise, generator)
 
@@ -338,16 +339,28 @@ def _trained(make: DPMesh, seed: int) -> DPMeshNet:
 def _denoiser(steps: int, batch: int, seed: int) -> DPMeshNet:
     """A network that learned to say the noise in noisy crops; fresh without steps."""
     model = fresh(DPMeshNet, seed)
+
+    def noisy(count: int, generator: torch.Generator) -> tuple[Crop, Tensor, Tensor]:
+        noise = torch.randn(count, LATENT, PLACES, PLACES, generator=generator)
+        return _drawn(count, seed, generator), noise, torch.rand(count, generator=generator)
+
     if steps:
-        Job(Drawn(_noisy, batch, steps), loss=_denoising, recipe=RECIPE, seed=seed).fit(
-            model, macs=lambda: 0.0
-        ).run()
+        job = Job(Drawn(noisy, batch, steps), loss=_denoising, recipe=RECIPE, seed=seed)
+        job.fit(model, macs=lambda: 0.0).run()
     return model
 
 
-def _noisy(count: int, generator: torch.Generator) -> tuple[Crop, Tensor, Tensor]:
-    noise = torch.randn(count, LATENT, PLACES, PLACES, generator=generator)
-    return crops(count, generator), noise, torch.rand(count, generator=generator)
+@functools.lru_cache(1)
+def _pool(seed: int) -> Crop:
+    """What a seed trains on."""
+    return crops(POOL, torch.Generator().manual_seed(seed))
+
+
+def _drawn(count: int, seed: int, generator: torch.Generator) -> Crop:
+    """Some crops of a seed's pool."""
+    pool, rows = _pool(seed), torch.randint(POOL, (count,), generator=generator)
+    bodies = Bodies(*(getattr(pool.bodies, part.name)[rows] for part in fields(Bodies)))
+    return Crop(pool.picture[rows], pool.joints[rows], pool.known[rows], bodies)
 
 
 def _denoising(model: nn.Module, batch: tuple[Crop, Tensor, Tensor]) -> Tensor:

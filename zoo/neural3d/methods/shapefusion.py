@@ -213,7 +213,7 @@ class ShapeFusion:
     """
 
     levels: int = 2
-    steps: int = 600
+    steps: int = 300
     batch: int = 16
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from zoo.studies.study import BAR, Arm, Claim, Study
 from zoo.studies.tables import Verdict
 from zoo.studies.view import Row, Value, View
 
-EDITS, HOPS, PULL = 60, 3, 0.15  # held-out shapes; edges round the anchor; how far it is pulled out
+EDITS, HOPS, PULL = 30, 3, 0.15  # held-out shapes; edges round the anchor; how far it is pulled out
 SAMPLES = 2
 KNOWN = 1000  # shapes that the components are taken of
 
@@ -39,9 +39,9 @@ class EditOptions:
         components: numbers of principal components, chosen by the seam on other shapes.
     """
 
-    seeds: int = 5
+    seeds: int = 3
     levels: int = 2
-    steps: int = 600
+    steps: int = 300
     batch: int = 16
     components: tuple[int, ...] = (10, 20, 40, 80)
 
@@ -131,7 +131,7 @@ def components(options: EditOptions, seed: int, paste: bool) -> Row:
 
 
 class RegionEdits(NetworkTask):
-    """60 edits of held-out shapes, two samples each: the jump over the seam in units of that of real shapes
+    """30 edits of held-out shapes, two samples each: the jump over the seam in units of that of real shapes
     at the same edges (1 is best), and how far the two samples differ, in radii."""
 
     name, primary, higher_is_better = "neural3d/region-edits", "jump", False
