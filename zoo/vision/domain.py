@@ -12,8 +12,9 @@ from zoo.errors import ConfigError
 from zoo.shared.train import Job, Recipe, device_named
 from zoo.vision import data, superres
 from zoo.vision.data import ImageBatches, Images, accuracy, load_images
-from zoo.vision.lidar.data import KITTI, KITTI_FRAMES, SOURCE, real_frame, scene_frames
+from zoo.vision.lidar.data import KITTI, KITTI_TRAIN, SOURCE, real_frame, scene_frames
 from zoo.vision.lidar.detector import Detector
+from zoo.vision.lidar.frames import frames_source, is_frames, own_frames
 from zoo.vision.lidar.train import detector_job
 from zoo.vision.superres import PatchBatches, l1_loss, load_t91
 from zoo.vision.tasks import measured_on_images
@@ -36,8 +37,9 @@ def make_job(
 
     Args:
         dataset: digits, cifar10-jpeg, cifar10-true or a folder of images to classify; t91 for patches to
-            enlarge; scenes (generated) or kitti for boxes in point clouds. By default what the model is made
-            for: the images of the first figure on its card, t91 for an upscaler, scenes for a detector.
+            enlarge; scenes (generated), kitti (9 of its 13 frames) or a folder of frames
+            (`zoo.vision.lidar.frames`) for boxes in point clouds. By default what the model is made for: the
+            images of the first figure on its card, t91 for an upscaler, scenes for a detector.
         recipe: by default that of its kind.
         seed: of order and augmentation.
         device: where models are trained.
@@ -51,7 +53,8 @@ def make_job(
     dataset, device = dataset or dataset_of(model), device_named(device)
     known = {Upscaler: ("t91",), Detector: ("scenes", "kitti")}
     for kind, names in known.items():
-        if isinstance(model, kind) and dataset not in names:
+        own = kind is Detector and is_frames(dataset)
+        if isinstance(model, kind) and dataset not in names and not own:
             raise ConfigError(f"{kind.__name__.lower()}s train on {' or '.join(names)}; received {dataset!r}")
     if dataset == "t91":
         pairs = load_t91(int(getattr(model, "scale", 2)))[: limit or None]
@@ -61,8 +64,10 @@ def make_job(
     if dataset == "scenes":
         return detector_job(scene_frames("train", limit or SCENES), recipe, seed, device)
     if dataset == "kitti":
-        frames = [real_frame("lidar-kitti-mini", name) for name in KITTI_FRAMES[: limit or None]]
+        frames = [real_frame("lidar-kitti-mini", name) for name in KITTI_TRAIN[: limit or None]]
         return detector_job(frames, recipe, seed, device)
+    if is_frames(dataset):
+        return detector_job(own_frames(dataset, "train")[: limit or None], recipe, seed, device)
     images = load_images(dataset)
     return image_job(images.subset(limit) if limit else images, recipe, seed, device)
 
@@ -86,15 +91,26 @@ def dataset_of(model: nn.Module | None) -> str:
 
 def source_of(dataset: str) -> Source:
     """What a card says of a data set by name or folder."""
+    if is_frames(dataset):
+        return frames_source(dataset)
     return SOURCES[dataset] if dataset in SOURCES else data.source_named(dataset)
 
 
 def measured(dataset: str) -> tuple[str | None, Source]:
-    """The task that is measured on images by name or folder, and what a card says of them; no task for
-    patches and point clouds, which models train on only."""
+    """The task that is measured on images or frames by name or folder, and what a card says of them; no task
+    for patches, which models train on only."""
+    if (task := measured_on_frames(dataset)) is not None:
+        return task, source_of(dataset)
     if dataset in SOURCES and dataset not in data.SOURCES:
         return None, SOURCES[dataset]
     return measured_on_images(dataset)
+
+
+def measured_on_frames(dataset: str) -> str | None:
+    """The task that is measured on point clouds by name or folder; None for other data."""
+    if is_frames(dataset):
+        return f"frames:{dataset}"
+    return {"scenes": "vision/lidar-scenes", "kitti": "vision/kitti"}.get(dataset)
 
 
 def image_job(

@@ -15,7 +15,7 @@ from zoo.bundles.publish import Figure
 from zoo.errors import ConfigError
 from zoo.shared.train import Recipe
 from zoo.training.finetune import FineTuner, Plan
-from zoo.vision.domain import dataset_of, make_job, source_of
+from zoo.vision.domain import dataset_of, make_job, measured_on_frames, source_of
 from zoo.vision.heads import classes_of, fitting_spec, for_classes
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.train import detector_recipe
@@ -33,7 +33,8 @@ class Finetune(FineTuner):
 
     dataset: str | None = None
     """What to train on: digits, cifar10-jpeg, cifar10-true or a folder with one for each class; t91 for
-    upscalers; scenes (generated) or kitti for detectors. By default what the model's card names."""
+    upscalers; scenes (generated), kitti (9 of its 13 frames) or a folder of frames for detectors. By default
+    what the model's card names."""
 
     epochs: int = 5
     """Passes over the training data; for an upscaler each is 50 steps."""
@@ -85,6 +86,8 @@ class Finetune(FineTuner):
                 print(f"zoo: {dataset} has other classes: {', '.join(new)} are new", file=sys.stderr)
             if dataset != dataset_of(loaded):
                 figures = [Figure(measured_on_images(dataset)[0])]
+        elif isinstance(model, Detector) and (task := measured_on_frames(dataset)) is not None:
+            figures = [Figure(task)] if dataset != "scenes" else None
         job = make_job(
             dataset, recipe=recipe, seed=self.seed, device=device, model=model, limit=self.train_images
         )

@@ -28,6 +28,7 @@ KITTI = Source(
     "KITTI, 13 training frames", "PointRCNN, PointPillars and Open3D-ML demo data", "CC BY-NC-SA 3.0"
 )
 KITTI_FRAMES = (*(f"{number:06d}" for number in range(11)), "000134", "004139")
+KITTI_TRAIN, KITTI_TEST = KITTI_FRAMES[:9], KITTI_FRAMES[9:]
 # Names of classes in the data sets, as the classes of the scenes.
 ALIASES = {
     "Car": ("car", "van", "regular_vehicle", "vehicle"),
