@@ -23,7 +23,7 @@ from zoo.diffusion.units import unit_groups
 from zoo.errors import ConfigError
 from zoo.shared.train import Recipe
 from zoo.studies.cells import CellCache
-from zoo.studies.figures import Grid
+from zoo.studies.figures import Curves, Grid
 from zoo.studies.study import BAR, Arm, Claim, Study
 from zoo.studies.tables import Verdict
 from zoo.studies.view import Row, Value, View
@@ -44,9 +44,9 @@ class SlimFlowOptions:
         unet_steps: of reflow, and of distillation, of the pruned UNet.
     """
 
-    seeds: int = 3
-    pairs: tuple[int, ...] = (300,)
-    reflow_steps: int = 600
+    seeds: int = 5
+    pairs: tuple[int, ...] = (300, 3000)
+    reflow_steps: int = 800
     distil_steps: int = 400
     unet_steps: int = 40
 
@@ -222,6 +222,19 @@ STUDY = Study(
     tables=[
         Grid("Pixel Frechet distance of one-step images, by pairs", value=PIXELS),
         Grid("Frechet distance of the classifier's features, by pairs", value=FEATURES),
+    ],
+    plots=[
+        Curves(
+            "pairs",
+            "Small flows in one Euler step, by the pairs that they learn from",
+            "pairs of noise and image",
+            "pixel Frechet distance, log10",
+            arms=(REFLOW, HALF, ANNEALED, *GUIDES),
+            x=float,
+            references=TEACHERS[2:],
+            log10=True,
+            log_x=True,
+        )
     ],
     notes=lambda options: [
         "The teacher is the shipped perceptron flow of scikit-learn's 8x8 digits; the student is a sixteenth "
