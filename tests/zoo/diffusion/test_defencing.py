@@ -68,7 +68,7 @@ def test_edges_iou_and_psnr_by_hand() -> None:
     assert float(hole_psnr(made, torch.full_like(made, 0.4), a)) == pytest.approx(20.0, abs=1e-3)
 
 
-def fenced_tiles_are_thin_lattices_and_test_patterns_are_others() -> None:
+def test_fences_are_thin_lattices_and_test_patterns_are_others() -> None:
     masks, shade = draw_fences(200, 32, torch.Generator().manual_seed(0))
     share = masks.flatten(1).mean(1)
     assert 0.1 < float(share.mean()) < 0.5 and share.min() > 0 and share.max() < 0.8

@@ -182,7 +182,7 @@ class Defencing(PaperNetwork):
         adversarial: whether the discriminators are used.
     """
 
-    usual = dataclasses.replace(USUAL, steps=300, batch=16, weight_decay=0.0, ema=0.98)
+    usual = dataclasses.replace(USUAL, steps=400, batch=8, weight_decay=0.0, ema=0.98)
 
     def __init__(self, side: int = 32, width: int = 16, growth: int = 12, adversarial: bool = True) -> None:
         super().__init__()
@@ -231,10 +231,20 @@ class Defencing(PaperNetwork):
     def learn(
         self, dataset: str, *, recipe: Recipe | None = None, seed: int = 0, device: str | torch.device = "cpu"
     ) -> Job:
-        """Segmentation, then completion against discriminators that learn after each of its steps."""
+        """Segmentation, then completion."""
         job = self.make_job(dataset, recipe=recipe, seed=seed, device=device)
+        self.learn_to_find(job)
+        self.learn_to_complete(job)
+        return job
+
+    def learn_to_find(self, job: Job) -> None:
+        """Train the segmentation, the first stage."""
         job.replace(loss=segmentation_loss).fit(self, parameters=self.segmentation.parameters()).run()
-        critics = Critics.fresh(seed) if self.adversarial else None
+        self.eval()
+
+    def learn_to_complete(self, job: Job) -> None:
+        """Train the completion, the second stage; discriminators learn after each of its steps."""
+        critics = Critics.fresh(job.seed) if self.adversarial else None
         loss = completion_loss if critics is None else critics.against
         fit = job.replace(loss=loss).fit(self, parameters=self.completion.parameters())
         if critics is None:
@@ -242,7 +252,6 @@ class Defencing(PaperNetwork):
         else:
             critics.to(fit.device).follow(fit)
         self.eval()
-        return job
 
 
 def segmentation_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:
