@@ -11,6 +11,7 @@ pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed"
 
 from zoo.diffusion.networks import visdiff  # noqa: E402
 from zoo.diffusion.networks.polygons import (  # noqa: E402
+    aligned,
     border,
     crossed,
     draw_polygons,
@@ -112,11 +113,17 @@ def test_losses_by_hand(model, monkeypatch) -> None:
     assert float(sight_loss(distances, graph)) == pytest.approx(known, rel=1e-5)
     five = draw_polygons(1, 5, torch.Generator().manual_seed(0))
     true, field, graphs, contour = visdiff.learned_from(five, 12)
-    monkeypatch.setattr(VisDiff, "forward", lambda self, *_: (field + 0.5, true + 0.2))
+    near = torch.cdist(true, contour).argmin(-1)
+    points = torch.zeros_like(contour)
+    points[0, near[0]] = true[0] + 0.2
+    right = torch.full(contour.shape[:2], -40.0)
+    right[0, near[0]] = math.log(math.e - 1) * -1  # a loss of 1 at each vertex, 0 elsewhere
+    monkeypatch.setattr(VisDiff, "forward", lambda self, *_: (field + 0.5, right, points))
     monkeypatch.setattr(visdiff, "sight_loss", lambda *_: torch.tensor([3.0]))
     sigma = torch.tensor([0.5])
     loss = polygon_loss(model, (field, sigma, graphs, contour, field, true))
-    assert float(loss) == pytest.approx(0.25 + 0.25 * (4 * 0.04 + 0.1 * 3), rel=1e-5)
+    share = len(set(near[0].tolist())) / contour.shape[1]
+    assert float(loss) == pytest.approx(0.25 + 0.25 * (4 * 0.04 + 0.1 * share + 0.1 * 3), rel=1e-5)
 
 
 def test_the_sampler_follows_the_estimate(model, monkeypatch) -> None:
@@ -124,9 +131,7 @@ def test_the_sampler_follows_the_estimate(model, monkeypatch) -> None:
     goal = rasterised(draw_polygons(2, 5, torch.Generator().manual_seed(0)), 12)
     monkeypatch.setattr(model, "estimate", lambda x, sigmas, tokens: goal)
     seen = []
-    monkeypatch.setattr(
-        model.extractor, "forward", lambda field, contour, _: seen.append(field) or contour[:, :5]
-    )
+    monkeypatch.setattr(model, "extract", lambda field, *_: seen.append(field) or field[:, 0, :5, :2])
     model.reconstruct(visibility(draw_polygons(2, 5, torch.Generator().manual_seed(0))), steps=3)
     torch.testing.assert_close(seen[0], goal, atol=1e-5, rtol=0)
 
@@ -147,6 +152,18 @@ def test_training_moves_all_parts_and_sampling_repeats(monkeypatch) -> None:
         network.reconstruct(graphs, steps=2, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)
     ]
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2]) and made[0].shape == (3, 5, 2)
+
+
+def test_picked_points_and_numbering_by_hand() -> None:
+    points = torch.arange(12.0).view(1, 6, 2)
+    logits = torch.tensor([[5.0, 4.0, 0.0, 1.0, 2.0, 4.5]])  # 0, then 4 (5 and 1 are its neighbours), then 2
+    assert visdiff.corners(logits, points, 3)[0, :, 0].tolist() == [0.0, 4.0, 8.0]
+    torch.testing.assert_close(
+        aligned(ARROW.roll(1, 1), visibility(ARROW)).sort(1).values, ARROW.sort(1).values
+    )
+    turned = aligned(ARROW.roll(1, 1), visibility(ARROW))
+    assert f1(visibility(ARROW.roll(1, 1)), visibility(ARROW)).tolist() == [0.0]
+    assert f1(visibility(turned), visibility(ARROW)).tolist() == [1.0]
 
 
 def test_the_nearest_graph_is_found_at_any_first_vertex() -> None:

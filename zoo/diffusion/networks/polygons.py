@@ -144,17 +144,28 @@ def f1(made: Bool[Tensor, "n v v"], graphs: Bool[Tensor, "n v v"]) -> Float[Tens
     return torch.where(either > 0, 2 * both / either.clamp(min=1), 1.0)
 
 
+def aligned(made: Float[Tensor, "n v 2"], graphs: Bool[Tensor, "n v v"]) -> Float[Tensor, "n v 2"]:
+    """The polygons numbered from the vertex at which their own visibility fits the graphs best."""
+    turned = torch.stack([made.roll(turn, 1) for turn in range(made.shape[1])], 1)
+    scores = torch.stack([f1(visibility(one), graphs) for one in turned.unbind(1)], 1)
+    return turned[torch.arange(len(made)), scores.argmax(1)]
+
+
 def traced(fields: Float[Tensor, "n 1 side side"], count: int) -> Float[Tensor, "n count 2"]:
-    """Points at equal steps along the longest line where a field is 0; where it nowhere is, along that of
-    the middle of its values."""
+    """Points at equal steps along the longest line where a field is 0, counter-clockwise from the one nearest
+    to the positive x axis; where it nowhere is 0, along the line of the middle of its values."""
     found, side = [], fields.shape[-1]
     for field in fields[:, 0].detach().double().cpu().numpy():
         level = 0.0 if field.min() < 0 < field.max() else (field.min() + field.max()) / 2
-        lines = [np.asarray(line) for line in contour_generator(z=field).lines(level)]
+        # Larger values lie to the left of a line: reversed, it runs counter-clockwise around the inside.
+        lines = [np.asarray(line)[::-1] for line in contour_generator(z=field).lines(level)]
         lengths = [np.hypot(*np.diff(line, axis=0).T) for line in lines]
         longest = max(range(len(lines)), key=lambda index: lengths[index].sum())
         at = np.concatenate([[0.0], np.cumsum(lengths[longest])])
         places = np.arange(count) * at[-1] / count
         found.append(np.stack([np.interp(places, at, axis) for axis in lines[longest].T], 1))
-    points = torch.from_numpy(np.stack(found)).to(fields)
-    return points * (2 * EDGE / (side - 1)) - EDGE
+    points = torch.from_numpy(np.stack(found)).to(fields) * (2 * EDGE / (side - 1)) - EDGE
+    x, y = points.unbind(-1)
+    first = (y.abs() + (x < 0) * 2 * EDGE).argmin(1, keepdim=True)
+    order = (torch.arange(count, device=points.device) + first) % count
+    return points.gather(1, order[..., None].expand(-1, -1, 2))

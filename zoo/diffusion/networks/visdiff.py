@@ -2,13 +2,14 @@
 
 Moorthy, Wang and Isler, VisDiff: SDF-Guided Polygon Generation for Visibility Reconstruction and Recognition,
 arXiv 2410.05530. A diffusion model conditioned on the graph, a transformer over the rows of its adjacency,
-makes the polygon's signed distances on a grid; points at equal steps along their zero line and features of
-the grid at these points give the vertices in order, by attention of the graph's tokens. Both are trained at
-once on errors of distances and vertices and on a visibility that is differentiable: a pair sees each other
-where the largest distance along its segment is negative.
+makes the polygon's signed distances on a grid; among points at equal steps along their zero line, with
+features of the grid, attention finds which are vertices and how far they are off. Both are trained at once
+on errors of distances and vertices and on a visibility that is differentiable: a pair sees each other where
+the largest distance along its segment is negative.
 
 Differs from the paper in: a transformer over patches for the U-Net; the flow-matching schedule of this zoo;
-the network estimates the clean field; a polygon's pose is fixed by its first vertex.
+the network estimates the clean field; a polygon's pose is fixed by its first vertex; vertices are picked
+among the line's points and numbered from where the given graph fits best.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from zoo.diffusion.flows import TIMES, between
 from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork, sine_cosine, transformer
 from zoo.diffusion.networks.polygons import (
     EDGE,
+    aligned,
     border,
     draw_polygons,
     f1,
@@ -42,10 +44,10 @@ from zoo.errors import ConfigError, DataError
 from zoo.harness.tasks import Progress, TaskResult, register_task
 from zoo.shared.train import Job, Recipe
 
-VERTICES, CONTOUR = 10, 48
+VERTICES, CONTOUR = 10, 64
 SCALE = 2.0  # of distances within the network, which makes their deviation about 0.6
 SHARP = 20.0  # logits of visibility per distance
-PLACED, SEEN = 4.0, 0.1  # weights of the vertices' and the visibility's errors beside the distances'
+PLACED, CORNERS, SEEN = 4.0, 0.1, 0.1  # weights beside the error of the distances
 
 
 class GraphEncoder(nn.Module):
@@ -74,37 +76,51 @@ class GraphEncoder(nn.Module):
 
 
 class Extractor(nn.Module):
-    """Vertices from a field and points on its zero line, by attention of the graph's tokens."""
+    """Which points of a field's zero line are vertices, and by how much they are off.
+
+    Args:
+        width, depth: of the blocks.
+    """
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(1, width // 2, 3, 2, 1), nn.SiLU(), nn.Conv2d(width // 2, width, 3, padding=1)
         )
-        self.points = nn.Linear(6, width)
-        self.along = transformer(width, 1)
+        self.points, self.places = nn.Linear(6, width), nn.Parameter(0.02 * torch.randn(CONTOUR, width))
         self.blocks = transformer(width, depth, cross_attention_dim=width)
         self.norm = nn.LayerNorm(width)
-        self.to_query, self.to_key, self.away = (
-            nn.Linear(width, width),
-            nn.Linear(width, width),
-            nn.Linear(width, 2),
-        )
+        self.out = nn.Linear(width, 3)
 
     def forward(
         self, field: Float[Tensor, "n 1 s s"], contour: Float[Tensor, "n p 2"], tokens: Float[Tensor, "n v w"]
-    ) -> Float[Tensor, "n v 2"]:
-        shifts = [contour, contour.roll(1, 1) - contour, contour.roll(-1, 1) - contour]
-        c = self.points(torch.cat(shifts, -1)) + looked_up(self.features(field), contour).transpose(1, 2)
-        for block in self.along:
-            c = block(c)
-        h = tokens
+    ) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p 2"]]:
+        """(logits of being a vertex, the points moved to where the vertex is)."""
+        shifts = [contour.roll(1, 1) - contour, contour.roll(-1, 1) - contour]
+        h = self.points(torch.cat([contour, *(10 * shift for shift in shifts)], -1)) + self.places
+        h = h + looked_up(self.features(field), contour).transpose(1, 2)
         for block in self.blocks:
-            h = block(h, encoder_hidden_states=c)
-        h = self.norm(h)
-        chosen = (self.to_query(h) @ self.to_key(c).mT / h.shape[-1] ** 0.5).softmax(-1)
-        out: Tensor = chosen @ contour + 0.1 * self.away(h)
-        return out
+            h = block(h, encoder_hidden_states=tokens)
+        logits, away = self.out(self.norm(h)).split([1, 2], -1)
+        return logits[..., 0], contour + 0.1 * away
+
+
+def corners(
+    logits: Float[Tensor, "n p"], points: Float[Tensor, "n p 2"], count: int
+) -> Float[Tensor, "n count 2"]:
+    """The points with the highest logits, no two of them neighbours, in the line's order."""
+    left, size = logits.clone(), logits.shape[1]
+    chosen = []
+    for _ in range(count):
+        chosen.append(best := left.argmax(1))
+        for step in (-1, 0, 1):
+            left.scatter_(1, ((best + step) % size)[:, None], -torch.inf)
+    return taken(points, torch.stack(chosen, 1).sort(1).values)
+
+
+def taken(points: Float[Tensor, "n p 2"], places: Int[Tensor, "n v"]) -> Float[Tensor, "n v 2"]:
+    """Points by their places."""
+    return points.gather(1, places[..., None].expand(-1, -1, 2))
 
 
 class VisDiff(PaperNetwork):
@@ -184,11 +200,18 @@ class VisDiff(PaperNetwork):
         sigmas: Float[Tensor, " n"],
         graphs: Bool[Tensor, "n v v"],
         contour: Float[Tensor, "n p 2"],
-    ) -> tuple[Float[Tensor, "n 1 s s"], Float[Tensor, "n v 2"]]:
-        """(the clean field, the vertices that it and the contour give)."""
+    ) -> tuple[Float[Tensor, "n 1 s s"], Float[Tensor, "n p"], Float[Tensor, "n p 2"]]:
+        """(the clean field, what `Extractor` makes of it and the contour)."""
         tokens = self.encode(graphs)
         field = self.estimate(x, sigmas, tokens)
-        return field, self.extractor(field, contour, tokens)
+        return field, *self.extractor(field, contour, tokens)
+
+    def extract(
+        self, field: Float[Tensor, "n 1 s s"], graphs: Tensor, tokens: Float[Tensor, "n v w"]
+    ) -> Float[Tensor, "n v 2"]:
+        """The vertices of fields, numbered as fits the graphs best."""
+        logits, points = self.extractor(field, traced(field, CONTOUR), tokens)
+        return aligned(corners(logits, points, self.vertices), graphs.bool())
 
     @torch.no_grad()
     def reconstruct(
@@ -203,9 +226,7 @@ class VisDiff(PaperNetwork):
         """
         tokens = self.encode(graphs)
         noise = torch.randn((len(graphs), 1, self.side, self.side), generator=generator).to(tokens)
-        field = sample(self, noise, tokens, steps=steps)
-        made: Tensor = self.extractor(field, traced(field, CONTOUR), tokens)
-        return made
+        return self.extract(sample(self, noise, tokens, steps=steps), graphs, tokens)
 
     def make_job(
         self, dataset: str, *, recipe: Recipe | None = None, seed: int = 0, device: str | torch.device = "cpu"
@@ -272,12 +293,18 @@ def sight_loss(distances: Float[Tensor, "n m"], graphs: Bool[Tensor, "n v v"]) -
 
 
 def polygon_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:
-    """Squared error of the field + (1 - sigma)^2 (4 that of the vertices + 0.1 `sight_loss`)."""
+    """Squared error of the field + (1 - sigma)^2 (4 that of the vertices, from the points nearest to them,
+    + 0.1 cross-entropy of which points these are + 0.1 `sight_loss`)."""
     *inputs, fields, true = batch
-    made, placed = model(*inputs)
-    seen = sight_loss(looked_up(made, between_vertices(placed))[:, 0] / SCALE, inputs[2])
-    error = PLACED * (placed - true).square().mean((1, 2)) + SEEN * seen
-    return F.mse_loss(made, fields) + ((1 - inputs[1]).square() * error).mean()
+    _, sigmas, graphs, contour = inputs
+    made, logits, points = model(*inputs)
+    nearest = torch.cdist(true, contour).argmin(-1)
+    placed = taken(points, nearest)
+    error = PLACED * (placed - true).square().mean((1, 2))
+    known = torch.zeros_like(logits).scatter(1, nearest, 1.0)
+    error = error + CORNERS * F.binary_cross_entropy_with_logits(logits, known, reduction="none").mean(1)
+    error = error + SEEN * sight_loss(looked_up(made, between_vertices(placed))[:, 0] / SCALE, graphs)
+    return F.mse_loss(made, fields) + ((1 - sigmas).square() * error).mean()
 
 
 @register_task
