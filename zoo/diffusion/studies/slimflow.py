@@ -243,6 +243,7 @@ STUDY = Study(
         "one Euler step against 500 test images. Log ratios are natural: 0.11 is a tenth less, 1.10 is 3 "
         "times.",
         "Distances are squared errors, not LPIPS. The pruned UNet keeps half of each attention's heads and "
-        f"loses a layer; either way it is trained for {2 * options.unet_steps} steps on batches of 32.",
+        f"loses a layer; either way it is trained for {2 * options.unet_steps} steps on batches of 32, which "
+        "are too few for it to make images at all: its rows say nothing of the method.",
     ],
 )
