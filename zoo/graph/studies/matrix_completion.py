@@ -21,7 +21,7 @@ from zoo.studies.cells import CellCache
 from zoo.studies.figures import Curves, Grid
 from zoo.studies.options import StudyOptions
 from zoo.studies.study import BAR, Arm, Claim, Study, Tuned, above
-from zoo.studies.view import Row, Value
+from zoo.studies.view import Row, Rows, Value
 from zoo.tables import filmtrust
 
 SKETCHED, WARM, EXACT = "sketched", "diagonal", "exact ALS"
@@ -227,6 +227,12 @@ RATINGS, NOISY, SIZES, RANKS = ({"part": d} for d in ("ratings", "noisy", "entri
 EQUAL = "approximate updates lose nothing"
 
 
+def named(rows: Rows, options: Any) -> Rows:
+    """Rows whose level says what it counts."""
+    words = "{:g} entries a degree of freedom"
+    return [{**row, "level": words.format(row["level"])} if row["part"] == "noisy" else row for row in rows]
+
+
 def _log(level: Any) -> float:
     return math.log10(level)
 
@@ -285,6 +291,7 @@ STUDY = Study(
         ),
     ],
     value=RMSE,
+    prepare=named,
     data=lambda options, case: filmtrust() if case["part"] == "ratings" else (),
     by=("part",),
     titles={
