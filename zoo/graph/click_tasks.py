@@ -13,6 +13,8 @@ from zoo.harness.tasks import Flops, Measure, Progress, Task, TaskResult, regist
 from zoo.shared.measure.account import count
 from zoo.tables import adult
 
+FIELDS = 14
+
 
 @register_task
 class Adult(Task):
@@ -21,8 +23,8 @@ class Adult(Task):
     name, domain, primary = "graph/adult", "graph", "auc"
 
     def accepts(self, card: Any) -> bool:
-        """DeepFM models of these fields."""
-        return bool(card.architecture.args.get("sizes") == adult().sizes.tolist())
+        """DeepFM models of so many fields."""
+        return card.domain == self.domain and len(card.architecture.args.get("sizes", ())) == FIELDS
 
     def direction(self, metric: str) -> int:
         """Less log-loss is better."""
@@ -35,8 +37,8 @@ class Adult(Task):
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Area under the curve, which is no mean over samples; log-loss with that of every row."""
         fields, labels = parts_of(adult())[2]
-        if not isinstance(model, DeepFM) or len(model.tables) != fields.shape[1]:
-            raise TaskError(f"{self.name} takes a DeepFM of 14 fields; received {type(model).__name__}")
+        if not isinstance(model, DeepFM) or len(model.tables) != FIELDS:
+            raise TaskError(f"{self.name} takes a DeepFM of {FIELDS} fields; received {type(model).__name__}")
         logits = logits_of(model, fields).float()
         losses = functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
         found = TaskResult.from_samples({"log_loss": losses.double().tolist()}, f"adult:{len(labels)}")

@@ -53,6 +53,7 @@ STUDIES.register("structured-pruning", "zoo.vision.studies.structured:STUDY")
 STUDIES.register("sparcl", "zoo.vision.studies.sparcl:STUDY")
 STUDIES.register("unlearning", "zoo.vision.studies.unlearning:STUDY")
 STUDIES.register("superres-pruning", "zoo.vision.studies.superres:STUDY")
+STUDIES.register("slash", "zoo.vision.studies.slash:STUDY")
 STUDIES.register("spark", "zoo.vision.studies.spark:STUDY")
 
 _PUBLIC = {

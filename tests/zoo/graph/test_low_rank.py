@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import zoo
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, DataError, TaskError
+from zoo.graph.click_tasks import Adult
 from zoo.graph.clicks import DeepFM, area, click_job, logits_of
 from zoo.graph.methods.low_rank import LowRank, components, decompose, imitate, thin_rank
 from zoo.shared.errors import MaskError
@@ -142,3 +145,15 @@ def test_what_is_refused() -> None:
     zoo.sparsify(net, sparsity=0.5)
     with pytest.raises(MaskError, match="would fill the zeros"):
         LowRank().sparsify(net, job(inputs))
+
+
+@pytest.mark.skipif(not os.environ.get("ZOO_DATA"), reason="reads a table of ZOO_DATA")
+def test_the_task_measures_bundles_beside_their_dense_twin() -> None:
+    dense, thin = zoo.load("graph/dense-deepfm-adult"), zoo.load("graph/low-rank-deepfm-adult-r5")
+    task = Adult()
+    assert task.accepts(dense.zoo_info.card) and task.direction("log_loss") == -1
+    found = task.evaluate(thin)
+    assert found.metrics["auc"].value > 0.91 and found.n == 16_281
+    assert task.flops(thin).dense < 0.4 * task.flops(dense).dense
+    with pytest.raises(TaskError, match="takes a DeepFM of 14 fields; received Linear"):
+        task.evaluate(nn.Linear(2, 2))
