@@ -170,7 +170,7 @@ class SparseDynamics:
     """Weight of the expected share of ReLUs in the loss."""
 
     order: str = "learned"
-    """Which units stay ReLUs: learned, by magnitude (the others become zero), or random."""
+    """Which units stay ReLUs: learned, by magnitude or random, where all others become linear at once."""
 
     def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """A `FoldedReLU` with the function that was trained; the model given stays as it is.
@@ -206,7 +206,7 @@ class SparseDynamics:
 
     def _train(self, net: nn.Sequential, choices: list[Choice], units: int, job: Job) -> None:
         if self.order != "learned":
-            close_by(choices, _scores(net, self.order), self.relus, True, ZERO)
+            close_by(choices, _scores(net, self.order), self.relus, True, IDENTITY)
         for stage in range(1, self.stages + 1):
 
             def penalty() -> Tensor:
