@@ -15,6 +15,7 @@ from zoo.registry import (
     JOBS,
     MAKERS,
     MEASURED,
+    METHODS,
     PRETRAINERS,
     STUDIES,
     TASKS,
@@ -28,6 +29,7 @@ ARCHITECTURES.register("vision/mobilenet", "zoo.vision.mobilenet:MobileNetV1")
 ARCHITECTURES.register("vision/edsr", "zoo.vision.upscalers:EDSR")
 ARCHITECTURES.register("vision/swinir", "zoo.vision.upscalers:SwinIR")
 ARCHITECTURES.register("vision/lidar-detector", "zoo.vision.lidar.detector:Detector")
+METHODS.register("sparse-byte-nn", "zoo.vision.methods.kernel_groups:KernelGroups")
 JOBS.register("vision", "zoo.vision.domain:make_job")
 TASKS.register("vision/digits", "zoo.vision.tasks:Digits")
 TASKS.register("vision/cifar10-jpeg", "zoo.vision.tasks:CifarJpeg")
@@ -54,6 +56,8 @@ STUDIES.register("sparcl", "zoo.vision.studies.sparcl:STUDY")
 STUDIES.register("unlearning", "zoo.vision.studies.unlearning:STUDY")
 STUDIES.register("superres-pruning", "zoo.vision.studies.superres:STUDY")
 STUDIES.register("slash", "zoo.vision.studies.slash:STUDY")
+STUDIES.register("fast-convnets", "zoo.vision.studies.fast_convnets:STUDY")
+STUDIES.register("sparse-byte-nn", "zoo.vision.studies.kernel_groups:STUDY")
 STUDIES.register("spark", "zoo.vision.studies.spark:STUDY")
 
 _PUBLIC = {

@@ -1,0 +1,144 @@
+"""Claims about speed, read from the committed results of the benchmark scripts.
+
+A study of this kind measures nothing itself: its rows are those of `benchmarks/results/NAME.json`, which the
+script of that name writes, with the range of the ratio over rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import DataError
+from zoo.shared.store.io import read_json
+from zoo.studies.cells import CellCache
+from zoo.studies.options import StudyOptions
+from zoo.studies.study import Arm, Study
+from zoo.studies.tables import Outcome, Table, Verdict
+from zoo.studies.view import Row, View
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions(StudyOptions):
+    """Options of a study of committed benchmarks.
+
+    Args:
+        seeds: of no effect, as nothing is drawn.
+        files: names of results, without .json.
+    """
+
+    seeds: int = 1
+    files: tuple[str, ...] = ()
+
+
+def rows_of(name: str, folder: Path = RESULTS) -> list[Row]:
+    """What a benchmark measured: labels in words, the best peer, the ratio and its range.
+
+    Raises:
+        DataError: the file is not there, or no result of a benchmark.
+    """
+    file = folder / f"{name}.json"
+    script = name.rpartition("-")[0]
+    if not file.is_file():
+        raise DataError(
+            f"{file} is not there: run benchmarks/{script}.py in a checkout, and keep its JSON there"
+        )
+    content: Any = read_json(file)
+    if not isinstance(content, dict) or "rows" not in content or "threads" not in content:
+        raise DataError(f"{file} is no result of a benchmark; it has no rows and threads")
+    words = {1: "one thread", 2: "two threads"}
+    threads = words.get(content["threads"], f"{content['threads']} threads")
+    return [
+        {
+            "level": ", ".join([*(str(v) for k, v in row["labels"].items() if k in SHOWN), threads]),
+            "labels": row["labels"],
+            "peer": row["best_peer"],
+            **row["ratio"],
+        }
+        for row in content["rows"]
+    ]
+
+
+SHOWN = ("graph", "columns", "pattern", "zeros", "layer")
+
+
+def measure(make: Any, options: BenchmarkOptions, case: Row, cells: CellCache) -> list[Row]:
+    """The rows of a file."""
+    return rows_of(case["file"])
+
+
+def cases(options: BenchmarkOptions) -> Iterator[Row]:
+    """The files."""
+    return ({"file": file, "arm": "ours", "level": file, "seed": 0} for file in options.files)
+
+
+def outcome(low: float, high: float, bar: float = 1.0) -> Outcome:
+    """The verdict on a ratio by its range over rounds."""
+    return "holds" if low > bar else "does not hold" if high < bar else "cannot be told"
+
+
+def faster(published: str, note: str = "") -> Any:
+    """Facts: that each row is faster than its best peer."""
+
+    def facts(view: View) -> list[Verdict]:
+        return [
+            Verdict(
+                f"{row['level']}: faster than the best peer",
+                published,
+                f"{row['value']:.2f} times {row['peer']} [{row['low']:.2f}, {row['high']:.2f}]",
+                outcome(row["low"], row["high"]),
+                note=note,
+                paper=view.study.papers,
+            )
+            for row in view.rows
+        ]
+
+    return facts
+
+
+def benchmark_study(
+    name: str, title: str, paper: str, number: int, files: tuple[str, ...], published: str
+) -> Study:
+    """A study of committed benchmarks."""
+
+    @dataclass(frozen=True)
+    class Options(BenchmarkOptions):
+        """Options of a study of committed benchmarks.
+
+        Args:
+            seeds: of no effect, as nothing is drawn.
+            files: names of results, without .json.
+        """
+
+        files: tuple[str, ...] = files
+
+    def table(view: View) -> Table:
+        body = [
+            [r["level"], r["peer"], f"{r['value']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}"]
+            for r in view.rows
+        ]
+        return Table("Times the best peer's speed", ["what", "best peer", "times", "over rounds"], body)
+
+    return Study(
+        name,
+        title,
+        paper,
+        Options,
+        {"ours": Arm(once=True)},
+        cases,
+        measure,
+        papers=(number,),
+        varies=("seeds", "files"),
+        data=lambda options, case: [rows_of(file) for file in options.files],
+        facts=faster(published),
+        tables=[table],
+        notes=lambda options: [
+            "Nothing is measured here: the rows are those of "
+            + ", ".join(f"benchmarks/results/{file}.json" for file in options.files)
+            + ". A claim is judged by the range of the ratio over the rounds of the benchmark."
+        ],
+    )
