@@ -6,8 +6,6 @@ script of that name writes, with the range of the ratio over rounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +18,6 @@ from zoo.studies.tables import Outcome, Table, Verdict
 from zoo.studies.view import Row, View
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions(StudyOptions):
-    """Options of a study of committed benchmarks.
-
-    Args:
-        seeds: of no effect, as nothing is drawn.
-        files: names of results, without .json.
-    """
-
-    seeds: int = 1
-    files: tuple[str, ...] = ()
 
 
 def rows_of(name: str, folder: Path = RESULTS) -> list[Row]:
@@ -66,14 +51,9 @@ def rows_of(name: str, folder: Path = RESULTS) -> list[Row]:
 SHOWN = ("graph", "columns", "pattern", "zeros", "layer")
 
 
-def measure(make: Any, options: BenchmarkOptions, case: Row, cells: CellCache) -> list[Row]:
-    """The rows of a file."""
-    return rows_of(case["file"])
-
-
-def cases(options: BenchmarkOptions) -> Iterator[Row]:
-    """The files."""
-    return ({"file": file, "arm": "ours", "level": file, "seed": 0} for file in options.files)
+def measure(make: Any, options: StudyOptions, case: Row, cells: CellCache) -> list[Row]:
+    """The rows of the file that the arm names."""
+    return rows_of(make)
 
 
 def outcome(low: float, high: float, bar: float = 1.0) -> Outcome:
@@ -105,17 +85,6 @@ def benchmark_study(
 ) -> Study:
     """A study of committed benchmarks."""
 
-    @dataclass(frozen=True)
-    class Options(BenchmarkOptions):
-        """Options of a study of committed benchmarks.
-
-        Args:
-            seeds: of no effect, as nothing is drawn.
-            files: names of results, without .json.
-        """
-
-        files: tuple[str, ...] = files
-
     def table(view: View) -> Table:
         body = [
             [r["level"], r["peer"], f"{r['value']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}"]
@@ -127,18 +96,18 @@ def benchmark_study(
         name,
         title,
         paper,
-        Options,
-        {"ours": Arm(once=True)},
-        cases,
+        StudyOptions,
+        {file: Arm(file, once=True) for file in files},
+        lambda options: ({"arm": file, "level": file, "seed": 0} for file in files),
         measure,
         papers=(number,),
-        varies=("seeds", "files"),
-        data=lambda options, case: [rows_of(file) for file in options.files],
+        varies=("seeds",),
+        data=lambda options, case: [rows_of(file) for file in files],
         facts=faster(published),
         tables=[table],
         notes=lambda options: [
             "Nothing is measured here: the rows are those of "
-            + ", ".join(f"benchmarks/results/{file}.json" for file in options.files)
+            + ", ".join(f"benchmarks/results/{file}.json" for file in files)
             + ". A claim is judged by the range of the ratio over the rounds of the benchmark."
         ],
     )

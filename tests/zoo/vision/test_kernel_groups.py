@@ -15,6 +15,7 @@ from zoo.methods.conformance import check_method, images_job
 from zoo.shared.ops import SparseConv1x1
 from zoo.shared.pruning.inventory import pointwise_weights
 from zoo.studies.benchmarks import outcome, rows_of
+from zoo.studies.cells import CellCache
 from zoo.studies.runner import get_study
 from zoo.vision.methods.kernel_groups import KernelGroups, grouped, kept_magnitude, rearrange
 from zoo.vision.mobilenet import MobileNetV1
@@ -100,7 +101,12 @@ def test_committed_speeds_are_read_and_judged(tmp_path) -> None:
     for name, number in (("fast-convnets", 29), ("smash", 38)):
         study = get_study(name)
         options = study.options()
-        rows = [row for case in study.cases(options) for row in study.measure(None, options, case, None)]
-        found = study.report([{"arm": "ours", "seed": 0, **row} for row in rows], options).verdicts
+        cases = list(study.cases(options))
+        rows = [
+            {**c, **r}
+            for c in cases
+            for r in study.measure(study.arm(c).make, options, c, CellCache(tmp_path))
+        ]
+        found = study.report(rows, options).verdicts
         assert len(found) == len(rows) and {v.paper for v in found} == {(number,)}
         assert "holds" in {v.verdict for v in found}
