@@ -135,7 +135,8 @@ def _stored(path: Path) -> tuple[Study, dict[str, Any], Any]:
 
 
 def _joined(study: Study, first: Any, other: Study, second: Any, path: Path) -> Any:
-    """The options of both runs: lists and counts that decide no cell joined, all else alike."""
+    """The options of the first run, with the lists that decide no cell joined; the rows tell how many seeds
+    there are, all else must be alike."""
     if other is not study:
         raise DataError(f"{path} is a result of {other.name!r}, not of {study.name!r}")
     changed: dict[str, Any] = {}
@@ -148,8 +149,6 @@ def _joined(study: Study, first: Any, other: Study, second: Any, path: Path) -> 
             raise DataError(f"{path} was run with {field.name}={theirs!r}, the rows here with {ours!r}")
         if isinstance(ours, tuple):  # an empty list stands for all
             changed[field.name] = tuple(dict.fromkeys([*ours, *theirs])) if ours and theirs else ()
-        elif isinstance(ours, int):
-            changed[field.name] = max(ours, theirs)
     return dataclasses.replace(first, **changed)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo.shared import ops
 from zoo.shared.errors import OpError
 from zoo.shared.ops import _native
-from zoo.shared.ops.cache import Derived, digest
+from zoo.shared.ops.cache import Calls, Derived, digest
 from zoo.shared.ops.csr import csr_from_edges, transposed
 from zoo.shared.ops.dense_rows import store_rows
 from zoo.shared.ops.modules import SparseConv1x1, SparseLinear
@@ -339,6 +339,19 @@ def test_a_run_by_a_form_sees_every_write_and_else_makes_it_once(
     gone = weakref.ref(owner)
     del owner
     assert gone() is None and len(cache) == 0  # without the collector: no cycle
+
+
+def test_a_call_is_planned_anew_when_a_part_lies_elsewhere() -> None:
+    """Another storage, as many bytes, the same type: what was planned for the old one reads freed memory."""
+    calls, weight, x = Calls(), torch.randn(3, 4), torch.randn(2, 4)
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        return x
+
+    calls.keep(x, run, [weight])
+    assert calls.find(x, None, 3) is run
+    weight.data = torch.randn(3, 4)
+    assert calls.find(x, None, 3) is None
 
 
 def test_a_transposed_graph_is_made_once_while_nothing_changes() -> None:

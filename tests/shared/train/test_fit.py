@@ -130,6 +130,16 @@ def test_resumed_within_an_epoch_equals_uninterrupted(tmp_path, optimizer: str, 
     assert again.spent.flops == whole.spent.flops > 0
 
 
+@pytest.mark.parametrize(("last", "kept"), [(False, 6), (True, 12)])
+def test_the_last_state_is_kept_if_that_is_asked_for(tmp_path, last: bool, kept: int) -> None:
+    fit, file = Fit(net(), loader(), Recipe(epochs=2, lr=0.1)), Checkpoint(tmp_path, {})
+    resume(fit, file, every_steps=fit.steps_per_epoch, last=last)
+    stored, again = file.read(), Fit(net(), loader(), Recipe(epochs=2, lr=0.1))
+    assert stored is not None and fit.step == 12
+    again.load_state(stored[0])
+    assert again.step == kept
+
+
 def test_a_step_at_the_end_of_an_epoch_is_kept_with_its_score(tmp_path) -> None:
     recipe = Recipe(epochs=2, lr=0.1, select="best")
     scores = iter([2.0, 1.0])

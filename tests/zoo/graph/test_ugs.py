@@ -9,7 +9,7 @@ from zoo.errors import ConfigError
 from zoo.graph.models import GAT, GCN
 from zoo.graph.teddy import released_level
 from zoo.graph.train import WholeGraph, graph_job
-from zoo.graph.ugs import UGS, UGSConfig, _Masked, ugs
+from zoo.graph.ugs import UGS, UGSConfig, _keep_weights, _Masked, _rewind, ugs
 from zoo.shared.train import Job, Recipe
 
 
@@ -72,6 +72,35 @@ def test_the_l1_subgradient_pulls_masks_to_zero_from_either_side(graph):
     loss.backward()
     torch.testing.assert_close(masked.edge_mask.grad[:4], torch.tensor([0.1, -0.1, 0.0, 0.1]))
     torch.testing.assert_close(first.grad[0, :4], torch.tensor([-0.5, 0.5, 0.0, 0.5]))
+
+
+def test_the_smallest_masks_go_and_the_rest_is_rewound():
+    masks = {"first": torch.tensor([True, True, False]), "second": torch.tensor([[True]])}
+    score = {"first": torch.tensor([0.9, 0.1, -1.0]), "second": torch.tensor([[0.5]])}
+    kept = _keep_weights(score, masks, 0.5)
+    assert kept["first"].tolist() == [True, False, False] and kept["second"].tolist() == [[True]]
+    model = GCN(2, 1, 1)  # weights [1, 2] and [1, 1]
+    half, all_ = torch.tensor([[True, False]]), torch.tensor([[True]])
+    initial = {"conv1.lin.weight": torch.tensor([[1.0, 2.0]]), "conv2.lin.weight": torch.tensor([[4.0]])}
+    _rewind(model, initial, {"conv1.lin.weight": half, "conv2.lin.weight": all_})
+    assert model.conv1.lin.weight.tolist() == [[1.0, 0.0]] and model.conv2.lin.weight.item() == 4.0
+
+
+def test_a_closed_mask_is_the_removal_of_its_edge_and_of_no_loop(graph):
+    torch.manual_seed(0)
+    model = GCN(12, 16, 3).eval()
+    whole = WholeGraph.of(model, graph)
+    left = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    masked = _Masked(model, whole.graph, 60, left, noise=0.0).eval()
+    with torch.no_grad():
+        masked.edge_mask.zero_()
+        alone = masked(whole.features, whole.graph)
+        masked.edge_mask.fill_(1.0)
+        together = masked(whole.features, whole.graph)
+    none = WholeGraph.of(model, graph, torch.zeros(graph.edge_index.shape[1], dtype=torch.bool))
+    torch.testing.assert_close(together, model(whole.features, whole.graph))
+    torch.testing.assert_close(alone, model(none.features, none.graph))
+    assert not torch.allclose(alone, together)
 
 
 def test_the_method_makes_the_ticket_of_its_level(graph):
