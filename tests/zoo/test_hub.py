@@ -22,8 +22,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 
-from zoo.bundles import catalog, hub
+from zoo.bundles import catalog, foreign, hub
 from zoo.bundles import store as bundles
+from zoo.cli import main
 from zoo.errors import BundleError, CardError, HubError
 
 
@@ -451,7 +452,7 @@ def test_two_processes_at_once(server: FakeHub, tiny_bundle) -> None:
         worker.stdin.write("go\n")
         worker.stdin.flush()
     results = [worker.communicate(timeout=60) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0, 0], results
+    assert [worker.returncode for worker in workers] == [0, 0, 0], [err for _, err in results]
     assert len({out for out, _ in results}) == 1
     assert server.downloads("weights.safetensors") == 1, "the others waited for the first"
     catalog.open_bundle(results[0][0].strip()).check()
@@ -707,3 +708,89 @@ def test_waiting_for_another_pull_is_said_and_ends(server: FakeHub, tiny_bundle,
     assert "waiting up to" in caplog.text and left.exists()
     hub.fetch("hf://owner/tiny")
     assert not left.exists(), "what a killed pull left goes with the next one"
+
+
+FOREIGN = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": b"weights",
+    "unet/model.safetensors": b"more",
+    "pytorch_model.bin": b"a pickle",
+    "README.md": b"words",
+}
+
+
+def test_a_model_of_another_library_is_fetched_without_its_pickles(server: FakeHub, monkeypatch) -> None:
+    server.repositories["acme/net"] = FOREIGN
+    folder = foreign.fetch_folder("hf://acme/net")
+    wanted = {name: data for name, data in FOREIGN.items() if not name.endswith((".bin", ".md"))}
+    assert folder is not None and {name: (folder / name).read_bytes() for name in wanted} == wanted
+    assert not (folder / "pytorch_model.bin").exists() and server.downloads("model.bin") == 0
+    before = len(server.requests)
+    monkeypatch.setenv("ZOO_OFFLINE", "1")
+    assert foreign.fetch_folder("hf://acme/net") == folder and len(server.requests) == before
+    assert foreign.fetch_folder("hf://acme/other") is None  # the bundles' door says that it is not here
+    with pytest.raises(HubError, match="not in the cache"):
+        hub.fetch("hf://acme/other")
+
+
+def test_a_fetch_of_a_foreign_model_goes_on_where_it_broke(server: FakeHub) -> None:
+    server.repositories["acme/net"] = FOREIGN
+    server.cut_after["unet/model.safetensors"], server.cuts_left = 2, 99
+    with pytest.raises(HubError, match="did not arrive whole"):
+        foreign.fetch_folder("hf://acme/net")
+    server.cut_after.clear()
+    assert foreign.fetch_folder("hf://acme/net") is not None
+    whole = [line for line in server.requests if line.startswith("GET") and line.endswith("main/config.json")]
+    assert len(whole) <= 1
+
+
+def test_a_bundle_is_none_of_the_foreign_models(server: FakeHub, tiny_bundle) -> None:
+    server.publish_folder(tiny_bundle)
+    assert foreign.fetch_folder("hf://owner/tiny") is None
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": b"{}", "pytorch_model.bin": b"x"}, "no safetensors"),
+        ({"../evil.safetensors": b"x"}, "outside of its folder"),
+        ({".git/x.safetensors": b"x"}, "outside of its folder"),
+    ],
+)
+def test_foreign_models_that_are_refused(server: FakeHub, files, message: str) -> None:
+    server.repositories["acme/net"] = files
+    with pytest.raises(HubError, match=message):
+        foreign.fetch_folder("hf://acme/net")
+
+
+def test_a_foreign_model_that_does_not_fit_on_the_disk(server: FakeHub, monkeypatch) -> None:
+    server.repositories["acme/net"] = FOREIGN
+    monkeypatch.setattr(foreign.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 3))
+    with pytest.raises(HubError, match="has 3 free"):
+        foreign.fetch_folder("hf://acme/net")
+
+
+def test_sparsify_takes_a_hub_id_of_another_library(server: FakeHub, monkeypatch, tmp_path: Path) -> None:
+    taken = []
+
+    def handler(folder, method, origin, out, **_):
+        taken.append((sorted(path.name for path in folder.iterdir() if path.suffix == ".json"), origin.name))
+        return "done"
+
+    server.repositories["acme/net"] = FOREIGN
+    monkeypatch.setattr("zoo.cli.make.foreign_folder", lambda model: ("llm", handler))
+    words = ["sparsify", "hf://acme/net", "--method", "wanda", "--out", str(tmp_path / "out")]
+    assert main(words) == 0 and taken == [(["config.json"], "llm/out")]
+
+
+def test_a_pull_leaves_alone_what_another_one_is_writing_without_the_lock(
+    server: FakeHub, tiny_bundle
+) -> None:
+    server.publish_folder(tiny_bundle)
+    folder = hub.parse_reference("hf://owner/tiny").folder
+    written, left = folder / "refs" / ".main.other.tmp", folder / "snapshots" / ".killed.tmp"
+    for path in (written, left / "card.yaml"):
+        path.parent.mkdir(parents=True)
+        path.write_text("half")
+    hub.pull("hf://owner/tiny")
+    assert written.exists() and not left.exists()

@@ -118,8 +118,13 @@ def fetch(text: str, offline: bool | None = None) -> Bundle:
     if _COMMIT.fullmatch(reference.revision) and (cached := _cached(reference)) is not None:
         return cached
     try:
-        listing = _listing(reference)
-    except _Unreachable as error:
+        listing = listing_of(reference)
+        if CARD_FILE not in listing.sizes:
+            raise HubError(
+                f"{reference}: the repository has no {CARD_FILE}, so it holds no bundle. To make a model of "
+                f"another library sparse: zoo sparsify {reference} --method NAME --out DIR"
+            )
+    except Unreachable as error:
         cached = _cached(reference)
         if cached is None:
             raise HubError(f"{reference}: {error}. Check the connection and HF_ENDPOINT.") from error
@@ -233,12 +238,12 @@ def _twin_to_push(bundle: Bundle, base: Bundle | None) -> Bundle | None:
     return twin
 
 
-class _Unreachable(Exception):
+class Unreachable(Exception):
     """The hub gave no answer, as opposed to a refusal."""
 
 
 @dataclass(frozen=True)
-class _Listing:
+class Listing:
     """What the hub says of one revision: its commit, and sizes by file name."""
 
     commit: str
@@ -263,15 +268,16 @@ def _ref_file(reference: HubReference) -> Path:
     return reference.folder / "refs" / quote(reference.revision, safe="")
 
 
-def _fetch_commit(reference: HubReference, listing: _Listing) -> Bundle:
+def _fetch_commit(reference: HubReference, listing: Listing) -> Bundle:
     folder = reference.folder / "snapshots" / listing.commit
     pinned = HubReference(reference.repository, listing.commit)
     try:
         if not (folder / CARD_FILE).exists():
             reference.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(reference):
-                for left in reference.folder.glob("*/.*.tmp"):  # of pulls that were killed: we hold the lock
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            with locked(reference):
+                # Of pulls that were killed: snapshots are written under the lock alone, references are not.
+                for left in reference.folder.glob("snapshots/.*.tmp"):
+                    shutil.rmtree(left)
                 if not (folder / CARD_FILE).exists():  # another process may have been quicker
                     publish_folder(folder, lambda temporary: _download(pinned, listing, temporary))
         _claim_name(reference, open_bundle(folder))
@@ -285,7 +291,7 @@ def _fetch_commit(reference: HubReference, listing: _Listing) -> Bundle:
 
 
 @contextlib.contextmanager
-def _locked(reference: HubReference) -> Iterator[None]:
+def locked(reference: HubReference) -> Iterator[None]:
     """The repository's lock in the cache; waiting for another process is said, and ends."""
     from filelock import FileLock, Timeout
 
@@ -342,7 +348,7 @@ def _has_name(folder: Path, name: str) -> bool:
         return False
 
 
-def _listing(reference: HubReference) -> _Listing:
+def listing_of(reference: HubReference) -> Listing:
     """Ask the hub for a revision's commit and files."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -357,7 +363,7 @@ def _listing(reference: HubReference) -> _Listing:
     except RevisionNotFoundError as error:
         raise HubError(f"{reference}: the repository has no such branch, tag or commit.") from error
     except _hub_errors() as error:
-        raise _Unreachable(f"the hub cannot be reached: {_one_line(error)}") from error
+        raise Unreachable(f"the hub cannot be reached: {_one_line(error)}") from error
     except Exception as error:  # an answer of any form, say of a captive portal, breaks the library anywhere
         raise _no_hub(reference, error) from error
     siblings = [(sibling.rfilename, sibling.size or 0) for sibling in found.siblings or []]
@@ -366,9 +372,7 @@ def _listing(reference: HubReference) -> _Listing:
     sizes = dict(siblings)
     if not isinstance(found.sha, str) or not _COMMIT.fullmatch(found.sha):
         raise HubError(f"{reference}: the server names no commit. Is HF_ENDPOINT a hub?")
-    if CARD_FILE not in sizes:
-        raise HubError(f"{reference}: the repository has no {CARD_FILE}, so it holds no bundle.")
-    return _Listing(found.sha, sizes)
+    return Listing(found.sha, sizes)
 
 
 def _no_hub(reference: HubReference, problem: object) -> HubError:
@@ -378,7 +382,7 @@ def _no_hub(reference: HubReference, problem: object) -> HubError:
     )
 
 
-def _download(pinned: HubReference, listing: _Listing, folder: Path) -> None:
+def _download(pinned: HubReference, listing: Listing, folder: Path) -> None:
     """Fetch card and weights into `folder`, and a base that is not at hand; leave nothing else in it."""
     bundle = _download_bundle(pinned, listing, folder, "")
     stated = bundle.card.base
@@ -423,12 +427,12 @@ def _is_at_hand(bundle: Bundle) -> bool:
     return True
 
 
-def _download_bundle(pinned: HubReference, listing: _Listing, folder: Path, prefix: str) -> Bundle:
+def _download_bundle(pinned: HubReference, listing: Listing, folder: Path, prefix: str) -> Bundle:
     """Fetch the card and the weights under `prefix` of a repository, and compare them."""
     name = f"{prefix}{CARD_FILE}"
     if listing.sizes[name] > MAX_BYTES:
         raise HubError(f"{pinned}: {name} has {listing.sizes[name]} bytes. Is it a card at all?")
-    _download_file(pinned, name, folder)
+    download_file(pinned, name, folder)
     card = parse_card(read_yaml(folder / name, f"{pinned}/{name}"), f"{pinned}/{name}")
     file = f"{prefix}{card.weights.file}"
     offered = listing.sizes.get(file)
@@ -439,7 +443,7 @@ def _download_bundle(pinned: HubReference, listing: _Listing, folder: Path, pref
             f"{pinned}: {file} has {offered} bytes, but its card says {card.weights.bytes}. "
             "Nothing was kept; tell the repository's owner."
         )
-    _download_file(pinned, file, folder)
+    download_file(pinned, file, folder)
     bundle = Bundle(card, folder / prefix)
     try:
         bundle.check()
@@ -451,7 +455,7 @@ def _download_bundle(pinned: HubReference, listing: _Listing, folder: Path, pref
     return bundle
 
 
-def _download_file(pinned: HubReference, name: str, folder: Path) -> None:
+def download_file(pinned: HubReference, name: str, folder: Path) -> None:
     import huggingface_hub
 
     try:

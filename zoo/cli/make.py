@@ -135,9 +135,14 @@ def sparsify_command(argv: Sequence[str]) -> int:
     trains = needs_job(method_class) or bool(default_recipe(method_class))
     common = dataclasses.make_dataclass("Sparsify", [], bases=(JobOptions, Sparsify)) if trains else Sparsify
     options, method = parse_with(common, method_class, rest, "sparsify", description)
-    from zoo.bundles.catalog import find
+    from zoo.bundles.catalog import HUB_PREFIX, find
     from zoo.harness.making import Origin, make_bundle
 
+    if options.model.startswith(HUB_PREFIX):
+        from zoo.bundles.foreign import fetch_folder
+
+        with progress_bar() as progress:
+            options.model = str(fetch_folder(options.model, progress=progress) or options.model)
     if (handler := foreign_folder(options.model)) is not None:
         domain, sparsify_folder = handler
         origin = Origin(
