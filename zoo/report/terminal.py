@@ -16,8 +16,8 @@ GOOD, BAD = ("ok", "holds", "better"), ("failed", "does not hold", "invalid", "w
 def show_table(console: Console, table: Table) -> None:
     """Print a table: numbers to the right, outcomes in colour, the note below.
 
-    Names of rows are never broken: where the screen is too narrow, the table's optional columns go first, and
-    the note says which.
+    Where the screen is too narrow, the table's optional columns go first, and the note says which. Names of
+    rows are not broken, unless they would take more than half of it: what is said of them counts more.
     """
     from rich.measure import Measurement
     from rich.text import Text
@@ -31,6 +31,9 @@ def show_table(console: Console, table: Table) -> None:
         left_out.append(column)
         table = table.without(column)
         shown = _drawn(table)
+    names = max((len(str(row[0])) for row in table.rows), default=0)
+    if names > console.width / 2 and Measurement.get(console, boundless, shown).maximum > console.width:
+        shown = _drawn(table, broken_names=True)
     console.print(shown)
     if table.note:
         console.print(Text(table.note, style="dim"))
@@ -39,7 +42,7 @@ def show_table(console: Console, table: Table) -> None:
         console.print(Text(text, style="dim"))
 
 
-def _drawn(table: Table) -> RichTable:
+def _drawn(table: Table, broken_names: bool = False) -> RichTable:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -50,7 +53,10 @@ def _drawn(table: Table) -> RichTable:
     for index, column in enumerate(table.columns):
         numeric = all(_numeric(row[index]) for row in table.rows)
         shown.add_column(
-            Text(column), justify="right" if numeric else "left", overflow="fold", no_wrap=index == 0
+            Text(column),
+            justify="right" if numeric else "left",
+            overflow="fold",
+            no_wrap=index == 0 and not broken_names,
         )
     for row in table.rows:
         shown.add_row(*(Text(str(cell), style=_style(cell)) for cell in row))

@@ -70,3 +70,13 @@ def test_names_stay_whole_on_a_narrow_screen():
         assert name in text and "10 kB" in text
         assert ("fast-convnets" in text) == shown
         assert (f"Left out at {width} columns: method" in text) == (not shown)
+
+
+def test_long_names_of_rows_do_not_starve_what_is_said_of_them():
+    names = [f"graph/digits: accuracy, dense twin, mean of {seeds} seeds" for seeds in (4, 5)]
+    rows = [[name, "0.9779", "0.9781", "FAILED", "compared"] for name in names]
+    console = Console(file=io.StringIO(), width=80)
+    show_table(console, Table("", ["figure", "on the card", "found", "", "how"], rows, ""))
+    shown = console.file.getvalue()
+    assert all(shown.count(value) == 2 for value in ("0.9779", "0.9781", "FAILED", "compared"))
+    assert "accuracy" in shown and max(map(len, shown.splitlines())) <= 80
