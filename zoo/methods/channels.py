@@ -3,6 +3,7 @@ network is trained on."""
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from zoo.shared.structure.surgery import cut
 from zoo.shared.train import Fit, Job
 
 Units = dict[str, Tensor]
+
+REACH = 0.5  # share of the parameters below which a warning says what cannot be cut
+_log = logging.getLogger("zoo")
 
 
 class Budget(NamedTuple):
@@ -68,6 +72,12 @@ class ChannelMethod(TrainingMethod):
                 f"{epochs:g}"
             )
         groups = trace_groups(model, example_of(job))
+        if (share := groups.reach(model)) < REACH:
+            reasons = sorted(set(groups.frozen.values()))[:3]
+            _log.warning(
+                "%.0f %% of the parameters of this %s lie in channels that can be cut (%s)",
+                *(100 * share, type(model).__name__, "; ".join(reasons)),
+            )
         if self.budget == "macs":
             budget = macs_budget(model, groups, self.sparsity, job)
         else:

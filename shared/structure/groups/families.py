@@ -172,6 +172,22 @@ class GroupMap(Mapping[str, Family]):
         ]
         return "\n".join([f"GroupMap of {len(self)} families", *lines])
 
+    def reach(self, model: nn.Module) -> float:
+        """The share of a model's parameters that lie in units which can be cut, from 0 to 1."""
+        known = dict(model.named_parameters())
+        touched: dict[str, Tensor] = {}
+        for family in self.values():
+            for member in family.members:
+                if member.name not in known:
+                    continue
+                shape = known[member.name].shape
+                axis = torch.zeros(shape[member.dim], dtype=torch.bool)
+                axis[member.index.reshape(-1)] = True
+                spread = _along(axis, member.dim, len(shape)).expand(shape)
+                touched[member.name] = touched[member.name] | spread if member.name in touched else spread
+        total = sum(parameter.numel() for parameter in known.values())
+        return sum(int(part.count_nonzero()) for part in touched.values()) / total if total else 0.0
+
     # -- sums over units
 
     def sums(

@@ -33,6 +33,8 @@ HEAD_COUNTS: tuple[Any, ...] = (
     "num_key_value_heads",
 )
 HEAD_COUNTS += ("num_kv_heads", "n_kv_heads", "kv_heads")
+# Likewise for the width of all heads together, where the forward pass joins them again.
+WIDTHS: tuple[Any, ...] = ("attn_dim", "all_head_size", "inner_dim", "embed_dim", "dim", "hidden_size")
 
 Rule = Callable[["Tracer", Any, Callable[[Any], Any], str], Any]
 
@@ -70,7 +72,7 @@ def along_axis(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
     return x if isinstance(dim, int) and dim % ndim_of(node.args[0]) not in x else None
 
 
-def _elementwise(state: Tracer, node: Any, at: Any, why: str) -> Labels:
+def elementwise(state: Tracer, node: Any, at: Any, why: str) -> Labels:
     """Any number of tensors that broadcast: equal positions are one unit."""
     shape = shape_of(node)
     operands = [a for a in node.args if isinstance(a, fx.Node) and "tensor_meta" in a.meta]
@@ -101,18 +103,22 @@ def reshape(state: Tracer, node: Any, at: Any, why: str) -> Labels:
 def _head_counts(
     state: Tracer, node: Any, before: tuple[int, ...], after: tuple[int, ...], labels: Labels
 ) -> None:
-    """Notes attributes of the calling module that say how many heads an axis was split into."""
+    """Notes attributes of the calling module that say how many heads an axis was split into, or how wide they
+    are together."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
+    path = list(stack.values())[-1][0].partition("@")[0] if stack else ""
     owner = state.model.get_submodule(path)
-    split = {axis for _, new in factor_shapes(before, after) if len(new) > 1 for axis in new}
-    for axis in split & set(labels):
-        for attribute in HEAD_COUNTS:
-            if getattr(owner, attribute, None) == after[axis] and FIXED not in labels[axis]:
-                state.attributes[f"{path}.{attribute}" if path else attribute] = labels[axis]
+    blocks = factor_shapes(before, after)
+    parts = {axis for _, new in blocks if len(new) > 1 for axis in new}
+    joined = {axis for old, new in blocks if len(old) > 1 for axis in new if len(new) == 1}
+    for axes, names in ((parts, HEAD_COUNTS), (joined, WIDTHS)):
+        for axis in axes & set(labels):
+            for attribute in names:
+                if getattr(owner, attribute, None) == after[axis] and FIXED not in labels[axis]:
+                    state.attributes[f"{path}.{attribute}" if path else attribute] = labels[axis]
 
 
-def _cat(state: Tracer, node: Any, at: Any, why: str) -> Labels:
+def cat(state: Tracer, node: Any, at: Any, why: str) -> Labels:
     parts, dim = node.args[0], _argument(node, 1, "dim", 0) % ndim_of(node)
     result: Labels = {}
     for axis in range(ndim_of(node)):
@@ -133,7 +139,7 @@ def _cat(state: Tracer, node: Any, at: Any, why: str) -> Labels:
     return result
 
 
-def _mean(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
+def mean(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
     """Reductions along axes without labels."""
     dims = _argument(node, 1, "dim")
     if dims is None:
@@ -149,7 +155,7 @@ def _mean(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
     return {order.index(d): labels for d, labels in x.items()}
 
 
-def _permute(state: Tracer, node: Any, at: Any, why: str) -> Labels:
+def permute(state: Tracer, node: Any, at: Any, why: str) -> Labels:
     dims = node.args[1:]
     order = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else list(dims)
     n = ndim_of(node)
@@ -158,14 +164,14 @@ def _permute(state: Tracer, node: Any, at: Any, why: str) -> Labels:
     }
 
 
-def _transpose(state: Tracer, node: Any, at: Any, why: str) -> Labels:
+def transpose(state: Tracer, node: Any, at: Any, why: str) -> Labels:
     n = ndim_of(node)
     a, b = (d % n for d in node.args[1:3])
     swap = {a: b, b: a}
     return {swap.get(d, d): labels for d, labels in at(node.args[0]).items()}
 
 
-def _matmul(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
+def matmul(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
     """Batch axes meet, the outer axes pass; a labelled axis that is summed over is declined."""
     left, right = node.args[:2]
     x, y = at(left), at(right)
@@ -182,7 +188,7 @@ def _matmul(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
     return result
 
 
-def _attention_product(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
+def attention_product(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
     """scaled_dot_product_attention: heads meet on axis -3; grouped queries go with their key head."""
     q, k, v = (at(a) for a in node.args[:3])
     n = ndim_of(node)
@@ -198,7 +204,7 @@ def _attention_product(state: Tracer, node: Any, at: Any, why: str) -> Labels | 
     return {heads: q[heads]}
 
 
-def _repeat_interleave(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
+def repeat_interleave(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
     repeats, dim = _argument(node, 1, "repeats"), _argument(node, 2, "dim")
     if not isinstance(repeats, int) or dim is None:
         return None
@@ -206,12 +212,12 @@ def _repeat_interleave(state: Tracer, node: Any, at: Any, why: str) -> Labels | 
     return {d: np.repeat(own, repeats) if d == dim else own for d, own in at(node.args[0]).items()}
 
 
-def _expand(state: Tracer, node: Any, at: Any, why: str) -> Labels:
+def expand(state: Tracer, node: Any, at: Any, why: str) -> Labels:
     lead = ndim_of(node) - ndim_of(node.args[0])
     return {d + lead: labels for d, labels in at(node.args[0]).items()}
 
 
-def _split(state: Tracer, node: Any, at: Any, why: str) -> list[Labels] | None:
+def split(state: Tracer, node: Any, at: Any, why: str) -> list[Labels] | None:
     """chunk and split along an axis: each part has its labels."""
     x = at(node.args[0])
     dim = _argument(node, 2, "dim", 0) % ndim_of(node.args[0])
@@ -221,7 +227,7 @@ def _split(state: Tracer, node: Any, at: Any, why: str) -> list[Labels] | None:
     return [{d: part[i] for d, part in parts.items()} for i in range(len(sizes))]
 
 
-def _unbind(state: Tracer, node: Any, at: Any, why: str) -> list[Labels] | None:
+def unbind(state: Tracer, node: Any, at: Any, why: str) -> list[Labels] | None:
     x = at(node.args[0])
     dim = _argument(node, 1, "dim", 0) % ndim_of(node.args[0])
     if dim in x:
@@ -266,7 +272,7 @@ def _getitem(state: Tracer, node: Any, at: Any, why: str) -> Any:
     return result
 
 
-def _pad(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
+def pad(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
     """Padding with zeros; padded positions of a labelled axis are fixed."""
     x, n = at(node.args[0]), ndim_of(node)
     pads = _argument(node, 1, "pad")
@@ -333,20 +339,20 @@ _SPATIAL += (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d
 
 FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys(_UNARY, same),
-    **dict.fromkeys(_BINARY, _elementwise),
+    **dict.fromkeys(_BINARY, elementwise),
     **dict.fromkeys(_SPATIAL, spatial),
     **dict.fromkeys((F.softmax, F.log_softmax, torch.softmax, torch.log_softmax), along_axis),
     **dict.fromkeys((torch.flatten, torch.reshape, torch.unsqueeze, torch.squeeze), reshape),
-    **dict.fromkeys((torch.cat, torch.concat), _cat),
-    **dict.fromkeys((torch.mean, torch.sum, torch.amax), _mean),
-    **dict.fromkeys((torch.matmul, torch.bmm, operator.matmul), _matmul),
-    **dict.fromkeys((torch.chunk, torch.split), _split),
-    torch.unbind: _unbind,
-    torch.permute: _permute,
-    torch.transpose: _transpose,
-    torch.repeat_interleave: _repeat_interleave,
-    F.scaled_dot_product_attention: _attention_product,
-    F.pad: _pad,
+    **dict.fromkeys((torch.cat, torch.concat), cat),
+    **dict.fromkeys((torch.mean, torch.sum, torch.amax), mean),
+    **dict.fromkeys((torch.matmul, torch.bmm, operator.matmul), matmul),
+    **dict.fromkeys((torch.chunk, torch.split), split),
+    torch.unbind: unbind,
+    torch.permute: permute,
+    torch.transpose: transpose,
+    torch.repeat_interleave: repeat_interleave,
+    F.scaled_dot_product_attention: attention_product,
+    F.pad: pad,
     operator.getitem: _getitem,
     getattr: _nothing,
     operator.floordiv: _nothing,
@@ -355,17 +361,17 @@ FUNCTIONS: dict[Any, Rule] = {
 METHODS: dict[str, Rule] = {
     **dict.fromkeys(("relu", "relu_", "sigmoid", "tanh", "exp", "contiguous", "clone", "float", "to"), same),
     **dict.fromkeys(("type_as", "clamp", "abs", "square", "neg", "detach"), same),
-    **dict.fromkeys(("add", "add_", "sub", "mul", "mul_", "div"), _elementwise),
+    **dict.fromkeys(("add", "add_", "sub", "mul", "mul_", "div"), elementwise),
     **dict.fromkeys(("softmax", "log_softmax"), along_axis),
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"), reshape),
-    **dict.fromkeys(("mean", "sum", "amax"), _mean),
-    **dict.fromkeys(("matmul", "bmm"), _matmul),
-    **dict.fromkeys(("chunk", "split"), _split),
-    "unbind": _unbind,
-    "permute": _permute,
-    "transpose": _transpose,
-    "repeat_interleave": _repeat_interleave,
-    "expand": _expand,
+    **dict.fromkeys(("mean", "sum", "amax"), mean),
+    **dict.fromkeys(("matmul", "bmm"), matmul),
+    **dict.fromkeys(("chunk", "split"), split),
+    "unbind": unbind,
+    "permute": permute,
+    "transpose": transpose,
+    "repeat_interleave": repeat_interleave,
+    "expand": expand,
     "size": _nothing,
     "dim": _nothing,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,26 +16,42 @@ if TYPE_CHECKING:
     from .tracing import Tracer
 
 
-def _linear(state: Tracer, node: Any, at: Any, why: str) -> Labels:
-    name = str(node.target)
-    x = dict(at(node.args[0]))
-    last = ndim_of(node.args[0]) - 1
-    out = state.axis(f"{name}.weight", 0, "out")
-    state.meet(x.pop(last, None), state.axis(f"{name}.weight", 1, "in"), "reads an input that is not cut")
-    if f"{name}.bias" in state.parameters:
-        state.unions.join(out, state.axis(f"{name}.bias", 0, "out"), why)
+def _parameter(state: Tracer, name: str) -> str | None:
+    return name if name in state.parameters else None
+
+
+def linear_out(state: Tracer, x: Labels, last: int, weight: str, bias: str | None, why: str) -> Labels:
+    """A product with a weight [out, in] along the last axis."""
+    x = dict(x)
+    out = state.axis(weight, 0, "out")
+    state.meet(x.pop(last, None), state.axis(weight, 1, "in"), "reads an input that is not cut")
+    if bias is not None:
+        state.unions.join(out, state.axis(bias, 0, "out"), why)
     return {**x, last: out}
+
+
+def _linear(state: Tracer, node: Any, at: Any, why: str) -> Labels:
+    name, last = str(node.target), ndim_of(node.args[0]) - 1
+    bias = _parameter(state, f"{name}.bias")
+    return linear_out(state, at(node.args[0]), last, f"{name}.weight", bias, why)
 
 
 def _convolution(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
     name = str(node.target)
     module: Any = state.model.get_submodule(name)
-    x = at(node.args[0])
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    bias = _parameter(state, f"{name}.bias")
+    return convolved(state, at(node.args[0]), f"{name}.weight", bias, module.groups, transposed, why)
+
+
+def convolved(
+    state: Tracer, x: Labels, weight: str, bias: str | None, groups: int, transposed: bool, why: str
+) -> Labels | None:
+    """A convolution over the axes from 2 on."""
     if set(x) - {1}:
         return None
-    groups, c_in, c_out = module.groups, module.in_channels, module.out_channels
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    weight = f"{name}.weight"
+    shape = state.parameters[weight].shape
+    c_in, c_out = shape[1] * groups, shape[0]
     if groups == 1:
         out = state.axis(weight, 1 if transposed else 0, "out")
         state.meet(
@@ -50,43 +67,52 @@ def _convolution(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
         out = state.axis(weight, 0, "follow" if groups == c_in else "out")
         heads = state.unions.join_rows(source, why)
         state.unions.join(out, np.repeat(heads, c_out // groups), why)
-    if f"{name}.bias" in state.parameters:
-        state.unions.join(out, state.axis(f"{name}.bias", 0, "out" if groups == 1 else "follow"), why)
+    if bias is not None:
+        state.unions.join(out, state.axis(bias, 0, "out" if groups == 1 else "follow"), why)
     return {1: out}
 
 
+def normed(state: Tracer, x: Labels, dim: int, keys: Sequence[tuple[str, Role]], why: str) -> Labels:
+    """Parameters and buffers that act on each position of an axis by itself."""
+    for name, role in keys:
+        state.meet(x.get(dim), state.axis(name, 0, role), why)
+    return dict(x)
+
+
+def _there(state: Tracer, node: Any, keys: Sequence[tuple[str, Role]]) -> list[tuple[str, Role]]:
+    """The parameters and buffers of a module that it really has, by full name."""
+    named: list[tuple[str, Role]] = [(f"{node.target}.{key}", role) for key, role in keys]
+    return [(name, role) for name, role in named if name in state.parameters or name in state.buffers]
+
+
 def _batch_norm(state: Tracer, node: Any, at: Any, why: str) -> Labels:
-    x = at(node.args[0])
     keys: list[tuple[str, Role]] = [("weight", "follow"), ("bias", "follow")]
     keys += [("running_mean", "state"), ("running_var", "state")]
-    for key, role in keys:
-        name = f"{node.target}.{key}"
-        if name in state.parameters or name in state.buffers:
-            state.meet(x.get(1), state.axis(name, 0, role), why)
+    return normed(state, at(node.args[0]), 1, _there(state, node, keys), why)
+
+
+def grouped(state: Tracer, x: Labels, groups: int, why: str) -> Labels:
+    """A norm group is cut as a whole, so that the statistics of the others stay."""
+    x = dict(x)
+    if 1 in x:
+        heads = state.unions.join_rows(x[1].reshape(groups, -1), why)
+        x[1] = np.repeat(heads, len(x[1]) // groups)
     return x
 
 
 def _group_norm(state: Tracer, node: Any, at: Any, why: str) -> Labels:
     module: Any = state.model.get_submodule(str(node.target))
-    x = dict(at(node.args[0]))
-    if 1 in x:  # a norm group is cut as a whole, so that the statistics of the others stay
-        heads = state.unions.join_rows(x[1].reshape(module.num_groups, -1), why)
-        x[1] = np.repeat(heads, len(x[1]) // module.num_groups)
-    for key in ("weight", "bias"):
-        if f"{node.target}.{key}" in state.parameters:
-            state.meet(x.get(1), state.axis(f"{node.target}.{key}", 0, "follow"), why)
-    return x
+    x = grouped(state, at(node.args[0]), module.num_groups, why)
+    return normed(state, x, 1, _there(state, node, (("weight", "follow"), ("bias", "follow"))), why)
 
 
 def _layer_norm(state: Tracer, node: Any, at: Any, why: str) -> Labels | None:
     module: Any = state.model.get_submodule(str(node.target))
-    x = at(node.args[0])
     last = ndim_of(node.args[0]) - 1
     if len(module.normalized_shape) != 1:
         return None
-    for key in ("weight", "bias"):
-        if f"{node.target}.{key}" in state.parameters:
-            state.meet(x.get(last), state.axis(f"{node.target}.{key}", 0, "follow"), why)
+    keys = _there(state, node, (("weight", "follow"), ("bias", "follow")))
+    x = normed(state, at(node.args[0]), last, keys, why)
     if last in x:
         state.unions.mark_inexact(x[last])
     return x

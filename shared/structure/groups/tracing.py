@@ -12,10 +12,12 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from ...errors import GroupError
 from ...measure.modes import eval_mode
+from .exported import labels_of_export
 from .families import Family, GroupMap, Member, Role
 from .function_rules import FUNCTIONS, METHODS
 from .labels import FIXED, Labels, Unions
 from .module_rules import MODULES
+from .trial import tried
 
 
 class Tracer:
@@ -116,24 +118,40 @@ def trace_groups(model: nn.Module, inputs: tuple[Any, ...]) -> GroupMap:
     InstanceNorm, GroupNorm (a norm group goes as a whole), LayerNorm and RMSNorm (inexact, see `Family`),
     Embedding, nn.MultiheadAttention (its heads) and nn.TransformerEncoderLayer (heads and hidden units),
     elementwise functions, pooling, reshaping, concatenation, attention as matmul or
-    scaled_dot_product_attention with grouped queries. Units that reach the model's input or output, or pass
+    scaled_dot_product_attention with grouped queries. What torch.fx cannot trace, or a part that it meets an
+    unknown module or function in, is followed through a program of torch.export instead (`exported`), if that
+    reaches more. Every family is tried on a copy before it is given. Units that reach the model's input or
+    output, or pass
     through anything unknown, are left out and listed in `GroupMap.frozen` with the reason.
 
     Args:
-        model: any module that torch.fx can trace; its mode and weights are left as they are.
+        model: any module that torch.fx or torch.export can trace; its mode and weights are left as they are.
         inputs: example inputs, a batch of at least two.
 
     Raises:
         GroupError: the model cannot be traced, or the inputs do not suit it.
     """
-    tracer = _LeafTracer()
     try:
-        graph = tracer.trace(model)
-    except Exception as error:  # fx lets any error of the model's own Python code through
-        raise GroupError(
-            f"{type(model).__name__} cannot be traced ({type(error).__name__}: {error}); "
-            "declare its families with GroupMap.declare."
-        ) from error
+        graph = _LeafTracer().trace(model)
+    except Exception:  # fx lets any error of the model's own Python code through
+        return _exported(model, inputs)
+    found = tried(model, _followed(model, graph, inputs), inputs)
+    if not any("passes through" in reason for reason in found.frozen.values()):
+        return found
+    try:
+        other = _exported(model, inputs)
+    except GroupError:
+        return found
+    return other if other.reach(model) > found.reach(model) else found
+
+
+def _exported(model: nn.Module, inputs: tuple[Any, ...]) -> GroupMap:
+    state = Tracer(model)
+    labels_of_export(state, inputs)
+    return tried(model, state.group_map(), inputs)
+
+
+def _followed(model: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...]) -> GroupMap:
     module = fx.GraphModule(model, graph)
     try:
         with eval_mode(model), torch.no_grad():
@@ -155,7 +173,7 @@ def _visit(state: Tracer, node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
     if node.op == "placeholder":
         return {}
     if node.op == "get_attr":
-        return _attribute(state, str(node.target))
+        return attribute_labels(state, str(node.target))
     if node.op == "output":
         for source in node.all_input_nodes:
             _fix(state, at(source), "reaches the model's output")
@@ -182,7 +200,7 @@ def _fix(state: Tracer, labels: Any, why: str) -> None:
         state.fix_all(one, why)
 
 
-def _attribute(state: Tracer, target: str) -> Labels:
+def attribute_labels(state: Tracer, target: str) -> Labels:
     if target in state.parameters:
         tensor: Tensor = state.parameters[target]
         return {dim: state.axis(target, dim, "follow") for dim in range(tensor.ndim) if tensor.shape[dim] > 1}
