@@ -16,8 +16,26 @@ import scipy.sparse
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch_geometric.data import Data, HeteroData
 
 from zoo.errors import DataError
+
+
+def homogeneous(data: object, what: str) -> Data:
+    """A graph with one kind of nodes and edges.
+
+    Raises:
+        DataError: several kinds, or no graph of torch-geometric.
+    """
+    if isinstance(data, HeteroData):
+        raise DataError(
+            f"{what} needs a homogeneous graph: TEDDY's degrees have no meaning across kinds of edges. "
+            f"Received: HeteroData with {len(data.edge_types)} of them. "
+            "torch_geometric.transforms.ToUndirected()(data).to_homogeneous() makes one."
+        )
+    if not isinstance(data, Data) or data.edge_index is None:
+        raise DataError(f"{what} needs a homogeneous graph with edge_index. Received: {type(data).__name__}.")
+    return data
 
 
 def check_ids(edge_index: Tensor, num_nodes: int) -> None:

@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch_geometric.data import Data
+from torch_geometric.data.data import BaseData
 
 from zoo.bundles.sources import Source
 from zoo.errors import DataError
-from zoo.graph.edges import check_features, check_undirected, check_weight
+from zoo.graph.edges import check_features, check_undirected, check_weight, homogeneous
 from zoo.graph.splits import split_per_class
 from zoo.shared.errors import FormatError
 from zoo.shared.store.formats.manifest import check_unpacked
@@ -46,7 +47,7 @@ def is_file(name: str) -> bool:
     return name.endswith((*SUFFIXES, *_PICKLES))
 
 
-def save_graph(data: Data, path: str | os.PathLike[str]) -> Path:
+def save_graph(data: BaseData, path: str | os.PathLike[str]) -> Path:
     """Write a graph's arrays to a `.npz` or `.safetensors` file, the whole file or nothing.
 
     Raises:
@@ -78,14 +79,17 @@ def read_graph(path: str | os.PathLike[str]) -> Data:
     return _checked(arrays, str(path))
 
 
-def checked_graph(data: Data, where: str) -> Data:
+def checked_graph(data: BaseData, where: str) -> Data:
     """A graph of somebody else's, checked as one that was read from a file.
 
     Raises:
         DataError: as `read_graph`; the message starts with `where`.
     """
+    graph = homogeneous(data, where)
     names = (*_NEEDED, "edge_weight", *_MASKS)
-    return _checked({name: data[name].detach().cpu() for name in names if data.get(name) is not None}, where)
+    return _checked(
+        {name: graph[name].detach().cpu() for name in names if graph.get(name) is not None}, where
+    )
 
 
 def source_of(path: str | os.PathLike[str]) -> Source:

@@ -17,7 +17,7 @@ from zoo.graph.data import load_graph
 from zoo.graph.models import GAT, GraphModel
 from zoo.graph.teddy import check_sparsity, ticket_mask
 from zoo.graph.ticket import EdgeTicket
-from zoo.graph.train import L0Ball, WholeGraph, graph_job, graph_recipe, train_best
+from zoo.graph.train import L0Ball, WholeGraph, graph_job, graph_recipe, train_best, whole_graph
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks import MaskSet, set_masks
 from zoo.shared.train import Job
@@ -60,11 +60,11 @@ class Teddy:
 
         Args:
             model: one of the zoo's GCN, GAT and GIN.
-            job: whose recipe and seed take the place of those among the options. The graph is that of
-                `dataset`: a job has it prepared, with all its edges.
+            job: on a whole graph (`zoo.graph.train.graph_job`), which is trained on unless the option
+                `dataset` names another; its recipe and seed take the place of those among the options.
 
         Raises:
-            ConfigError: a model of another kind, or no graph to train on.
+            ConfigError: a model of another kind, no graph to train on, or a job on parts of one.
             DataError: a sparsity out of range, or data that do not fit the model.
         """
         if not isinstance(model, GraphModel):
@@ -72,11 +72,17 @@ class Teddy:
         if job is not None:
             recipe = job.recipe
             fields: Any = {"epochs": recipe.epochs, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
-            return dataclasses.replace(self, **fields, seed=job.seed).sparsify(model)
+            data = whole_graph(job, "TEDDY")
+            chosen = dataclasses.replace(self, **fields, seed=job.seed)
+            return chosen.sparsify(model) if self.dataset else chosen._ticket(model, data)
+        dataset = self.dataset or dataset_of(model)
+        made = self._ticket(model, load_graph(dataset))
+        return dataclasses.replace(made, hyperparameters=made.hyperparameters | {"dataset": dataset})
+
+    def _ticket(self, model: GraphModel, data: Data) -> Sparsified:
+        """A ticket of this graph."""
         check_sparsity(self.edge_sparsity, "edge_sparsity")
         check_sparsity(self.weight_sparsity, "weight_sparsity")
-        dataset = self.dataset or dataset_of(model)
-        data = load_graph(dataset)
         whole = WholeGraph.of(model, data)
         with torch.no_grad():
             teacher = model(whole.features, whole.graph).float()
@@ -95,8 +101,7 @@ class Teddy:
         masks = MaskSet(train_best(student, job, constraint).masks)
         set_masks(student, masks)
         student.ticket = EdgeTicket.draw(data.edge_index, int(data.num_nodes), keep)
-        options = dataclasses.asdict(self) | {"dataset": dataset}
-        return Sparsified(student.eval(), masks, student.ticket.to_extras(), options)
+        return Sparsified(student.eval(), masks, student.ticket.to_extras(), dataclasses.asdict(self))
 
     def _edges(self, model: GraphModel, data: Data) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)

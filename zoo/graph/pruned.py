@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch_geometric.data import Data
+from torch_geometric.data.data import BaseData
 
 from zoo.errors import DataError
+from zoo.graph.edges import homogeneous
 from zoo.graph.teddy import ticket_mask
 from zoo.graph.ticket import EdgeTicket
 
@@ -41,7 +42,7 @@ class PrunedEdges(nn.Module):
     def draw(
         cls,
         module: nn.Module,
-        data: Data,
+        data: BaseData,
         sparsity: float,
         changed: Literal["refuse", "rescore"] = "refuse",
     ) -> PrunedEdges:
@@ -50,9 +51,10 @@ class PrunedEdges(nn.Module):
         Raises:
             DataError: as `ticket_mask`.
         """
-        nodes = int(data.num_nodes or 0)
-        keep = ticket_mask(data.edge_index, nodes, sparsity, edge_weight=data.get("edge_weight"))
-        return cls(module, EdgeTicket.draw(data.edge_index, nodes, keep), changed)
+        graph = homogeneous(data, "PrunedEdges")
+        nodes = int(graph.num_nodes or 0)
+        keep = ticket_mask(graph.edge_index, nodes, sparsity, edge_weight=graph.get("edge_weight"))
+        return cls(module, EdgeTicket.draw(graph.edge_index, nodes, keep), changed)
 
     def forward(self, x: Tensor, edge_index: Int[Tensor, "2 E"], *args: Any, **kwargs: Any) -> Any:
         """What the module makes of the kept edges."""

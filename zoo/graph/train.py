@@ -143,6 +143,21 @@ def unweighted(data: Data, model: str) -> Data:
     return data
 
 
+def whole_graph(job: Job, method: str) -> Data:
+    """The graph that a job trains on at once.
+
+    Raises:
+        ConfigError: it trains on batches of something else, parts of a graph that a loader samples say.
+    """
+    if not isinstance(job.batches, WholeGraph):
+        raise ConfigError(
+            f"{method} scores and trains on a whole graph: make the job with zoo.graph.domain.make_job or "
+            f"zoo.graph.train.graph_job. Received: batches of {type(job.batches).__name__}. To train on "
+            "parts, prune the graph first (zoo.graph.TeddyPrune) and give the pruned one to the loader."
+        )
+    return job.batches.data
+
+
 def graph_job(
     model: GraphModel,
     data: Data,

@@ -9,7 +9,7 @@ from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
 from zoo.errors import DataError
-from zoo.graph.edges import check_features, check_undirected, check_weight
+from zoo.graph.edges import check_features, check_undirected, check_weight, homogeneous
 from zoo.graph.teddy import check_sparsity, edge_scores, keep_highest
 
 
@@ -37,22 +37,19 @@ class TeddyPrune(BaseTransform):
 
     def forward(self, data: BaseData) -> Data:
         """The graph with its kept edges; nodes and everything else are as before."""
-        if not isinstance(data, Data) or data.edge_index is None:
-            raise DataError(
-                f"TeddyPrune needs a homogeneous graph with edge_index. Received: {type(data).__name__}."
-            )
-        nodes = data.num_nodes
+        graph = homogeneous(data, "TeddyPrune")
+        nodes = graph.num_nodes
         if nodes is None:
             raise DataError("TeddyPrune needs the number of nodes: set data.num_nodes or data.x.")
-        if isinstance(data.x, Tensor) and data.x.is_floating_point():
-            check_features(data.x)
-        check_undirected(data.edge_index, nodes)
-        weight = getattr(data, "edge_weight", None)
+        if isinstance(graph.x, Tensor) and graph.x.is_floating_point():
+            check_features(graph.x)
+        check_undirected(graph.edge_index, nodes)
+        weight = getattr(graph, "edge_weight", None)
         if weight is not None:
-            check_weight(data.edge_index, weight, nodes)
-        scores = edge_scores(data.edge_index, nodes, weight)
-        keep = keep_highest(scores, data.edge_index, nodes, self.sparsity)
-        pruned: Data = data.edge_subgraph(keep)
+            check_weight(graph.edge_index, weight, nodes)
+        scores = edge_scores(graph.edge_index, nodes, weight)
+        keep = keep_highest(scores, graph.edge_index, nodes, self.sparsity)
+        pruned: Data = graph.edge_subgraph(keep)
         return pruned
 
     def __repr__(self) -> str:

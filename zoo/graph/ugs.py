@@ -32,7 +32,7 @@ from zoo.graph.method import reinitialised
 from zoo.graph.models import GAT, Features, GraphModel
 from zoo.graph.teddy import keep_highest, released_level, with_self_loops
 from zoo.graph.ticket import EdgeTicket
-from zoo.graph.train import Best, FixedMasks, WholeGraph, graph_job, graph_recipe, train_best
+from zoo.graph.train import Best, FixedMasks, graph_job, graph_recipe, train_best, whole_graph
 from zoo.methods.contract import Sparsified, required, stated_options
 from zoo.shared.masks import MaskSet, set_masks
 from zoo.shared.train import Job, Recipe
@@ -106,14 +106,10 @@ class UGS:
         if not isinstance(model, GraphModel):
             raise ConfigError(f"UGS trains the zoo's GCN, GAT and GIN. Received: {type(model).__name__}.")
         given = required(job, self)
-        if not isinstance(given.batches, WholeGraph):
-            raise ConfigError(
-                f"UGS trains on a whole graph: make the job with zoo.graph.domain.make_job. Received: "
-                f"batches of {type(given.batches).__name__}."
-            )
+        data = whole_graph(given, "UGS")
         if self.level < 1:
             raise ConfigError(f"level counts rounds and must be at least 1. Received: {self.level}.")
-        data, recipe = given.batches.data, given.recipe
+        recipe = given.recipe
         config = UGSConfig(recipe.epochs, recipe.lr, recipe.weight_decay, self.s1, self.s2)
         ticket = reinitialised(model, given.seed).cpu()
         loops = isinstance(model, GAT)

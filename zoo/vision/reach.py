@@ -25,8 +25,8 @@ from zoo.shared.structure.surgery import cut
 HEAD = """# What structured pruning reaches
 
 Made by `python -m zoo.vision.reach`: untrained networks of other libraries, their channels, heads and neurons
-found by `zoo.shared.structure.groups.trace_groups`. Reach is the share of the parameters that lie in units which
-can be cut. Half of each family's units is then cut from a copy, which must run; where no norm takes its
+found by `zoo.shared.structure.groups.trace_groups`. Reach is the share of the parameters that lie in units
+which can be cut. Half of each family's units is then cut from a copy, which must run; where no norm takes its
 statistics over the units, its outputs must be those of the masked network.
 
 | network | reach | families | parameters left, half of the units cut | outputs equal the masked network's |
@@ -105,9 +105,8 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     elif name == "transformers/ViT":
         from transformers import ViTConfig, ViTForImageClassification
 
-        model = ViTForImageClassification(
-            ViTConfig(image_size=64, hidden_size=96, intermediate_size=384, num_labels=9)
-        )
+        sizes: Any = {"image_size": 64, "hidden_size": 96, "intermediate_size": 384, "num_labels": 9}
+        model = ViTForImageClassification(ViTConfig(**sizes))
     elif name == "transformers/ConvNextV2":
         from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
 
