@@ -74,7 +74,7 @@ def cut(
         OptimizerStateError: optimiser state of unknown meaning.
     """
     if check is not None:
-        _check(model, groups, keep, check, allow_inexact)
+        check_cut(model, groups, keep, check, allow_inexact)
     selections = _selections(model, groups, keep, allow_inexact)
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     parameters = dict(model.named_parameters())
@@ -349,7 +349,7 @@ def _follow_convolution(module: _ConvNd) -> None:
     module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
 
 
-def _check(
+def check_cut(
     model: nn.Module,
     groups: GroupMap,
     keep: Mapping[str, Tensor],
@@ -358,6 +358,9 @@ def _check(
 ) -> None:
     """Cut a copy and compare its outputs with those of a masked copy, in eval mode and the model's
     precision.
+
+    Raises:
+        GroupError: the copy does not run, or, unless a family is inexact, puts out something else.
     """
     masked, smaller = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     groups.masks(masked, keep).apply_(masked)

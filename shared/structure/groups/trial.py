@@ -3,7 +3,6 @@ does."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,13 +40,13 @@ def _try(
 
 def _trial(model: nn.Module, groups: GroupMap, names: list[str], inputs: tuple[Any, ...]) -> str:
     """What stands in the way of cutting the last unit of these families, or nothing."""
-    from ..surgery import cut
+    from ..surgery import check_cut
 
     keep = {name: torch.arange(groups[name].units) < groups[name].units - 1 for name in names}
     keep = {name: units for name, units in keep.items() if len(units) > 1}
     for part in _by_exactness(groups, keep):
         try:
-            cut(copy.deepcopy(model), groups, part, allow_inexact=True, check=inputs)
+            check_cut(model, groups, part, inputs, allow_inexact=True)
         except (GroupError, RuntimeError, ValueError, TypeError) as error:
             return " ".join(str(error).split())[:300]
     return ""
