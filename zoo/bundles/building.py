@@ -80,6 +80,8 @@ def build(card: Card, tensors: Mapping[str, Tensor]) -> nn.Module:
 def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put the stored tensors into the model in their stored precision; names and shapes must agree.
 
+    A model whose `full_precision` is true keeps its own precision, whatever it is stored in.
+
     Raises:
         BundleError: they do not.
     """
@@ -87,7 +89,7 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     check_fits(state, tensors)
     for name, tensor in tensors.items():
         own = state[name]
-        if own.dtype != tensor.dtype:
+        if own.dtype != tensor.dtype and not getattr(model, "full_precision", False):
             own.data = own.data.to(tensor.dtype)  # the same Parameter object, so that ties hold
     model.load_state_dict(dict(tensors), strict=True)
 

@@ -125,7 +125,9 @@ def train_seeds(row: Row, target: Target, note: Note | None = None) -> dict[int,
             note(f"{row.name}: seed {seed}")
         kept[seed] = train(row, seed, target)
         if row.dtype is not None:
-            kept[seed].made.model.to(getattr(torch, row.dtype))
+            model = kept[seed].made.model.to(getattr(torch, row.dtype))
+            if getattr(model, "full_precision", False):
+                model.float()  # rounded to what is stored, which it computes on in float32
     return kept
 
 

@@ -51,7 +51,8 @@ class Row:
         recipe: epochs, rate, batch ...: how it is trained.
         seeds: how many, from 0; the first one's model is stored.
         figures: task, metrics and protocol of what is measured; by default what is on the twin's card.
-        dtype: precision of the stored weights; by default that of training.
+        dtype: precision of the stored weights; by default that of training. A model whose class says
+            `full_precision = True` computes on them in float32.
         share: whether only what differs from the source is stored.
         evidence: file of this repository that collects the values of every seed.
     """

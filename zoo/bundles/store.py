@@ -217,16 +217,16 @@ def save(
     if extras is None:
         known = getattr(model, "zoo_info", None)
         extras = known.extras if isinstance(known, ModelInfo) else {}
-    state, stands_on = _plain_state(model), None
+    state, stored, stands_on = _plain_state(model), stored_state(model), None
     if base is not None:
         stands_on = base if isinstance(base, Bundle) else find(base)
     fields |= _base_fields(stands_on)
 
     def write(temporary: Path) -> None:
-        report = save_packed(temporary / WEIGHTS_FILE, state, kept, extras, _metadata(fields))
+        report = save_packed(temporary / WEIGHTS_FILE, stored, kept, extras, _metadata(fields))
         _measure(fields, model, kept, extras, report)
         if stands_on is not None:
-            path = _save_on(stands_on, temporary / WEIGHTS_FILE, state, kept, extras, fields)
+            path = _save_on(stands_on, temporary / WEIGHTS_FILE, stored, kept, extras, fields)
             _measure_file(fields, path)
         if described not in (None, fields["weights"]["sha256"]):
             _log.warning(
@@ -329,6 +329,20 @@ def _plain_state(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise BundleError(f"the state {name!r} is a {type(value).__name__}; only tensors can be stored.")
     return {name: value.detach() for name, value in state.items()}
+
+
+def stored_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as it is stored: as it is, but of a model of full precision (`fill_model`) the float32
+    tensors whose values are all those of float16 are stored as such.
+
+    Raises:
+        BundleError: the state does not consist of tensors.
+    """
+    state = _plain_state(model)
+    if not getattr(model, "full_precision", False):
+        return state
+    halves = {name: value.half() for name, value in state.items() if value.dtype == torch.float32}
+    return state | {name: half for name, half in halves.items() if torch.equal(half.float(), state[name])}
 
 
 def _measure(

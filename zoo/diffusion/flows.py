@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,12 @@ class Flow(nn.Module):
         side: height and width of the images.
         channels: of the images.
         steps: of the sampler, for which the model is made.
+
+    Attributes:
+        full_precision: that it computes in float32, also on weights stored in float16.
     """
+
+    full_precision: ClassVar[bool] = True
 
     def __init__(self, side: int, channels: int, steps: int) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,12 @@ class TextToImage(nn.Module):
         heads: of every attention.
         words: the vocabulary; by default that of the captions of `zoo.diffusion.data`.
         pruning_plan: what was cut from the UNet, see `zoo.diffusion.plan.Plan`.
+
+    Attributes:
+        full_precision: that it computes in float32, also on weights stored in float16.
     """
+
+    full_precision: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from torch import nn
 
 from zoo.bundles.card import Card, share_dropped
 from zoo.bundles.catalog import Bundle, base_of, twin_of
-from zoo.bundles.store import PART_MASK, info, load_bundle
+from zoo.bundles.store import PART_MASK, info, load_bundle, stored_state
 from zoo.errors import ConfigError, DataError, HubError, UnknownNameError
 from zoo.harness.checks import ROUNDING, Check, Verification, close, exact
 from zoo.harness.records import Record
@@ -203,8 +203,7 @@ def _pack(model: nn.Module) -> Any:
     """What packing the model takes, by packing it into a file that is thrown away."""
     masks = masks_of(model) or MaskSet({})
     with tempfile.TemporaryDirectory() as folder:
-        state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        return save_packed(Path(folder) / "again.safetensors", state, masks, info(model).extras)
+        return save_packed(Path(folder) / "again.safetensors", stored_state(model), masks, info(model).extras)
 
 
 def _sparsity(card: Card, model: nn.Module) -> Iterator[Check]:

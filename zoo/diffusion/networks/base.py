@@ -39,9 +39,11 @@ class PaperNetwork(nn.Module, ABC):
 
     Attributes:
         usual: the recipe of its training, unless another is given.
+        full_precision: that it computes in float32, also on weights stored in float16.
     """
 
     usual: ClassVar[Recipe]
+    full_precision: ClassVar[bool] = True
 
     @classmethod
     def fresh(cls: type[N], seed: int, **arguments: Any) -> N:

@@ -1,6 +1,6 @@
 """VisDiff: a polygon from its visibility graph, through a signed distance field.
 
-Moorthy, Wang and Isler, VisDiff: SDF-Guided Polygon Generation for Visibility Reconstruction and Recognition,
+Moorthy, Chao and Isler, VisDiff: SDF-Guided Polygon Generation for Visibility Reconstruction and Recognition,
 arXiv 2410.05530. A diffusion model conditioned on the graph, a transformer over the rows of its adjacency,
 makes the polygon's signed distances on a grid; among points at equal steps along their zero line, with
 features of the grid, attention finds which are vertices and how far they are off. Both are trained at once

@@ -162,7 +162,7 @@ ARMS = {
 STUDY = Study(
     "visdiff",
     "VisDiff: polygons from their visibility graphs",
-    "Moorthy, Wang and Isler. VisDiff: SDF-Guided Polygon Generation for Visibility Reconstruction and "
+    "Moorthy, Chao and Isler. VisDiff: SDF-Guided Polygon Generation for Visibility Reconstruction and "
     "Recognition. arXiv 2410.05530",
     VisDiffOptions,
     ARMS,
