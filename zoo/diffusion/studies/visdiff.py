@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from zoo.diffusion.networks.base import Drawn, picked
+from zoo.diffusion.networks.base import Drawn
 from zoo.diffusion.networks.polygons import aligned, f1, is_simple, signed_distance, visibility
 from zoo.diffusion.networks.visdiff import (
     SEEN,
@@ -79,8 +79,7 @@ class Direct(nn.Module):
 def direct_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:
     """Squared error of the vertices, + the visibility's, weighted as VisDiff weighs them."""
     network: Any = getattr(model, "module", model)
-    true = batch[0]
-    graphs = visibility(true)
+    graphs, true = batch
     made = model(graphs)
     loss = F.mse_loss(made, true)
     if network.sight:
@@ -119,9 +118,13 @@ def measure(make: Any, options: VisDiffOptions, case: Row, cells: CellCache) -> 
         torch.manual_seed(seed)
         direct = Direct(make)
     recipe = dataclasses.replace(recipe, steps=RATIO * options.steps)
-    job = Job(
-        Drawn(picked(known), 1, recipe.batch), direct_loss, recipe=recipe, seed=seed, device=options.device
-    )
+    seen = torch.cat([visibility(part) for part in known.split(500)])
+
+    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(known), (n,), generator=generator)
+        return seen[chosen], known[chosen]
+
+    job = Job(Drawn(draw, 1, recipe.batch), direct_loss, recipe=recipe, seed=seed, device=options.device)
     job.fit(direct).run()
     with torch.no_grad():
         return figures(aligned(direct.cpu().eval()(graphs), graphs), graphs)
