@@ -12,7 +12,7 @@ from torch import nn
 import zoo
 from zoo.errors import DataError
 from zoo.methods.conformance import check_method, images_job
-from zoo.shared.ops import SparseConv1x1
+from zoo.shared.ops import SparseConv1x1, packing
 from zoo.shared.pruning.inventory import pointwise_weights
 from zoo.studies.benchmarks import outcome, rows_of
 from zoo.studies.cells import CellCache
@@ -110,3 +110,14 @@ def test_committed_speeds_are_read_and_judged(tmp_path) -> None:
         found = study.report(rows, options).verdicts
         assert len(found) == len(rows) and {v.paper for v in found} == {(number,)}
         assert "holds" in {v.verdict for v in found}
+
+
+def test_packing_takes_groups_from_a_quarter_of_zeros_on() -> None:
+    for pattern, sparsity, taken in (("block4x1", 0.3, 1), ("block4x1", 0.2, 0), ("unstructured", 0.3, 0)):
+        model = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU()).eval().requires_grad_(False)
+        masks = zoo.sparsify(model, sparsity=sparsity, pattern=pattern)
+        x = torch.randn(2, 16, 8, 8)
+        wanted = model(x)
+        packed = packing.pack(model, masks)
+        assert sum(isinstance(m, SparseConv1x1) for m in packed.modules()) == taken
+        torch.testing.assert_close(packed(x), wanted, atol=1e-5, rtol=1e-4)
