@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import zoo
 from zoo.errors import ConfigError
 from zoo.methods.channels import Budget
 from zoo.methods.conformance import check_method, images_job, plain_network
+from zoo.shared.structure.groups import trace_groups
+from zoo.shared.structure.surgery import cut
 from zoo.vision.methods.ofb import OFB, BiMask, search_loss
 
 
@@ -83,8 +86,32 @@ def test_the_controls_share_the_budget() -> None:
         made = zoo.sparsify(
             plain_network(0), method="ofb", job=images_job(OFB), sparsity=0.5, sparse_epochs=1, by=by
         )
-        sizes[by] = [m.out_channels for m in made.model if isinstance(m, torch.nn.Conv2d)]
+        sizes[by] = [m.out_channels for m in made.model if isinstance(m, nn.Conv2d)]
         assert sum(sizes[by]) == 20
     assert sizes["uniform"] == [4, 8, 8]
     with pytest.raises(ConfigError, match="sparse_epochs must leave an epoch"):
         zoo.sparsify(plain_network(0), method="ofb", job=images_job(OFB), sparse_epochs=2)
+
+
+class Attention(nn.Module):
+    """Two heads whose joint width the module keeps, as timm's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.attn_dim = 2, 8
+        self.qkv, self.proj = nn.Linear(6, 24), nn.Linear(8, 6)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, 4).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], self.attn_dim))
+
+
+@pytest.mark.traced
+def test_the_joint_width_of_heads_follows_a_cut() -> None:
+    torch.manual_seed(0)
+    model, x = Attention().eval(), torch.randn(2, 3, 6)
+    (family,) = trace_groups(model, (x,)).values()
+    assert dict(family.attributes) == {"num_heads": 1, "attn_dim": 4}
+    cut(model, trace_groups(model, (x,)), {family.name: torch.tensor([False, True])}, check=(x,))
+    assert (model.num_heads, model.attn_dim) == (1, 4) and model(x).shape == (2, 3, 6)
