@@ -36,6 +36,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "pgf": {"pattern": "2:4"},
     "sr-ste": {"pattern": "2:4"},
     "bdwp": {"pattern": "2:4"},
+    "ofb": {"sparse_epochs": 1},
 }
 
 

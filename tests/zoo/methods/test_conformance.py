@@ -26,6 +26,7 @@ OPTIONS = {
     "pgf": {"pattern": "2:4"},
     "sr-ste": {"pattern": "2:4"},
     "bdwp": {"pattern": "2:4"},
+    "ofb": {"sparse_epochs": 1},
 }
 GENERAL = [
     name
@@ -47,7 +48,7 @@ def test_methods_of_a_domain_refuse_a_plain_module_by_name_or_keep_the_contract(
     for name in METHODS.names():
         if name not in GENERAL and "job" in inspect.signature(METHODS.get(name).sparsify).parameters:
             sparsity = 0.5 if "sparsity" in {f.name for f in dataclasses.fields(METHODS.get(name))} else None
-            outcome = check_method(name, sparsity=sparsity)
+            outcome = check_method(name, sparsity=sparsity, **OPTIONS.get(name, {}))
             named = "Sequential" in outcome.refusal or "the job must give" in outcome.refusal
             assert outcome.taken or named, f"{name}: {outcome.refusal}"
 
