@@ -292,8 +292,8 @@ class DPMesh:
     missing: float = 0.5
     noise: float = 1.5
     teacher: float = 0.1
-    prior: int = 60
-    steps: int = 350
+    prior: int = 30
+    steps: int = 260
     batch: int = 16
 
     def __post_init__(self) -> None:

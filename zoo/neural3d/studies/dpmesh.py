@@ -38,8 +38,8 @@ class BodyOptions:
     """
 
     seeds: int = 3
-    steps: int = 350
-    prior: int = 60
+    steps: int = 260
+    prior: int = 30
     batch: int = 16
 
     def __post_init__(self) -> None:
@@ -97,7 +97,6 @@ FULL, ALONE, CLEAN, NEW = (
 )
 ARMS = {
     FULL: Arm(DPMesh()),
-    ALONE: Arm(DPMesh(teacher=0.0)),
     CLEAN: Arm(DPMesh(missing=0.0, noise=0.0, teacher=0.0)),
 }
 
@@ -133,7 +132,6 @@ STUDY = Study(
             at=(HIDDEN,),
             value=LOG,
         ),
-        Claim("the teacher's features help with joints missing", "they do", FULL, ALONE, at=(HIDDEN,)),
     ],
     value=ERROR,
     varies=("seeds", "device"),
