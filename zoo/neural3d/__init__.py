@@ -31,6 +31,9 @@ STUDIES.register("dpmesh", "zoo.neural3d.studies.dpmesh:STUDY")
 ARCHITECTURES.register("neural3d/shapefusion", "zoo.neural3d.methods.shapefusion:SpiralNet")
 STUDIES.register("shapefusion", "zoo.neural3d.studies.shapefusion:STUDY")
 STUDIES.register("part123", "zoo.neural3d.studies.part123:STUDY")
+ARCHITECTURES.register("neural3d/one2345", "zoo.neural3d.methods.one2345:CostVolumeNet")
+STUDIES.register("one2345", "zoo.neural3d.studies.one2345:STUDY")
+STUDIES.register("spin-nerf", "zoo.neural3d.studies.spin_nerf:STUDY")
 STUDIES.register("edge-gaussians", "zoo.neural3d.studies.edge_gaussians:STUDY")
 STUDIES.register("gvgen", "zoo.neural3d.studies.gvgen:STUDY")
 STUDIES.register("orex", "zoo.neural3d.studies.orex:STUDY")
@@ -54,6 +57,7 @@ MAKERS.register("neural3d/field", "zoo.neural3d.makers:field")
 MAKERS.register("neural3d/network", "zoo.neural3d.networks:network")
 TASKS.register("neural3d/hidden-joints", "zoo.neural3d.studies.dpmesh:HiddenJoints")
 TASKS.register("neural3d/region-edits", "zoo.neural3d.studies.shapefusion:RegionEdits")
+TASKS.register("neural3d/carved-shapes", "zoo.neural3d.studies.one2345:CarvedShapes")
 for _name, _class in (
     ("shapes", "Shapes"),
     ("shapes-arc", "ShapesArc"),

@@ -1,9 +1,9 @@
 """One-2-3-45: an object from a few views, by the elevation of the first one and a sparse cost volume.
 
-Liu et al., "One-2-3-45: Any Single Image to 3D Mesh in 45 Seconds without Per-Shape Optimization", NeurIPS 2023.
-Views made near the given one are known relative to it, but not the elevation of them all. So for every
+Liu et al., "One-2-3-45: Any Single Image to 3D Mesh in 45 Seconds without Per-Shape Optimization", NeurIPS
+2023. Views made near the given one are known relative to it, but not the elevation of them all. So for every
 candidate the matched pixels of each pair of views are triangulated, and the errors of the points in the other
-views summed; first in steps of ten degrees, then of one. With poses at hand, the features of all views are
+views averaged; first in steps of ten degrees, then of one. With poses at hand, the features of all views are
 brought to the voxels that at least two of them see; mean and variance over the views feed a U-Net of sparse
 convolutions, which says what is inside.
 
@@ -126,11 +126,11 @@ class CostVolumeNet(nn.Module):
             "up": (one, 2, two),
             "last": (one, 3, 2 * one),
         }
-        self.weights = nn.ParameterDict()
+        self.weights, self.norms = nn.ParameterDict(), nn.ModuleDict()
         for name, (out, kernel, given) in shapes.items():
             scale = (2 / (given * kernel**3 / 2)) ** 0.5  # about half of the neighbours are there
             self.weights[name] = nn.Parameter(scale * torch.randn(out, kernel, kernel, kernel, given))
-            self.weights[f"{name}_bias"] = nn.Parameter(torch.zeros(out))
+            self.norms[name] = nn.BatchNorm1d(out)
         self.out = nn.Linear(one, 1)
 
     @classmethod
@@ -194,19 +194,19 @@ class CostVolumeNet(nn.Module):
     def unet(self, volume: SparseConvTensor) -> Float[Tensor, " sites"]:
         """Submanifold convolutions on three levels of sites."""
 
+        def act(features: Tensor, name: str) -> Tensor:
+            return functional.relu(self.norms[name](features))
+
         def same(x: SparseConvTensor, name: str) -> SparseConvTensor:
-            made = subm_conv(x, self.weights[name], self.weights[f"{name}_bias"])
-            return x.replace_feature(functional.relu(made.features))
+            return x.replace_feature(act(subm_conv(x, self.weights[name]).features, name))
 
         def down(x: SparseConvTensor, name: str) -> SparseConvTensor:
-            made: SparseConvTensor = sparse_conv(
-                x, self.weights[name], self.weights[f"{name}_bias"], stride=2
-            )
-            return made.replace_feature(functional.relu(made.features))
+            made: SparseConvTensor = sparse_conv(x, self.weights[name], stride=2)
+            return made.replace_feature(act(made.features, name))
 
         def up(x: SparseConvTensor, fine: SparseConvTensor, name: str) -> SparseConvTensor:
-            made = inverse_conv(x, self.weights[name], self.weights[f"{name}_bias"], fine=fine, stride=2)
-            return fine.replace_feature(torch.cat([functional.relu(made.features), fine.features], 1))
+            made = inverse_conv(x, self.weights[name], fine=fine, stride=2)
+            return fine.replace_feature(torch.cat([act(made.features, name), fine.features], 1))
 
         one = same(same(volume, "into"), "first")
         two = same(down(one, "down"), "low")
@@ -227,7 +227,7 @@ class One2345:
         colours: whether pictures are looked at, or masks only.
     """
 
-    steps: int = 200
+    steps: int = 120
     batch: int = 4
     colours: bool = True
 

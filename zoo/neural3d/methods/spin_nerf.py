@@ -2,8 +2,8 @@
 
 Mirzaei et al., "SPIn-NeRF: Multiview Segmentation and Perceptual Inpainting with Neural Radiance Fields",
 CVPR 2023. Rough masks of single views become consistent ones by a logit that is rendered with the weights
-detached. Then a field of the whole scene gives disparities; colours and disparities are inpainted view by view inside
-the dilated masks; and a new field is fitted to
+detached. Then a field of the whole scene gives disparities; colours and disparities are inpainted view by
+view inside the dilated masks; and a new field is fitted to
 
     colours outside the masks
     + colours inside them, with the weights detached, so that they never move geometry
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -30,9 +30,10 @@ from torch.nn import functional
 
 from zoo.errors import ConfigError, DataError
 from zoo.neural3d.fields import RECIPE, rays_of
+from zoo.neural3d.methods.part123 import PartHead
 from zoo.neural3d.networks import Drawn, fresh
 from zoo.neural3d.views import View
-from zoo.neural3d.weighed import PointHead, WeighedField
+from zoo.neural3d.weighed import WeighedField
 from zoo.shared.train import Job, Recipe
 
 MOST = 0.9  # of a view that a mask may cover
@@ -136,7 +137,7 @@ def segmented(
     def loss(head: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return functional.binary_cross_entropy_with_logits(logits(head, *batch[:2]), batch[2])
 
-    head = fresh(PointHead, seed, size=1)
+    head = fresh(PartHead, seed, size=1)
     recipe = Recipe(lr=3e-3, epochs=1, optimizer="adam", weight_decay=0.0, warmup=0.05, decay="cosine")
     Job(Drawn(make, 256, steps), loss=loss, recipe=recipe, seed=seed).fit(head, macs=lambda: 0.0).run()
     with torch.no_grad():
@@ -168,7 +169,7 @@ class SPInNeRF:
     rays: int = 256
     grow: int = 2
     inpainter: Inpainter = harmonic
-    arguments: dict[str, object] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.hole not in ("none", "detached", "plain") or min(self.disparity, self.depth, self.grow) < 0:

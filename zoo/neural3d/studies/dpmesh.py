@@ -89,12 +89,7 @@ def cases(options: BodyOptions) -> Iterator[Row]:
         yield from ({"arm": arm, "level": "", "seed": seed} for arm in ARMS)
 
 
-FULL, ALONE, CLEAN, NEW = (
-    "DPMesh",
-    "without the teacher",
-    "true joints only",
-    "without the denoiser's weights",
-)
+FULL, CLEAN = "DPMesh", "true joints only"
 ARMS = {
     FULL: Arm(DPMesh()),
     CLEAN: Arm(DPMesh(missing=0.0, noise=0.0, teacher=0.0)),
