@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from zoo.bundles.make import Work
 from zoo.bundles.recipes import Row
 from zoo.errors import TaskError
-from zoo.harness.tasks import Task
+from zoo.harness.tasks import Flops, Task
 from zoo.methods.contract import Sparsified
 from zoo.registry import ARCHITECTURES
 from zoo.shared.masks import MaskSet
+from zoo.shared.measure.account import count
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -76,15 +78,25 @@ class NetworkTask(Task):
         return card.domain == self.domain and any(m.task == self.name for m in card.metrics)
 
     def fitting(self, model: nn.Module) -> Any:
-        """The model itself.
+        """A copy of the model in single precision, whatever its weights are stored in.
 
         Raises:
             TaskError: it is of another kind.
         """
         if not isinstance(model, self.network):
             raise TaskError(f"{self.name} takes a {self.network.__name__}; received {type(model).__name__}")
-        return model
+        return copy.deepcopy(model).float()
 
     @abstractmethod
     def measured_on(self) -> Any:
         """The samples."""
+
+    @abstractmethod
+    def example(self, model: Any) -> tuple[Any, ...]:
+        """One sample, as the model takes it."""
+
+    def flops(self, model: nn.Module) -> Flops:
+        """Operations of one pass over one sample."""
+        own = self.fitting(model)
+        total = count(own, self.example(own)).total
+        return Flops(total.flops, total.flops_kept)

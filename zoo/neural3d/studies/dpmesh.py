@@ -71,9 +71,14 @@ class HiddenJoints(NetworkTask):
     def measured_on(self) -> Any:
         return [list(held_out(level)[:3]) for level in LEVELS]
 
+    def example(self, model: DPMeshNet) -> tuple[Any, ...]:
+        """A crop and its joints."""
+        crop = held_out(0.0)
+        return crop.picture[:1], crop.joints[:1], crop.known[:1]
+
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Measure a network."""
-        hidden, seen = (errors(self.fitting(model).float(), missing) for missing in (HIDDEN, 0.0))
+        hidden, seen = (errors(self.fitting(model), missing) for missing in (HIDDEN, 0.0))
         return TaskResult.from_samples({"error": hidden, "error_all_joints": seen})
 
 

@@ -137,9 +137,14 @@ class CarvedShapes(NetworkTask):
     def measured_on(self) -> Any:
         return list(held_out()[0])
 
+    def example(self, model: CostVolumeNet) -> tuple[Any, ...]:
+        """The views of a shape."""
+        seen, views = held_out()
+        return seen.pictures[:1], views
+
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Measure a network."""
-        return TaskResult.from_samples({"iou": overlaps(self.fitting(model).float())})
+        return TaskResult.from_samples({"iou": overlaps(self.fitting(model))})
 
 
 def measure(make: Any, options: OneOptions, case: Row, cells: CellCache) -> Row:

@@ -140,13 +140,18 @@ class RegionEdits(NetworkTask):
     def measured_on(self) -> Any:
         return [[one.shape, one.mask, one.anchor, one.to] for one in edits(2)]
 
+    def example(self, model: SpiralNet) -> tuple[Any, ...]:
+        """A shape with nothing masked, at the last time."""
+        places = torch.zeros(1, *model.rest.shape)
+        return places, torch.zeros(places.shape[:2], dtype=torch.bool), places.new_ones(1)
+
     def direction(self, metric: str) -> int:
         """Samples should differ, and join their surroundings."""
         return 1 if metric == "differ" else -1
 
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Measure a network."""
-        rows = sampled(self.fitting(model).float(), 2, 0)
+        rows = sampled(self.fitting(model), 2, 0)
         usual = sum(row["usual"] for row in rows) / len(rows)
         return TaskResult.from_samples(
             {"jump": [row["jump"] / usual for row in rows], "differ": [row["differ"] for row in rows]}
