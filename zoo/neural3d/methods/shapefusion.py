@@ -110,14 +110,15 @@ class SpiralNet(nn.Module):
 
     def __init__(self, levels: int = 2, width: int = 32, code: int = 8) -> None:
         super().__init__()
-        mesh = sphere(levels)
-        coarse = sphere(levels - 1)
+        with torch.device("cpu"):  # also where a card's arguments are checked without memory
+            mesh, coarse = sphere(levels), sphere(levels - 1)
+            fine_spirals, coarse_spirals = spirals(mesh.faces, SPIRAL), spirals(coarse.faces, SPIRAL)
         self.few = len(coarse.rest)
         self.register_buffer("rest", mesh.rest, persistent=False)
         self.register_buffer("edges", mesh.edges, persistent=False)
         self.register_buffer("parents", mesh.parents[-1], persistent=False)
-        self.register_buffer("fine", spirals(mesh.faces, SPIRAL), persistent=False)
-        self.register_buffer("coarse", spirals(coarse.faces, SPIRAL), persistent=False)
+        self.register_buffer("fine", fine_spirals, persistent=False)
+        self.register_buffer("coarse", coarse_spirals, persistent=False)
         self.rest: Tensor
         self.edges: Tensor
         self.parents: Tensor
