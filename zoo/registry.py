@@ -275,6 +275,9 @@ for _name, _class in {  # methods that belong to no domain
     "wgsef": "wgsef:WGSEF",
     "iss-p": "iss_p:ISSP",
     "sparcl": "sparcl:SparCL",
+    "consensus": "consensus:Consensus",
+    "turbo-vbi": "turbo_vbi:TurboVBI",
+    "random-search": "random_search:RandomSearch",
 }.items():
     METHODS.register(_name, f"zoo.methods.{_class}")
 STUDIES.register("quick-selection", "zoo.methods.studies.quick_selection:STUDY")

@@ -61,6 +61,11 @@ STUDIES.register("slash", "zoo.vision.studies.slash:STUDY")
 STUDIES.register("fast-convnets", "zoo.vision.studies.fast_convnets:STUDY")
 STUDIES.register("ofb", "zoo.vision.studies.ofb:STUDY")
 STUDIES.register("sparse-byte-nn", "zoo.vision.studies.kernel_groups:STUDY")
+STUDIES.register("consensus", "zoo.vision.studies.consensus:STUDY")
+STUDIES.register("turbo-vbi", "zoo.vision.studies.turbo_vbi:STUDY")
+STUDIES.register("random-search", "zoo.vision.studies.random_search:STUDY")
+STUDIES.register("reprogramming", "zoo.vision.studies.reprogramming:STUDY")
+STUDIES.register("clip-sharpness", "zoo.vision.studies.clip_sharpness:STUDY")
 STUDIES.register("spark", "zoo.vision.studies.spark:STUDY")
 
 _PUBLIC = {

@@ -28,6 +28,7 @@ OPTIONS = {
     "bdwp": {"pattern": "2:4"},
     "ofb": {"sparse_epochs": 1},
 }
+TRACED = ("mask-sparsity", "wgsef", "random-search")  # their networks are traced
 GENERAL = [
     name
     for name in METHODS.names()
@@ -37,7 +38,7 @@ GENERAL = [
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.traced) if n in ("mask-sparsity", "wgsef") else n for n in GENERAL],
+    [pytest.param(n, marks=pytest.mark.traced) if n in TRACED else n for n in GENERAL],
 )
 def test_methods_of_no_domain_keep_the_contract_on_plain_layers(name):
     outcome = check_method(name, **OPTIONS.get(name, {}))
