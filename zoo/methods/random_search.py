@@ -81,6 +81,8 @@ class RandomSearch(TrainingMethod):
         generator = torch.Generator().manual_seed(job.seed)
         choices = [drawn(groups, kept, generator) for _ in range(self.candidates)]
         keep = choices[0]
+        # Refuses a network that does not run when it is cut.
+        cut(copy.deepcopy(learner), groups, keep, check=example_of(job))
         if self.candidates > 1:
             worth = [self._worth(learner, groups, one, job) for one in choices]
             keep = choices[max(range(len(choices)), key=worth.__getitem__)]
