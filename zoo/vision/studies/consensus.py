@@ -91,9 +91,9 @@ def measure(make: Any, options: ConsensusOptions, case: Row, cells: CellCache) -
 
 def facts(view: View) -> list[Verdict]:
     """That the gates agree, and that the smaller network is faster."""
-    agreed = fmean(view.values(OURS, None, Value("polarised", 100)))
-    speed = fmean(view.values(OURS, None, Value("speed", 1)))
-    blocks = fmean(view.values(OURS, None, Value("blocks", 1)))
+    agreed = fmean(view.values(OURS, None, Value("polarised", 100.0)))
+    speed = fmean(view.values(OURS, None, Value("speed", 1.0)))
+    blocks = fmean(view.values(OURS, None, Value("blocks", 1.0)))
     return [
         view.fact(
             "95 % of the gates agree on 98 % of the images", "zero penalty", f"{agreed:.0f} %", agreed >= 95
