@@ -188,7 +188,7 @@ def facts(view: View) -> list[Verdict]:
     if view.where["table"] != WIDE:
         return []
     bytes_, seconds = (
-        fmean(view.values(DENSE, None, Value(n, 1.0))) / fmean(view.values(OURS, None, Value(n, 1)))
+        fmean(view.values(DENSE, None, Value(n, 1.0))) / fmean(view.values(OURS, None, Value(n, 1.0)))
         for n in ("bytes", "seconds")
     )
     return [
