@@ -114,12 +114,11 @@ class SpiralNet(nn.Module):
             mesh, coarse = sphere(levels), sphere(levels - 1)
             fine_spirals, coarse_spirals = spirals(mesh.faces, SPIRAL), spirals(coarse.faces, SPIRAL)
         self.few = len(coarse.rest)
-        self.register_buffer("rest", mesh.rest, persistent=False)
+        self.rest = mesh.rest  # no buffer: storing weights in half precision must not round the mesh
         self.register_buffer("edges", mesh.edges, persistent=False)
         self.register_buffer("parents", mesh.parents[-1], persistent=False)
         self.register_buffer("fine", fine_spirals, persistent=False)
         self.register_buffer("coarse", coarse_spirals, persistent=False)
-        self.rest: Tensor
         self.edges: Tensor
         self.parents: Tensor
         self.fine: Tensor
