@@ -214,7 +214,7 @@ STUDY = Study(
     notes=lambda options: [
         "Processor time on one thread; the best of torch's channel-major, channels-last and oneDNN layouts "
         "is what a time is held against. Packed: a layer where no sparse kernel gains stays dense.",
-        "Every seed starts from the same trained network, an eighth as wide as MobileNet-v1, which has little to "
-        "spare.",
+        "Every seed starts from the same trained network, an eighth as wide as MobileNet-v1, which has "
+        "little to spare.",
     ],
 )
