@@ -29,8 +29,8 @@ found by `zoo.shared.structure.groups.trace_groups`. Reach is the share of the p
 which can be cut. Half of each family's units is then cut from a copy, which must run; where no norm takes its
 statistics over the units, its outputs must be those of the masked network.
 
-The command takes names of networks; without any it goes through all that it knows, of which this page may have
-a part.
+The command takes names of networks; without any it goes through all that it knows, of which this page may
+have a part.
 
 | network | reach | families | parameters left, half of the units cut | outputs equal the masked network's |
 |---|---|---|---|---|
