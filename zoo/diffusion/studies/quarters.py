@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class ByQuarter:
         order: options -> what the samples were ordered by.
         level: whose rows.
         scale: of order and figure.
+        arms: those with curves; by default all.
     """
 
     name: str
@@ -38,13 +39,14 @@ class ByQuarter:
     order: Callable[[Any], Tensor]
     level: Any = None
     scale: tuple[float, float] = (1.0, 1.0)
+    arms: Sequence[str] = ()
 
     def __call__(self, view: View) -> Plot:
         """The plot of a group."""
         by = self.order(view.options)
         places = [self.scale[0] * value for value in quarters(by, by)]
         series = []
-        for arm in view.arms():
+        for arm in view.arms(self.arms):
             runs = [row["quarters"] for row in view.chosen(arm, self.level)]
             if runs:
                 columns = [[self.scale[1] * value for value in one] for one in zip(*runs, strict=True)]

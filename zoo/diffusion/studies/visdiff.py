@@ -197,6 +197,7 @@ STUDY = Study(
             "F1 (%)",
             lambda options: edges(visibility(polygons("test"))),
             scale=(1.0, 100.0),
+            arms=(VISDIFF, TRUE_FIELD, DIRECT, NEAREST, RANDOM, CONVEX),
         )
     ],
     notes=lambda options: [
