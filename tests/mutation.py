@@ -3,6 +3,9 @@
     python tests/mutation.py --out benchmarks/results/mutation.json          # all rows of mutations.yaml
     python tests/mutation.py --only zoo/methods                              # those of files that begin so
 
+With --out a run goes on where another one ended: a row is not tried again while its file, its tests and the
+row itself are those of the outcome in the file.
+
 A row names a file, a text that stands there once, what replaces it, and the tests that know the step. It is
 caught if these tests fail with it, survives if they pass; before, they have to pass without it.
 """
@@ -10,6 +13,7 @@ caught if these tests fail with it, survives if they pass; before, they have to 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -70,6 +74,29 @@ def caught(tree: Path, row: dict[str, str]) -> bool:
         path.write_text(source)
 
 
+def digest(row: dict[str, str]) -> str:
+    """Of a row, its file and the files of its tests."""
+    places = [row["file"], *sorted({test.partition("::")[0] for test in row["tests"].split()})]
+    files = [f for place in places for f in (sorted((ROOT / place).rglob("*.py")) or [ROOT / place])]
+    known = [row[name] for name in ("file", "old", "new", "tests")]
+    return hashlib.sha256(
+        b"\0".join([*map(str.encode, known), *(f.read_bytes() for f in files)])
+    ).hexdigest()[:16]
+
+
+def outcomes(path: Path | None) -> dict[str, str]:
+    """Outcome by digest of a file that was written before; survivors are tried again."""
+    rows = json.loads(path.read_text())["rows"] if path is not None and path.is_file() else []
+    return {row["digest"]: row["outcome"] for row in rows if row["outcome"] == "caught"}
+
+
+def write(path: Path | None, rows: list[dict[str, str]]) -> None:
+    """Keep the outcomes so far."""
+    if path is not None:
+        found = sum(row["outcome"] == "caught" for row in rows)
+        path.write_text(json.dumps({"caught": found, "mutations": len(rows), "rows": rows}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -83,7 +110,12 @@ def main() -> int:
         left_out = shutil.ignore_patterns(".git", "build", "__pycache__", ".*_cache", ".venv")
         shutil.copytree(ROOT, tree, symlinks=True, ignore=left_out)
         sound: set[str] = set()  # tests that pass without a mutation
+        known = outcomes(options.out)
         for row in rows:
+            row["digest"] = digest(row)
+            if row["digest"] in known:
+                row["outcome"] = known[row["digest"]]
+                continue
             if row["tests"] not in sound and not passes(tree, row["tests"].split()):
                 sys.exit(f"{row['tests']} fails without any mutation (or has no test): mend it first")
             sound.add(row["tests"])
@@ -92,12 +124,10 @@ def main() -> int:
                 f"{row['outcome']:9} {row['file']}: {row['old'].strip()!r} -> {row['new'].strip()!r}",
                 flush=True,
             )
+            write(options.out, [one for one in rows if "outcome" in one])
     found = sum(row["outcome"] == "caught" for row in rows)
     print(f"{found} of {len(rows)} caught")
-    if options.out:
-        options.out.write_text(
-            json.dumps({"caught": found, "mutations": len(rows), "rows": rows}, indent=1) + "\n"
-        )
+    write(options.out, rows)
     return int(found < _LEAST * len(rows))
 
 
