@@ -110,6 +110,10 @@ def _render(plot: Plot, kind: str, *, dpi: int = 100) -> bytes:
 def _draw(axes: Axes, plot: Plot) -> None:
     if plot.log_x:
         axes.set_xscale("log")
+    elif all(float(x).is_integer() for series in plot.series for x in series.x):
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no seed or level 0.25
     _set_range(axes, [x for series in plot.series for x in series.x], plot.log_x)
     colours: dict[str, int] = {}
     for series in plot.series:
