@@ -17,9 +17,11 @@ from zoo.errors import ConfigError
 from zoo.methods.training import Pruned, TrainingMethod, example_of, run_model
 from zoo.shared.errors import GroupError
 from zoo.shared.masks import masks_of
+from zoo.shared.masks.topk import topk_mask
 from zoo.shared.measure.account import count
 from zoo.shared.structure.averaging import recalibrate_norms
 from zoo.shared.structure.groups import GroupMap, trace_groups
+from zoo.shared.structure.relatives import copied
 from zoo.shared.structure.surgery import cut
 from zoo.shared.train import Fit, Job
 
@@ -48,7 +50,7 @@ class ChannelMethod(TrainingMethod):
     """Share of the channels to remove, over all families that can be cut."""
 
     budget: Literal["channels", "macs"] = "channels"
-    """What the sparsity is a share of: the channels, or the multiply-adds of the layers that make them."""
+    """What the sparsity is a share of: the channels, or the multiply-adds of the network."""
 
     sparse_epochs: int = 5
     """Epochs before the cut; the recipe's epochs count these and those after it."""
@@ -84,12 +86,19 @@ class ChannelMethod(TrainingMethod):
             ones = {name: torch.ones(family.units) for name, family in groups.items()}
             budget = Budget(ones, float(kept_channels(model, groups, self.sparsity)))
         fit = self.sparse_stage(model, groups, budget, job)
-        keep = groups.select(self.scores(model, groups, budget), budget.kept, budget.costs)
+        keep = self.chosen(model, groups, budget, job)
         cut(model, groups, keep, fit.optimizer)
         # A removed channel may have sent a constant on (ReLU of its shift); the next norm's new mean takes it
         # up.
         recalibrate_norms(model, job.sample(20), run_model(job))
         return fit, {name: keep[name] for name in groups}
+
+    def chosen(self, model: nn.Module, groups: GroupMap, budget: Budget, job: Job) -> Units:
+        """The channels that stay, by what they are worth now."""
+        scores = self.scores(model, groups, budget)
+        if self.budget == "macs":
+            return within_macs(model, groups, scores, budget, self.sparsity, job)
+        return groups.select(scores, budget.kept, budget.costs)
 
     @abstractmethod
     def sparse_stage(self, model: nn.Module, groups: GroupMap, budget: Budget, job: Job) -> Fit:
@@ -101,10 +110,8 @@ class ChannelMethod(TrainingMethod):
 
 
 def macs_budget(model: nn.Module, groups: GroupMap, sparsity: float, job: Job) -> Budget:
-    """The multiply-adds of a channel's makers, and the share of all of them that stays.
-
-    What the readers of removed channels save comes on top, so that the share of the whole network's is less.
-    """
+    """The multiply-adds of a channel's makers, and the share of all of them that stays: what a penalty is
+    told. What the readers of removed channels save comes on top; `within_macs` counts it."""
     kept_channels(model, groups, sparsity)  # refuses a model without channels
     costs = {layer.name: float(layer.macs) for layer in count(model, example_of(job)).layers}
     of = {
@@ -113,6 +120,41 @@ def macs_budget(model: nn.Module, groups: GroupMap, sparsity: float, job: Job) -
     }
     shares = {name: torch.full((family.units,), of[name] / family.units) for name, family in groups.items()}
     return Budget(shares, (1 - sparsity) * sum(of.values()))
+
+
+def within_macs(
+    model: nn.Module, groups: GroupMap, scores: Units, budget: Budget, sparsity: float, job: Job
+) -> Units:
+    """The best channels whose network has at most 1 - sparsity of the multiply-adds, found by halving.
+
+    Raises:
+        GroupError: one channel of each family takes more.
+    """
+    example = example_of(job)
+
+    def macs(keep: Units | None) -> int:
+        smaller = copied(model)
+        if keep is not None:
+            cut(smaller, groups, keep)
+        return count(smaller, example).total.macs
+
+    wanted = (1 - sparsity) * macs(None)
+    best = {name: topk_mask(score, 1) for name, score in scores.items()}
+    if macs(best) > wanted:
+        raise GroupError(
+            f"one channel of each family takes more than {1 - sparsity:.0%} of the multiply-adds; choose a "
+            "lower sparsity"
+        )
+    low = sum(float(budget.costs[name][keep].sum()) for name, keep in best.items())
+    high = sum(float(cost.sum()) for cost in budget.costs.values())
+    for _ in range(12):
+        middle = (low + high) / 2
+        keep = groups.select(scores, middle, budget.costs)
+        if macs(keep) <= wanted:
+            low, best = middle, keep
+        else:
+            high = middle
+    return best
 
 
 def kept_channels(model: nn.Module, groups: GroupMap, sparsity: float) -> int:

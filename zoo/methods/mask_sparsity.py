@@ -61,7 +61,7 @@ class MaskSparsity(ChannelMethod):
             dense = {name: value.clone() for name, value in model.state_dict().items()}
             marking = job.fit(model, penalty=lambda: self.penalty * l1(scales, None))
             marking.run(mask_again(model), until=max(1, self.sparse_epochs // 3))
-            keep = groups.select(self.scores(model, groups, budget), budget.kept, budget.costs)
+            keep = self.chosen(model, groups, budget, job)
             where = to_go(groups, model, keep, scales)
             model.load_state_dict(dense)
         penalty = None if self.regularise == "none" else lambda: self.penalty * l1(scales, where)

@@ -1,7 +1,7 @@
 """`zoo reproduce structured-pruning`: channels of the published ResNet-20 removed at an equal budget of work.
 
-Every arm starts from the same weights, trains as long before the cut and as long after it, and keeps channels
-whose makers do the same share of the multiply-adds. An arm with a penalty is run with each of a grid; what it
+Every arm starts from the same weights, trains as long before the cut and as long after it, and is left with
+the same share of the multiply-adds. An arm with a penalty is run with each of a grid; what it
 is judged by is the penalty with the best validation accuracy right after the cut, over seeds.
 """
 
@@ -70,7 +70,7 @@ class StructuredOptions(StudyOptions):
     """Options.
 
     Args:
-        levels: shares of the multiply-adds of the layers that make channels, to be removed.
+        levels: shares of the network's multiply-adds to be removed.
         wgsef: penalties that are tried for WGSEF.
         lasso: those for group lasso.
         scales: those for L1 on norm scales, all or the marked ones.
@@ -238,7 +238,6 @@ STUDY = Study(
     notes=lambda options: [
         protocol(options),
         "Accuracy is that of the test images in percent, mean ± sample standard deviation over seeds. What "
-        "is left counts the whole network, in percent; the budget is a share of the multiply-adds of the "
-        "layers that make channels, and what their readers save comes on top.",
+        "is left counts the whole network, in percent.",
     ],
 )
