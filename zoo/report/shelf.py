@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from zoo.bundles.card import Card
+from zoo.errors import ConfigError
 from zoo.harness.tasks import get_task
 from zoo.studies.tables import Plot, Series
+
+_log = logging.getLogger("zoo")
 
 
 def shelf_plot(cards: Iterable[Card]) -> Plot:
@@ -25,7 +29,12 @@ def shelf_plot(cards: Iterable[Card]) -> Plot:
         if metric is None or metric.dense is None or not (metric.value > 0 and metric.dense.value > 0):
             continue
         quality = metric.value / metric.dense.value
-        if get_task(metric.task).direction(metric.metric) < 0:
+        try:
+            task = get_task(metric.task)
+        except ConfigError as error:  # a domain whose packages are not installed
+            _log.warning("%s is left out of the picture: %s", card.name, error)
+            continue
+        if task.direction(metric.metric) < 0:
             quality = 1 / quality
         points.setdefault(card.domain, []).append((card.cost.bytes.sparse / card.cost.bytes.dense, quality))
     series = [

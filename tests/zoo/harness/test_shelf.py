@@ -9,6 +9,7 @@ from PIL import Image
 
 from zoo.bundles.catalog import select
 from zoo.cli import main
+from zoo.errors import ConfigError
 from zoo.report.plots import digest
 from zoo.report.shelf import shelf_plot
 
@@ -35,6 +36,16 @@ def test_lower_is_better_turns_the_share_round():
     metric = card.metrics[0]
     assert metric.value > metric.dense.value, "perplexity or loss: higher is worse"
     assert points.y == [pytest.approx(metric.dense.value / metric.value)]
+
+
+def test_domains_that_are_not_installed_are_left_out_and_named(toy_zoo, monkeypatch, caplog):
+    def missing(name):
+        raise ConfigError(f"task {name!r} needs the package 'diffusers', which is not installed")
+
+    monkeypatch.setattr("zoo.report.shelf.get_task", missing)
+    cards = [bundle.card for bundle in select("toy/*")]
+    [twin] = shelf_plot(cards).series
+    assert twin.y == [1.0] and "left out of the picture" in caplog.text and "diffusers" in caplog.text
 
 
 def test_the_committed_picture_is_not_older_than_the_cards():
