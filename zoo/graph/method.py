@@ -69,6 +69,8 @@ class Teddy:
         """
         if not isinstance(model, GraphModel):
             raise ConfigError(f"TEDDY trains the zoo's GCN, GAT and GIN. Received: {type(model).__name__}.")
+        check_sparsity(self.edge_sparsity, "edge_sparsity")
+        check_sparsity(self.weight_sparsity, "weight_sparsity")
         if job is not None:
             recipe = job.recipe
             fields: Any = {"epochs": recipe.epochs, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
@@ -81,8 +83,6 @@ class Teddy:
 
     def _ticket(self, model: GraphModel, data: Data) -> Sparsified:
         """A ticket of this graph."""
-        check_sparsity(self.edge_sparsity, "edge_sparsity")
-        check_sparsity(self.weight_sparsity, "weight_sparsity")
         whole = WholeGraph.of(model, data)
         with torch.no_grad():
             teacher = model(whole.features, whole.graph).float()
