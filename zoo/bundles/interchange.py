@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,7 +102,7 @@ def example_inputs(model: nn.Module, domain: str) -> tuple[Tensor, ...]:
 
 
 @dataclass
-class CheckedExport:
+class CheckedExport(ABC):
     """The options of both."""
 
     model: Annotated[str, Positional, metavar("MODEL")]
@@ -160,8 +161,9 @@ class CheckedExport:
             f"run without the zoo it gives the model's outputs to {report['difference']:.1e}"
         )
 
+    @abstractmethod
     def write_file(self, function: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> None:
-        raise NotImplementedError
+        """Write the function, traced with these inputs, in the format of the subclass."""
 
     def _difference(self, function: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> float:
         """The largest difference to the model's outputs, relative to the largest output."""

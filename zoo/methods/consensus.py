@@ -2,7 +2,8 @@
 
 Each block with a gate is left out for some inputs at first. A penalty that is zero only where a gate decides
 alike for all inputs turns the gates into a consensus, so that the blocks that nobody uses can be removed when
-the training ends, without another one. No code was published; the forms are those of the dossier.
+the training ends, without another one. No code was published; the forms of gates and penalty are this zoo's
+reading of the paper.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def spread(view: View) -> list[Verdict]:
     ratio = (deviation(with_) / max(deviation(without), 1e-9)) ** 2
     chance = float(stats.f.cdf(ratio, len(with_) - 1, len(without) - 1))
     outcome: Outcome = "holds" if chance < 0.05 else "does not hold" if chance > 0.95 else "cannot be told"
-    measured = f"deviation {deviation(with_):.1f} against {deviation(without):.1f} points, p {chance:.2f}"
+    measured = f"deviation {deviation(with_):.1f} against {deviation(without):.1f} points, p {chance:.2g}"
     claim = "the index varies less over seeds with SLASH"
     return [Verdict(claim, "more stable", measured, outcome, paper=view.study.papers)]
 

@@ -185,6 +185,6 @@ STUDY = Study(
         f"{options.dataset} at half its size, {options.train_images:,} training images, a perceptron of 128 "
         f"and 64 hidden units, {options.epochs} epochs of Adam for every arm, cut after two thirds of them "
         "to the same share of zeros by one threshold of all layers. Chances and variances of the prior are "
-        "those of the one lead that the method's dossier found on other data; nothing was tuned here for it.",
+        "the method's defaults, which were set on other data; nothing was tuned here for it.",
     ],
 )
