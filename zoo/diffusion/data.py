@@ -6,11 +6,8 @@ A caption is a template filled with the word of a class; the vocabulary is that 
 from __future__ import annotations
 
 import functools
-import gzip
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from zoo.bundles.sources import Source
 from zoo.errors import DataError
+from zoo.mnist import read_mnist
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("a photo of a {}", "the digit {}", "a {}", "a drawing of the number {}", "{}")
@@ -100,35 +98,9 @@ def _triples(digits: Pictures) -> Pictures:
 
 
 def _mnist(part: str) -> tuple[Tensor, Tensor]:
-    root = os.environ.get("ZOO_DATA")
-    folder = Path(root) / "mnist" if root else None
-    if folder is None or not folder.is_dir():
-        raise DataError(
-            f"MNIST is not at {folder or '$ZOO_DATA/mnist'}. Set ZOO_DATA to the folder with mnist/."
-        )
-    images = _idx(folder / f"{part}-images-idx3-ubyte.gz", 3)
-    labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz", 1)
-    if len(images) != len(labels):
-        raise DataError(f"{folder}: {len(images)} images and {len(labels)} labels of {part}")
-    padded = F.pad(torch.from_numpy(images.copy()).float()[:, None] / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
-    return F.avg_pool2d(padded, 2), torch.from_numpy(labels.astype(np.int64))
-
-
-def _idx(path: Path, dimensions: int) -> np.ndarray:
-    """The bytes of an IDX file (LeCun's format: a magic number, the sizes, the values)."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    head = np.frombuffer(content[: 4 + 4 * dimensions], ">u4")
-    shape = tuple(int(size) for size in head[1:])
-    if (
-        len(head) != 1 + dimensions
-        or head[0] != 0x800 + dimensions
-        or len(content) != 4 + 4 * dimensions + np.prod(shape)
-    ):
-        raise DataError(f"{path} is not an IDX file of {dimensions} dimensions")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    images, labels = read_mnist(part)
+    padded = F.pad(torch.from_numpy(images).float()[:, None] / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
+    return F.avg_pool2d(padded, 2), torch.from_numpy(labels)
 
 
 def captions(labels: Int[Tensor, " n"], generator: torch.Generator | None = None) -> list[str]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-import gzip
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from zoo.bundles.sources import Source
-from zoo.errors import DataError
+from zoo.mnist import read_mnist
 from zoo.shared.train import Job, Recipe
 from zoo.studies.options import StudyOptions
 from zoo.vision.data import Images, Split, held_out, load_images, statistics
@@ -85,24 +81,16 @@ def mnist() -> Images:
     Raises:
         DataError: ZOO_DATA is not set, or has no folder mnist with the four IDX files.
     """
-    train = Split(*_idx("train"))
+    train = _part("train")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     train, val = held_out(train.take(order))
     mean, std = statistics(train.images, 255.0)
-    return Images("mnist", train, val, Split(*_idx("t10k")), mean, std, augment=False)
+    return Images("mnist", train, val, _part("t10k"), mean, std, augment=False)
 
 
 mnist.source = Source("MNIST", "LeCun, Cortes and Burges", "not stated")  # type: ignore[attr-defined]
 
 
-def _idx(part: str) -> tuple[Tensor, Tensor]:
-    root = os.environ.get("ZOO_DATA")
-    folder = Path(root) / "mnist" if root else None
-    if folder is None or not (folder / f"{part}-images-idx3-ubyte.gz").exists():
-        raise DataError(
-            f"MNIST is not at {folder or '$ZOO_DATA/mnist'}. Set ZOO_DATA to the folder with mnist/."
-        )
-    pixels = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())
-    labels = gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())
-    images = torch.from_numpy(np.frombuffer(pixels, np.uint8, offset=16).copy()).view(-1, 1, 28, 28)
-    return images, torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).astype(np.int64))
+def _part(name: str) -> Split:
+    images, labels = read_mnist(name)
+    return Split(torch.from_numpy(images)[:, None], torch.from_numpy(labels))
