@@ -37,12 +37,9 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    head = np.frombuffer(content[: 4 + 4 * dimensions], ">u4")
+    start = 4 + 4 * dimensions
+    head = np.frombuffer(content[:start].ljust(start, b"\0"), ">u4")
     shape = tuple(int(size) for size in head[1:])
-    if (
-        len(head) != 1 + dimensions
-        or head[0] != 0x800 + dimensions
-        or len(content) != 4 + 4 * dimensions + np.prod(shape)
-    ):
+    if head[0] != 0x800 + dimensions or len(content) != start + np.prod(shape):
         raise DataError(f"{path} is not an IDX file of {dimensions} dimensions")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
