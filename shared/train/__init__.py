@@ -1,6 +1,6 @@
 """Training: what to train on and for what (`job`), how (`recipe`), and the one loop (`fit`)."""
 
-from .batches import Batches, as_batches
+from .batches import Batches, Drawn, as_batches
 from .checkpoint import Checkpoint, resume
 from .cost import Cost, clock, step_macs
 from .device import device_named
@@ -14,6 +14,7 @@ __all__ = [
     "Checkpoint",
     "Cost",
     "Distillation",
+    "Drawn",
     "Fit",
     "Job",
     "Loss",

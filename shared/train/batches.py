@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+import dataclasses
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +27,40 @@ class Batches(Protocol):
 
     def example(self) -> tuple[Any, ...]:
         """One sample, as the model takes it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Batches that a function draws.
+
+    Args:
+        make: (samples, generator) -> a batch.
+        batch: samples per step.
+        steps: per epoch.
+        inputs: how many parts of a sample the model takes; 0 if it takes the sample as one.
+    """
+
+    make: Callable[[int, torch.Generator], Any]
+    batch: int
+    steps: int
+    inputs: int = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def sized(self, batch: int) -> Drawn:
+        """The same data in batches of another size."""
+        return dataclasses.replace(self, batch=batch)
+
+    def draw(self, generator: torch.Generator) -> Iterator[Any]:
+        """The batches of one epoch."""
+        for _ in range(self.steps):
+            yield self.make(self.batch, generator)
+
+    def example(self) -> tuple[Any, ...]:
+        """One sample, as the model takes it."""
+        sample = self.make(1, torch.Generator().manual_seed(0))
+        return tuple(sample[: self.inputs]) if self.inputs else (sample,)
 
 
 class Loaded:

@@ -36,7 +36,7 @@ class TextToImageTask(Task):
 
     def accepts(self, card: Any) -> bool:
         """Models that were measured on these pictures."""
-        return card.domain == self.domain and any(m.task == self.name for m in card.metrics)
+        return self.is_on(card)
 
     def direction(self, metric: str) -> int:
         """Accuracy is better high, a distance low."""
@@ -127,7 +127,7 @@ class FlowDigits(Task):
 
     def accepts(self, card: Any) -> bool:
         """Models that were measured on it."""
-        return card.domain == self.domain and any(m.task == self.name for m in card.metrics)
+        return self.is_on(card)
 
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Sample and compare."""

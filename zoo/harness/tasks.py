@@ -127,6 +127,10 @@ class Task(ABC):
         """Whether the task can be run on the model that this card describes. Default: the same domain."""
         return bool(card.domain == self.domain)
 
+    def is_on(self, card: Any) -> bool:
+        """Whether the card is of the same domain and states a figure of this task."""
+        return card.domain == self.domain and any(m.task == self.name for m in card.metrics)
+
     def direction(self, metric: str) -> int:
         """+1 where a higher value of `metric` is better, -1 where a lower one is."""
         return 1 if self.higher_is_better else -1

@@ -26,7 +26,7 @@ class Classification(Task):
 
     def accepts(self, card: Any) -> bool:
         """Models that were measured on these images."""
-        return card.domain == self.domain and any(m.task == self.name for m in card.metrics)
+        return self.is_on(card)
 
     def measured_on(self) -> Any:
         """The test images and labels, and how they are normalised."""

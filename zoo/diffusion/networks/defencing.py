@@ -23,11 +23,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork
+from zoo.diffusion.networks.base import STEPS, USUAL, NetworkTask, PaperNetwork
 from zoo.diffusion.networks.photos import crops, test_tiles
 from zoo.errors import ConfigError
 from zoo.harness.tasks import Progress, TaskResult, register_task
-from zoo.shared.train import Fit, Job, Recipe
+from zoo.shared.train import Drawn, Fit, Job, Recipe
 
 SEEN, UNSEEN = (0.35, 1.2), (0.0, 0.3)  # angles of the wires to the horizontal, in radians: lattices, grids
 TEXTURE, STRUCTURE, EDGES = 0.01, 0.01, 1.0  # weights beside the absolute error
@@ -226,7 +226,9 @@ class Defencing(PaperNetwork):
         if dataset != "photos":
             raise ConfigError(f"Unknown images {dataset!r}. There are: photos.")
         used = recipe or self.usual
-        return Job(Drawn(self.fenced, 1, used.batch), both_losses, recipe=used, seed=seed, device=device)
+        return Job(
+            Drawn(self.fenced, used.batch, STEPS, 1), both_losses, recipe=used, seed=seed, device=device
+        )
 
     def learn(
         self, dataset: str, *, recipe: Recipe | None = None, seed: int = 0, device: str | torch.device = "cpu"

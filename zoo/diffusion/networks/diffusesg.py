@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork, sine_cosine, transformer
+from zoo.diffusion.networks.base import STEPS, USUAL, NetworkTask, PaperNetwork, sine_cosine, transformer
 from zoo.errors import ConfigError, DataError
 from zoo.harness.tasks import Progress, TaskResult, register_task
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Drawn, Job, Recipe
 
 CLASSES, RELATIONS, MOST = 6, ("none", "left of", "above", "inside"), 6
 SIGMA_DATA = 0.5
@@ -324,7 +324,7 @@ class DiffuseSG(PaperNetwork):
             ]
             return (*noisy, sigma, flags[chosen], *clean)
 
-        return Job(Drawn(draw, 4, used.batch), graph_loss, recipe=used, seed=seed, device=device)
+        return Job(Drawn(draw, used.batch, STEPS, 4), graph_loss, recipe=used, seed=seed, device=device)
 
 
 def preconditioning(sigma: Float[Tensor, " n"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,13 +24,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from zoo.diffusion.data import load_pictures
-from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork, picked, transformer
+from zoo.diffusion.networks.base import STEPS, USUAL, NetworkTask, PaperNetwork, picked, transformer
 from zoo.diffusion.networks.photos import crops
 from zoo.diffusion.networks.quantiser import Quantiser
 from zoo.errors import ConfigError
 from zoo.harness.tasks import Progress, TaskResult, register_task
 from zoo.shared.measure.modes import eval_mode
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Drawn, Job, Recipe
 
 BETA = 0.9999  # of the effective number of samples
 Chooser = Literal["evaluation", "random"]
@@ -289,7 +289,7 @@ class Iter(PaperNetwork):
             own = int(torch.randint(2**31, (), generator=generator))
             return degrade(images, self.scale, self.noise, own), images
 
-        return Job(Drawn(pairs, 1, used.batch), refinement_loss, recipe=used, seed=seed, device=device)
+        return Job(Drawn(pairs, used.batch, STEPS, 1), refinement_loss, recipe=used, seed=seed, device=device)
 
     def learn(
         self, dataset: str, *, recipe: Recipe | None = None, seed: int = 0, device: str | torch.device = "cpu"
@@ -297,7 +297,7 @@ class Iter(PaperNetwork):
         """The autoencoder first, in a third of the steps, without averaging; then the rest beside it."""
         second = self.make_job(dataset, recipe=recipe, seed=seed, device=device)
         used = second.recipe
-        batches = Drawn(self.sharp(dataset), 1, used.batch)
+        batches = Drawn(self.sharp(dataset), used.batch, STEPS, 1)
         first = second.replace(batches=batches, loss=autoencoder_loss)
         # No moving average there: codes that are restarted jump.
         steps = max(1, (used.steps or used.epochs * len(batches)) // 3)

@@ -22,12 +22,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from zoo.diffusion.data import load_pictures
-from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork, picked, transformer
+from zoo.diffusion.networks.base import STEPS, USUAL, NetworkTask, PaperNetwork, picked, transformer
 from zoo.diffusion.networks.photos import crops
 from zoo.diffusion.networks.quantiser import Quantiser
 from zoo.errors import ConfigError
 from zoo.harness.tasks import Progress, TaskResult, register_task
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Drawn, Job, Recipe
 
 SPREAD = 0.5  # of learned places at the start: near 0 all tokens would begin alike
 
@@ -161,7 +161,7 @@ class OneDPiece(PaperNetwork):
     ) -> Job:
         used = recipe or self.usual
         draw = crops(self.side) if dataset == "photos" else picked(load_pictures(dataset).train)
-        return Job(Drawn(draw, 1, used.batch), token_loss, recipe=used, seed=seed, device=device)
+        return Job(Drawn(draw, used.batch, STEPS, 1), token_loss, recipe=used, seed=seed, device=device)
 
 
 def token_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:

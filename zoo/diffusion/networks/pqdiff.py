@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from zoo.diffusion.classifier import load_judge
 from zoo.diffusion.data import load_pictures
-from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork, sine_cosine, transformer
+from zoo.diffusion.networks.base import STEPS, USUAL, NetworkTask, PaperNetwork, sine_cosine, transformer
 from zoo.diffusion.sampling import sample
 from zoo.errors import ConfigError
 from zoo.harness.tasks import Progress, TaskResult, register_task
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Drawn, Job, Recipe
 
 ANCHOR, TARGET = (0.2, 0.5), (0.8, 1.0)  # shares of the image's area
 RATIO = 4 / 3  # of a crop's sides, at most
@@ -203,7 +203,7 @@ class PQDiff(PaperNetwork):
             noisy = self.scheduler.add_noise(target, noise, when)
             return noisy, when, anchor, relative_positions(boxes[0], boxes[1], self.grid), target
 
-        return Job(Drawn(draw, 4, used.batch), target_loss, recipe=used, seed=seed, device=device)
+        return Job(Drawn(draw, used.batch, STEPS, 4), target_loss, recipe=used, seed=seed, device=device)
 
 
 def target_loss(model: nn.Module, batch: Any) -> Float[Tensor, ""]:

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from zoo.diffusion.flows import TIMES, between
-from zoo.diffusion.networks.base import USUAL, Drawn, NetworkTask, PaperNetwork, sine_cosine, transformer
+from zoo.diffusion.networks.base import STEPS, USUAL, NetworkTask, PaperNetwork, sine_cosine, transformer
 from zoo.diffusion.networks.polygons import (
     EDGE,
     aligned,
@@ -42,7 +42,7 @@ from zoo.diffusion.networks.polygons import (
 from zoo.diffusion.sampling import sample
 from zoo.errors import ConfigError, DataError
 from zoo.harness.tasks import Progress, TaskResult, register_task
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Drawn, Job, Recipe
 
 VERTICES, CONTOUR = 10, 64
 SCALE = 2.0  # of distances within the network, which makes their deviation about 0.6
@@ -243,7 +243,7 @@ class VisDiff(PaperNetwork):
             noisy = between(fields, torch.randn(fields.shape, generator=generator), sigmas)
             return noisy, sigmas, graphs, contours, fields, true
 
-        return Job(Drawn(draw, 4, used.batch), polygon_loss, recipe=used, seed=seed, device=device)
+        return Job(Drawn(draw, used.batch, STEPS, 4), polygon_loss, recipe=used, seed=seed, device=device)
 
 
 @functools.lru_cache(maxsize=4)

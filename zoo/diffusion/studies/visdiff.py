@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from zoo.diffusion.networks.base import Drawn
+from zoo.diffusion.networks.base import STEPS
 from zoo.diffusion.networks.polygons import aligned, f1, is_simple, signed_distance, visibility
 from zoo.diffusion.networks.visdiff import (
     SEEN,
@@ -27,7 +27,8 @@ from zoo.diffusion.networks.visdiff import (
 )
 from zoo.diffusion.studies.quarters import ByQuarter, quarters
 from zoo.errors import ConfigError
-from zoo.shared.train import Job
+from zoo.shared.structure.relatives import seeded
+from zoo.shared.train import Drawn, Job
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Columns
 from zoo.studies.study import BAR, Arm, Claim, Study, grid
@@ -114,8 +115,7 @@ def measure(make: Any, options: VisDiffOptions, case: Row, cells: CellCache) -> 
             ceiling = model.extract(fields, graphs, model.encode(graphs))
         made = figures(model.reconstruct(graphs, generator=draws), graphs)
         return [made, {"arm": TRUE_FIELD, **figures(ceiling, graphs)}]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         direct = Direct(make)
     recipe = dataclasses.replace(recipe, steps=RATIO * options.steps)
     seen = torch.cat([visibility(part) for part in known.split(500)])
@@ -124,7 +124,9 @@ def measure(make: Any, options: VisDiffOptions, case: Row, cells: CellCache) -> 
         chosen = torch.randint(len(known), (n,), generator=generator)
         return seen[chosen], known[chosen]
 
-    job = Job(Drawn(draw, 1, recipe.batch), direct_loss, recipe=recipe, seed=seed, device=options.device)
+    job = Job(
+        Drawn(draw, recipe.batch, STEPS, 1), direct_loss, recipe=recipe, seed=seed, device=options.device
+    )
     job.fit(direct).run()
     with torch.no_grad():
         return figures(aligned(direct.cpu().eval()(graphs), graphs), graphs)

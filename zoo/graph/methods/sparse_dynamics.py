@@ -26,7 +26,7 @@ from zoo.methods.contract import Sparsified, required, stated_options
 from zoo.shared.errors import MaskError
 from zoo.shared.learned.gates.functions import gumbel_categorical
 from zoo.shared.masks import MaskSet, masks_of
-from zoo.shared.structure.relatives import check_finite, copied
+from zoo.shared.structure.relatives import check_finite, copied, seeded
 from zoo.shared.train import Job
 from zoo.shared.train.device import brought_back, device_of
 
@@ -196,8 +196,7 @@ class SparseDynamics:
         choices = [Choice(layer.out_features).to(layer.weight) for layer in perceptron(net)[:-1]]
         for number, choice in enumerate(choices):
             net[2 * number + 1] = choice
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(job.seed)
+        with seeded(job.seed):
             self._train(net, choices, units, job)
         folded = fold(perceptron_of(net), [choice.fixed for choice in choices])
         made = brought_back(folded, device_of(model)).eval()

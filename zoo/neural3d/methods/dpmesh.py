@@ -29,8 +29,8 @@ from torch.nn import functional
 
 from zoo.errors import ConfigError, DataError
 from zoo.neural3d.bodies import JOINTS, SIZE, TURNING, Bodies, draw, from_six, random_bodies
-from zoo.neural3d.networks import Drawn, fresh
-from zoo.shared.train import Job, Recipe
+from zoo.neural3d.networks import fresh
+from zoo.shared.train import Drawn, Job, Recipe
 
 BLOCK = 4  # pixels on a side that become one place of the U-Net's input
 LATENT = 3 * BLOCK * BLOCK

@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,10 +27,10 @@ from torch.nn import functional
 from zoo.errors import ConfigError, DataError
 from zoo.neural3d.cameras import Camera, look_at
 from zoo.neural3d.hull import cube, pixels_of
-from zoo.neural3d.networks import Drawn, fresh
+from zoo.neural3d.networks import fresh
 from zoo.shared.ops.sparse_conv import inverse_conv, sparse_conv, subm_conv
 from zoo.shared.ops.sparse_tensor import SparseConvTensor
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Drawn, Job, Recipe
 
 NEAR = ((0.0, 0.0), (10.0, 0.0), (-10.0, 0.0), (0.0, 10.0), (0.0, -10.0))  # degrees of elevation, azimuth
 RECIPE = Recipe(lr=5e-3, epochs=1, optimizer="adam", weight_decay=0.0, warmup=0.05, decay="cosine", clip=1.0)
@@ -132,13 +132,6 @@ class CostVolumeNet(nn.Module):
             self.weights[name] = nn.Parameter(scale * torch.randn(out, kernel, kernel, kernel, given))
             self.norms[name] = nn.BatchNorm1d(out)
         self.out = nn.Linear(one, 1)
-
-    @classmethod
-    def trained(cls, seed: int, **options: Any) -> CostVolumeNet:
-        """The network as `One2345(**options)` trains it on the study's toy shapes."""
-        from zoo.neural3d.studies.one2345 import train_set  # the shapes belong to the study
-
-        return One2345(**options).fit(*train_set(seed), seed)
 
     def forward(
         self, pictures: Float[Tensor, "b n 4 h w"], cameras: Sequence[Camera]

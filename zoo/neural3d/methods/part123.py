@@ -33,10 +33,10 @@ from zoo.errors import DataError
 from zoo.neural3d.cameras import Camera
 from zoo.neural3d.fields import rays_of
 from zoo.neural3d.hull import pixels_of
-from zoo.neural3d.networks import Drawn, fresh
+from zoo.neural3d.networks import fresh
 from zoo.neural3d.views import View
 from zoo.neural3d.weighed import WeighedField
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Drawn, Job, Recipe
 
 SHARES = (0.2, *(0.05 * step for step in range(5, 13)), 0.7)  # of the masks' overlap
 FEWEST, LEAST = 20, 0.02  # pixels of a mask, and its share of the foreground

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zoo.errors import ConfigError, DataError
-from zoo.neural3d.networks import Drawn, fresh
+from zoo.neural3d.networks import fresh
 from zoo.neural3d.spirals import ball, edges_of, grown, icosphere, spirals
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Drawn, Job, Recipe
 
 SPIRAL, TIMES, HOPS = 9, 50, 4
 SCALE = 0.16  # deviation of a vertex from the sphere

@@ -31,10 +31,10 @@ from torch.nn import functional
 from zoo.errors import ConfigError, DataError
 from zoo.neural3d.fields import RECIPE, rays_of
 from zoo.neural3d.methods.part123 import PartHead
-from zoo.neural3d.networks import Drawn, fresh
+from zoo.neural3d.networks import fresh
 from zoo.neural3d.views import View
 from zoo.neural3d.weighed import WeighedField
-from zoo.shared.train import Job, Recipe
+from zoo.shared.train import Drawn, Job, Recipe
 
 MOST = 0.9  # of a view that a mask may cover
 Inpainter = Callable[[Tensor, Tensor], Tensor]

@@ -26,6 +26,7 @@ from zoo.neural3d.methods.sparp import (
     random_turns,
 )
 from zoo.neural3d.views import View
+from zoo.shared.structure.relatives import seeded
 from zoo.shared.train import Job, Recipe
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Grid
@@ -203,8 +204,7 @@ def net_loss(model: nn.Module, seen: Seen) -> Tensor:
 
 def learned(make: type[nn.Module], options: PoseOptions, seed: int) -> Row:
     """Errors of poses on new pictures: from a learned map, or learned themselves."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = make()
     recipe = Recipe(lr=3e-3, epochs=1, optimizer="adam", weight_decay=0.0, warmup=0.05, decay="cosine")
     Job(Fresh(options), loss=net_loss, recipe=recipe, seed=seed).fit(model, macs=lambda: 0.0).run()

@@ -19,6 +19,7 @@ from zoo.shared.masks import MaskSet
 from zoo.shared.ops import SparseConv1x1, packing
 from zoo.shared.pruning.inventory import pointwise_weights
 from zoo.shared.pruning.sparsifier import sparsify
+from zoo.shared.structure.relatives import seeded
 from zoo.shared.train import Recipe
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Curves, Grid
@@ -66,8 +67,7 @@ class OneDnn(nn.Module):
 def speed(pattern: str, sparsity: float, seed: int) -> Row:
     """How many times faster than the best of three dense layouts one image is, packed as `auto` packs, and
     with every 1x1 convolution in the sparse kernel."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         example, image = random_example(224)
     dense, found = norms_folded(example), dict[str, nn.Module]()
     last, image_last = (
