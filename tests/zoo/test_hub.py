@@ -775,6 +775,7 @@ def test_sparsify_takes_a_hub_id_of_another_library(server: FakeHub, monkeypatch
 
     def handler(folder, method, origin, out, **_):
         taken.append((sorted(path.name for path in folder.iterdir() if path.suffix == ".json"), origin.name))
+        assert f"hf://acme/net@{folder.name}" in origin.command and len(folder.name) == 40
         return "done"
 
     server.repositories["acme/net"] = FOREIGN

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 from zoo.bundles.card import CARD_FILE
 from zoo.bundles.hub import (
@@ -46,7 +47,7 @@ def fetch_folder(
             small, a download that broke, or offline without a copy.
     """
     reference = parse_reference(text)
-    seen = reference.folder / REF / reference.revision.replace("/", "%2F")
+    seen = reference.folder / REF / quote(reference.revision, safe="")
     if is_offline(offline):
         return _known(reference, seen)
     try:

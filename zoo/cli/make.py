@@ -142,7 +142,11 @@ def sparsify_command(argv: Sequence[str]) -> int:
         from zoo.bundles.foreign import fetch_folder
 
         with progress_bar() as progress:
-            options.model = str(fetch_folder(options.model, progress=progress) or options.model)
+            folder = fetch_folder(options.model, progress=progress)
+        if folder is not None:  # on the card stands the commit that was read, whatever a branch means later
+            pinned = f"{options.model.partition('@')[0]}@{folder.name}"
+            argv = [pinned if word == options.model else word for word in argv]
+            options.model = str(folder)
     if (handler := foreign_folder(options.model)) is not None:
         domain, sparsify_folder = handler
         origin = Origin(

@@ -10,7 +10,8 @@ from zoo.methods.wgsef import WGSEF
 from zoo.shared.measure.account import count
 from zoo.shared.structure.groups import trace_groups
 from zoo.shared.structure.relatives import copied
-from zoo.vision.studies.structured import StructuredOptions, at_best_penalty
+from zoo.studies.tuning import at_best
+from zoo.vision.studies.structured import StructuredOptions
 
 
 def test_each_arm_keeps_the_penalty_that_is_best_on_validation():
@@ -26,7 +27,7 @@ def test_each_arm_keeps_the_penalty_that_is_best_on_validation():
         for one, values in {0.1: (0.2, 0.5), 0.3: (0.4, 0.4)}.items()
         for seed, value in enumerate(values)
     ]
-    kept = at_best_penalty(rows, StructuredOptions())
+    kept = at_best(rows, "penalty")
     assert [(row["penalty"], row["cut"]) for row in kept] == [(0.3, 0.6), (0.3, 0.6)]
 
 

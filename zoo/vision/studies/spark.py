@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from zoo.studies.figures import Columns, Grid, mean_of
 from zoo.studies.options import StudyOptions
 from zoo.studies.study import BAR, Arm, Claim, Study, Tuned
 from zoo.studies.tables import Table, Verdict
+from zoo.studies.tuning import at_best
 from zoo.studies.verdict import mean_cell
 from zoo.studies.view import Row, Rows, Value, View
 from zoo.vision.data import SOURCES, Images, correct, load_images
@@ -250,28 +250,16 @@ def cases(options: SparKOptions) -> Iterator[Row]:
     yield {"what": "occupancy", "arm": "re-masked", "seed": 0}
 
 
-def best_rate(validation: Mapping[float, Sequence[float]]) -> float:
-    """The learning rate with the best mean of these validation accuracies; the first of equals."""
-    return max(validation, key=lambda lr: statistics.fmean(validation[lr]))
-
-
 def at_best_rate(rows: Rows, options: SparKOptions) -> Rows:
     """The rows with the level in words, fine-tunings at their best rate only, what is no fine-tuning as an
     arm of its own, and by how much the gain over scratch shrinks from few labels to all."""
     few, full = options.levels()
     named = {options.full().few: few, 0: full, None: ""}
     rows = [{**row, "level": named[row.get("labels")]} for row in rows]
-    rates: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for row in rows:
-        if row["what"] == "fine-tuning":
-            place = rates.setdefault((row["arm"], row["level"]), {})
-            place.setdefault(row["lr"], []).append(row["validation"])
-    found: list[Row] = []
-    for row in rows:
-        if row["what"] != "fine-tuning":
-            found.append({**row, "arm": f"{row['what']} of {row['arm']}"})
-        elif row["lr"] == best_rate(rates[row["arm"], row["level"]]):
-            found.append(row)
+    found = at_best([row for row in rows if row["what"] == "fine-tuning"], "lr")
+    found += [
+        {**row, "arm": f"{row['what']} of {row['arm']}"} for row in rows if row["what"] != "fine-tuning"
+    ]
     view, ours, scratch = View(STUDY, found, options, {}), "SparK", SCRATCH
     if {few, full} <= set(view.levels(ours)) & set(view.levels(scratch)):
         gains = view.contrast([(ours, few), (scratch, full)], [(scratch, few), (ours, full)])

@@ -7,7 +7,6 @@ is judged by is the penalty with the best validation accuracy right after the cu
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,8 @@ from zoo.studies.cells import CellCache
 from zoo.studies.figures import Columns
 from zoo.studies.options import StudyOptions
 from zoo.studies.study import Arm, Study, Tuned, above
-from zoo.studies.view import Row, Rows, Value, View
+from zoo.studies.tuning import at_best
+from zoo.studies.view import Row, Value, View
 from zoo.vision.data import Images, Split, accuracy, load_images
 from zoo.vision.domain import image_job
 from zoo.vision.models import pretrained_resnet
@@ -152,20 +152,6 @@ def cases(options: StructuredOptions) -> Iterator[Row]:
                     yield {"arm": name, "level": level, "seed": seed, "penalty": penalty}
 
 
-def at_best_penalty(rows: Rows, options: StructuredOptions) -> Rows:
-    """The rows of each arm and level with the penalty that has the best mean validation accuracy."""
-    found: dict[tuple[str, float], dict[Any, list[float]]] = {}
-    for row in rows:
-        tried = found.setdefault((row["arm"], row["level"]), {})
-        tried.setdefault(row["penalty"], []).append(row["validation"])
-    means = {
-        where: {one: statistics.fmean(values) for one, values in tried.items()}
-        for where, tried in found.items()
-    }
-    best = {where: max(tried, key=tried.__getitem__) for where, tried in means.items()}
-    return [row for row in rows if row["penalty"] == best[row["arm"], row["level"]]]
-
-
 def _penalty(view: View, arm: str, level: Any) -> str:
     chosen = {row["penalty"] for row in view.chosen(arm, level)} - {None}
     return ", ".join(f"{one:g}" for one in sorted(chosen)) or "-"
@@ -221,7 +207,7 @@ STUDY = Study(
     value=TUNED,
     varies=("seeds", "levels", "wgsef", "lasso", "scales"),
     data=lambda options, where: content(options.images()),
-    prepare=at_best_penalty,
+    prepare=lambda rows, options: at_best(rows, "penalty"),
     tables=[
         Columns(
             "Accuracy (%) and what is left",
