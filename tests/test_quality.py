@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 DOMAINS = ("graph", "diffusion", "llm", "neural3d", "vision")
@@ -88,6 +89,18 @@ def tracked_files() -> list[Path]:
     if done.returncode:
         pytest.skip("not a git checkout (an unpacked source archive): no list of tracked files to check")
     return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+def test_mutations_still_apply() -> None:
+    """A row of the mutation check names a text that stands once in its file, and tests that exist."""
+    for row in yaml.safe_load((ROOT / "tests/mutations.yaml").read_text(encoding="utf-8")):
+        assert (ROOT / row["file"]).read_text(encoding="utf-8").count(row["old"]) == 1, row
+        assert row["new"] != row["old"], row
+        for test in row["tests"].split():
+            path, _, name = test.partition("::")
+            assert (ROOT / path).exists() and f"def {name.partition('[')[0]}" in (
+                (ROOT / path).read_text(encoding="utf-8") if name else "def "
+            ), test
 
 
 def test_tree_is_small() -> None:
