@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zoo.llm.methods.flash_llm import TiledCSL, pack_tiled_csl, tiled_bytes, tiled_linear
+from zoo.shared import ops
 from zoo.shared.errors import FormatError, OpError
+from zoo.shared.ops import _native
+from zoo.shared.ops.tiled_csl import TiledCSL, pack_tiled_csl, tiled_bytes, tiled_linear
 
 
 def sparse(rows: int, columns: int, sparsity: float, seed: int = 0):
@@ -77,3 +79,19 @@ def test_bad_weights_and_damage_are_refused():
     broken[0] = -1
     with pytest.raises(FormatError, match="outside its tile"):
         TiledCSL(broken, packed.offsets, packed.shape).to_dense()
+
+
+def test_a_damaged_weight_is_refused_by_each_backend():
+    packed = pack_tiled_csl(sparse(128, 128, 0.5))
+    place, ends = packed.words.clone(), packed.offsets.clone()
+    place[5], ends[1] = -1, ends[-1] + 1
+    for broken in (
+        TiledCSL(place, packed.offsets, packed.shape),
+        TiledCSL(packed.words, ends, packed.shape),
+        TiledCSL(packed.words[:-4], packed.offsets, packed.shape),
+        TiledCSL(packed.words, packed.offsets[:-1], packed.shape),
+    ):
+        for name in ("reference", "native"):
+            if name == "reference" or _native.available():
+                with ops.backend(name), pytest.raises((OpError, FormatError)):
+                    tiled_linear(torch.randn(2, 128), broken)

@@ -9,21 +9,25 @@ where the XOR spreads the rows of a column over the banks of shared memory. A ti
 multiple of four, for 128-bit loads, with zeros that sit at places of the tile where no weight is kept;
 `offsets` counts in fours, and its last entry is repeated, an empty tile for prefetching.
 
-Here the format is packed, checked, unpacked and multiplied by definition. The product that runs in a model is
-`zoo.shared.ops.sparse_linear`, whose bitmask layout on CPUs also expands what it loads and multiplies
-densely.
+Backend `native` is the paper's load-as-sparse, compute-as-dense (LSCD) product on a CPU: a tile is spread out
+into the first-level cache and multiplied there with its zeros. `zoo reproduce flash-llm` compares it with
+`sparse_linear`, which multiplies only what is kept and is what packed models run.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from zoo.shared.errors import FormatError, OpError
+from ..errors import FormatError, OpError
+from . import _native, dispatch
 
 TILE_ROWS, TILE_COLUMNS = 128, 64
 _PLACES = TILE_ROWS * TILE_COLUMNS
@@ -149,11 +153,95 @@ def tiled_bytes(rows: int, columns: int, kept: int) -> tuple[int, int]:
 
 
 def tiled_linear(x: Float[Tensor, "*batch columns"], weight: TiledCSL) -> Float[Tensor, "*batch rows"]:
-    """y = x W^T by definition: the tiles are expanded, then one dense product in the dtype of x.
+    """y = x W^T: loaded as sparse, computed as dense (Flash-LLM, Section 4).
+
+    Args:
+        x: floating point. Its infinities and NaNs meet the zeros of W, too, as in a dense product.
+
+    Sums are in fp32 (fp64 for fp64) and do not depend on the number of threads. Gradients reach x.
 
     Raises:
-        OpError: x does not end in the weight's columns.
+        OpError: x is not floating point, lies elsewhere, or does not end in the weight's columns; a damaged
+            weight.
     """
-    if x.shape[-1] != weight.shape[1]:
+    if dispatch.direct(x, weight.words):
+        return _forward(x, weight)
+    return _tiled_linear(x, weight.words, weight.offsets, *weight.shape)
+
+
+def reference(x: Float[Tensor, "*batch columns"], weight: TiledCSL) -> Float[Tensor, "*batch rows"]:
+    """The definition of `tiled_linear`: all tiles expanded, then one dense product."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.nn.functional.linear(x.to(wide), weight.to_dense().to(wide)).to(x.dtype)
+
+
+def plan(x: Float[Tensor, "*batch columns"], weight: TiledCSL) -> dispatch.Plan:
+    """The backend that `tiled_linear` would run these arguments on."""
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise OpError(f"x {tuple(x.shape)} does not end in the {weight.shape[1]} columns of the weight")
-    return torch.nn.functional.linear(x, weight.to_dense().to(x.dtype))
+    if not x.dtype.is_floating_point or x.device != weight.words.device:
+        raise OpError(f"x must be floating point on {weight.words.device}, received {x.dtype} on {x.device}")
+    native = x.device.type == "cpu" and x.dtype != torch.float64
+    offered = ("native", "reference") if native else ("reference",)
+    return dispatch.choose("tiled_linear", x.device, offered, "float16", (float(max(1, x.numel())),))
+
+
+@dispatch.in_own_precision
+def _forward(x: Tensor, weight: TiledCSL) -> Tensor:
+    if plan(x, weight).backend != "native" or not x.numel() or not weight.shape[0]:
+        return reference(x, weight)
+    flat = _native.plain(x.reshape(-1, weight.shape[1]))
+    y = torch.empty(len(flat), weight.shape[0])
+    words, ends = weight.words.contiguous(), weight.offsets.contiguous()
+    if len(ends) != math.prod(weight.grid) + 2:
+        raise OpError(f"Tiled-CSL offsets do not describe {math.prod(weight.grid)} tiles: pack it anew")
+    _native.function("zoo_tiled_csl", "ppippiiii")(
+        flat.data_ptr(),
+        words.data_ptr(),
+        words.numel(),
+        ends.data_ptr(),
+        y.data_ptr(),
+        len(flat),
+        weight.shape[1],
+        weight.shape[0],
+        _native.threads(),
+    )
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op(
+    "zoo::tiled_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor words, Tensor offsets, int rows, int columns) -> Tensor",
+)
+def _tiled_linear(x: Tensor, words: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:
+    return _forward(x, TiledCSL(words, offsets, (rows, columns)))
+
+
+@_tiled_linear.register_fake
+def _(x: Tensor, words: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, words, offsets, *shape = inputs
+    ctx.save_for_backward(words, offsets)
+    ctx.shape = tuple(shape)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight = TiledCSL(*ctx.saved_tensors, ctx.shape)
+    return grad @ weight.to_dense().to(grad.dtype), None, None, None, None
+
+
+_tiled_linear.register_autograd(_backward, setup_context=_setup)
+
+
+def _examples() -> Iterator[dispatch.Example]:
+    for shape, batch in (((130, 70), 9), ((64, 64), 1), ((300, 33), 3)):
+        weight = torch.randn(shape) * (torch.rand(shape) < 0.3)
+        call = partial(tiled_linear, weight=pack_tiled_csl(weight))
+        yield dispatch.Example(call, (torch.randn(batch, shape[1]),), tolerance=1e-4)
+
+
+dispatch.register("tiled_linear", plan=plan, examples=_examples)
