@@ -54,17 +54,25 @@ struct HashPlaces {
   int shift;
   uint64_t mask;
 
+  uint64_t start(Index col) const { return static_cast<uint64_t>(col) * 0x9e3779b97f4a7c15u >> shift; }
+
   Index& operator()(Index col, Index first) const {
-    uint64_t at = static_cast<uint64_t>(col) * 0x9e3779b97f4a7c15u >> shift;
+    uint64_t at = start(col);
     while (slots[at].place >= first && slots[at].col != col) at = (at + 1) & mask;
     slots[at].col = col;
     return slots[at].place;
   }
 };
 
+// How a row finds the place of a column. kAuto takes the faster one; the others are for comparing them.
+enum Accumulator : int64_t { kAuto = 0, kArray = 1, kHash = 2 };
+
 // What a thread keeps from row to row; everything is as large as the rows so far needed.
 template <class T, class Index>
 struct State {
+  int64_t accumulator;
+  explicit State(int64_t chosen) : accumulator(chosen) {}
+
   std::vector<Index> places;
   std::vector<typename HashPlaces<Index>::Slot> slots;
   std::vector<T> sums;
@@ -80,14 +88,16 @@ struct State {
   // use(lookup) for a row of the given number of products, at most `entries` of them at different columns.
   template <class Use>
   void with_places(int64_t products, int64_t entries, int64_t width, Use&& use) {
-    if (width <= kNarrow || (width <= kWidest && products * kColumnsPerProduct >= width)) {
-      use(array_of(width));
-      return;
-    }
+    const bool dense = width <= kNarrow || (width <= kWidest && products * kColumnsPerProduct >= width);
+    if (accumulator == kAuto ? dense : accumulator == kArray) use(array_of(width));
+    else use(hash_of(entries));
+  }
+
+  HashPlaces<Index> hash_of(int64_t entries) {
     int bits = 4;
     while ((int64_t{1} << bits) < 2 * entries) ++bits;
     if (slots.size() < size_t{1} << bits) slots.assign(size_t{1} << bits, {Index(-1), Index(-1)});
-    use(HashPlaces<Index>{slots.data(), 64 - bits, (uint64_t{1} << bits) - 1});
+    return {slots.data(), 64 - bits, (uint64_t{1} << bits) - 1};
   }
 
   // Room for the entries of a row, and for eight more columns, as they are read and written eight at once.
@@ -294,12 +304,12 @@ void for_chunks(const int64_t* work, int64_t total, int64_t threads, Make&& make
 // counts[i] = entries of row i of the product.
 template <class T, class Index>
 void count_entries(const Csr<T, Index>& a, const Csr<T, Index>& b, const int64_t* work, int64_t rows, int64_t width,
-                   int64_t threads, int64_t* counts) {
-  const auto make = [] { return State<T, Index>(); };
+                   int64_t accumulator, int64_t threads, int64_t* counts) {
+  const auto make = [=] { return State<T, Index>(accumulator); };
   for_chunks(work, rows, threads, make, [&](State<T, Index>& state, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t products = work[row + 1] - work[row];
-      if (products * kColumnsFlagged >= width && width <= kWidest) {
+      if (accumulator != kHash && products * kColumnsFlagged >= width && width <= kWidest) {
         counts[row] = products == 0 ? 0 : count_flagged(state, a, b, row, width);
         continue;
       }
@@ -314,7 +324,7 @@ void count_entries(const Csr<T, Index>& a, const Csr<T, Index>& b, const int64_t
 template <class T, class Index>
 int64_t multiply_row(State<T, Index>& state, const Csr<T, Index>& a, const Csr<T, Index>& b, int64_t row, int64_t width,
                      bool sorted, Index first, int64_t bound, int64_t products, Index* cols, T* values) {
-  if (sorted && bound > kRanked && bound * kColumnsScanned >= width && width <= kWidest)
+  if (state.accumulator != kHash && sorted && bound > kRanked && bound * kColumnsScanned >= width && width <= kWidest)
     return sum_row_flagged(state, a, b, row, width, bound, cols, values);
   if (sorted) state.reserve(bound);
   int64_t entries = 0;
@@ -332,10 +342,11 @@ int64_t multiply_row(State<T, Index>& state, const Csr<T, Index>& a, const Csr<T
 // Row i is written from start[i] on, where there is room up to start[i + 1]; its entries go to counts[i], if asked for.
 template <class T, class Index, class Start>
 void multiply(const Csr<T, Index>& a, const Csr<T, Index>& b, const int64_t* work, int64_t rows, int64_t width,
-              bool sorted, const Start* start, Index* col, T* value, int64_t* counts, int64_t threads) {
-  const auto make = [] { return State<T, Index>(); };
+              bool sorted, int64_t accumulator, const Start* start, Index* col, T* value, int64_t* counts,
+              int64_t threads) {
+  const auto make = [=] { return State<T, Index>(accumulator); };
   for_chunks(work, rows, threads, make, [&](State<T, Index>& state, int64_t begin, int64_t end) {
-    if (!sorted && width <= kNarrow) {  // many short rows: as little as possible for each
+    if (!sorted && accumulator != kHash && width <= kNarrow) {  // many short rows: as little as possible for each
       const ArrayPlaces<Index> places = state.array_of(width);
       std::fill(value + start[begin], value + start[end], T(0));
       for (int64_t row = begin; row < end; ++row) {
@@ -354,6 +365,30 @@ void multiply(const Csr<T, Index>& a, const Csr<T, Index>& b, const int64_t* wor
       if (counts != nullptr) counts[row] = entries;
     }
   });
+}
+
+// Of the hash tables that rows would use: lookups, slots looked at, and the most for one lookup.
+template <class Index>
+void count_probes(const Csr<float, Index>& a, const Csr<float, Index>& b, const int64_t* work, int64_t rows,
+                  int64_t width, int64_t* counts) {
+  State<float, Index> state(kHash);
+  std::fill_n(counts, 3, int64_t{0});
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t products = work[row + 1] - work[row];
+    const HashPlaces<Index> table = state.hash_of(std::min(products, width));
+    const Index stamp = static_cast<Index>(row);
+    for_products(a, b, row, [&](int64_t, int64_t f) {
+      const Index col = b.col[f];
+      int64_t looked = 1;
+      for (uint64_t at = table.start(col); table.slots[at].place >= stamp && table.slots[at].col != col;
+           at = (at + 1) & table.mask)
+        ++looked;
+      table(col, stamp) = stamp;
+      ++counts[0];
+      counts[1] += looked;
+      counts[2] = std::max(counts[2], looked);
+    });
+  }
 }
 
 // out[e] = sum over j of G[i, j] * B[k, j] for every entry e = (i, k) of the pattern: rows of G become dense one by one.
@@ -408,12 +443,24 @@ ZOO_EXPORT int64_t zoo_spgemm_work(const void* a_crow, const void* a_col, const 
 } ZOO_CATCH
 
 ZOO_EXPORT int64_t zoo_spgemm_count(const void* a_crow, const void* a_col, const void* b_crow, const void* b_col,
-                                 const int64_t* work, int64_t rows, int64_t cols, int64_t index_bytes, int64_t threads,
-                                 int64_t* counts) try {
+                                 const int64_t* work, int64_t rows, int64_t cols, int64_t accumulator,
+                                 int64_t index_bytes, int64_t threads, int64_t* counts) try {
   typed(4, index_bytes, [&](auto, auto index) {
     using Index = decltype(index);
     count_entries(csr<float, Index>(a_crow, a_col, nullptr), csr<float, Index>(b_crow, b_col, nullptr), work, rows,
-                  cols, threads, counts);
+                  cols, accumulator, threads, counts);
+  });
+  return zoo::kOk;
+} ZOO_CATCH
+
+// counts[0 .. 3): lookups, slots looked at and the most for one lookup, if all rows used the hash table.
+ZOO_EXPORT int64_t zoo_spgemm_probes(const void* a_crow, const void* a_col, const void* b_crow, const void* b_col,
+                                  const int64_t* work, int64_t rows, int64_t cols, int64_t index_bytes,
+                                  int64_t* counts) try {
+  typed(4, index_bytes, [&](auto, auto index) {
+    using Index = decltype(index);
+    count_probes(csr<float, Index>(a_crow, a_col, nullptr), csr<float, Index>(b_crow, b_col, nullptr), work, rows, cols,
+                 counts);
   });
   return zoo::kOk;
 } ZOO_CATCH
@@ -424,13 +471,13 @@ ZOO_EXPORT int64_t zoo_spgemm_count(const void* a_crow, const void* a_col, const
 ZOO_EXPORT int64_t zoo_spgemm(const void* a_crow, const void* a_col, const void* a_value, const void* b_crow,
                            const void* b_col, const void* b_value, const int64_t* work, const void* crow, void* col,
                            void* value, int64_t* counts, int64_t rows, int64_t cols, int64_t sorted,
-                           int64_t value_bytes, int64_t index_bytes, int64_t threads) try {
+                           int64_t accumulator, int64_t value_bytes, int64_t index_bytes, int64_t threads) try {
   typed(value_bytes, index_bytes, [&](auto v, auto index) {
     using T = decltype(v);
     using Index = decltype(index);
     const Csr<T, Index> a = csr<T, Index>(a_crow, a_col, a_value), b = csr<T, Index>(b_crow, b_col, b_value);
     const auto run = [&](const auto* start, Index* to_col, T* to_value) {
-      multiply(a, b, work, rows, cols, sorted != 0, start, to_col, to_value, counts, threads);
+      multiply(a, b, work, rows, cols, sorted != 0, accumulator, start, to_col, to_value, counts, threads);
     };
     if (crow == nullptr) {
       run(work, scratch_of<Index>(work[rows], 0), scratch_of<T>(work[rows], 1));

@@ -1,7 +1,8 @@
 """Sparse matrix times sparse matrix, row by row (Gustavson), with hash or dense accumulation of each row.
 
 The algorithm is SMASH's on a CPU: multiplications are counted, rows are handed out in chunks of equal work,
-and each row is summed in a private accumulator. One pass counts the entries, the next computes them, so the
+and each row is summed in a private accumulator, dense over the columns or, in very wide matrices, a hash
+table. One pass counts the entries, the next computes them, so the
 result is allocated once and, but for small products, nothing holds the partial ones.
 """
 
@@ -35,7 +36,10 @@ class CSR(NamedTuple):
     cols: int
 
 
-def spgemm(a: CSR, b: CSR, *, sort: bool = True) -> CSR:
+ACCUMULATORS = ("auto", "dense", "hash")  # in the order of `enum Accumulator` in spgemm.cpp
+
+
+def spgemm(a: CSR, b: CSR, *, sort: bool = True, accumulator: str = "auto") -> CSR:
     """C = A B. Entries that cancel to zero are kept, as scipy does; so is every NaN.
 
     The gradients flow to the values of A and of B, at the entries that these have.
@@ -44,15 +48,19 @@ def spgemm(a: CSR, b: CSR, *, sort: bool = True) -> CSR:
         a: [rows, inner].
         b: [inner, cols]; indices and values of the same dtypes as a's, fp32 or fp64.
         sort: columns of C in rising order within each row; otherwise in any order.
+        accumulator: how the native backend finds the place of a column in a row: "dense" by an array over all
+            columns, "hash" by a table (SMASH's windows), "auto" by what is faster for the row.
 
     Raises:
-        OpError: inner dimensions, dtypes or devices that do not fit, an index out of range, or a result with
+        OpError: an unknown accumulator, inner dimensions, dtypes or devices that do not fit, an index out of range, or a result with
             more entries than the index dtype can count.
     """
     _check(a, b)
+    if accumulator not in ACCUMULATORS:
+        raise OpError(f"unknown accumulator {accumulator!r}: choose one of {', '.join(ACCUMULATORS)}")
     tensors = (*a[:3], *b[:3])
     run = _compute if dispatch.direct(*tensors) else _spgemm
-    crow, col, values = run(*tensors, b.cols, sort)
+    crow, col, values = run(*tensors, b.cols, sort, ACCUMULATORS.index(accumulator))
     return CSR(crow, col, values, b.cols)
 
 
@@ -62,6 +70,30 @@ def multiplications(a: CSR, b: CSR) -> int:
     check_values(a.crow, a.col, a.cols)
     lengths = b.crow.diff().long()
     return int(lengths[a.col.long()].sum())
+
+
+def probes(a: CSR, b: CSR) -> tuple[int, int, int]:
+    """What the hash tables of A B would do: lookups, slots that these look at, and the most for one lookup.
+
+    Raises:
+        OpError: as `spgemm`; an index out of range.
+        NativeMissing: there is no native library, whose tables these are.
+    """
+    _check(a, b)
+    check_values(a.crow, a.col, a.cols)
+    check_values(b.crow, b.col, b.cols)
+    rows, index = a.crow.numel() - 1, a.col.element_size()
+    tensors = [tensor.contiguous() for tensor in (a.crow, a.col, b.crow, b.col)]
+    a_crow, a_col, b_crow, b_col = (tensor.data_ptr() for tensor in tensors)
+    work, counts = torch.empty(rows + 1, dtype=torch.int64), torch.empty(3, dtype=torch.int64)
+    _native.function("zoo_spgemm_work", "pppiiip")(
+        a_crow, a_col, b_crow, rows, index, _native.threads(), work.data_ptr()
+    )
+    _native.function("zoo_spgemm_probes", "pppppiiip")(
+        a_crow, a_col, b_crow, b_col, work.data_ptr(), rows, b.cols, index, counts.data_ptr()
+    )
+    lookups, slots, most = counts.tolist()
+    return lookups, slots, most
 
 
 def spgemm_reference(a: CSR, b: CSR) -> CSR:
@@ -124,12 +156,14 @@ def _plan(crow: Tensor, col: Tensor, values: Tensor, vendor: bool) -> dispatch.P
     return dispatch.choose("spgemm", values.device, offered, kind, sizes)
 
 
-def _explain(a: CSR, b: CSR, *, sort: bool = True) -> dispatch.Plan:
+def _explain(a: CSR, b: CSR, *, sort: bool = True, accumulator: str = "auto") -> dispatch.Plan:
     _check(a, b)
     return _plan(a.crow, a.col, a.values, True)
 
 
-def _native_product(matrices: tuple[Tensor, ...], cols: int, sort: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _native_product(
+    matrices: tuple[Tensor, ...], cols: int, sort: bool, accumulator: int
+) -> tuple[Tensor, Tensor, Tensor]:
     matrices = tuple(tensor.contiguous() for tensor in matrices)
     crow, col, values = matrices[:3]
     rows, threads, index = crow.numel() - 1, _native.threads(), col.element_size()
@@ -142,7 +176,7 @@ def _native_product(matrices: tuple[Tensor, ...], cols: int, sort: bool) -> tupl
     products = int(work[-1])
 
     def multiply(start: int | None, out_col: int | None, out_values: int | None, counts: int | None) -> None:
-        _native.function("zoo_spgemm", "pppppppppppiiiiii")(
+        _native.function("zoo_spgemm", "pppppppppppiiiiiii")(
             *addresses,
             work.data_ptr(),
             start,
@@ -152,6 +186,7 @@ def _native_product(matrices: tuple[Tensor, ...], cols: int, sort: bool) -> tupl
             rows,
             cols,
             int(sort),
+            accumulator,
             values.element_size(),
             index,
             threads,
@@ -160,8 +195,8 @@ def _native_product(matrices: tuple[Tensor, ...], cols: int, sort: bool) -> tupl
     if products <= _ONE_PASS:
         multiply(None, None, None, counts)
     else:
-        _native.function("zoo_spgemm_count", "pppppiiiip")(
-            a_crow, a_col, b_crow, b_col, work.data_ptr(), rows, cols, index, threads, counts
+        _native.function("zoo_spgemm_count", "pppppiiiiip")(
+            a_crow, a_col, b_crow, b_col, work.data_ptr(), rows, cols, accumulator, index, threads, counts
         )
     starts.cumsum_(0)
     entries = int(starts[-1])
@@ -205,13 +240,14 @@ def _compute(
     b_values: Tensor,
     cols: int,
     sort: bool,
+    accumulator: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_values(a_crow, a_col, b_crow.numel() - 1)
     check_values(b_crow, b_col, cols)
     backend = _plan(a_crow, a_col, a_values, True).backend
     matrices = (a_crow, a_col, a_values, b_crow, b_col, b_values)
     if backend == "native":
-        return _native_product(matrices, cols, sort)
+        return _native_product(matrices, cols, sort, accumulator)
     if backend == "vendor":
         return _vendor_product(matrices, cols)
     return _reference(*matrices, cols)
@@ -223,7 +259,7 @@ _spgemm = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor a_crow, Tensor a_col, Tensor a_values, Tensor b_crow, Tensor b_col, Tensor b_values, "
-        "int cols, bool sort) -> (Tensor, Tensor, Tensor)"
+        "int cols, bool sort, int accumulator) -> (Tensor, Tensor, Tensor)"
     ),
 )
 
@@ -238,6 +274,7 @@ def _(
     b_values: Tensor,
     cols: int,
     sort: bool,
+    accumulator: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     entries = torch.library.get_ctx().new_dynamic_size()
     return torch.empty_like(a_crow), a_col.new_empty(entries), a_values.new_empty(entries)
@@ -371,7 +408,7 @@ def _backward(ctx: Any, _crow: Any, _col: Any, grad: Tensor) -> tuple[Tensor | N
         grad_a = _sampled(a_crow, a_col, crow, col, grad, b_crow, b_col, b_values, ctx.cols)
     if ctx.needs_input_grad[5]:
         grad_b = _grad_b(a_crow, a_col, a_values, b_crow, b_col, crow, col, grad, ctx.cols)
-    return None, None, grad_a, None, None, grad_b, None, None
+    return None, None, grad_a, None, None, grad_b, None, None, None
 
 
 _spgemm.register_autograd(_backward, setup_context=_save)

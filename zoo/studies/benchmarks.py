@@ -48,7 +48,7 @@ def rows_of(name: str, folder: Path = RESULTS) -> list[Row]:
     ]
 
 
-SHOWN = ("graph", "columns", "pattern", "zeros", "layer")
+SHOWN = ("graph", "accumulator", "columns", "pattern", "zeros", "layer")
 
 
 def measure(make: Any, options: StudyOptions, case: Row, cells: CellCache) -> list[Row]:

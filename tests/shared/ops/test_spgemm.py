@@ -16,7 +16,14 @@ from zoo.shared.bench.random_graphs import rmat
 from zoo.shared.errors import OpError
 from zoo.shared.ops import _native
 from zoo.shared.ops.csr import csr_from_edges, entry_rows
-from zoo.shared.ops.spgemm import CSR, _refuse_overflow, multiplications, spgemm, spgemm_reference
+from zoo.shared.ops.spgemm import (
+    CSR,
+    _refuse_overflow,
+    multiplications,
+    probes,
+    spgemm,
+    spgemm_reference,
+)
 
 needs_native = pytest.mark.skipif(not _native.available(), reason="no native library on this machine")
 
@@ -85,15 +92,33 @@ def test_native_equals_the_dense_product(rows, inner, cols, left, right, seed, i
 # Short rows in one pass and sorted by rank; long ones in two passes, sorted by flags or by digits.
 @pytest.mark.parametrize("left, right", [(2000, 3000), (12_000, 30_000)])
 @pytest.mark.parametrize("sort", [True, False])
-def test_same_pattern_and_values_as_scipy(cols: int, left: int, right: int, sort: bool) -> None:
+@pytest.mark.parametrize("accumulator", ["auto", "dense", "hash"])
+def test_same_pattern_and_values_as_scipy(
+    cols: int, left: int, right: int, sort: bool, accumulator: str
+) -> None:
     a, b = random_csr(400, 300, left, 0), random_csr(300, cols, right, 1)
     with ops.backend("native"):
-        c = spgemm(a, b, sort=sort)
+        c = spgemm(a, b, sort=sort, accumulator=accumulator)
     expected = (scipy_of(a) @ scipy_of(b)).sorted_indices()
     assert is_sorted(c) or not sort
     ours = scipy_of(c).sorted_indices()
     assert (ours.indices == expected.indices).all() and (ours.indptr == expected.indptr).all()
     assert abs(ours.data - expected.data).max() < 1e-11
+
+
+@needs_native
+def test_probes_of_the_hash_tables_by_hand() -> None:
+    """A row's table has 16 slots; the home of a column is its top four bits after the multiplication."""
+
+    def home(column: int) -> int:
+        return (column * 0x9E3779B97F4A7C15 % 2**64) >> 60
+
+    same = [column for column in range(200) if home(column) == home(0)][:3]
+    one = CSR(torch.tensor([0, 1, 1]), torch.tensor([0]), torch.ones(1), 1)
+    row = CSR(torch.tensor([0, 4]), torch.tensor([*same, same[2]]), torch.ones(4), 200)
+    assert probes(one, row) == (4, 1 + 2 + 3 + 3, 3)
+    with pytest.raises(OpError, match="unknown accumulator 'tree': choose one of auto, dense, hash"):
+        spgemm(one, row, accumulator="tree")
 
 
 def test_cancelled_entries_and_nan_are_kept(backend: str) -> None:
@@ -158,7 +183,7 @@ def test_vendor_agrees() -> None:
 def test_operator_registrations() -> None:
     a, b = random_csr(4, 5, 9, 0, torch.float32), random_csr(5, 6, 11, 1, torch.float32)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.zoo.spgemm.default, (*a[:3], *b[:3], 6, True), test_utils=tests)
+    torch.library.opcheck(torch.ops.zoo.spgemm.default, (*a[:3], *b[:3], 6, True, 0), test_utils=tests)
 
 
 @pytest.mark.parametrize(
