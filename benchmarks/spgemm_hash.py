@@ -1,7 +1,7 @@
 """The square of wide graphs by hash tables, SMASH's windows on a CPU, against dense accumulators and scipy.
 
-The labels of a row hold what decides how hash tables do: slots looked at for a lookup, the longest search, and
-by how much the heaviest row exceeds the even share of a thread's 16 chunks.
+The labels of a row hold what decides how hash tables do: slots looked at for a lookup, the longest search,
+and the heaviest row as a share of a chunk, of which each thread has 16.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def spgemm(a: CSR, b: CSR, *, sort: bool = True, accumulator: str = "auto") -> C
             columns, "hash" by a table (SMASH's windows), "auto" by what is faster for the row.
 
     Raises:
-        OpError: an unknown accumulator, inner dimensions, dtypes or devices that do not fit, an index out of range, or a result with
-            more entries than the index dtype can count.
+        OpError: an unknown accumulator, inner dimensions, dtypes or devices that do not fit, an index out of
+            range, or a result with more entries than the index dtype can count.
     """
     _check(a, b)
     if accumulator not in ACCUMULATORS:
