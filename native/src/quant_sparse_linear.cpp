@@ -3,6 +3,12 @@
 //
 // pointer[row] is the first group of a row; columns[g] the group's number along the row; codes[g] group / 2 bytes, the
 // first value in the low half of the first byte; scales[g] f16; zeros[g] uint8.
+//
+// Two kernels: x in fp32, or each row of x rounded to 16 bits, so that two groups are multiplied and summed exactly in
+// integers before a scale is needed, in some half of the instructions.
+#include <cmath>
+#include <limits>
+
 #include "zoo/check.hpp"
 #include "zoo/export.hpp"
 #include "zoo/parallel.hpp"
@@ -146,6 +152,204 @@ void direct(const Groups& w, int64_t entries, bool checked, const float* x, cons
   });
 }
 
+// ---- x in 16 bits ----------------------------------------------------------------------------------------------------
+
+constexpr float kMost = 32767.0f;
+
+// Half a group of sixteen: x[0], x[2] ... x[14], then x[1], x[3] ... x[15], as the low and the high halves of the bytes of
+// the codes come.
+constexpr int64_t kUnit = 16;
+alignas(32) constexpr int16_t kNothing[kUnit] = {};
+
+// Rounds a row of x to multiples of the returned step, unit after unit, `stride` apart; 0 where it cannot be rounded: it
+// holds an infinity or a NaN, or its greatest magnitude is 0 or next to it.
+float round_row(const float* x, int64_t cols, int16_t* out, int64_t stride) {
+  uint32_t most = 0;  // of numbers without their sign; those that are not finite are the greatest as integers, too
+  for (int64_t k = 0; k < cols; ++k) {
+    uint32_t bits;
+    std::memcpy(&bits, x + k, 4);
+    most = std::max(most, bits & 0x7fffffffu);
+  }
+  float magnitude;
+  std::memcpy(&magnitude, &most, 4);
+  const float factor = kMost / magnitude;
+  if (most >= 0x7f800000u || !(factor <= std::numeric_limits<float>::max())) return 0.0f;
+  for (int64_t k = 0; k < cols; k += kUnit, x += kUnit, out += stride) {
+    int16_t whole[kUnit];
+    for (int64_t i = 0; i < kUnit; ++i) whole[i] = static_cast<int16_t>(std::nearbyint(x[i] * factor));
+    for (int64_t i = 0; i < kUnit / 2; ++i) out[i] = whole[2 * i], out[i + kUnit / 2] = whole[2 * i + 1];
+  }
+  return magnitude / kMost;
+}
+
+#if defined(__AVX2__)
+
+using Whole = __m256i;  // sixteen times 16 bits: eight of one unit, eight of another
+
+ZOO_INLINE __m128i bytes_at(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+ZOO_INLINE Whole both(const int16_t* one, const int16_t* other) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(bytes_at(one)), bytes_at(other), 1);
+}
+
+// The codes of two units less their zero points: the even ones, then the odd ones.
+ZOO_INLINE void split_codes(__m128i bytes, Whole zeros, Whole* out) {
+  const __m256i words = _mm256_cvtepu8_epi16(bytes);
+  out[0] = _mm256_sub_epi16(_mm256_and_si256(words, _mm256_set1_epi16(15)), zeros);
+  out[1] = _mm256_sub_epi16(_mm256_srli_epi16(words, 4), zeros);
+}
+
+// sums[b] += scale * (four sums of the one unit, four of the other) for the rows of x, whose units lie one after another.
+template <int B>
+ZOO_INLINE void add_units(const Whole* codes, const int16_t* one, const int16_t* other, int64_t step, __m256 scale,
+                          __m256* sums) {
+  for (int b = 0; b < B; ++b, one += kUnit, other += step) {
+    const __m256i even = _mm256_madd_epi16(codes[0], both(one, other));
+    const __m256i odd = _mm256_madd_epi16(codes[1], both(one + kUnit / 2, other + kUnit / 2));
+    sums[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(even, odd)), scale, sums[b]);
+  }
+}
+
+ZOO_INLINE float total_of(__m256 v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+// Words of the zero points 2 * pair (eight times) and 2 * pair + 1 from a vector that holds eight of them twice.
+template <int kPair>
+ZOO_INLINE Whole zeros_of(__m256i eight) {
+  constexpr char a = 2 * kPair, b = 2 * kPair + 1, n = -1;
+  return _mm256_shuffle_epi8(eight, _mm256_setr_epi8(a, n, a, n, a, n, a, n, a, n, a, n, a, n, a, n, b, n, b, n, b, n, b,
+                                                     n, b, n, b, n, b, n, b, n));
+}
+
+template <int B, bool kSixteen>
+void few_rounded(const Groups& w, const int16_t* xs, const float* steps, const float* bias, float* y, int64_t from,
+                 int64_t to) {
+  constexpr int kTurns = B <= 2 ? 2 : 1;  // pairs by turns, so that a sum need not wait for the one before
+  const int64_t units = kSixteen ? 1 : w.group / kUnit;
+  for (int64_t row = from; row < to; ++row) {
+    const int64_t first = w.pointer[row], count = w.pointer[row + 1] - first;
+    const uint8_t* codes = w.codes + first * w.group / 2;
+    const uint16_t* columns = w.columns + first;
+    __m256 sums[kTurns][B];
+    for (auto& turn : sums)
+      for (__m256& sum : turn) sum = _mm256_setzero_ps();
+    Whole values[2];
+    int64_t j = 0;
+    if constexpr (kSixteen) {
+      // Scales 0, 2, 4, 6 in the lower half and 1, 3, 5, 7 in the upper one, as the sums of pairs need them.
+      const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+      for (; j + 8 <= count; j += 8, codes += 64) {
+        const __m256 scales = _mm256_cvtph_ps(_mm_shuffle_epi8(bytes_at(w.scales + first + j), order));
+        int64_t bytes;
+        std::memcpy(&bytes, w.zeros + first + j, 8);
+        const __m256i zeros = _mm256_set1_epi64x(bytes);
+        const auto pair = [&](auto number, __m256 scale) {
+          constexpr int kPair = decltype(number)::value;
+          split_codes(bytes_at(codes + 16 * kPair), zeros_of<kPair>(zeros), values);
+          const int16_t* one = xs + columns[j + 2 * kPair] * kUnit * B;
+          add_units<B>(values, one, xs + columns[j + 2 * kPair + 1] * kUnit * B, kUnit, scale, sums[kPair % kTurns]);
+        };
+        pair(std::integral_constant<int, 0>{}, _mm256_permute_ps(scales, 0x00));
+        pair(std::integral_constant<int, 1>{}, _mm256_permute_ps(scales, 0x55));
+        pair(std::integral_constant<int, 2>{}, _mm256_permute_ps(scales, 0xaa));
+        pair(std::integral_constant<int, 3>{}, _mm256_permute_ps(scales, 0xff));
+      }
+    }
+    for (; j < count; ++j) {
+      const __m256 scale = _mm256_set1_ps(to_float(w.scales[first + j]));
+      const Whole zeros = _mm256_set1_epi16(w.zeros[first + j]);
+      const int16_t* one = xs + columns[j] * w.group * B;
+      int64_t unit = 0;
+      for (; unit + 2 <= units; unit += 2, codes += 16, one += 2 * kUnit * B) {
+        split_codes(bytes_at(codes), zeros, values);
+        add_units<B>(values, one, one + kUnit * B, kUnit, scale, sums[unit / 2 % kTurns]);
+      }
+      if (unit == units) continue;
+      split_codes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)), zeros, values);
+      add_units<B>(values, one, kNothing, 0, scale, sums[j % kTurns]);
+      codes += 8;
+    }
+    for (int b = 0; b < B; ++b) {
+      __m256 total = sums[0][b];
+      if constexpr (kTurns == 2) total = _mm256_add_ps(total, sums[1][b]);
+      y[b * w.rows + row] = total_of(total) * steps[b] + (bias != nullptr ? bias[row] : 0.0f);
+    }
+  }
+}
+
+#else
+
+template <int B, bool kSixteen>
+void few_rounded(const Groups& w, const int16_t* xs, const float* steps, const float* bias, float* y, int64_t from,
+                 int64_t to) {
+  for (int64_t row = from; row < to; ++row)
+    for (int b = 0; b < B; ++b) {
+      float total = 0.0f;
+      for (int64_t j = w.pointer[row]; j < w.pointer[row + 1]; ++j) {
+        const uint8_t* codes = w.codes + j * w.group / 2;
+        const int16_t* one = xs + w.columns[j] * w.group * B + b * kUnit;
+        const int32_t zero = w.zeros[j];
+        for (int64_t unit = 0; unit < w.group; unit += kUnit, codes += kUnit / 2, one += kUnit * B) {
+          int32_t whole = 0;
+          for (int64_t i = 0; i < kUnit / 2; ++i)
+            whole += ((codes[i] & 15) - zero) * one[i] + ((codes[i] >> 4) - zero) * one[i + kUnit / 2];
+          total += to_float(w.scales[j]) * static_cast<float>(whole);
+        }
+      }
+      y[b * w.rows + row] = total * steps[b] + (bias != nullptr ? bias[row] : 0.0f);
+    }
+}
+
+#endif
+
+// Rows of x that cannot be rounded are left to the other kernel.
+template <int B>
+void rounded(const Groups& w, int64_t entries, bool checked, const float* x, const float* bias, float* y,
+             int64_t threads) {
+  int16_t* xs = scratch_of<int16_t>(w.cols * B, 0);
+  float steps[B];
+  for (int b = 0; b < B; ++b) steps[b] = round_row(x + b * w.cols, w.cols, xs + b * kUnit, kUnit * B);
+  for (int b = 0; b < B; ++b)
+    if (steps[b] == 0.0f)
+      for (int64_t k = 0; k < w.cols; k += kUnit) std::fill_n(xs + (k * B + b * kUnit), kUnit, int16_t{0});
+  parallel_rows(w.pointer, w.rows, kRowCost, threads, [&](int64_t from, int64_t to) {
+    if (!checked) check(w, from, to, entries);  // by the thread that reads the index next
+    if (w.group == kUnit) few_rounded<B, true>(w, xs, steps, bias, y, from, to);
+    else few_rounded<B, false>(w, xs, steps, bias, y, from, to);
+  });
+  for (int b = 0; b < B; ++b)
+    if (steps[b] == 0.0f) direct<1>(w, entries, true, x + b * w.cols, bias, y + b * w.rows, threads);
+}
+
+template <bool kRounded>
+void in_blocks(const Groups& w, int64_t entries, const float* x, const float* bias, float* y, int64_t batch,
+               int64_t threads) {
+  threads = worthwhile(threads, entries * w.group);
+  for (int64_t b = 0; b < batch; b += kBlock) {
+    const auto block = [&](auto size) {
+      constexpr int kSize = decltype(size)::value;
+      if constexpr (kRounded) rounded<kSize>(w, entries, b > 0, x + b * w.cols, bias, y + b * w.rows, threads);
+      else direct<kSize>(w, entries, b > 0, x + b * w.cols, bias, y + b * w.rows, threads);
+    };
+    switch (batch - b) {
+      case 1: block(std::integral_constant<int, 1>{}); break;
+      case 2: block(std::integral_constant<int, 2>{}); break;
+      case 3: block(std::integral_constant<int, 3>{}); break;
+      default: block(std::integral_constant<int, kBlock>{});
+    }
+  }
+}
+
+Groups groups_of(const void* codes, const void* scales, const void* zeros, const void* columns, const int32_t* pointer,
+                 int64_t entries, int64_t rows, int64_t cols, int64_t group) {
+  if (pointer[0] != 0 || pointer[rows] != entries) throw Failure{kBadPointer};
+  return {static_cast<const uint8_t*>(codes), static_cast<const f16*>(scales), static_cast<const uint8_t*>(zeros),
+          static_cast<const uint16_t*>(columns), pointer, rows, cols, group};
+}
+
 }  // namespace
 }  // namespace zoo
 
@@ -162,23 +366,20 @@ ZOO_EXPORT int64_t zoo_groups_check(const void* zeros, const void* columns, cons
 // x [batch, cols] and y [batch, rows] float, contiguous; cols a multiple of group, group a multiple of 16; bias [rows]
 // or null.
 ZOO_EXPORT int64_t zoo_quant_sparse_linear(const float* x, const void* codes, const void* scales, const void* zeros,
-                                        const void* columns, const int32_t* pointer, const float* bias, float* y,
-                                        int64_t batch, int64_t entries, int64_t rows, int64_t cols,
-                                           int64_t group, int64_t threads) try {
-  if (pointer[0] != 0 || pointer[rows] != entries) throw zoo::Failure{zoo::kBadPointer};
-  const zoo::Groups w{static_cast<const uint8_t*>(codes), static_cast<const zoo::f16*>(scales),
-                      static_cast<const uint8_t*>(zeros), static_cast<const uint16_t*>(columns), pointer, rows, cols,
-                      group};
-  threads = zoo::worthwhile(threads, entries * group);
-  for (int64_t b = 0; b < batch; b += zoo::kBlock) {
-    const float* xb = x + b * cols;
-    float* yb = y + b * rows;
-    switch (batch - b) {
-      case 1: zoo::direct<1>(w, entries, b > 0, xb, bias, yb, threads); break;
-      case 2: zoo::direct<2>(w, entries, b > 0, xb, bias, yb, threads); break;
-      case 3: zoo::direct<3>(w, entries, b > 0, xb, bias, yb, threads); break;
-      default: zoo::direct<zoo::kBlock>(w, entries, b > 0, xb, bias, yb, threads);
-    }
-  }
+                                           const void* columns, const int32_t* pointer, const float* bias, float* y,
+                                           int64_t batch, int64_t entries, int64_t rows, int64_t cols, int64_t group,
+                                           int64_t threads) try {
+  const zoo::Groups w = zoo::groups_of(codes, scales, zeros, columns, pointer, entries, rows, cols, group);
+  zoo::in_blocks<false>(w, entries, x, bias, y, batch, threads);
+  return zoo::kOk;
+} ZOO_CATCH
+
+// The same with each row of x rounded to 16 bits.
+ZOO_EXPORT int64_t zoo_quant_rounded_linear(const float* x, const void* codes, const void* scales, const void* zeros,
+                                            const void* columns, const int32_t* pointer, const float* bias, float* y,
+                                            int64_t batch, int64_t entries, int64_t rows, int64_t cols, int64_t group,
+                                            int64_t threads) try {
+  const zoo::Groups w = zoo::groups_of(codes, scales, zeros, columns, pointer, entries, rows, cols, group);
+  zoo::in_blocks<true>(w, entries, x, bias, y, batch, threads);
   return zoo::kOk;
 } ZOO_CATCH

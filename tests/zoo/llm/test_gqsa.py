@@ -162,7 +162,8 @@ def test_packed_models_agree_and_round_trip(compressed, batches):
     with torch.no_grad():
         expected = tuned(batches[0]).logits
         torch.testing.assert_close(packed(batches[0]).logits, expected)
-        torch.testing.assert_close(executed(batches[0]).logits, expected, rtol=1e-4, atol=1e-4)
+        # The packed product rounds its x to 16 bits.
+        torch.testing.assert_close(executed(batches[0]).logits, expected, rtol=1e-3, atol=1e-3)
     bits, weights = (sum(column) for column in list(zip(*stored_bits(packed), strict=True))[1:])
     rows = sum(module.out_features for module in layers)
     # 16 codes, scale, zero point and column of half the groups; a pointer per row

@@ -111,8 +111,8 @@ class GroupQuantLinear(nn.Module):
 
 
 class PackedGroupLinear(nn.Module):
-    """The same product by `zoo.shared.ops.quant_sparse_linear`, which reads the kept groups only; for
-    inference.
+    """The same product by `zoo.shared.ops.quant_sparse_linear`, which reads the kept groups only, and may
+    round each row of x to 16 bits (`round_rows`); for inference.
 
     Args:
         groups: the weight.
@@ -133,7 +133,7 @@ class PackedGroupLinear(nn.Module):
         return self.groups.columns.numel() * self.groups.group
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return quant_sparse_linear(x, self.groups, self.bias)
+        return quant_sparse_linear(x, self.groups, self.bias, rounded=True)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, group={self.groups.group}"
