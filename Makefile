@@ -9,7 +9,7 @@ export ZOO_DATA
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test bench attack sanitize lint clean
+.PHONY: help setup demo test bench attack sanitize lint docs clean
 
 help:
 	@echo "make demo   install into $(VENV) and run the main job on embedded data (no download)"
@@ -18,6 +18,7 @@ help:
 	@echo "make attack  hostile files, bundles and hubs, kills and flipped bits, for ATTACK_SECONDS (240)"
 	@echo "make sanitize   the tests of the ops on kernels built with the address and the thread sanitizer"
 	@echo "make lint   ruff and mypy alone"
+	@echo "make docs   the documentation site, into build/site"
 	@echo "make clean  remove $(VENV), caches and build folders"
 
 $(BIN)/python:
@@ -70,6 +71,15 @@ sanitize: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check zoo shared tests benchmarks
 	$(BIN)/mypy
+
+$(VENV)/.installed-docs: $(INPUTS) | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/stage.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

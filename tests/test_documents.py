@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 import zoo
 from zoo import demo, registry
@@ -21,6 +23,7 @@ PAGES = (
     "docs/format.md",
     "docs/security.md",
     "docs/zeros.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs/tutorials").glob("*.md"))),
     *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "zoo").glob("*/README.md"))),
 )
 
@@ -67,6 +70,21 @@ def test_names_in_a_page_lead_somewhere(page: str) -> None:
     missing += [path for path in paths if not (ROOT / path).exists()]
     missing += [name for name in re.findall(r"\bzoo\.(\w+)\(", text) if name not in zoo.__all__]
     assert not missing, missing
+
+
+def test_the_site_has_every_page_that_its_menu_names(tmp_path) -> None:
+    spec = importlib.util.spec_from_file_location("stage", ROOT / "docs/stage.py")
+    stage = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stage)
+    assert stage.stage(tmp_path / "pages") > 60
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    named = re.findall(r"'([\w./-]+\.md)'", str(menu))
+    missing = [page for page in named if not (tmp_path / "pages" / page).is_file()]
+    assert len(named) > 30 and not missing, missing
+    made = {f"reference/{path.name}" for path in (tmp_path / "pages/reference").iterdir()}
+    assert made <= set(named)
+    tutorials = {str(page.relative_to(ROOT)) for page in (ROOT / "docs/tutorials").glob("*.md")}
+    assert tutorials <= set(named)
 
 
 def test_the_readme_runs_as_python(monkeypatch, tmp_path) -> None:

@@ -125,7 +125,7 @@ def _list(argv: Sequence[str]) -> int:
     from zoo.report import markdown
     from zoo.report.terminal import show_table
     from zoo.shared.store.io import atomic_write
-    from zoo.studies.papers import in_short, overview, page
+    from zoo.studies.papers import in_short, links, overview, page
 
     options = parse(Overview, argv, "reproduce")
     table = overview(options.results)
@@ -134,6 +134,7 @@ def _list(argv: Sequence[str]) -> int:
     else:
         show_table(stdout(), table)
     if options.markdown is not None:
-        text = page(markdown.table(in_short(table)), markdown.table(table))
+        pages = links(options.results, options.markdown)
+        text = page(markdown.table(in_short(table, pages)), markdown.table(table))
         note(f"written: {atomic_write(options.markdown, text.encode())}")
     return OK

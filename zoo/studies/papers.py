@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -131,8 +133,25 @@ def overview(folder: Path) -> Table:
     return Table("What the papers claim and what came out here", list(COLUMNS), body, note)
 
 
-def in_short(table: Table) -> Table:
-    """Claims of each paper by verdict, from the table of all claims; papers without a study have none."""
+def links(folder: Path, page: Path) -> dict[str, str]:
+    """For each paper of the overview, Markdown links from a page to the results of its studies."""
+    found: dict[str, dict[str, str]] = {}
+    for path, content in results(folder):
+        place = os.path.relpath(path.with_suffix(".md"), page.parent).replace(os.sep, "/")
+        for number in {number for verdict in content["result"]["verdicts"] for number in verdict["paper"]}:
+            found.setdefault(f"{number}. {PAPERS[number]}", {}).setdefault(
+                path.stem, f"[{path.stem}]({place})"
+            )
+    return {paper: ", ".join(own.values()) for paper, own in found.items()}
+
+
+def in_short(table: Table, pages: Mapping[str, str] | None = None) -> Table:
+    """Claims of each paper by verdict, from the table of all claims; papers without a study have none.
+
+    Args:
+        table: from `overview`.
+        pages: from `links`, for a column of them.
+    """
     verdicts = [name for name in get_args(Outcome) if any(row[4] == name for row in table.rows)]
     counted: dict[str, dict[str, int]] = {}
     for row in table.rows:
@@ -143,8 +162,11 @@ def in_short(table: Table) -> Table:
         [paper, *(found[name] or "" for name in verdicts)] if any(found.values()) else [paper, NOT_YET]
         for paper, found in counted.items()
     ]
-    width = len(verdicts) + 1
-    return Table("In short", ["paper", *verdicts], [row + [""] * (width - len(row)) for row in rows])
+    width, columns = len(verdicts) + 1, ["paper", *verdicts]
+    rows = [row + [""] * (width - len(row)) for row in rows]
+    if pages is not None:
+        columns, rows = [*columns, "pages"], [[*row, pages.get(row[0], "")] for row in rows]
+    return Table("In short", columns, rows)
 
 
 def page(short: str, table: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from zoo.report import markdown
 from zoo.shared.store.io import read_json
-from zoo.studies.papers import NOT_YET, PAPERS, in_short, overview, page, results
+from zoo.studies.papers import NOT_YET, PAPERS, in_short, links, overview, page, results
 from zoo.studies.runner import _typed, get_study
 from zoo.studies.tables import Table
 
@@ -39,7 +39,9 @@ def test_committed_verdicts_are_those_of_their_rows(path, monkeypatch):
 def test_the_page_is_the_table_of_the_files():
     committed = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
     table = overview(FOLDER)
-    assert committed == page(markdown.table(in_short(table)), markdown.table(table))
+    short = in_short(table, links(FOLDER, ROOT / "docs/papers.md"))
+    assert committed == page(markdown.table(short), markdown.table(table))
+    assert "[teddy](../benchmarks/results/teddy.md)" in committed
     assert "docs/papers.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
