@@ -329,7 +329,8 @@ def _follow(model: nn.Module, path: str, module: nn.Module) -> None:
     elif isinstance(module, nn.GroupNorm):
         per_group = module.num_channels // module.num_groups
         module.num_channels = module.weight.shape[0]
-        module.num_groups = module.num_channels // per_group
+        if module.num_groups > 1:
+            module.num_groups = module.num_channels // per_group
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.Embedding):

@@ -47,8 +47,10 @@ _PUBLIC = {
     "GCN": "models",
     "GIN": "models",
     "PrunedEdges": "pruned",
+    "PrunedRelations": "relations",
     "TeddyPrune": "transform",
     "load_graph": "data",
+    "parts_job": "parts",
     "save_graph": "files",
     "ticket_mask": "teddy",
 }

@@ -29,13 +29,26 @@ def homogeneous(data: object, what: str) -> Data:
     """
     if isinstance(data, HeteroData):
         raise DataError(
-            f"{what} needs a homogeneous graph: TEDDY's degrees have no meaning across kinds of edges. "
-            f"Received: HeteroData with {len(data.edge_types)} of them. "
-            "torch_geometric.transforms.ToUndirected()(data).to_homogeneous() makes one."
+            f"{what} needs a homogeneous graph. Received: HeteroData with {len(data.edge_types)} kinds of "
+            "edges. TeddyPrune and PrunedRelations take it relation by relation; "
+            "torch_geometric.transforms.ToUndirected()(data).to_homogeneous() makes one kind of them."
         )
     if not isinstance(data, Data) or data.edge_index is None:
         raise DataError(f"{what} needs a homogeneous graph with edge_index. Received: {type(data).__name__}.")
     return data
+
+
+def cut_edges(data: Data, keep: Bool[Tensor, " E"]) -> Data:
+    """The graph with its kept entries and all that belongs to them.
+
+    The candidates of a link task (`edge_label`, `edge_label_index` of RandomLinkSplit) are no entries, also
+    where there are as many of them, and stay.
+    """
+    pruned: Data = data.edge_subgraph(keep)
+    for name in list(data.to_dict()):
+        if name.startswith("edge_label"):
+            pruned[name] = data[name]
+    return pruned
 
 
 def check_ids(edge_index: Tensor, num_nodes: int) -> None:

@@ -15,6 +15,7 @@ from torch_geometric.data import Data
 from zoo.errors import ConfigError
 from zoo.graph.data import load_graph
 from zoo.graph.models import GAT, GraphModel
+from zoo.graph.parts import Loader, Parts, parts_job
 from zoo.graph.teddy import check_sparsity, ticket_mask
 from zoo.graph.ticket import EdgeTicket
 from zoo.graph.train import L0Ball, WholeGraph, graph_job, graph_recipe, train_best, whole_graph
@@ -61,10 +62,11 @@ class Teddy:
         Args:
             model: one of the zoo's GCN, GAT and GIN.
             job: on a whole graph (`zoo.graph.train.graph_job`), which is trained on unless the option
-                `dataset` names another; its recipe and seed take the place of those among the options.
+                `dataset` names another, or on parts of one (`zoo.graph.parts.parts_job`); its recipe and seed
+                take the place of those among the options.
 
         Raises:
-            ConfigError: a model of another kind, no graph to train on, or a job on parts of one.
+            ConfigError: a model of another kind, no graph to train on, or a job on anything else.
             DataError: a sparsity out of range, or data that do not fit the model.
         """
         if not isinstance(model, GraphModel):
@@ -74,29 +76,28 @@ class Teddy:
         if job is not None:
             recipe = job.recipe
             fields: Any = {"epochs": recipe.epochs, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
-            data = whole_graph(job, "TEDDY")
             chosen = dataclasses.replace(self, **fields, seed=job.seed)
+            if isinstance(job.batches, Parts):
+                return chosen._ticket(model, job.batches.data, job.batches.loader)
+            data = whole_graph(job, "TEDDY")
             return chosen.sparsify(model) if self.dataset else chosen._ticket(model, data)
         dataset = self.dataset or dataset_of(model)
         made = self._ticket(model, load_graph(dataset))
         return dataclasses.replace(made, hyperparameters=made.hyperparameters | {"dataset": dataset})
 
-    def _ticket(self, model: GraphModel, data: Data) -> Sparsified:
-        """A ticket of this graph."""
+    def _ticket(self, model: GraphModel, data: Data, loader: Loader | None = None) -> Sparsified:
+        """A ticket of this graph, trained on the parts that a loader draws of it or on all of it."""
         whole = WholeGraph.of(model, data)
         with torch.no_grad():
             teacher = model(whole.features, whole.graph).float()
         student = reinitialised(model, self.seed)
         keep = self._edges(student, data)
-        job = graph_job(
-            student,
-            data,
-            graph_recipe(self.epochs, self.lr, self.weight_decay),
-            keep=keep,
-            teacher=teacher,
-            distillation=self.distillation,
-            seed=self.seed,
-        )
+        recipe = graph_recipe(self.epochs, self.lr, self.weight_decay)
+        taught: Any = {"keep": keep, "teacher": teacher, "distillation": self.distillation, "seed": self.seed}
+        if loader is None:
+            job = graph_job(student, data, recipe, **taught)
+        else:
+            job = parts_job(student, data, loader, recipe, **taught)
         constraint = L0Ball.for_sparsity(student, self.weight_sparsity)
         masks = MaskSet(train_best(student, job, constraint).masks)
         set_masks(student, masks)

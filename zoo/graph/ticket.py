@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch_geometric.data import Data
 
 from zoo.errors import DataError
-from zoo.graph.edges import apply_canonical_mask, fingerprint
+from zoo.graph.edges import apply_canonical_mask, canonical_order, cut_edges, fingerprint
 from zoo.graph.teddy import ticket_mask
 
 
@@ -30,32 +31,54 @@ class EdgeTicket:
     _last: tuple[weakref.ref[Tensor], int, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def draw(cls, edge_index: Int[Tensor, "2 E"], num_nodes: int, keep: Bool[Tensor, " E"]) -> EdgeTicket:
-        """From a mask in the order in which `edge_index` stores its entries."""
-        order = torch.argsort(edge_index[0] * num_nodes + edge_index[1], stable=True)
-        return cls(keep[order], fingerprint(edge_index, num_nodes), num_nodes)
+    def draw(
+        cls, edge_index: Int[Tensor, "2 E"], num_nodes: int, keep: Bool[Tensor, " E"], targets: int = 0
+    ) -> EdgeTicket:
+        """From a mask in the order in which `edge_index` stores its entries.
 
-    def mask_for(self, edge_index: Int[Tensor, "2 E"], num_nodes: int) -> Bool[Tensor, " E"]:
+        Args:
+            targets: nodes that edges lead to where they are of another kind than the `num_nodes` sources;
+                their ids then follow the sources'.
+        """
+        joined, nodes = _joined(edge_index, num_nodes, targets)
+        return cls(keep[canonical_order(joined, nodes)], fingerprint(joined, nodes), nodes)
+
+    def mask_for(
+        self, edge_index: Int[Tensor, "2 E"], num_nodes: int, targets: int = 0
+    ) -> Bool[Tensor, " E"]:
         """The mask in the order of `edge_index`, which must be the ticket's graph (its entries in any order).
+
+        Args:
+            targets: as for `draw`.
 
         Raises:
             DataError: another graph.
         """
+        joined, nodes = _joined(edge_index, num_nodes, targets)
         if self._last is not None:  # the fingerprint of the same, unchanged tensor is not computed twice
             known, version, mask = self._last
-            if known() is edge_index and version == edge_index._version:
+            if known() is edge_index and version == edge_index._version and nodes == self.num_nodes:
                 return mask
-        found = fingerprint(edge_index, num_nodes)
+        found = fingerprint(joined, nodes)
         if found != self.graph:
             raise DataError(
                 f"This model's edge ticket belongs to the graph {self.graph[:12]} ({self.num_nodes} nodes, "
-                f"{len(self.keep)} entries). Received: graph {found[:12]} ({num_nodes} nodes, "
-                f"{edge_index.shape[1]} entries). Pass the graph it was drawn on, or set "
+                f"{len(self.keep)} entries). Received: graph {found[:12]} ({nodes} nodes, "
+                f"{edge_index.shape[1]} entries). Pass the graph it was drawn on (for a loader of parts, "
+                "prune it first: ticket.prune(data)), or set "
                 'model.edges = "whole" to use all edges as given, or "rescored" to draw new ones by degree.'
             )
-        mask = apply_canonical_mask(edge_index, num_nodes, self.keep.to(edge_index.device))
+        mask = apply_canonical_mask(joined, nodes, self.keep.to(edge_index.device))
         self._last = (weakref.ref(edge_index), edge_index._version, mask)
         return mask
+
+    def prune(self, data: Data) -> Data:
+        """The ticket's graph with the kept entries only, e.g. to be sampled by a loader.
+
+        Raises:
+            DataError: another graph.
+        """
+        return cut_edges(data, self.mask_for(data.edge_index, int(data.num_nodes or 0)))
 
     def rescored(
         self,
@@ -113,3 +136,10 @@ class EdgeTicket:
                 "The edge ticket is malformed: edges/keep must be bool [E], edges/graph uint8 [32]."
             )
         return cls(keep, bytes(graph.tolist()).hex(), int(nodes))
+
+
+def _joined(edge_index: Tensor, num_nodes: int, targets: int) -> tuple[Tensor, int]:
+    """Edges and number of nodes where targets, if they are of another kind, follow the sources."""
+    if not targets:
+        return edge_index, num_nodes
+    return edge_index + edge_index.new_tensor([[0], [num_nodes]]), num_nodes + targets

@@ -152,8 +152,9 @@ def whole_graph(job: Job, method: str) -> Data:
     if not isinstance(job.batches, WholeGraph):
         raise ConfigError(
             f"{method} scores and trains on a whole graph: make the job with zoo.graph.domain.make_job or "
-            f"zoo.graph.train.graph_job. Received: batches of {type(job.batches).__name__}. To train on "
-            "parts, prune the graph first (zoo.graph.TeddyPrune) and give the pruned one to the loader."
+            f"zoo.graph.train.graph_job. Received: batches of {type(job.batches).__name__}. To train "
+            "TEDDY on parts make the job with zoo.graph.parts_job; for anything else prune the graph first "
+            "(zoo.graph.TeddyPrune) and give the pruned one to the loader."
         )
     return job.batches.data
 

@@ -92,9 +92,12 @@ def _batch_norm(state: Tracer, node: Any, at: Any, why: str) -> Labels:
 
 
 def grouped(state: Tracer, x: Labels, groups: int, why: str) -> Labels:
-    """A norm group is cut as a whole, so that the statistics of the others stay."""
+    """A norm group is cut as a whole, so that the statistics of the others stay; in the only one units go
+    singly, as under a LayerNorm, and change its statistics."""
     x = dict(x)
-    if 1 in x:
+    if 1 in x and groups == 1:
+        state.unions.mark_inexact(x[1])
+    elif 1 in x:
         heads = state.unions.join_rows(x[1].reshape(groups, -1), why)
         x[1] = np.repeat(heads, len(x[1]) // groups)
     return x

@@ -109,7 +109,7 @@ def test_bad_graphs_are_refused(graph, what, message):
 
 
 def test_other_kinds_of_data_are_refused():
-    with pytest.raises(DataError, match="homogeneous"):
+    with pytest.raises(DataError, match="no relation"):
         TeddyPrune(0.3)(HeteroData())
     with pytest.raises(DataError, match="homogeneous"):
         TeddyPrune(0.3)(Data(x=torch.ones(3, 1)))
