@@ -38,6 +38,7 @@ COMMANDS = {
     "push": ("ship", "publish a model on a hub"),
     "rebase": ("make", "store a model on another one's weights, or whole again"),
     "export": ("ship", "write a model's dense weights as plain safetensors"),
+    "completion": ("completion", "complete commands, options and names in bash, zsh or fish"),
 }
 
 

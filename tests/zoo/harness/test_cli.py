@@ -50,7 +50,7 @@ def test_overview_names_every_command_and_exit_code(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [name for name in COMMANDS if name not in ("finetune", "pretrain", "reproduce")]
+    "command", [name for name in COMMANDS if name not in ("finetune", "pretrain", "reproduce", "completion")]
 )
 def test_every_command_explains_itself(capsys, command):
     code, out, _ = run(capsys, command, "--help")
