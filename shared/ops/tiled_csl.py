@@ -230,7 +230,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight = TiledCSL(*ctx.saved_tensors, ctx.shape)
+    words, offsets = ctx.saved_tensors
+    weight = TiledCSL(words, offsets, ctx.shape)
     return grad @ weight.to_dense().to(grad.dtype), None, None, None, None
 
 

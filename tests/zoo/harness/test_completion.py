@@ -31,7 +31,7 @@ def test_words_that_fit_a_place(capsys) -> None:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_bash_completes_with_the_script() -> None:
     typed = (
-        'zoo() { [ "$1 $2 $3 $4" = "completion words eval gra" ] && printf "graph/a\\ngraph/b\\nllm/c\\n"; }\n'
+        'zoo() { [ "$1 $2 $3 $4" = "completion words eval gra" ] && printf "graph/a\\ngraph/b\\nllm/c"; }\n'
         f'{SCRIPTS["bash"]}\nCOMP_WORDS=(zoo eval gra) COMP_CWORD=2; _zoo; echo "${{COMPREPLY[*]}}"'
     )
     done = subprocess.run(["bash", "-c", typed], capture_output=True, text=True, timeout=60, check=True)
