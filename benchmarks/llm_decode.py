@@ -127,11 +127,11 @@ class Variants:
                 size += groups.nbytes * self.shape.layers / self.shape.distinct
                 replace_module(model, name, PackedGroupLinear(groups))
         if not head:
-            return model, Bound(size + 4 * self.dense.lm_head.weight.numel(), 0)
+            return pack_model(model), Bound(size + 4 * self.dense.lm_head.weight.numel(), 0)
         rows, cols = self.dense.lm_head.weight.shape
         groups = quantise_groups(self.dense.lm_head.weight, torch.ones(rows, cols // 16, dtype=torch.bool))
         model.set_output_embeddings(PackedGroupLinear(groups))
-        return model, Bound(size + groups.nbytes, 0)
+        return pack_model(model), Bound(size + groups.nbytes, 0)
 
     def stacked(self, model: nn.Module) -> nn.Module:
         """The model with all its layers, each with its own place in the cache."""

@@ -11,6 +11,7 @@
 
 #include "zoo/check.hpp"
 #include "zoo/export.hpp"
+#include "zoo/groups.hpp"
 #include "zoo/parallel.hpp"
 #include "zoo/simd.hpp"
 
@@ -19,15 +20,6 @@ namespace {
 
 constexpr int64_t kRowCost = 2;  // what an empty row costs, in groups, for an even split among threads
 constexpr int64_t kBlock = 4;    // rows of x for which W is dequantised once; the sums of more do not fit into registers
-
-struct Groups {
-  const uint8_t* codes;
-  const f16* scales;
-  const uint8_t* zeros;
-  const uint16_t* columns;
-  const int32_t* pointer;
-  int64_t rows, cols, group;
-};
 
 // By how much a group's codes are scaled and moved: w = code * scale + shift. Computed for a row at a time, since group by
 // group that would take longer than the products.
@@ -119,19 +111,41 @@ void few_rows(const Groups& w, const float* xs, float* y, int64_t from, int64_t 
   }
 }
 
-// Groups of a row rise, so that none is there twice and no row has more than fit.
+// Groups of a row rise, so that none is there twice and no row has more than fit: in all groups one after another, as many
+// do not rise as between two rows. (Rows are too short for a loop of their own.)
 void check(const Groups& w, int64_t from, int64_t to, int64_t entries) {
   check_ends(w.pointer + from, to - from, entries);
-  const int64_t limit = w.cols / w.group;
-  uint16_t falls = 0;  // without a branch or a sum that waits, so that it is done for many groups at a time
-  uint8_t zeros = 0;
-  for (int64_t row = from; row < to; ++row) {
-    const int64_t begin = w.pointer[row], end = w.pointer[row + 1];
-    for (int64_t j = begin; j + 1 < end; ++j) falls |= static_cast<uint16_t>(-(w.columns[j + 1] <= w.columns[j]));
-    if (begin < end) falls |= static_cast<uint16_t>(w.columns[end - 1] >= limit);
+  const int64_t begin = w.pointer[from], end = w.pointer[to], limit = w.cols / w.group;
+  if (begin == end) return;
+  int64_t falls = 0, between = 0;
+  uint16_t most = w.columns[begin];
+  for (int64_t j = begin + 1; j < end;) {
+    uint16_t few = 0;  // a short sum, so that it is done for many groups at a time
+    for (const int64_t stop = std::min(j + 4096, end); j < stop; ++j) {
+      few += static_cast<uint16_t>(w.columns[j] <= w.columns[j - 1]);
+      most = std::max(most, w.columns[j]);
+    }
+    falls += few;
   }
-  for (int64_t j = w.pointer[from]; j < w.pointer[to]; ++j) zeros |= w.zeros[j];
-  if (falls != 0 || zeros > 15) throw Failure{kBadIndex};
+  uint8_t zeros = 0;
+  for (int64_t j = begin; j < end; ++j) zeros |= w.zeros[j];
+  for (int64_t row = from + 1; row < to; ++row) {
+    const int64_t at = w.pointer[row];
+    between += at > w.pointer[row - 1] && at < end && w.columns[at] <= w.columns[at - 1];
+  }
+  if (falls != between || most >= limit || zeros > 15) throw Failure{kBadIndex};
+}
+
+// body(from, to) for some rows at a time, few enough that an index which is checked lies in the first-level cache when it is
+// used.
+constexpr int64_t kCheckedRows = 32;
+template <class Body>
+void in_checked_rows(const Groups& w, int64_t entries, bool checked, int64_t from, int64_t to, Body&& body) {
+  for (int64_t row = from; row < to; row += kCheckedRows) {
+    const int64_t end = std::min(row + kCheckedRows, to);
+    if (!checked) check(w, row, end, entries);
+    body(row, end);
+  }
 }
 
 template <int B>
@@ -144,43 +158,19 @@ void direct(const Groups& w, int64_t entries, bool checked, const float* x, cons
       for (int b = 0; b < B; ++b, place += kLanes)
         for (int64_t lane = 0; lane < kLanes; ++lane) place[lane] = x[b * w.cols + k + column_of(part + lane)];
   parallel_rows(w.pointer, w.rows, kRowCost, threads, [&](int64_t from, int64_t to) {
-    if (!checked) check(w, from, to, entries);  // by the thread that reads the index next
     for (int b = 0; b < B; ++b)
       for (int64_t row = from; row < to; ++row) y[b * w.rows + row] = bias != nullptr ? bias[row] : 0.0f;
-    if (w.group == 16) few_rows<B, 16>(w, xs, y, from, to);
-    else few_rows<B, 0>(w, xs, y, from, to);
+    in_checked_rows(w, entries, checked, from, to, [&](int64_t begin, int64_t end) {
+      if (w.group == 16) few_rows<B, 16>(w, xs, y, begin, end);
+      else few_rows<B, 0>(w, xs, y, begin, end);
+    });
   });
 }
 
 // ---- x in 16 bits ----------------------------------------------------------------------------------------------------
 
-constexpr float kMost = 32767.0f;
-
-// Half a group of sixteen: x[0], x[2] ... x[14], then x[1], x[3] ... x[15], as the low and the high halves of the bytes of
-// the codes come.
-constexpr int64_t kUnit = 16;
+// What a unit of codes is beside where there is only one of two.
 alignas(32) constexpr int16_t kNothing[kUnit] = {};
-
-// Rounds a row of x to multiples of the returned step, unit after unit, `stride` apart; 0 where it cannot be rounded: it
-// holds an infinity or a NaN, or its greatest magnitude is 0 or next to it.
-float round_row(const float* x, int64_t cols, int16_t* out, int64_t stride) {
-  uint32_t most = 0;  // of numbers without their sign; those that are not finite are the greatest as integers, too
-  for (int64_t k = 0; k < cols; ++k) {
-    uint32_t bits;
-    std::memcpy(&bits, x + k, 4);
-    most = std::max(most, bits & 0x7fffffffu);
-  }
-  float magnitude;
-  std::memcpy(&magnitude, &most, 4);
-  const float factor = kMost / magnitude;
-  if (most >= 0x7f800000u || !(factor <= std::numeric_limits<float>::max())) return 0.0f;
-  for (int64_t k = 0; k < cols; k += kUnit, x += kUnit, out += stride) {
-    int16_t whole[kUnit];
-    for (int64_t i = 0; i < kUnit; ++i) whole[i] = static_cast<int16_t>(std::nearbyint(x[i] * factor));
-    for (int64_t i = 0; i < kUnit / 2; ++i) out[i] = whole[2 * i], out[i + kUnit / 2] = whole[2 * i + 1];
-  }
-  return magnitude / kMost;
-}
 
 #if defined(__AVX2__)
 
@@ -305,23 +295,27 @@ void few_rounded(const Groups& w, const int16_t* xs, const float* steps, const f
 
 #endif
 
-// Rows of x that cannot be rounded are left to the other kernel.
+// xs as round_row left the rows of x; those that could not be rounded are left to the other kernel.
 template <int B>
-void rounded(const Groups& w, int64_t entries, bool checked, const float* x, const float* bias, float* y,
-             int64_t threads) {
-  int16_t* xs = scratch_of<int16_t>(w.cols * B, 0);
-  float steps[B];
-  for (int b = 0; b < B; ++b) steps[b] = round_row(x + b * w.cols, w.cols, xs + b * kUnit, kUnit * B);
-  for (int b = 0; b < B; ++b)
-    if (steps[b] == 0.0f)
-      for (int64_t k = 0; k < w.cols; k += kUnit) std::fill_n(xs + (k * B + b * kUnit), kUnit, int16_t{0});
+void rounded(const Groups& w, int64_t entries, bool checked, const float* x, const int16_t* xs, const float* steps,
+             const float* bias, float* y, int64_t threads) {
   parallel_rows(w.pointer, w.rows, kRowCost, threads, [&](int64_t from, int64_t to) {
-    if (!checked) check(w, from, to, entries);  // by the thread that reads the index next
-    if (w.group == kUnit) few_rounded<B, true>(w, xs, steps, bias, y, from, to);
-    else few_rounded<B, false>(w, xs, steps, bias, y, from, to);
+    in_checked_rows(w, entries, checked, from, to, [&](int64_t begin, int64_t end) {
+      if (w.group == kUnit) few_rounded<B, true>(w, xs, steps, bias, y, begin, end);
+      else few_rounded<B, false>(w, xs, steps, bias, y, begin, end);
+    });
   });
   for (int b = 0; b < B; ++b)
     if (steps[b] == 0.0f) direct<1>(w, entries, true, x + b * w.cols, bias, y + b * w.rows, threads);
+}
+
+template <int B>
+void round_and_multiply(const Groups& w, int64_t entries, bool checked, const float* x, const float* bias, float* y,
+                        int64_t threads) {
+  int16_t* xs = scratch_of<int16_t>(w.cols * B, 2);
+  float steps[B];
+  for (int b = 0; b < B; ++b) steps[b] = round_row(x + b * w.cols, w.cols, xs + b * kUnit, kUnit * B);
+  rounded<B>(w, entries, checked, x, xs, steps, bias, y, threads);
 }
 
 template <bool kRounded>
@@ -331,7 +325,7 @@ void in_blocks(const Groups& w, int64_t entries, const float* x, const float* bi
   for (int64_t b = 0; b < batch; b += kBlock) {
     const auto block = [&](auto size) {
       constexpr int kSize = decltype(size)::value;
-      if constexpr (kRounded) rounded<kSize>(w, entries, b > 0, x + b * w.cols, bias, y + b * w.rows, threads);
+      if constexpr (kRounded) round_and_multiply<kSize>(w, entries, b > 0, x + b * w.cols, bias, y + b * w.rows, threads);
       else direct<kSize>(w, entries, b > 0, x + b * w.cols, bias, y + b * w.rows, threads);
     };
     switch (batch - b) {
@@ -343,6 +337,32 @@ void in_blocks(const Groups& w, int64_t entries, const float* x, const float* bi
   }
 }
 
+}  // namespace
+
+constexpr float kMost = 32767.0f;
+
+float round_row(const float* x, int64_t cols, int16_t* out, int64_t stride) {
+  uint32_t most = 0;  // of numbers without their sign; those that are not finite are the greatest as integers, too
+  for (int64_t k = 0; k < cols; ++k) {
+    uint32_t bits;
+    std::memcpy(&bits, x + k, 4);
+    most = std::max(most, bits & 0x7fffffffu);
+  }
+  float magnitude;
+  std::memcpy(&magnitude, &most, 4);
+  const float factor = kMost / magnitude;
+  if (most >= 0x7f800000u || !(factor <= std::numeric_limits<float>::max())) {
+    for (int64_t k = 0; k < cols; k += kUnit) std::fill_n(out + k / kUnit * stride, kUnit, int16_t{0});
+    return 0.0f;
+  }
+  for (int64_t k = 0; k < cols; k += kUnit, x += kUnit, out += stride) {
+    int16_t whole[kUnit];
+    for (int64_t i = 0; i < kUnit; ++i) whole[i] = static_cast<int16_t>(std::nearbyint(x[i] * factor));
+    for (int64_t i = 0; i < kUnit / 2; ++i) out[i] = whole[2 * i], out[i + kUnit / 2] = whole[2 * i + 1];
+  }
+  return magnitude / kMost;
+}
+
 Groups groups_of(const void* codes, const void* scales, const void* zeros, const void* columns, const int32_t* pointer,
                  int64_t entries, int64_t rows, int64_t cols, int64_t group) {
   if (pointer[0] != 0 || pointer[rows] != entries) throw Failure{kBadPointer};
@@ -350,7 +370,11 @@ Groups groups_of(const void* codes, const void* scales, const void* zeros, const
           static_cast<const uint16_t*>(columns), pointer, rows, cols, group};
 }
 
-}  // namespace
+void multiply_row(const Groups& w, int64_t entries, const float* x, const int16_t* xs, float step, float* y,
+                  int64_t threads) {
+  rounded<1>(w, entries, false, x, xs, &step, nullptr, y, worthwhile(threads, entries * w.group));
+}
+
 }  // namespace zoo
 
 // The parts of a weight of groups, as zoo_quant_sparse_linear takes them.

@@ -20,6 +20,7 @@ from torch import Tensor
 from zoo.shared import ops
 from zoo.shared.errors import OpError
 from zoo.shared.ops import _native
+from zoo.shared.ops.decoder_layer import LayerWeights, layer_inputs, layer_outputs
 from zoo.shared.ops.gated_product import gated_product
 from zoo.shared.ops.gated_product import reference as gated_reference
 from zoo.shared.ops.hash_encode import HashGrid, hash_encode
@@ -82,9 +83,24 @@ def pointwise(layout: str) -> Target:
     return [weight.index, weight.pointer], lambda: sparse_conv1x1(x, weight)
 
 
-def grouped(batch: int) -> Target:
+def grouped(batch: int, rounded: bool = False) -> Target:
     weight, x = quantise_groups(torch.randn(9, 96), torch.rand(9, 6) < 0.5), torch.randn(batch, 96)
-    return [weight.columns, weight.pointer, weight.zeros], lambda: quant_sparse_linear(x, weight)
+    index = [weight.columns, weight.pointer, weight.zeros]
+    return index, lambda: quant_sparse_linear(x, weight, rounded=rounded)
+
+
+def one_token() -> Target:
+    weights = [quantise_groups(torch.randn(32, 32) / 6, torch.rand(32, 2) < 0.7) for _ in range(7)]
+    layer = LayerWeights(*weights, torch.ones(32), torch.ones(32), epsilon=1e-5, head=8, scale=0.3)
+    x, cosine, sine = torch.randn(32), torch.rand(8), torch.rand(8)
+
+    def run() -> Tensor:
+        for each in weights if ops.dispatch.requested() == "reference" else ():
+            each.check()  # the reference reads no zero point and no order that is wrong
+        q, k, v = (each.view(4, 1, 8) for each in layer_inputs(x, layer, cosine, sine))
+        return layer_outputs(x, q.flatten(), k, v, layer)
+
+    return [part for each in weights for part in (each.columns, each.pointer, each.zeros)], run
 
 
 def gated() -> Target:
@@ -153,6 +169,8 @@ def targets() -> Iterator[tuple[str, Callable[[], Target]]]:
         yield f"conv1x1-{layout}", lambda layout=layout: pointwise(layout)
     for batch in (1, 9):
         yield f"groups-{batch}", lambda batch=batch: grouped(batch)
+        yield f"rounded-{batch}", lambda batch=batch: grouped(batch, True)
+    yield "one-token", one_token
     yield "gated", gated
     for index in (torch.int32, torch.int64):
         for op in ("sum", "max", "sddmm", "spgemm"):

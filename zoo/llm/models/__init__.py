@@ -27,6 +27,7 @@ from transformers import (
 
 from zoo.errors import ConfigError
 from zoo.llm.data.tokenization import packaged, remember, tokenizer_in
+from zoo.llm.models import one_token as one_token  # which tells `pack` of its layers
 from zoo.llm.models.blocks import find_blocks
 from zoo.llm.models.quantised import group_arguments, with_empty_groups
 

@@ -1,0 +1,191 @@
+"""llama.cpp beside the zoo: a model of the same shape and random weights, run in a process of its own.
+
+    rival = LlamaCpp.start(shape, "Q4_0", threads)     # None where there is none; says why
+    rival.token(); rival.prompt(64)
+
+The process is the interpreter that the environment variable RIVAL_PYTHON names (this one by default), which
+needs `pip install xllamacpp gguf`. It writes the model as a GGUF file into a temporary folder, loads it, and
+then does what it is told, a line of JSON at a time, so that its turns alternate with ours in one run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = 1024
+
+
+class LlamaCpp:
+    """The running process, as seen from the zoo's."""
+
+    def __init__(self, process: subprocess.Popen[str], ready: dict[str, Any]) -> None:
+        self._process = process
+        self.ready = ready
+
+    @classmethod
+    def start(cls, shape: Any, kind: str, threads: int) -> LlamaCpp | None:
+        """A process that has loaded a model of this shape (`llm_decode.Shape`), its weights in blocks of
+        `kind` ("Q4_0", "Q8_0", "F16"); None, and a line that says so, where llama.cpp is not installed."""
+        python = os.environ.get("RIVAL_PYTHON", sys.executable)
+        names = ("hidden", "ffn", "heads", "kv_heads", "layers", "vocab")
+        sizes = {name: getattr(shape, name) for name in names}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+        process = subprocess.Popen(
+            [python, __file__, json.dumps({**sizes, "kind": kind, "threads": threads})],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        found = cls(process, {})
+        found.ready = found._answer()
+        if "missing" in found.ready:
+            print(
+                f"no rows against llama.cpp: {python} has no module {found.ready['missing']} "
+                "(pip install xllamacpp gguf, or RIVAL_PYTHON=...)",
+                file=sys.stderr,
+            )
+            return None
+        return found
+
+    def token(self) -> float:
+        """One token after a context of 32; returns llama.cpp's own seconds for it."""
+        return self._ask(length=32, cached=True)["seconds"]
+
+    def prompt(self, length: int) -> float:
+        """A prompt of that many tokens, read anew; returns llama.cpp's own seconds for it."""
+        return self._ask(length=length, cached=False)["seconds"]
+
+    def peak(self) -> float:
+        """The most bytes that the process held."""
+        return self._ask(length=0)["peak"]
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:  # llama.cpp itself may print, too
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise RuntimeError(f"llama.cpp ended with exit code {self._process.wait()}")
+
+
+def write_model(path: Path, shape: dict[str, Any]) -> None:
+    """A LLaMA of these sizes with random weights; a tied head."""
+    import gguf
+    import numpy as np
+
+    kind = gguf.GGMLQuantizationType[shape["kind"]]
+    hidden, head = shape["hidden"], shape["hidden"] // shape["heads"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(_CONTEXT)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(shape["layers"])
+    writer.add_feed_forward_length(shape["ffn"])
+    writer.add_head_count(shape["heads"])
+    writer.add_head_count_kv(shape["kv_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(head)
+    writer.add_vocab_size(shape["vocab"])
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"w{i}" for i in range(shape["vocab"])])
+    writer.add_token_scores([0.0] * shape["vocab"])
+    writer.add_token_types([1] * shape["vocab"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    noise = np.random.default_rng(0).uniform(-0.035, 0.035, (1024, 1024)).astype(np.float32)
+    known: dict[int, np.ndarray] = {}  # rows of noise, coded once
+
+    def add(name: str, rows: int, columns: int) -> None:
+        if columns not in known:
+            block = np.resize(noise, (1024, columns))
+            known[columns] = gguf.quants.quantize(block, kind)
+        coded = known[columns]
+        turned = np.roll(coded, len(name) * 17 + rows, axis=0)
+        writer.add_tensor(name, np.resize(turned, (rows, coded.shape[1])), raw_dtype=kind)
+
+    def add_norm(name: str) -> None:
+        writer.add_tensor(name, np.ones(hidden, dtype=np.float32))
+
+    add("token_embd.weight", shape["vocab"], hidden)
+    add_norm("output_norm.weight")
+    for i in range(shape["layers"]):
+        add_norm(f"blk.{i}.attn_norm.weight")
+        add_norm(f"blk.{i}.ffn_norm.weight")
+        add(f"blk.{i}.attn_q.weight", hidden, hidden)
+        add(f"blk.{i}.attn_k.weight", head * shape["kv_heads"], hidden)
+        add(f"blk.{i}.attn_v.weight", head * shape["kv_heads"], hidden)
+        add(f"blk.{i}.attn_output.weight", hidden, hidden)
+        add(f"blk.{i}.ffn_gate.weight", shape["ffn"], hidden)
+        add(f"blk.{i}.ffn_up.weight", shape["ffn"], hidden)
+        add(f"blk.{i}.ffn_down.weight", hidden, shape["ffn"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def serve(shape: dict[str, Any]) -> None:
+    """Load the model and answer requests until there are no more."""
+    import resource
+
+    try:
+        import gguf  # noqa: F401
+        import xllamacpp
+    except ImportError as error:
+        print(json.dumps({"missing": error.name}), flush=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write = subprocess.run([sys.executable, __file__, json.dumps({**shape, "write": str(path)})])
+        if write.returncode:
+            sys.exit("the GGUF file could not be written")
+        size = path.stat().st_size
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx, parameters.n_parallel = _CONTEXT, 1
+        for each in (parameters.cpuparams, parameters.cpuparams_batch):
+            each.n_threads = shape["threads"]
+        parameters.warmup = True
+        server = xllamacpp.Server(parameters)
+    version = xllamacpp.__version__
+    print(json.dumps({"bytes": size, "version": version}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if not asked["length"]:
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(json.dumps({"peak": peak}), flush=True)
+            continue
+        request = {
+            "prompt": [3 + 7 * i % 1000 for i in range(asked["length"])],
+            "n_predict": 1,
+            "cache_prompt": asked["cached"],
+            "temperature": 0.0,
+            "ignore_eos": True,
+        }
+        timings = server.handle_completions(request)["timings"]
+        print(json.dumps({"seconds": timings["prompt_ms"] / 1e3, "read": timings["prompt_n"]}), flush=True)
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    if "write" in given:  # a process of its own, whose memory goes when it ends
+        write_model(Path(given["write"]), given)
+    else:
+        serve(given)

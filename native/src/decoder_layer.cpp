@@ -1,0 +1,166 @@
+// One token through a decoder layer whose weights are kept four-bit groups: what stands between the products takes as long
+// as they do when each step of it is a call of its own.
+//
+// A weight is nine numbers: the addresses of codes, scales, zeros, columns and pointer, entries, rows, cols, group.
+#include <cmath>
+#include <limits>
+
+#include "zoo/export.hpp"
+#include "zoo/groups.hpp"
+#include "zoo/parallel.hpp"
+#include "zoo/simd.hpp"
+
+namespace zoo {
+namespace {
+
+constexpr int64_t kNumbers = 9;
+
+template <class T>
+const T* at(int64_t address) {
+  return reinterpret_cast<const T*>(static_cast<uintptr_t>(address));
+}
+
+// The product by one weight of a list.
+void multiply(const int64_t* list, int64_t which, const float* x, const int16_t* xs, float step, float* y, int64_t threads) {
+  const int64_t* n = list + which * kNumbers;
+  const Groups w = groups_of(at<void>(n[0]), at<void>(n[1]), at<void>(n[2]), at<void>(n[3]), at<int32_t>(n[4]), n[5], n[6],
+                             n[7], n[8]);
+  multiply_row(w, n[5], x, xs, step, y, threads);
+}
+
+int64_t rows_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 6]; }
+int64_t cols_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 7]; }
+
+float dot(const float* a, const float* b, int64_t count) {
+  vf sums[2] = {zero(), zero()};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    sums[0] = fma(load(a + i), load(b + i), sums[0]);
+    sums[1] = fma(load(a + i + kLanes), load(b + i + kLanes), sums[1]);
+  }
+  float total = sum(add(sums[0], sums[1]));
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
+// weight * x / rms(x)
+void normalise(const float* x, const float* weight, float epsilon, int64_t count, float* out) {
+  const float factor = 1.0f / std::sqrt(dot(x, x, count) / static_cast<float>(count) + epsilon);
+  for (int64_t i = 0; i < count; ++i) out[i] = weight[i] * (x[i] * factor);
+}
+
+// Pairs (i, i + half) of each head turned by an angle.
+void rotate(float* heads, int64_t count, int64_t size, const float* cosine, const float* sine) {
+  const int64_t half = size / 2;
+  for (int64_t h = 0; h < count; ++h, heads += size)
+    for (int64_t i = 0; i < half; ++i) {
+      const float one = heads[i], other = heads[i + half];
+      heads[i] = one * cosine[i] - other * sine[i];
+      heads[i + half] = other * cosine[i + half] + one * sine[i + half];
+    }
+}
+
+// e^x to about 1e-7, without a branch, for the compiler to vectorise; a NaN becomes a number.
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float n = std::nearbyint(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+struct Cache {
+  const float *keys, *values;  // [kv_heads, count, size] with any strides of the first two
+  int64_t count, key_head, key_token, value_head, value_token;
+};
+
+// out = softmax(scale * q K^T) V for one head.
+void attend(const float* q, const float* keys, const float* values, const Cache& cache, int64_t size, float scale,
+            float* scores, float* out) {
+  float most = -std::numeric_limits<float>::infinity(), every = 0.0f;
+  for (int64_t t = 0; t < cache.count; ++t) {
+    scores[t] = scale * dot(q, keys + t * cache.key_token, size);
+    most = std::max(most, scores[t]);
+    every += scores[t];
+  }
+  if (!std::isfinite(every)) {  // infinities of both signs, or NaN
+    std::fill_n(out, size, std::numeric_limits<float>::quiet_NaN());
+    return;
+  }
+  for (int64_t t = 0; t < cache.count; ++t) scores[t] = exponential(scores[t] - most);
+  float total = 0.0f;
+  std::fill_n(out, size, 0.0f);
+  for (int64_t t = 0; t < cache.count; ++t) {
+    const float share = scores[t], *value = values + t * cache.value_token;
+    total += share;
+    for (int64_t i = 0; i < size; ++i) out[i] += share * value[i];
+  }
+  for (int64_t i = 0; i < size; ++i) out[i] /= total;
+}
+
+}  // namespace
+}  // namespace zoo
+
+// out = [q, k, v] of the normalised x, q and k rotated. weights: W_q, W_k, W_v; norm [cols]; cosine, sine [size].
+ZOO_EXPORT int64_t zoo_decoder_inputs(const float* x, const int64_t* weights, const float* norm, const float* epsilon,
+                                      const float* cosine, const float* sine, float* out, int64_t size,
+                                      int64_t threads) try {
+  using namespace zoo;
+  const int64_t cols = cols_of(weights, 0);
+  float* normed = scratch_of<float>(cols + cols / 2, 3);
+  auto* xs = reinterpret_cast<int16_t*>(normed + cols);
+  normalise(x, norm, epsilon[0], cols, normed);
+  const float step = round_row(normed, cols, xs, kUnit);
+  float* place = out;
+  for (int64_t which = 0; which < 3; ++which) {
+    multiply(weights, which, normed, xs, step, place, threads);
+    if (which < 2) rotate(place, rows_of(weights, which) / size, size, cosine, sine);
+    place += rows_of(weights, which);
+  }
+  return kOk;
+} ZOO_CATCH
+
+// y = h + W_down (silu(W_gate n) * W_up n), n = norm(h), h = x + W_o attention(q, keys, values). weights: W_o, W_gate, W_up,
+// W_down; numbers: epsilon, the scale of scores.
+ZOO_EXPORT int64_t zoo_decoder_outputs(const float* x, const float* q, const float* keys, const float* values,
+                                       const int64_t* weights, const float* norm, const float* numbers, float* y,
+                                       int64_t heads, int64_t kv_heads, int64_t size, int64_t count, int64_t key_head,
+                                       int64_t key_token, int64_t value_head, int64_t value_token, int64_t threads) try {
+  using namespace zoo;
+  const Cache cache{keys, values, count, key_head, key_token, value_head, value_token};
+  const int64_t inner = heads * size, cols = rows_of(weights, 0), wide = rows_of(weights, 1);
+  const int64_t most = std::max({inner, cols, wide});
+  float* attended = scratch_of<float>(3 * most + most / 2 + kUnit, 3);  // also the gate
+  float *normed = attended + most, *up = normed + most;
+  auto* xs = reinterpret_cast<int16_t*>(up + most);
+  parallel_for(heads, worthwhile(threads, heads * count * size / kLanes), [&](int64_t from, int64_t to) {
+    float* scores = scratch_of<float>(count, 0);
+    for (int64_t h = from; h < to; ++h) {
+      const int64_t kv = h * kv_heads / heads;
+      attend(q + h * size, keys + kv * key_head, values + kv * value_head, cache, size, numbers[1], scores,
+             attended + h * size);
+    }
+  });
+  float step = round_row(attended, inner, xs, kUnit);
+  multiply(weights, 0, attended, xs, step, y, threads);
+  for (int64_t i = 0; i < cols; ++i) y[i] += x[i];
+  normalise(y, norm, numbers[0], cols, normed);
+  step = round_row(normed, cols, xs, kUnit);
+  multiply(weights, 1, normed, xs, step, attended, threads);
+  multiply(weights, 2, normed, xs, step, up, threads);
+  for (int64_t i = 0; i < wide; ++i) up[i] *= attended[i] / (1.0f + exponential(-attended[i]));
+  step = round_row(up, wide, xs, kUnit);
+  multiply(weights, 3, up, xs, step, normed, threads);
+  for (int64_t i = 0; i < cols; ++i) y[i] += normed[i];
+  return kOk;
+} ZOO_CATCH

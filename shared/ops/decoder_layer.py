@@ -1,0 +1,244 @@
+"""One token through a decoder layer of four-bit groups: two calls, with the cache of keys and values between
+them.
+
+    q, k, v = layer_inputs(x, weights, cosine, sine)  # norm, three products, rotation
+    keys, values = cache.update(k, v)
+    y = layer_outputs(x, q, keys, values, weights)  # attention, W_o, norm, gated FFN, residuals
+
+The references, in plain PyTorch, are the definition. The native kernels do the same with the sums of
+`quant_sparse_linear`, rows rounded (see `round_rows`); what lies between two products, some thirty operations
+of torch, takes no call of its own there.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import OpError
+from . import _native, dispatch
+from .quant_sparse_linear import QuantGroups
+from .quant_sparse_linear import reference as product
+
+__all__ = ["LayerWeights", "layer_inputs", "layer_outputs", "runs_natively"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """The weights of a layer h = x + W_o attention(norm(x)), y = h + W_down (silu(W_gate n) * W_up n) with
+    n = norm(h), in fp32 but for the groups.
+
+    Attributes:
+        q, k, v, o, gate, up, down: the seven weights.
+        input_norm, output_norm: scales of the two RMS norms, [d].
+        epsilon: added to the mean square in both.
+        head: inputs per head, even.
+        scale: of attention scores.
+    """
+
+    q: QuantGroups
+    k: QuantGroups
+    v: QuantGroups
+    o: QuantGroups
+    gate: QuantGroups
+    up: QuantGroups
+    down: QuantGroups
+    input_norm: Float[Tensor, " d"]
+    output_norm: Float[Tensor, " d"]
+    epsilon: float
+    head: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        width, inner, wide = self.q.shape[1], self.q.shape[0], self.gate.shape[0]
+        expected = {
+            "k": (self.v.shape[0], width),
+            "v": (self.k.shape[0], width),
+            "o": (width, inner),
+            "gate": (wide, width),
+            "up": (wide, width),
+            "down": (width, wide),
+        }
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise OpError(
+                    f"{name} must be {shape} beside the others, received {getattr(self, name).shape}"
+                )
+        if self.head % 2 or any(rows % self.head for rows in (inner, self.k.shape[0])):
+            raise OpError(
+                f"heads of {self.head} do not fit {inner} and {self.k.shape[0]} outputs of q and k: the size "
+                "must be even and divide both"
+            )
+        if inner % self.k.shape[0]:
+            raise OpError(f"{inner // self.head} heads of q do not divide among those of k")
+        for name in ("input_norm", "output_norm"):
+            norm: Tensor = getattr(self, name)
+            if norm.shape != (width,) or norm.dtype != torch.float32:
+                raise OpError(f"{name} must be float32 [{width}], not {norm.dtype} {tuple(norm.shape)}")
+
+    @functools.cached_property
+    def inputs(self) -> _Table:
+        """What the kernel of `layer_inputs` is told."""
+        return _Table((self.q, self.k, self.v), self.input_norm)
+
+    @functools.cached_property
+    def outputs(self) -> _Table:
+        """What the kernel of `layer_outputs` is told."""
+        return _Table((self.o, self.gate, self.up, self.down), self.output_norm)
+
+    @functools.cached_property
+    def numbers(self) -> Float[Tensor, 2]:
+        """Epsilon and scale as the kernels read them."""
+        return torch.tensor([self.epsilon, self.scale])
+
+
+class _Table:
+    """Addresses and sizes of weights as native/src/decoder_layer.cpp reads them."""
+
+    def __init__(self, weights: tuple[QuantGroups, ...], norm: Tensor) -> None:
+        self._weights = weights
+        self._tensors = [*(part for each in weights for part in each.parts), norm]
+        self._places: list[int] = []
+        self._rows = torch.empty(0, dtype=torch.int64)
+
+    def address(self) -> int:
+        """Where the numbers are; made again when a tensor of the weights lies elsewhere.
+
+        Raises:
+            OpError: parts of a weight do not fit (any more).
+        """
+        places = list(map(_data_ptr, self._tensors))
+        if places != self._places:
+            rows = []
+            for each in self._weights:
+                each.check()
+                parts = map(_data_ptr, each.parts)
+                rows.append([*parts, each.columns.numel(), *each.shape, each.group])
+            self._rows, self._places = torch.tensor(rows, dtype=torch.int64), places
+        return self._rows.data_ptr()
+
+
+_data_ptr = torch.Tensor.data_ptr
+
+
+def runs_natively(x: Tensor) -> bool:
+    """Whether a token like x runs in the native kernels: fp32 on a CPU, outside of tracing and gradients, and
+    no other backend asked for."""
+    return (
+        x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and dispatch.direct(x)
+        and dispatch.requested() in ("auto", "native")
+        and _native.available()
+    )
+
+
+def layer_inputs(
+    x: Float[Tensor, " d"],
+    weights: LayerWeights,
+    cosine: Float[Tensor, " head"],
+    sine: Float[Tensor, " head"],
+) -> tuple[Float[Tensor, " qs"], Float[Tensor, " ks"], Float[Tensor, " ks"]]:
+    """Queries, keys and values of one token, the first two rotated by its position.
+
+    Raises:
+        OpError: shapes that do not fit, or an index that was changed.
+    """
+    _check(x, weights)
+    if cosine.shape != (weights.head,) or sine.shape != (weights.head,):
+        raise OpError(f"cosine and sine must be [{weights.head}], received {tuple(cosine.shape)}")
+    sizes = [weights.q.shape[0], weights.k.shape[0], weights.v.shape[0]]
+    if not runs_natively(x):
+        normed = _norm(x, weights.input_norm, weights.epsilon)
+        q, k, v = (product(normed, each, rounded=True) for each in (weights.q, weights.k, weights.v))
+        return _rotate(q, cosine, sine), _rotate(k, cosine, sine), v
+    out = torch.empty(sum(sizes))
+    x, cosine, sine = _native.plain(x), _native.plain(cosine), _native.plain(sine)
+    _native.function("zoo_decoder_inputs", "pppppppii")(
+        x.data_ptr(),
+        weights.inputs.address(),
+        weights.input_norm.data_ptr(),
+        weights.numbers.data_ptr(),
+        cosine.data_ptr(),
+        sine.data_ptr(),
+        out.data_ptr(),
+        weights.head,
+        _native.threads(),
+    )
+    q, k, v = out.split(sizes)
+    return q, k, v
+
+
+def layer_outputs(
+    x: Float[Tensor, " d"],
+    q: Float[Tensor, " qs"],
+    keys: Float[Tensor, "kv_heads count head"],
+    values: Float[Tensor, "kv_heads count head"],
+    weights: LayerWeights,
+) -> Float[Tensor, " d"]:
+    """What the layer makes of one token x, its queries, and the keys and values of all tokens up to it.
+
+    Raises:
+        OpError: shapes that do not fit, or an index that was changed.
+    """
+    _check(x, weights)
+    head, kv_heads = weights.head, weights.k.shape[0] // weights.head
+    if keys.shape != values.shape or keys.shape[::2] != (kv_heads, head) or q.shape != weights.q.shape[:1]:
+        raise OpError(
+            f"keys and values must be [{kv_heads}, count, {head}] and q [{weights.q.shape[0]}], received "
+            f"{tuple(keys.shape)}, {tuple(values.shape)} and {tuple(q.shape)}"
+        )
+    if not runs_natively(x):
+        return _reference_outputs(x, q, keys, values, weights)
+    keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (keys, values))
+    y = torch.empty(weights.o.shape[0])
+    x, q = _native.plain(x), _native.plain(q)
+    _native.function("zoo_decoder_outputs", "ppppppppiiiiiiiii")(
+        x.data_ptr(),
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        weights.outputs.address(),
+        weights.output_norm.data_ptr(),
+        weights.numbers.data_ptr(),
+        y.data_ptr(),
+        weights.q.shape[0] // head,
+        kv_heads,
+        head,
+        keys.shape[1],
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        _native.threads(),
+    )
+    return y
+
+
+def _reference_outputs(x: Tensor, q: Tensor, keys: Tensor, values: Tensor, weights: LayerWeights) -> Tensor:
+    groups = q.view(keys.shape[0], -1, weights.head)
+    shares = (weights.scale * groups @ keys.transpose(1, 2)).softmax(-1)
+    h = x + product((shares @ values).flatten(), weights.o, rounded=True)
+    normed = _norm(h, weights.output_norm, weights.epsilon)
+    gate, up = (product(normed, each, rounded=True) for each in (weights.gate, weights.up))
+    return h + product(torch.nn.functional.silu(gate) * up, weights.down, rounded=True)
+
+
+def _norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
+    return scale * (x * torch.rsqrt(x.square().mean() + epsilon))
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    one, other = x.view(-1, 2, len(cosine) // 2).unbind(1)
+    turned = torch.cat([-other, one], 1)
+    return (torch.cat([one, other], 1) * cosine + turned * sine).flatten()
+
+
+def _check(x: Tensor, weights: LayerWeights) -> None:
+    if x.shape != weights.input_norm.shape or x.device != weights.input_norm.device:
+        raise OpError(
+            f"x must be [{weights.input_norm.shape[0]}] on {weights.input_norm.device}, received "
+            f"{tuple(x.shape)} on {x.device}"
+        )

@@ -1,0 +1,151 @@
+"""One token through a layer of four-bit groups: the kernels against the definition, threads, damage,
+refusals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.shared import ops
+from zoo.shared.errors import OpError
+from zoo.shared.ops import _native, quantise_groups
+from zoo.shared.ops.decoder_layer import LayerWeights, layer_inputs, layer_outputs
+
+needs_native = pytest.mark.skipif(not _native.available(), reason=f"no native library: {_native.missing()}")
+
+
+def groups(rows: int, cols: int):
+    return quantise_groups(torch.randn(rows, cols) / math.sqrt(cols), torch.rand(rows, cols // 16) < 0.5)
+
+
+def layer(width: int = 64, wide: int = 96, heads: int = 4, kv_heads: int = 2, head: int = 12) -> LayerWeights:
+    inner, kept = heads * head, kv_heads * head
+    sizes = [(inner, width), (kept, width), (kept, width), (width, inner), (wide, width), (wide, width)]
+    norms = torch.rand(width) + 0.5, torch.rand(width) + 0.5
+    return LayerWeights(
+        *(groups(*size) for size in (*sizes, (width, wide))), *norms, epsilon=1e-5, head=head, scale=0.3
+    )
+
+
+def token(weights: LayerWeights, count: int = 5) -> tuple[Tensor, ...]:
+    kv_heads = weights.k.shape[0] // weights.head
+    angle = torch.rand(weights.head // 2).repeat(2) * 3
+    cache = torch.randn(2, kv_heads, count, weights.head)
+    return torch.randn(weights.q.shape[1]), angle.cos(), angle.sin(), *cache
+
+
+def run(
+    weights: LayerWeights, x: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    q, k, v = layer_inputs(x, weights, cosine, sine)
+    size = (-1, 1, weights.head)
+    keys, values = torch.cat([keys, k.view(size)], 1), torch.cat([values, v.view(size)], 1)
+    return torch.cat([q, k, v, layer_outputs(x, q, keys, values, weights)])
+
+
+@needs_native
+@pytest.mark.parametrize("count", [0, 1, 5, 40])
+def test_the_kernels_are_the_definition(count: int) -> None:
+    torch.manual_seed(count)
+    for weights in (
+        layer(),
+        layer(width=160, wide=320, heads=6, kv_heads=3, head=16),
+        layer(heads=4, kv_heads=4),
+    ):
+        inputs = token(weights, count)
+        with ops.backend("reference"):
+            expected = run(weights, *inputs)
+        with ops.backend("native"):
+            torch.testing.assert_close(run(weights, *inputs), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_by_hand() -> None:
+    """One head of two channels: the norm of (3, 4, 0 ...) is 5 / 4, a quarter turn swaps and negates."""
+    torch.manual_seed(0)
+    whole = torch.ones(16, 1, dtype=torch.bool)
+    eye = quantise_groups(torch.eye(16) * 15, whole)  # 15 and 0 are codes
+    weights = LayerWeights(eye, eye, eye, eye, eye, eye, eye, torch.ones(16), torch.ones(16), 0.0, 2, 1.0)
+    x = torch.zeros(16)
+    x[:2] = torch.tensor([3.0, 4.0])
+    for backend in ("reference", "native") if _native.available() else ("reference",):
+        with ops.backend(backend):
+            q, k, v = layer_inputs(x, weights, torch.zeros(2), torch.ones(2))
+            torch.testing.assert_close(v[:4], torch.tensor([36.0, 48, 0, 0]), rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(q[:4], torch.tensor([-48.0, 36, 0, 0]), rtol=1e-4, atol=1e-3)
+            assert torch.equal(q, k)
+            # One key: attention is its value. h = x + 15 v; n = h / rms; y = h + 15 silu(15 n) 15 n.
+            y = layer_outputs(x, q, k.view(8, 1, 2), v.view(8, 1, 2), weights)
+        h = x + 15 * v
+        n = 15 * h / h.square().mean().sqrt()
+        torch.testing.assert_close(y, h + 15 * torch.nn.functional.silu(n) * n, rtol=1e-3, atol=1e-2)
+
+
+@needs_native
+def test_threads_do_not_change_a_bit() -> None:
+    torch.manual_seed(0)
+    weights = layer(width=512, wide=1024, heads=8, kv_heads=4, head=64)
+    inputs = token(weights, 300)
+    one = run(weights, *inputs)
+    torch.set_num_threads(2)
+    two = run(weights, *inputs)
+    torch.set_num_threads(1)
+    assert torch.equal(one, two)
+
+
+@needs_native
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_not_lost(value: float) -> None:
+    torch.manual_seed(0)
+    weights = layer()
+    x, cosine, sine, keys, values = token(weights)
+    x[3] = value
+    assert not run(weights, x, cosine, sine, keys, values)[-64:].isfinite().all()
+    x[3], keys[0, 2, 1] = 1.0, value
+    assert not run(weights, x, cosine, sine, keys, values)[-64:].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["q", "v", "o", "down"])
+def test_a_damaged_index_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    weights = layer()
+    inputs = token(weights)
+    run(weights, *inputs)
+    damaged = getattr(weights, name)
+    damaged.columns[-1] = 99
+    with pytest.raises(OpError, match="index"):
+        run(weights, *inputs)
+    damaged.columns[-1] = 0
+    damaged.pointer[-1] += 1
+    with pytest.raises(OpError, match="index"):
+        run(weights, *inputs)
+
+
+def test_a_weight_that_moves_is_found_again() -> None:
+    torch.manual_seed(0)
+    weights, inputs = layer(), token(layer())
+    first = run(weights, *inputs)
+    moved = weights.gate.scales.clone()
+    weights.gate.scales.set_(moved.mul_(2))
+    assert not torch.equal(run(weights, *inputs), first)
+
+
+def test_refusals() -> None:
+    weights = layer()
+    x, cosine, sine, keys, values = token(weights)
+    with pytest.raises(OpError, match=r"x must be \[64\]"):
+        layer_inputs(x[:60], weights, cosine, sine)
+    with pytest.raises(OpError, match=r"cosine and sine must be \[12\]"):
+        layer_inputs(x, weights, cosine[:6], sine[:6])
+    with pytest.raises(OpError, match=r"keys and values must be \[2, count, 12\]"):
+        layer_outputs(x, torch.randn(48), keys[:1], values[:1], weights)
+    with pytest.raises(OpError, match="up must be"):
+        replace(weights, up=groups(32, 64))
+    with pytest.raises(OpError, match="heads of 7"):
+        replace(weights, head=7)
+    with pytest.raises(OpError, match="input_norm must be float32"):
+        replace(weights, input_norm=torch.ones(64, dtype=torch.float16))
