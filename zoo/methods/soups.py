@@ -18,7 +18,7 @@ from zoo.shared.train import Job
 
 @dataclass
 class SparseSoup(TrainingMethod):
-    """Prune, retrain copies that differ in their seed, average them, and go on from the average.
+    """Prune, retrain copies that differ in seed and rate, average them, and go on from the average.
 
     The recipe's epochs are those of one copy over all phases: the whole costs `members` times as much.
     """
@@ -29,6 +29,9 @@ class SparseSoup(TrainingMethod):
     members: int = 3
     """Copies that are retrained in each phase."""
 
+    rates: tuple[float, ...] = (1.0,)
+    """Factors of the learning rate, which the members take in turn."""
+
     soup: Literal["uniform", "greedy"] = "uniform"
     """All copies, or the best by the job's score and each further one that does not harm it."""
 
@@ -37,6 +40,8 @@ class SparseSoup(TrainingMethod):
 
     def prune(self, model: nn.Module, job: Job) -> Pruned:
         available = job.recipe.steps or job.recipe.epochs
+        if not self.rates or min(self.rates) <= 0:
+            raise ConfigError(f"rates are positive factors, at least one; received {self.rates}")
         if self.phases < 1 or self.members < 2 or available < self.phases:
             raise ConfigError(
                 f"a soup needs a phase, two members and an epoch per phase; received {self.phases}, "
@@ -53,7 +58,10 @@ class SparseSoup(TrainingMethod):
         members = [copy.deepcopy(model) for _ in range(self.members)]
         for index, member in enumerate(members):
             job.fit_masked(
-                member, seed=job.seed * 1000 + phase * 100 + index, **share_of_recipe(job, self.phases)
+                member,
+                seed=job.seed * 1000 + phase * 100 + index,
+                lr=job.recipe.lr * self.rates[index % len(self.rates)],
+                **share_of_recipe(job, self.phases),
             )
         return members
 

@@ -183,7 +183,7 @@ def write_result(
     write_json(written[0], json.loads(json.dumps(content, default=str)))
     pictures = {}
     for plot in result.plots:
-        picture = out / f"{study.name}-{plot.name}.png"
+        picture = out / f"{study.name}-{plot.name}.png".replace(" ", "-")  # Markdown ends a link at a blank
         atomic_write(picture, plots.png(plot))
         pictures[plot.name] = picture.name
         written.append(picture)

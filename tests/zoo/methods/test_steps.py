@@ -216,6 +216,18 @@ def test_a_greedy_soup_begins_with_the_best_and_takes_what_helps(job):
     assert float(soup.row.weight.detach()) == 2.0
 
 
+def test_members_of_a_soup_take_the_rates_in_turn(job_of):
+    """Gradients are 1: after a step of SGD each has moved by its rate, 0.1 times its factor."""
+    soup = SparseSoup(0.5, members=3, phases=1, rates=(1.0, 0.5), recalibrate=False)
+    model = OneRow(3.0, 2.0)
+    sparsify(model, sparsity=0.5)
+    job = row_job(job_of, [1.0, 1.0], lr=0.1, steps=1)
+    moved = [3.0 - float(member.row.weight.detach()[0, 0]) for member in soup.retrained(model, job, 1)]
+    assert moved[0] == pytest.approx(2 * moved[1]) and moved[0] == pytest.approx(moved[2]) and moved[0] > 0
+    with pytest.raises(ConfigError, match="rates are positive factors"):
+        SparseSoup(0.5, rates=()).sparsify(model, job)
+
+
 def test_a_soup_is_the_average_of_members_with_one_mask(net, job):
     method = SparseSoup(0.8, members=2, phases=1, recalibrate=False)
     sparsify(net, sparsity=0.8)

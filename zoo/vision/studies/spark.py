@@ -385,6 +385,7 @@ STUDY = Study(
         "(p - 1) / p for cells of p values.",
         "A linear probe is a ridge regression of the classes on frozen features; from scratch on those of "
         "fresh weights.",
+        "Fine-tuning has neither the paper's layer-wise decay of the rate nor its mixup.",
         "Occupancy is the share of non-zero sites after each convolution of a fresh network in eval mode.",
     ],
 )
