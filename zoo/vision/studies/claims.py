@@ -386,7 +386,7 @@ STUDY = Study(
         "(Student's t).",
         "The recipe is the same for all arms of a study and was set by hand, but for that of BiP and its "
         "rivals, whose rates are the best of three on the validation images, for each arm and seed.",
-        "As run here, the members of a soup differ in their seed alone, N:M training is by SGD with momentum, "
-        "and Sparse-IFT is its Sparse-Wide member.",
+        "As run here, the members of a soup differ in their seed alone, N:M training is by SGD with "
+        "momentum, and Sparse-IFT is its Sparse-Wide member.",
     ],
 )
