@@ -9,11 +9,13 @@ export ZOO_DATA
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test bench attack sanitize lint docs clean
+.PHONY: help setup demo test test-nerfstudio test-extras bench attack sanitize lint docs clean
 
 help:
 	@echo "make demo   install into $(VENV) and run the main job on embedded data (no download)"
 	@echo "make test   install into $(VENV) and run the tests, the linter and the type checker"
+	@echo "make test-nerfstudio   install nerfstudio into build/nerfstudio and run its plug-ins by ns-train"
+	@echo "make test-extras   resolve every extra of pyproject.toml against the package index"
 	@echo "make bench  install into $(VENV) and run every benchmark (quietest on an idle machine)"
 	@echo "make attack  hostile files, bundles and hubs, kills and flipped bits, for ATTACK_SECONDS (240)"
 	@echo "make sanitize   the tests of the ops on kernels built with the address and the thread sanitizer"
@@ -41,7 +43,7 @@ $(VENV)/.kernels: CMakeLists.txt $(KERNELS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[graph]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[graph,diffusion]"
 	@touch $@
 
 $(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
@@ -55,6 +57,20 @@ demo: setup
 
 test: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/python -m pytest -n 2
+
+NERF := build/nerfstudio
+$(NERF)/.installed: $(INPUTS) requirements-nerfstudio.txt
+	$(PYTHON) -m venv $(NERF)
+	$(NERF)/bin/pip install --quiet --constraint constraints.txt --editable ".[neural3d]" pytest pytest-timeout
+	$(NERF)/bin/pip install --quiet --no-deps --requirement requirements-nerfstudio.txt
+	@touch $@
+
+test-nerfstudio: $(NERF)/.installed $(VENV)/.kernels
+	ZOO_NERFSTUDIO=1 $(NERF)/bin/python -m pytest tests/zoo/neural3d/test_nerfstudio.py
+
+test-extras: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet uv
+	ZOO_RESOLVE=1 $(BIN)/python -m pytest tests/test_extras.py
 
 bench: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/zoo bench all

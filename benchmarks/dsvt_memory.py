@@ -9,27 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import sys
-import time
-from pathlib import Path
 
 import torch
 
 from zoo.shared.bench import machine
-from zoo.shared.bench.processes import in_own_process
+from zoo.shared.bench.processes import in_own_process, peak_of
 from zoo.shared.store.io import write_json
 from zoo.vision.lidar.dsvt import DSVT, DSVTConfig
 
 SIZES, QUICK = (25_000, 50_000, 100_000, 200_000), (10_000, 40_000)
 SIDE, WIDTH = 900, 64  # voxels of the grid along x and y, so that 200,000 fill a quarter
 MOST = 1.1  # the exponent of growth that counts as linear
-
-
-def _held() -> float:
-    """Bytes that the process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return float(pages * resource.getpagesize())
 
 
 def measure(count: int) -> dict[str, float]:
@@ -50,12 +41,7 @@ def measure(count: int) -> dict[str, float]:
     coords, x = torch.stack([zero, zero, cells // SIDE, cells % SIDE], 1), torch.randn(count, WIDTH)
     with torch.no_grad():
         model(x[:100], coords[:100], 1)  # libraries allocate their own buffers once
-        before = _held()
-        start = time.process_time()
-        model(x, coords, 1)
-        seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return {"voxels": count, "seconds": seconds, "bytes": peak - before}
+        return {"voxels": count, **peak_of(lambda: model(x, coords, 1))}
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
 """`make demo`: the main job on embedded data, as the commands a user would type, without any download.
 
 Lists the zoo, loads a pretrained ticket by name, evaluates it beside its dense twin, fine-tunes it for a
-moment, counts its zeros before and after, prints the bytes on disk and writes the report page.
+moment, counts its zeros before and after, prints the bytes on disk, writes the report page and draws what a
+pruned diffusion model makes below what its dense twin makes of the same noise.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ TICKET = "graph/teddy-gcn-digits-g30-w80"
 TWIN = "graph/dense-gcn-digits"
 RUNS = Path("runs/demo")
 REPORT = Path("reports/demo.html")
+PAINTER = "diffusion/ecodiff-t2i-digits-k60"
+DIGITS = Path("reports/digits.png")
 NEXT = {
     f"zoo verify {TICKET}": "measure every figure on a card again",
     "zoo sparsify --method teddy --help": "prune a dense model yourself",
@@ -82,10 +85,12 @@ def main() -> int:
         count_zeros(TICKET, tuned)
         bytes_on_disk([TWIN, TICKET])
         type_command(f"eval 'graph/*-digits*' --report {REPORT}")
+        type_command(f"show {PAINTER} --picture {DIGITS}")
     except StepFailed as failure:
         print(f"demo: {failure}", file=sys.stderr)
         return 1
     print(f"\nDone in {time.perf_counter() - start:.0f} s. The report page: {REPORT.resolve().as_uri()}")
+    print(f"Digits that {PAINTER} makes, below its dense twin's: {DIGITS.resolve().as_uri()}")
     print("\nNext (`. .venv/bin/activate` puts the command zoo on the path):")
     for command, purpose in NEXT.items():
         print(f"  {command:<45} {purpose}")

@@ -8,7 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, FINETUNERS, FOLDERS, JOBS, MAKERS, METHODS, STUDIES, TASKS
+from zoo.registry import (
+    ARCHITECTURES,
+    FINETUNERS,
+    FOLDERS,
+    JOBS,
+    MAKERS,
+    METHODS,
+    PICTURES,
+    STUDIES,
+    TASKS,
+)
 
 ARCHITECTURES.register("diffusion/text-to-image", "zoo.diffusion.models:TextToImage")
 ARCHITECTURES.register("diffusion/mlp-flow", "zoo.diffusion.flows:MLPFlow")
@@ -20,6 +30,7 @@ METHODS.register("laptop", "zoo.diffusion.methods.laptop:Laptop")
 TASKS.register("diffusion/t2i-digits", "zoo.diffusion.tasks:Digits")
 TASKS.register("diffusion/t2i-mnist", "zoo.diffusion.tasks:Mnist")
 TASKS.register("diffusion/flow-digits", "zoo.diffusion.tasks:FlowDigits")
+PICTURES.register("diffusion", "zoo.diffusion.grids:picture")
 FINETUNERS.register("diffusion", "zoo.diffusion.finetune:Finetune")
 JOBS.register("diffusion", "zoo.diffusion.domain:make_job")
 STUDIES.register("ecodiff", "zoo.diffusion.studies.ecodiff:STUDY")

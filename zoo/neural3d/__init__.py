@@ -53,6 +53,7 @@ for _name, _class in (
 JOBS.register("neural3d", "zoo.neural3d.domain:make_job")
 FINETUNERS.register("neural3d", "zoo.neural3d.finetune:Finetune")
 MAKERS.register("neural3d/gaussians", "zoo.neural3d.makers:gaussians")
+MAKERS.register("neural3d/few-views", "zoo.neural3d.makers:few_views")
 MAKERS.register("neural3d/field", "zoo.neural3d.makers:field")
 MAKERS.register("neural3d/network", "zoo.neural3d.networks:network")
 TASKS.register("neural3d/hidden-joints", "zoo.neural3d.studies.dpmesh:HiddenJoints")
@@ -68,5 +69,7 @@ for _name, _class in (
     ("fountain-128", "Fountain"),
     ("herzjesu-128", "HerzJesu"),
     ("livingroom-128", "LivingRoom"),
+    ("lego-ring", "LegoRing"),
+    ("livingroom-frames", "LivingRoomFrames"),
 ):
     TASKS.register(f"neural3d/{_name}", f"zoo.neural3d.tasks:{_class}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,12 @@ class HashField(nn.Module):
         background: colour where nothing is.
         samples: per ray.
         near: no sample is nearer to the camera, in units of the world.
+
+    Attributes:
+        full_precision: that it computes in float32, also on weights stored in float16.
     """
+
+    full_precision: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,10 +12,13 @@ from zoo.bundles.recipes import Row
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified
 from zoo.neural3d.fields import HashField, field_job
+from zoo.neural3d.methods.coherent_gs import PairedViews, flows_between
+from zoo.neural3d.priors import affine, monotone, scattered
 from zoo.neural3d.refine import refine, scene_job
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.splats import from_points
 from zoo.neural3d.views import Views, load_views
+from zoo.registry import METHODS
 from zoo.shared.masks import MaskSet
 
 
@@ -45,3 +50,22 @@ def field(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsifie
     model = HashField(**row.arguments).like(seed)
     field_job(views.train, seed=seed, **row.recipe).fit(model, macs=lambda: 0.0).run()
     return Sparsified(model.eval(), MaskSet({}))
+
+
+def few_views(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A scene fitted to few views by the method that the option `fit` names, with the depth that it expects:
+    SparseNeRF of another scale, CoherentGS under an affine map of each view and with the flow between them,
+    others none."""
+    views = load_views(str(row.dataset))
+    options: dict[str, Any] = dict(row.options)
+    fit = options.pop("fit")
+    prior = {"sparse-nerf": monotone, "coherent-gs": affine}.get(fit)
+    train = views.train if prior is None else prior(views.train, seed)
+    job = scene_job(train, seed=seed, **row.recipe)
+    if fit == "coherent-gs":
+        job = job.replace(batches=PairedViews(train, flows_between(views.train)))
+    count = row.arguments["count"]
+    blank = start_of(views, count, 0, seed) if prior is None else scattered(views, count, seed)
+    scene = METHODS.get(fit)(**options).sparsify(blank, job).model
+    arguments = {"count": len(scene), "sh_degree": 0, "background": list(views.background)}
+    return Sparsified(scene, MaskSet({}), arguments=arguments)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError
 from zoo.methods.contract import required
 from zoo.neural3d.refine import views_of
 from zoo.neural3d.scene import GaussianScene
@@ -19,17 +19,6 @@ from zoo.shared.ops.rasterize import Rendering
 from zoo.shared.train import Job
 
 MOBILITY = 10.0  # of scenes fitted to few views, see `refine`
-
-
-def few(views: Sequence[View], count: int) -> list[View]:
-    """`count` of the views, evenly spaced from the first to the last (LLFF's sparse protocol).
-
-    Raises:
-        DataError: more than there are, or none.
-    """
-    if not 1 <= count <= len(views):
-        raise DataError(f"{count} of {len(views)} views cannot be taken")
-    return [views[round(at)] for at in torch.linspace(0, len(views) - 1, count).tolist()]
 
 
 def given(model: object, job: Job | None, method: object, *, depth: bool = True) -> tuple[GaussianScene, Job]:

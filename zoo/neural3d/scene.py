@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,12 @@ class GaussianScene(nn.Module):
         sh_degree: of the harmonics, 0 to 4.
         background: colour where nothing is.
         antialiased: see `rasterize`.
+
+    Attributes:
+        full_precision: that it computes in float32, also on weights stored in float16.
     """
+
+    full_precision: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -117,3 +117,15 @@ class HerzJesu(HeldOut):
 
 class LivingRoom(HeldOut):
     name, views = "neural3d/livingroom-128", "livingroom-128"
+
+
+class LegoRing(HeldOut):
+    """Eight test views of lego at 50 x 50, for scenes that are fitted to four."""
+
+    name, views = "neural3d/lego-ring", "lego-ring"
+
+
+class LivingRoomFrames(HeldOut):
+    """Four frames of the living room at 64 x 48, between three that few-view methods train on."""
+
+    name, views = "neural3d/livingroom-frames", "livingroom-frames"

@@ -343,6 +343,18 @@ def _arc() -> Views:
     return arc()
 
 
+def _ring(name: str, source: str) -> Views:
+    from zoo.neural3d.few import ring
+
+    return ring(name, source)
+
+
+def _frames() -> Views:
+    from zoo.neural3d.few import frames
+
+    return frames()
+
+
 SETS: dict[str, Callable[[], Views]] = {
     "shapes": _shapes,
     "shapes-arc": _arc,
@@ -353,4 +365,7 @@ SETS: dict[str, Callable[[], Views]] = {
     "fountain": lambda: _strecha("strecha-fountain-P11", "fountain", [3, 4, 6, 7]),
     "herzjesu": lambda: _strecha("strecha-herzjesu-P8", "herzjesu", [2, 4, 5]),
     "livingroom": _livingroom,
+    "shapes-ring": lambda: _ring("shapes-ring", "shapes-48"),
+    "lego-ring": lambda: _ring("lego-ring", "lego-50"),
+    "livingroom-frames": _frames,
 }

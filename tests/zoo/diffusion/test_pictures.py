@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import gzip
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
 
 import zoo.diffusion.tasks as tasks  # noqa: E402
+from zoo.bundles.catalog import find  # noqa: E402
 from zoo.bundles.make import Work  # noqa: E402
 from zoo.bundles.recipes import rows  # noqa: E402
+from zoo.bundles.store import load_bundle  # noqa: E402
 from zoo.diffusion.classifier import accuracy, frechet_distance, load_judge  # noqa: E402
 from zoo.diffusion.data import CaptionedNoise, captions, load_pictures  # noqa: E402
 from zoo.diffusion.domain import dense_model, make_job  # noqa: E402
-from zoo.diffusion.grids import GAP, png, sample_grid  # noqa: E402
+from zoo.diffusion.grids import GAP, ZOOM, picture, png, sample_grid  # noqa: E402
 from zoo.diffusion.makers import text_to_image  # noqa: E402
 from zoo.diffusion.methods.ecodiff import EcoDiff  # noqa: E402
 from zoo.diffusion.models import TextToImage  # noqa: E402
@@ -177,3 +181,17 @@ def test_a_grid_shows_models_from_the_same_noise(model) -> None:
     assert png(twice)[:4] == b"\x89PNG"
     with pytest.raises(ConfigError, match="no model"):
         sample_grid([])
+
+
+def test_the_picture_of_a_bundle_shows_its_twin_above_it(tmp_path) -> None:
+    slim, twin = (find(f"diffusion/{name}") for name in ("slimflow-digits-w48", "dense-flow-digits"))
+    said = picture(slim, tmp_path / "digits.png")
+    assert "twin above" in said
+    shown = np.asarray(Image.open(tmp_path / "digits.png"))[::ZOOM, ::ZOOM]
+    half = len(shown) // 2
+    for one, seen in ((twin, shown[:half]), (slim, shown[half:])):
+        assert (seen == sample_grid([load_bundle(one)]).numpy()).all()
+    with pytest.raises(ConfigError, match="ends in .png"):
+        picture(slim, tmp_path / "digits.gif")
+    with pytest.raises(ConfigError, match="OneDPiece makes no images from noise"):
+        picture(find("diffusion/one-d-piece-digits"), tmp_path / "digits.png")

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from zoo.errors import ConfigError, DataError
 from zoo.neural3d.cameras import lens, look_at, orbit
+from zoo.neural3d.few import few
 from zoo.neural3d.hull import cube, pixels_of, sampled, shell, visual_hull
 from zoo.neural3d.methods.coherent_gs import (
     CoherentGS,
@@ -27,7 +28,7 @@ from zoo.neural3d.methods.coherent_gs import (
 from zoo.neural3d.methods.gaussian_object import GaussianObject, hull_points, stray
 from zoo.neural3d.methods.lm_gaussian import LMGaussian, between, cloud_pictures, normals
 from zoo.neural3d.methods.sparse_nerf import SparseNeRF, quadruples
-from zoo.neural3d.priors import back_projected, cloud, few, known_depth, pearson, ranking
+from zoo.neural3d.priors import back_projected, cloud, known_depth, pearson, ranking
 from zoo.neural3d.refine import scene_job
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.shapes import BALLS, view_of

@@ -84,14 +84,17 @@ class SparseNeRF:
         """The picture's loss and those of depth; pixels are drawn with torch's random state."""
         assert isinstance(model, GaussianScene)
         seen = model.render(view.camera)
-        depth = expected_depth(seen).flatten() / extent
-        prior = known_depth(view)
+        depth = self.depth_loss(expected_depth(seen) / extent, known_depth(view))
+        return picture_loss(seen.colour, view) + self.weight * depth
+
+    def depth_loss(self, depth: Tensor, prior: Tensor) -> Tensor:
+        """Ranking and continuity of a rendered depth [h, w], in units of the cameras' distance."""
         pixels = quadruples(prior, self.quadruples, self.box, bool(self.near_is_larger))
-        near, far, near_partner, far_partner = depth[pixels].unbind(1)
+        near, far, near_partner, far_partner = depth.flatten()[pixels].unbind(1)
         total = ranking(near, far, self.margin)
         for one, other in ((near, near_partner), (far, far_partner)):
             total = total + self.continuity * ((one - other).abs() - self.margin).clamp_min(0).mean()
-        return picture_loss(seen.colour, view) + self.weight * total
+        return total
 
 
 def quadruples(prior: Tensor, count: int, box: int, near_is_larger: bool) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from zoo.neural3d.metrics import psnr
-from zoo.neural3d.priors import few
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.views import View, Views, load_views
 from zoo.studies.study import Arm
@@ -49,26 +48,8 @@ class FewOptions:
 @cache
 def few_views(name: str) -> Views:
     """A few views to train on and others between them, by name (`TITLES`)."""
-    if name == "shapes":
-        return load_views("shapes-arc")
-    if name == "livingroom":
-        found = load_views("livingroom-64")
-        frames = sorted([*found.train, *found.test], key=lambda view: view.name)[10:17]
-        train, test = frames[::3], [view for number, view in enumerate(frames) if number % 3]
-        return Views(name, train, test)
-    found = load_views("shapes-48" if name == "shapes-ring" else "lego-50")
-    test = few(found.test, 8)
-    return Views(name, farthest(found.train, 4), test, found.background)
-
-
-def farthest(views: Sequence[View], count: int) -> list[View]:
-    """Views whose cameras are far from each other, from the first on (farthest-point choice)."""
-    places = torch.stack([view.camera.centre for view in views])
-    chosen = [0]
-    while len(chosen) < count:
-        gap = torch.cdist(places, places[chosen]).amin(1)
-        chosen.append(int(gap.argmax()))
-    return [views[number] for number in chosen]
+    known = {"shapes": "shapes-arc", "shapes-ring": "shapes-ring", "lego": "lego-ring"}
+    return load_views(known.get(name, "livingroom-frames"))
 
 
 def quality(scene: GaussianScene, views: Sequence[View]) -> Row:
