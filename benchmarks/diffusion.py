@@ -4,7 +4,8 @@ Bundles make one image in ten steps. At the shapes of the real families, one cal
 channels at 32x32 latents with cross-attention to 77 tokens (Stable Diffusion 1.5's outer level), and a
 transformer block of SDXL's inner level (width 1280, 20 heads) on 16x16 latents. The goal is 0.9 of the ratio
 of counted operations; `masked` has zeros where the cut network has nothing, `by hand` is a network that was
-built with the cut shapes, and both show that nothing but the removal counts. Unstructured zeros run by what
+built with the cut shapes, `Torch-Pruning` one that the library of that name cut (where it is installed),
+and they show that nothing but the removal counts. Unstructured zeros run by what
 `auto` picks. `cached` leaves inner levels out of two steps of three.
 """
 
@@ -18,7 +19,9 @@ from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from zoo.bundles.catalog import find, list_models
@@ -128,6 +131,33 @@ def shaped(name: str) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
     return block(), block(10, 2560), (torch.randn(1, 256, 1280), None, text)
 
 
+def torch_pruned(network: nn.Module, arguments: tuple[Any, ...]) -> nn.Module | None:
+    """Half of the heads and neurons removed by Torch-Pruning's dependency graph; None without the package.
+
+    It knows channels, not heads: which of them make a head, and how many are left, is told by hand.
+    """
+    try:
+        import torch_pruning
+    except ImportError:
+        return None
+    out = torch_pruning.prune_linear_out_channels
+    with torch.enable_grad():
+        graph = torch_pruning.DependencyGraph().build_dependency(network, arguments)
+    for module in [*network.modules()]:
+        chosen: list[tuple[Any, list[int]]] = []
+        if isinstance(module, Attention):
+            rest, width = module.heads - module.heads // 2, module.to_q.out_features // module.heads
+            chosen = [(layer, [*range(rest * width)]) for layer in (module.to_q, module.to_k, module.to_v)]
+            module.heads //= 2
+        elif isinstance(module, GEGLU):
+            chosen = [(module.proj, [*range(module.proj.out_features // 4)])]
+        for layer, gone in chosen:
+            before = layer.out_features
+            if chosen[0][0] is layer or before == len(gone) * 2:  # else it went with the one before
+                graph.get_pruning_group(layer, out, idxs=gone).prune()
+    return network
+
+
 def cells(quick: bool, threads: int) -> Iterator[Later]:
     def of_bundle(labels: dict[str, object], name: str) -> Cell:
         model, dense = loaded(name), twin_of(name)
@@ -148,6 +178,9 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
             plan = halved(made)
             masked = zeroed(dense, plan)
             peers |= {"masked": lambda: masked(*arguments), "by hand": lambda: by_hand(*arguments)}
+            other = torch_pruned(copy.deepcopy(dense), arguments)
+            if other is not None:
+                peers["Torch-Pruning"] = lambda: other(*arguments)
         else:
             plan = Plan(dropped=("up_blocks.0.attentions.0", "up_blocks.0.resnets.1"))
         apply_plan(made, plan)

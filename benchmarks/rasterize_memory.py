@@ -19,7 +19,7 @@ from zoo.shared.bench.processes import in_own_process, peak_of
 from zoo.shared.store.io import write_json
 
 SIZES, QUICK, PIXELS = (250_000, 500_000, 1_000_000), (20_000,), 800
-MOST = 2 << 30  # bytes that a million Gaussians and their gradients may take
+MOST = 1 << 30  # bytes that a million Gaussians and their gradients may take
 
 
 def measure(count: int, backward: bool) -> dict[str, float]:

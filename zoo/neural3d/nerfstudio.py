@@ -62,7 +62,7 @@ def over_white(image: Tensor) -> Tensor:
     return image[..., :3] * image[..., 3:] + (1 - image[..., 3:])
 
 
-class Depths(DepthDataset):  # type: ignore[misc]
+class Depths(DepthDataset):
     """Pictures with depth; where a set has none, nerfstudio would download a network that guesses it."""
 
     def __init__(self, dataparser_outputs: Any, scale_factor: float = 1.0) -> None:
@@ -71,7 +71,7 @@ class Depths(DepthDataset):  # type: ignore[misc]
         super().__init__(dataparser_outputs, scale_factor)
 
 
-class _Judged(Model):  # type: ignore[misc]
+class _Judged(Model):
     """What the models share: figures of a picture, callbacks after a step."""
 
     def get_metrics_dict(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ def _share(step: int, attributes: Any) -> float:
 
 
 @dataclass
-class HollowConfig(ModelConfig):  # type: ignore[misc]
+class HollowConfig(ModelConfig):
     """A hash field with a saliency grid; see `zoo.neural3d.methods.hollow_nerf`."""
 
     _target: type = field(default_factory=lambda: HollowModel)
@@ -187,7 +187,7 @@ class HollowModel(_Judged):
 
 
 @dataclass
-class SplatsConfig(ModelConfig):  # type: ignore[misc]
+class SplatsConfig(ModelConfig):
     """Gaussians drawn by `zoo.shared.ops.rasterize`, of which a share is dropped on the way."""
 
     _target: type = field(default_factory=lambda: SplatsModel)
