@@ -222,6 +222,12 @@ def test_a_model_from_the_hub(server: FakeHub, tiny_bundle, tiny_model) -> None:
     assert catalog.find("graph/tiny-test").folder == model.zoo_info.folder, "and it is found by its name"
 
 
+def test_pull_shows_the_licence_before_first_use(server: FakeHub, tiny_bundle, capsys) -> None:
+    server.publish_folder(tiny_bundle)
+    assert main(["pull", "hf://owner/tiny"]) == 0
+    assert "Licence: Apache-2.0; made from Cora, CC0" in capsys.readouterr().out
+
+
 def test_a_pinned_commit_needs_no_server_once_it_is_cached(server: FakeHub, tiny_bundle) -> None:
     commit = server.publish_folder(tiny_bundle)
     hub.fetch(f"hf://owner/tiny@{commit}")

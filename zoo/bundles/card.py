@@ -249,10 +249,12 @@ class Metric(_Part):
 
 
 class Training(_Part):
-    """The command that made the model and its figures, and how long it ran."""
+    """The command that made the model and its figures, how long it ran, and with what: versions, commit,
+    processor (cards of earlier versions do not say)."""
 
     command: Text
     seconds: NonNegative | None = None
+    environment: dict[str, Text] | None = None
 
 
 class Data(_Part):

@@ -135,6 +135,7 @@ def show_command(argv: Sequence[str]) -> int:
         "Method": f"{card.method.name} {_arguments(card.method.hyperparameters)}{seed}",
         "Dense twin": card.dense_twin or ("it is dense itself" if card.method.name == "dense" else "none"),
         "Made by": card.training.command + ("" if took is None else f"  ({numbers.seconds(took)})"),
+        "With": " ".join(f"{name} {value}" for name, value in (card.training.environment or {}).items()),
         "Data": f"{card.data.name}, {card.data.source}, {card.data.licence}",
         "Licence": card.license,
         "Citation": card.citation.strip(),

@@ -81,9 +81,11 @@ def pull_command(argv: Sequence[str]) -> int:
     bundle = pull(options.reference, True if options.offline else None, options.rebind)
     card = bundle.card
     if options.json:
-        print_json({"name": card.name, "version": card.version, "folder": str(bundle.folder)})
+        where = {"name": card.name, "version": card.version, "folder": str(bundle.folder)}
+        print_json({**where, "license": card.license, "data": card.data.model_dump()})
     else:
         print(f"{card.reference}, {numbers.size(card.weights.bytes)}, in {bundle.folder}")
+        print(f"Licence: {card.license}; made from {card.data.name}, {card.data.licence}")
         note(f"Next: zoo eval {options.reference}")
     return OK
 

@@ -74,6 +74,7 @@ def test_a_toy_package_makes_its_bundles(capsys, toy, tmp_path):
         read_card(out / name / "card.yaml") for name in ("dense-made", "fifth-made", "half-made")
     )
     assert dense.training.command == "zoo make toy/dense-made"
+    assert dense.training.environment["torch"] == torch.__version__ and dense.training.environment["cpu"]
     assert list(dense.metrics[0].per_seed) == [0, 1] and dense.metrics[0].protocol == "after the last step"
     assert half.dense_twin == fifth.dense_twin == "toy/dense-made"
     assert half.metrics[0].dense.per_seed == dense.metrics[0].per_seed
