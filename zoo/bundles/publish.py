@@ -33,7 +33,6 @@ from zoo.methods.contract import Sparsified
 from zoo.shared.masks import MaskSet, masks_of
 
 
-
 def environment() -> dict[str, str]:
     """What a model is made with here: versions, the processor and, in a checkout, the commit."""
     from zoo.studies.digests import commit
