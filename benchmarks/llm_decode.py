@@ -5,8 +5,9 @@ Random weights of the shapes of Llama-3.2-1B (fp32 and bf16) and of 8B blocks, b
 a call is one token through the whole model, cache included. Four distinct layers stand for all sixteen: each
 is many times the size of a cache, so that none is read faster for it. Thresholds are calibrated on the model
 itself; `skips` is the share of the blocks' weights that they spare tokens like those that are timed. All
-weights, dense ones too, lie on huge pages. LLM_DECODE (1b-float32, 1b-bfloat16, 1b-gqsa, 8b-float32) chooses
-one part of it.
+weights, dense ones too, lie on huge pages. LLM_DECODE (1b-float32, 1b-bfloat16, 1b-gqsa, 8b-float32,
+1b-rival, 8b-rival) chooses one part of it. The last two are GQSA beside llama.cpp in four bits
+(`_llama_cpp.py`), which has to be installed where RIVAL_PYTHON says.
 """
 
 from __future__ import annotations
@@ -16,20 +17,25 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator when it is loaded
 
 import copy  # noqa: E402
+import functools  # noqa: E402
+import gc  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from collections import defaultdict  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
+from _llama_cpp import LlamaCpp  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from zoo.llm.gate_statistics import gate_statistics  # noqa: E402
 from zoo.llm.methods.chess import chess_thresholds  # noqa: E402
 from zoo.llm.models.blocks import find_blocks  # noqa: E402
+from zoo.llm.models.one_token import OneTokenLayer  # noqa: E402
 from zoo.llm.models.quantised import PackedGroupLinear, replace_module  # noqa: E402
 from zoo.llm.models.serving import pack_model  # noqa: E402
 from zoo.llm.models.thresholds import attach, held_out_shares, skipped_share  # noqa: E402
@@ -62,6 +68,7 @@ LLAMA_1B = Shape("Llama-3.2-1B", 2048, 8192, 32, 8, 16, 128256, 4)
 BLOCKS_8B = Shape("8B blocks", 4096, 14336, 32, 8, 4, 256, 2)
 SMALL = Shape("small", 512, 2048, 8, 2, 4, 4096, 2)
 PROFILES: dict[str, dict[str, float]] = {}
+RIVALS: dict[str, dict[str, Any]] = {}
 
 
 @dataclass
@@ -100,7 +107,7 @@ class Variants:
                 first = (first + 77_777) % (noise.numel() - part.numel())
                 part.copy_(noise[first : first + part.numel()])
         self.dense = model
-        self.tokens = torch.randint(shape.vocab, (64,))
+        self.tokens = torch.randint(shape.vocab, (512,))
 
     def packed(self, thresholds: dict[str, Tensor], masks: MaskSet | None = None) -> nn.Module:
         """A packed copy that shares what it does not store in another way."""
@@ -246,9 +253,12 @@ def profile(variants: Variants, model: nn.Module, calls: int = 4) -> dict[str, f
     spent: dict[str, float] = defaultdict(float)
     stack: list[list[float]] = []
     handles = []
+    whole: tuple[str, ...] = ()  # layers that call none of their parts
     for name, module in model.named_modules():
         part = next((title for suffix, title in PARTS if name.endswith(suffix)), None)
-        if part is None:
+        if isinstance(module, OneTokenLayer):
+            part, whole = "layers", (*whole, f"{name}.")
+        if part is None or name.startswith(whole):
             continue
 
         def before(module: nn.Module, args: Any) -> None:
@@ -362,11 +372,37 @@ def grouped_cells(shape: Shape, goal: float | None) -> Iterator[Cell]:
         PROFILES[f"{shape.name} float32 {name}"] = profile(variants, model)
 
 
+def rival_cells(shape: Shape, threads: int) -> Iterator[Cell]:
+    """GQSA with a head in four bits, too, beside llama.cpp's Q4_0: a token, and prompts."""
+    rival = LlamaCpp.start(shape, "Q4_0", threads)
+    if rival is None:
+        return
+    variants = Variants(shape, torch.float32)
+    model, bound = variants.grouped(head=True)
+    del variants.dense
+    token, prompts = variants.decoding(model), {n: variants.prefilling(model, n) for n in (64, 512)}
+    token()
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    RIVALS[shape.name] = {**rival.ready, "peak": rival.peak(), "ours": pages * os.sysconf("SC_PAGE_SIZE")}
+    labels: dict[str, object] = {"shape": shape.name, "weights": "four bits", "ours": "GQSA W4S50, W4 head"}
+    try:
+        peers = {"llama.cpp Q4_0": rival.token}
+        yield Cell({**labels, "batch": 1}, token, peers, bound, Goal(1 / 0.6))
+        for length, prompt in prompts.items():
+            peers = {"llama.cpp Q4_0": functools.partial(rival.prompt, length)}
+            yield Cell({**labels, "batch": f"prompt of {length}"}, prompt, peers, None, Goal(1 / 1.1))
+        PROFILES[f"{shape.name} GQSA W4S50, W4 head, {threads} threads"] = profile(variants, model)
+    finally:
+        rival.stop()
+
+
 def cells(quick: bool, threads: int) -> Iterator[Cell]:
     """All cells; a quick run has a small model, which is no claim."""
     if quick:
         yield from cells_of(SMALL, torch.float32, {}, quick)
         yield from grouped_cells(SMALL, None)
+        yield from rival_cells(SMALL, threads)
         return
     chosen = os.environ.get("LLM_DECODE", "")
     goals = {"chess 0.5": 1.25, "chess 0.7": 1.45, "weights 0.5": 1.3}
@@ -379,22 +415,28 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
             yield from cells_of(shape, dtype, promised, quick)
     if chosen in ("", "1b-gqsa"):
         yield from grouped_cells(LLAMA_1B, 3.0)
+    for name, shape in (("1b-rival", LLAMA_1B), ("8b-rival", BLOCKS_8B)):
+        if chosen in ("", name):
+            yield from rival_cells(shape, threads)
 
 
 def write_profiles(path: str) -> None:
     """Add the profiles to the results, and print them."""
     parts = list(dict.fromkeys(part for profile in PROFILES.values() for part in profile))
-    width = max(map(len, PROFILES))
+    width = max(map(len, PROFILES), default=0)
     print("\nmilliseconds of a token, by part")
     for name, found in PROFILES.items():
         print(f"{name:<{width}}  " + ", ".join(f"{part} {found.get(part, 0):.1f}" for part in parts))
     if path:
-        write_json(path, read_json(path) | {"profile_ms": PROFILES})
+        write_json(path, read_json(path) | {"profile_ms": PROFILES, "rivals": RIVALS})
 
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    status = main("decoding skips what thresholds and masks spare", cells)
+    # A rival's time is another process's.
+    status = main(
+        "decoding skips what thresholds and masks spare", cells, clock=time.perf_counter, block_seconds=0.2
+    )
     arguments = sys.argv[1:]
     write_profiles(arguments[arguments.index("--json") + 1] if "--json" in arguments else "")
     sys.exit(status)
