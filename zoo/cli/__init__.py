@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": ("measure", "compare models sample by sample, with an interval and a test"),
     "verify": ("measure", "measure every figure on a card again"),
     "make": ("remake", "make bundles again from their recipes"),
+    "recipes": ("recipes", "recipes for models that people know"),
     "pretrain": ("make", "train a model without labels, to be fine-tuned"),
     "sparsify": ("make", "make a sparse model from a dense one, by any method"),
     "finetune": ("make", "fine-tune a sparse model; its zeros stay"),

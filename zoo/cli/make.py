@@ -195,7 +195,7 @@ def foreign_folder(model: str) -> tuple[str, Any] | None:
     folder = Path(model)
     if not folder.is_dir() or (folder / "card.yaml").is_file():
         return None
-    for name in FOLDERS.names():
+    for name in sorted(FOLDERS.names(), key=lambda name: ":" not in name):  # those that ask for more first
         domain, _, marker = name.partition("/")
         file, _, key = marker.partition(":")
         if (folder / file).is_file() and (not key or key in read_json(folder / file)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import shlex
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ def make_command(argv: Sequence[str]) -> int:
     options = parse(Make, argv, "make")
     if not options.names:
         raise ConfigError("name at least one bundle, e.g. `zoo make 'vision/bip-*' --dry-run`")
+    if all(name.startswith("hub/") for name in options.names):
+        return _hub(options)
     if options.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, received {options.jobs}")
     from zoo.bundles.recipes import select_rows
@@ -76,6 +79,28 @@ def make_command(argv: Sequence[str]) -> int:
     else:
         for path in made:
             stdout().print(str(path), soft_wrap=True)
+    return OK
+
+
+def _hub(options: Make) -> int:
+    """Run recipes for models that people know (`zoo recipes list`), each into a folder of its name."""
+    from zoo.cli import main
+    from zoo.recipes import select
+
+    if options.out is None:
+        raise ConfigError("recipes of hub/ need a folder for what they make: --out DIR")
+    shown = []
+    for entry in select(options.names):
+        for words in entry.commands(str(options.out / entry.name)):
+            shown.append(shlex.join(["zoo", *words]))
+            if not options.dry_run:
+                note(shown[-1])
+                if code := main(words):
+                    return code
+    if options.json:
+        print_json(shown)
+    elif options.dry_run:
+        print("\n".join(shown))
     return OK
 
 

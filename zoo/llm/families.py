@@ -63,6 +63,11 @@ OTHERS: dict[str, dict[str, Any]] = {
 FAMILIES = GATED | UNGATED | MIXTURES | OTHERS
 
 
+def sizes(kind: str) -> dict[str, Any]:
+    """What a tiny configuration of a family is made with; of one that is not listed the common sizes."""
+    return {**_COMMON, **FAMILIES.get(kind, {})}
+
+
 def family(kind: str) -> nn.Module:
     """A random model of a family, the same one each time, in eval mode."""
     return copy.deepcopy(_family(kind))
@@ -73,7 +78,7 @@ def _family(kind: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**_COMMON, **FAMILIES[kind]})
+    config = AutoConfig.for_model(kind, **sizes(kind))
     build: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model: nn.Module = build.from_config(config).eval()
     with torch.no_grad():  # the usual start at 0.02 would hide errors behind the residual stream

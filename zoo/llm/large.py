@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from zoo.errors import ConfigError
+from zoo.llm.converted import Source, read, sources, stored
 from zoo.llm.data import corpus
 from zoo.llm.data.calibration import random_windows
 from zoo.llm.data.tokenization import token_stream, tokenizer_in
@@ -88,15 +89,25 @@ class Shards:
                 f"{folder} has neither model.safetensors nor {_INDEX}; save the model there first"
             )
         self.files = files
+        self.model: nn.Module = nn.Module()
+        self.sources = {name: Source(((name, None),), name) for name in files}
+
+    def bind(self, model: nn.Module) -> None:
+        """Read parameters by their names in a model, whatever transformers makes them of."""
+        self.model, self.sources = model, sources(model, list(self.files))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in its stored precision.
+        """One parameter of the model, in its stored precision.
 
         Raises:
             ConfigError: it is not in the checkpoint.
         """
-        if name not in self.files:
+        if name not in self.sources:
             raise ConfigError(f"{self.folder} has no tensor {name!r}; its config belongs to other weights")
+        return read(self.sources[name], self.read_file, self.model)
+
+    def read_file(self, name: str) -> Tensor:
+        """One tensor as the checkpoint names it."""
         with safe_open(self.folder / self.files[name], "pt") as shard:
             tensor: Tensor = shard.get_tensor(name)
         return tensor
@@ -113,22 +124,23 @@ class BlockStore:
 
     def __init__(self, model: nn.Module, shards: Shards, out: Path) -> None:
         self.model, self.shards, self.out = model, shards, out
+        shards.bind(model)
         self.weight_map: dict[str, str] = {}
 
     @contextmanager
     def opened(self, name: str) -> Iterator[None]:
         """The block's parameters are there, in float32, while the context lasts; then they are written."""
         block = self.model.get_submodule(name)
-        stored = {key: self.shards.read(f"{name}.{key}") for key, _ in block.named_parameters()}
-        dtypes = {key: tensor.dtype for key, tensor in stored.items()}
-        fill(block, stored)
+        held = {key: self.shards.read(f"{name}.{key}") for key, _ in block.named_parameters()}
+        dtypes = {key: tensor.dtype for key, tensor in held.items()}
+        fill(block, held)
         yield
         tensors = {
             f"{name}.{key}": parameter.detach().to(dtypes[key]).contiguous()
             for key, parameter in block.named_parameters()
         }
         block.to("meta")
-        self.write(tensors)
+        self.write(stored(self.model, tensors))
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """One more shard."""
@@ -140,7 +152,7 @@ class BlockStore:
         """Copy what was not pruned, tensor by tensor, and write the index."""
         for name in self.shards.files:
             if name not in self.weight_map:
-                self.write({name: self.shards.read(name)})
+                self.write({name: self.shards.read_file(name)})
         size = sum((self.out / file).stat().st_size for file in set(self.weight_map.values()))
         index = {"metadata": {"total_size": size}, "weight_map": self.weight_map}
         (self.out / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -282,6 +294,7 @@ class Large:
     def _prune(self, source: Path, prune: Any) -> tuple[int, int]:
         shards, model = Shards(source), skeleton(source)
         batches = list(self._windows(source, model).split(1))
+        shards.bind(model)
         outside = _before_blocks(model)
         fill(model, {name: shards.read(name) for name in outside})
         store = BlockStore(model, shards, self.out)

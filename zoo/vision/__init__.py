@@ -12,6 +12,7 @@ from zoo.registry import (
     ARCHITECTURES,
     DATASETS,
     FINETUNERS,
+    FOLDERS,
     JOBS,
     MAKERS,
     MEASURED,
@@ -32,6 +33,7 @@ ARCHITECTURES.register("vision/lidar-detector", "zoo.vision.lidar.detector:Detec
 METHODS.register("ofb", "zoo.vision.methods.ofb:OFB")
 METHODS.register("sparse-byte-nn", "zoo.vision.methods.kernel_groups:KernelGroups")
 JOBS.register("vision", "zoo.vision.domain:make_job")
+FOLDERS.register("vision/config.json:pretrained_cfg", "zoo.vision.timm_folders:sparsify_folder")
 TASKS.register("vision/digits", "zoo.vision.tasks:Digits")
 TASKS.register("vision/cifar10-jpeg", "zoo.vision.tasks:CifarJpeg")
 TASKS.register("vision/cifar10-true", "zoo.vision.tasks:CifarTrue")

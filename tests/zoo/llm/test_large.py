@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from zoo.errors import ConfigError
+from zoo.llm.families import family, token_ids
 from zoo.llm.large import BlockStore, Large, Shards, fill, skeleton, write_random
 from zoo.llm.methods.wanda import wanda_pruner
 from zoo.llm.pruning import prune_blocks
@@ -38,6 +39,33 @@ def test_from_shards_equals_in_memory(tmp_path, method, pattern):
     for name, weight in expected.state_dict().items():
         if name != "lm_head.weight":  # tied
             assert torch.equal(found.state_dict()[name], weight.bfloat16()), name
+
+
+def test_a_mixture_whose_folder_holds_single_experts(tmp_path):
+    """transformers fuses the experts as it loads and takes them apart as it saves; so does the zoo."""
+    from safetensors import safe_open
+
+    family("mixtral").save_pretrained(tmp_path / "source")
+    masked, out = family("mixtral"), tmp_path / "out"
+    shards = Shards(tmp_path / "source")
+    assert any(".experts.3.w2." in name for name in shards.files), "the case at hand"
+    model = skeleton(tmp_path / "source")
+    out.mkdir()
+    store = BlockStore(model, shards, out)
+    ids = token_ids(2)
+    fill(model, {name: shards.read(name) for name, _ in model.named_parameters() if ".layers." not in name})
+    pruner = wanda_pruner(parse_pattern("unstructured"), 0.5)
+    prune_blocks(model, ids, pruner, opened=store.opened, collect=False)
+    store.finish()
+    prune_blocks(masked, ids, pruner)
+    (out / "config.json").write_text((tmp_path / "source" / "config.json").read_text())
+    found = AutoModelForCausalLM.from_pretrained(out)
+    for name, weight in masked.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
+    names = set(store.weight_map)
+    assert names == set(shards.files), "the same tensors by the same names"
+    with safe_open(out / next(iter(store.weight_map.values())), "pt") as shard:
+        assert set(shard.keys()) <= names
 
 
 def test_only_one_block_is_in_memory(tmp_path):
