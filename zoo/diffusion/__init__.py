@@ -16,6 +16,7 @@ from zoo.registry import (
     MAKERS,
     METHODS,
     PICTURES,
+    RECIPE_CHECKS,
     STUDIES,
     TASKS,
 )
@@ -32,6 +33,7 @@ TASKS.register("diffusion/t2i-mnist", "zoo.diffusion.tasks:Mnist")
 TASKS.register("diffusion/flow-digits", "zoo.diffusion.tasks:FlowDigits")
 PICTURES.register("diffusion", "zoo.diffusion.grids:picture")
 FINETUNERS.register("diffusion", "zoo.diffusion.finetune:Finetune")
+RECIPE_CHECKS.register("diffusers", "zoo.diffusion.recipe_check:Diffusers")
 JOBS.register("diffusion", "zoo.diffusion.domain:make_job")
 STUDIES.register("ecodiff", "zoo.diffusion.studies.ecodiff:STUDY")
 STUDIES.register("laptop", "zoo.diffusion.studies.laptop:STUDY")

@@ -9,7 +9,18 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo.registry import ARCHITECTURES, DATASETS, FINETUNERS, JOBS, MAKERS, MEASURED, METHODS, STUDIES, TASKS
+from zoo.registry import (
+    ARCHITECTURES,
+    DATASETS,
+    FINETUNERS,
+    JOBS,
+    MAKERS,
+    MEASURED,
+    METHODS,
+    RECIPE_CHECKS,
+    STUDIES,
+    TASKS,
+)
 
 ARCHITECTURES.register("graph/gcn", "zoo.graph.models:GCN")
 ARCHITECTURES.register("graph/gin", "zoo.graph.models:GIN")
@@ -40,6 +51,7 @@ STUDIES.register("teddy", "zoo.graph.studies.teddy:STUDY")
 MAKERS.register("graph/dense", "zoo.graph.makers:dense")
 MAKERS.register("graph/clicks", "zoo.graph.makers:clicks")
 FINETUNERS.register("graph", "zoo.graph.finetune:Finetune")
+RECIPE_CHECKS.register("graph", "zoo.graph.recipe_check:Graph")
 JOBS.register("graph", "zoo.graph.domain:make_job")
 
 _PUBLIC = {

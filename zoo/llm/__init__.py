@@ -17,6 +17,7 @@ from zoo.registry import (
     JOBS,
     MAKERS,
     METHODS,
+    RECIPE_CHECKS,
     STUDIES,
     TASKS,
 )
@@ -46,6 +47,7 @@ STUDIES.register("gqsa", "zoo.llm.studies.gqsa:STUDY")
 STUDIES.register("flash-llm", "zoo.llm.studies.flash_llm:STUDY")
 MAKERS.register("llm/dense", "zoo.llm.makers:dense")
 FINETUNERS.register("llm", "zoo.llm.finetune:Finetune")
+RECIPE_CHECKS.register("transformers", "zoo.llm.recipe_check:Transformers")
 JOBS.register("llm", "zoo.llm.domain:make_job")
 FOLDERS.register("llm/config.json", "zoo.llm.folders:sparsify_folder")
 TASKS.register("llm/text", "zoo.llm.tasks:TextFile")

@@ -18,6 +18,7 @@ from zoo.registry import (
     MEASURED,
     METHODS,
     PRETRAINERS,
+    RECIPE_CHECKS,
     STUDIES,
     TASKS,
 )
@@ -32,6 +33,7 @@ ARCHITECTURES.register("vision/swinir", "zoo.vision.upscalers:SwinIR")
 ARCHITECTURES.register("vision/lidar-detector", "zoo.vision.lidar.detector:Detector")
 METHODS.register("ofb", "zoo.vision.methods.ofb:OFB")
 METHODS.register("sparse-byte-nn", "zoo.vision.methods.kernel_groups:KernelGroups")
+RECIPE_CHECKS.register("timm", "zoo.vision.recipe_check:Timm")
 JOBS.register("vision", "zoo.vision.domain:make_job")
 FOLDERS.register("vision/config.json:pretrained_cfg", "zoo.vision.timm_folders:sparsify_folder")
 TASKS.register("vision/digits", "zoo.vision.tasks:Digits")
