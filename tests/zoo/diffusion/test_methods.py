@@ -4,6 +4,7 @@ refusals."""
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed"
 from zoo.diffusion.domain import make_job  # noqa: E402
 from zoo.diffusion.gates import gated  # noqa: E402
 from zoo.diffusion.methods.ecodiff import EcoDiff, column_norms, gates, kept_units  # noqa: E402
-from zoo.diffusion.methods.laptop import Laptop, noisy_images, output_loss  # noqa: E402
+from zoo.diffusion.methods.laptop import Laptop, noisy_images, output_loss, removable_layers  # noqa: E402
 from zoo.diffusion.methods.stable_diffusion import PruneParts, mixed_sparsity  # noqa: E402
 from zoo.diffusion.models import TextToImage  # noqa: E402
 from zoo.diffusion.parts import prompts_of, run_sampler  # noqa: E402
@@ -230,6 +231,26 @@ def test_the_cheapest_layers_go_and_the_output_loss_is_what_it_says(model, job) 
     after = sum(p.numel() for p in made.model.unet.parameters())
     assert after <= 0.8 * before
     assert made.arguments["pruning_plan"]["dropped"]
+
+
+def test_a_budget_of_time_takes_the_slow_layer_where_costs_are_equal(model, job, monkeypatch) -> None:
+    """Layers that cost the same: the one that sleeps frees enough alone."""
+    net = copy.deepcopy(model)
+    removable = removable_layers(net.unet)
+    slow = removable[1]
+    net.unet.get_submodule(slow.name).register_forward_hook(lambda *_: time.sleep(0.05))
+    monkeypatch.setattr(Laptop, "costs", lambda self, model, removable, job: [1.0] * len(removable))
+    method = Laptop(remove=0.3, budget="latency")
+    freed, total = method.freed(net, removable, job)
+    assert freed[1] >= 50e6 and total >= freed[1] and min(freed) > 0
+    assert method.choose(removable, [1.0] * len(removable), freed, total) == [slow]
+    assert not net.unet._forward_hooks and not net.unet._forward_pre_hooks
+    made = method.sparsify(net, job)
+    assert made.hyperparameters["dropped"] == [slow.name]
+    with pytest.raises(ConfigError, match="an image of a job"):
+        Laptop(score="magnitude", budget="latency").sparsify(net)
+    with pytest.raises(BudgetError, match="latency cannot be removed"):
+        Laptop(remove=0.99, budget="latency").sparsify(copy.deepcopy(model), job)
 
 
 def test_all_attention_does_not_go_silently(model, job) -> None:

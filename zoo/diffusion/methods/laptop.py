@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,7 +35,10 @@ class Laptop:
     needs_job: ClassVar[bool] = True
 
     remove: float = 0.2
-    """Share of the denoiser's parameters to remove, at least."""
+    """Share of the denoiser's parameters, or of its time, to remove, at least."""
+
+    budget: Literal["parameters", "latency"] = "parameters"
+    """What that share is of: parameters, or the time of a call as measured here, one image at a time."""
 
     score: Literal["output", "guided", "magnitude", "random"] = "output"
     """What a layer costs: the squared change of the output without it; the same for the output and for the
@@ -70,8 +76,8 @@ class Laptop:
         require_plain(model)
         network, teacher = denoiser_of(model), copy.deepcopy(model) if self.distil else None
         removable = removable_layers(network)
-        self.require_enough(network, removable)
-        chosen = self.choose(network, removable, self.costs(model, removable, job))
+        freed, total = self.freed(model, removable, job)
+        chosen = self.choose(removable, self.costs(model, removable, job), freed, total)
         target: Any = model
         target.cut(Plan(dropped=tuple(layer.name for layer in chosen)))
         if teacher is not None and job is not None:
@@ -86,28 +92,38 @@ class Laptop:
             arguments=target.current_arguments(),
         )
 
-    def require_enough(self, network: nn.Module, removable: list[Layer]) -> None:
-        """Refuse to remove more than all removable layers.
+    def freed(self, model: Any, removable: list[Layer], job: Job | None) -> tuple[list[int], int]:
+        """What each layer frees of the budget, and what the whole denoiser takes: parameters or nanoseconds.
 
         Raises:
-            BudgetError: they have fewer parameters than are to go.
+            ConfigError: no job whose images can be timed.
+            BudgetError: all removable layers together have less than is to go.
         """
-        total = sum(p.numel() for p in network.parameters())
-        most = sum(layer.parameters for layer in removable)
-        if most < self.remove * total:
-            raise BudgetError(
-                f"{self.remove:.1%} of the parameters cannot be removed: all removable layers together have "
-                f"{most / total:.1%}"
+        network = denoiser_of(model)
+        if self.budget == "latency":
+            if job is None:
+                raise ConfigError("a latency is measured on an image of a job: give one")
+            x, times, ids = (values[:1] for values in noisy_images(model, job, 2))
+            freed, total = latencies(
+                network, [layer.name for layer in removable], lambda: model(x, times, ids)
             )
+        else:
+            freed = [layer.parameters for layer in removable]
+            total = sum(p.numel() for p in network.parameters())
+        if sum(freed) < self.remove * total:
+            raise BudgetError(
+                f"{self.remove:.1%} of the {self.budget} cannot be removed: all removable layers together "
+                f"have {sum(freed) / total:.1%}"
+            )
+        return freed, total
 
-    def choose(self, network: nn.Module, removable: list[Layer], costs: list[float]) -> list[Layer]:
+    def choose(self, removable: list[Layer], costs: list[float], freed: list[int], total: int) -> list[Layer]:
         """The layers to remove, cheapest together.
 
         Raises:
             ConfigError: they leave no attention to the prompt.
         """
-        target = -int(-self.remove * sum(p.numel() for p in network.parameters()) // 1)
-        found = cheapest_cover([layer.parameters for layer in removable], costs, target)
+        found = cheapest_cover(freed, costs, -int(-self.remove * total // 1))
         chosen = [removable[i] for i in found]
         if not self.allow_unconditional:
             _require_attention(removable, chosen)
@@ -147,6 +163,36 @@ class Laptop:
 def removable_layers(network: nn.Module) -> list[Layer]:
     """The layers of a network that may be dropped."""
     return [layer for layer in layers(network) if layer.removable]
+
+
+@torch.no_grad()
+def latencies(
+    network: nn.Module, names: Sequence[str], call: Callable[[], object], calls: int = 15
+) -> tuple[list[int], int]:
+    """Nanoseconds that modules of a network take in a call, and the whole network: medians over calls."""
+    modules = {network: "", **{network.get_submodule(name): name for name in names}}
+    seen: dict[str, list[int]] = {name: [] for name in modules.values()}
+    started: dict[nn.Module, int] = {}
+
+    def begin(module: nn.Module, *_: object) -> None:
+        started[module] = time.perf_counter_ns()
+
+    def end(module: nn.Module, *_: object) -> None:
+        seen[modules[module]].append(time.perf_counter_ns() - started[module])
+
+    hooks = [one.register_forward_pre_hook(begin) for one in modules]
+    hooks += [one.register_forward_hook(end) for one in modules]
+    try:
+        call()  # the first one allocates
+        for times in seen.values():
+            times.clear()
+        for _ in range(calls):
+            call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    middle = {name: int(statistics.median(times)) for name, times in seen.items()}
+    return [middle[name] for name in names], middle[""]
 
 
 @torch.no_grad()

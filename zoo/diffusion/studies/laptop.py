@@ -64,7 +64,9 @@ def measure(make: Any, options: LaptopOptions, case: Row, cells: CellCache) -> R
     if make is None:
         return {**common.figures(model, seed, options.images), "left": 1.0}
     method = make(remove=case["level"])
-    chosen = method.choose(model.unet, removable_layers(model.unet), list(scored(method.score, seed)))
+    removable = removable_layers(model.unet)
+    freed, total = method.freed(model, removable, None)
+    chosen = method.choose(removable, list(scored(method.score, seed)), freed, total)
     model.cut(Plan(dropped=tuple(layer.name for layer in chosen)))
     if method.distil:
         method.train_on(model, common.victim(), job)
