@@ -37,6 +37,15 @@ def test_light_things_import_nothing_heavy(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_loading_imports_no_compiler() -> None:
+    wanted = "vision/bip-convnet-digits-s90"
+    code = f"import sys, zoo; zoo.load({wanted!r}); assert 'torch' in sys.modules; wanted = 'torch._dynamo'\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert wanted not in sys.modules"], capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_import_takes_less_than_a_second() -> None:
     def seconds(code: str) -> float:
         start = time.perf_counter()

@@ -19,6 +19,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import TorchFunctionMode
 
 from zoo.bundles.card import Card
 from zoo.errors import BundleError
@@ -64,7 +65,7 @@ def build(card: Card, tensors: Mapping[str, Tensor]) -> nn.Module:
     remedy = "Correct architecture.args, or use the version that made the bundle."
     with refusing(card.name, where, remedy):
         _check_sizes(args)
-        with torch.random.fork_rng(devices=[]), _at_most(len(tensors)), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), _at_most(len(tensors)), torch.device("meta"), _Unfilled():
             planned = builder(**args)
     if not isinstance(planned, nn.Module):
         built = type(planned).__name__
@@ -112,6 +113,16 @@ def check_fits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> No
             )
         if own.dtype != tensor.dtype and not (own.is_floating_point() and tensor.is_floating_point()):
             raise BundleError(f"{name!r} is stored as {tensor.dtype}, the architecture has {own.dtype}")
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves tensors that have no memory as they are: torch would import its compiler, for two seconds, to find
+    that there is nothing to draw."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
