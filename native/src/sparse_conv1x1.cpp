@@ -18,7 +18,6 @@
 namespace zoo {
 namespace {
 
-constexpr int kMost = kLanes == 16 ? 5 : 8;  // vectors of a piece: those of 128 channels fill the first-level cache
 constexpr int kMostOfBlocks = 2;             // vectors of a tile of it for four channels, whose sums fill the registers
 constexpr int64_t kFirstLevel = 32 << 10, kWeights = 96 << 10;  // bytes of x and of weights that stay in the caches
 constexpr int64_t kRowCost = 4;  // what an empty row costs, in entries, for an even split among threads
@@ -121,21 +120,6 @@ void blocks_by_count(const Job<T>& job, const Tile* tiles, int64_t count, int64_
       case 4: all(std::integral_constant<int, 4>{}); break;
       default: all(std::integral_constant<int, -1>{});
     }
-  }
-}
-
-// Calls body(std::integral_constant<int, vectors>).
-template <class Body>
-ZOO_INLINE void with_vectors(int64_t vectors, Body&& body) {
-  switch (vectors) {
-    case 1: return body(std::integral_constant<int, 1>{});
-    case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    case 4: return body(std::integral_constant<int, 4>{});
-    case 5: return body(std::integral_constant<int, 5>{});
-    case 6: return body(std::integral_constant<int, 6>{});
-    case 7: return body(std::integral_constant<int, 7>{});
-    default: return body(std::integral_constant<int, 8>{});
   }
 }
 

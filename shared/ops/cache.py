@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import _native, dispatch
 
-Run = Callable[[Tensor, "Tensor | None"], Tensor]  # of x and the bias
+Run = Callable[..., Tensor]  # of x, the bias and, where the kernel takes one, a residual
 Form = TypeVar("Form")
 Owner = TypeVar("Owner")
 # Looked up once, as the look-ups would take as long as the answers.
@@ -116,13 +116,13 @@ class Derived(Generic[Form]):
         known: int | None = None
         run: Run | None = None
 
-        def call(x: Tensor, bias: Tensor | None) -> Tensor:
+        def call(*inputs: Tensor | None) -> Tensor:
             nonlocal known, run
             alive = cast(Owner, held())
             for source in sources:
                 if source.requires_grad:
                     known = run = None
-                    return make(alive, build(alive))(x, bias)
+                    return make(alive, build(alive))(*inputs)
             if look is None:
                 now = digest(*sources)
             else:
@@ -131,7 +131,7 @@ class Derived(Generic[Form]):
                     now = look(at, rows, size, stride, number(now))
             if run is None or now != known:
                 run, known = make(alive, self.get(sources, lambda: build(alive), options)), now
-            return run(x, bias)
+            return run(*inputs)
 
         return call
 
@@ -232,8 +232,15 @@ def dense_run(
     return run
 
 
-def native_run(name: str, parts: Sequence[Tensor], y_shape: tuple[int, ...], numbers: Sequence[int]) -> Run:
-    """The run of a kernel that takes x, the parts of a weight, a bias, y, numbers and threads, in that order.
+def native_run(
+    name: str,
+    parts: Sequence[Tensor],
+    y_shape: tuple[int, ...],
+    numbers: Sequence[int],
+    residual: bool = False,
+) -> Run:
+    """The run of a kernel that takes x, the parts of a weight, a bias, y, numbers and threads, in that order;
+    with `residual` one of the shape of y, or null, before y.
 
     All is made ready that stays from call to call, the number of threads among it. The parts are kept alive.
     """
@@ -254,4 +261,13 @@ def native_run(name: str, parts: Sequence[Tensor], y_shape: tuple[int, ...], num
             _native.refuse(code, kernel)
         return y if x.dtype is float32 else y.to(x.dtype)
 
-    return run
+    def run_with_residual(x: Tensor, bias: Tensor | None, added: Tensor | None = None) -> Tensor:
+        flat, y = plain(x), empty(*y_shape, dtype=float32)
+        wide, more = (None if each is None else plain(each) for each in (bias, added))
+        at, beside = (None if each is None else address(each.data_ptr()) for each in (wide, more))
+        code = kernel(address(flat.data_ptr()), *held[1], at, beside, address(y.data_ptr()), *sizes)
+        if code:
+            _native.refuse(code, kernel)
+        return y if x.dtype is float32 else y.to(x.dtype)
+
+    return run_with_residual if residual else run

@@ -8,6 +8,8 @@
 //   block 4x1: the same per block of four rows, four values per block; block 1xC: the first of C columns per block.
 #pragma once
 
+#include <type_traits>
+
 #include "zoo/simd.hpp"
 
 namespace zoo {
@@ -95,6 +97,23 @@ ZOO_INLINE void accumulate_columns(const T* values, const uint16_t* offsets, int
     }
   }
   for (int v = 0; v < V; ++v) acc[v] = part[v];
+}
+
+constexpr int kMost = kLanes == 16 ? 5 : 8;  // vectors of a piece of a map: those of 128 channels fill the first-level cache
+
+// Calls body(std::integral_constant<int, vectors>).
+template <class Body>
+ZOO_INLINE void with_vectors(int64_t vectors, Body&& body) {
+  switch (vectors) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 5: return body(std::integral_constant<int, 5>{});
+    case 6: return body(std::integral_constant<int, 6>{});
+    case 7: return body(std::integral_constant<int, 7>{});
+    default: return body(std::integral_constant<int, 8>{});
+  }
 }
 
 // Transposes x [batch, count] (row stride `ldx`) into out [count, width], columns batch..width-1 zero.
