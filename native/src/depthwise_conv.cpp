@@ -3,6 +3,7 @@
 // Beside sparse 1x1 convolutions, which want each channel's map in one piece. A map is first copied with its border of
 // zeros, its columns dealt out by their remainder modulo the stride; the taps of a row of results are then plain vector
 // loads for every stride, and the copy (a map or less) stays in the second-level cache.
+#include "zoo/activation.hpp"
 #include "zoo/export.hpp"
 #include "zoo/lanes.hpp"
 #include "zoo/parallel.hpp"
@@ -45,7 +46,7 @@ void deal(const Shape& s, const float* x, float* padded) {
 // K: the kernel's size, S: the stride; 0 where they are not known here. With both known, a kernel of 3 stays in
 // registers for the whole map.
 template <int K, int S>
-void convolve_map(const Shape& s, const float* padded, const float* weight, float bias, bool relu, float* y) {
+void convolve_map(const Shape& s, const float* padded, const float* weight, float bias, int64_t activation, float* y) {
   const int64_t kernel = K > 0 ? K : s.kernel, stride = S > 0 ? S : s.stride;
   const int64_t phase_width = s.phase_width(), row_width = s.row(), out_width = s.out_width;
   Vec held[K == 3 ? 9 : 1];
@@ -62,7 +63,8 @@ void convolve_map(const Shape& s, const float* padded, const float* weight, floa
           if constexpr (K == 3) sum += held[a * 3 + b] * x;
           else sum += splat_vec(weight[a * kernel + b]) * x;
         }
-      if (relu) sum = sum < Vec{} ? Vec{} : sum;  // a NaN stays
+      if (activation != kNone) sum = sum < Vec{} ? Vec{} : sum;  // a NaN stays
+      if (activation == kRelu6) sum = sum > splat_vec(6.0f) ? splat_vec(6.0f) : sum;
       // What runs over the end of a row is written again with the next rows.
       if (i * out_width + column + kLanes <= s.out_height * out_width) {
         store_vec(to + column, sum);
@@ -76,15 +78,15 @@ void convolve_map(const Shape& s, const float* padded, const float* weight, floa
 }
 
 template <int K, int S>
-void maps(const Shape& s, const float* x, const float* weight, const float* bias, float* y, int64_t channels, bool relu,
-          int64_t begin, int64_t end) {
+void maps(const Shape& s, const float* x, const float* weight, const float* bias, float* y, int64_t channels,
+          int64_t activation, int64_t begin, int64_t end) {
   float* const padded = scratch_of<float>(s.padded_height() * s.row(), 0);
   std::fill_n(padded, s.padded_height() * s.row(), 0.0f);
   for (int64_t map = begin; map < end; ++map) {
     const int64_t channel = map % channels;
     deal<S>(s, x + map * s.height * s.width, padded);
-    convolve_map<K, S>(s, padded, weight + channel * s.kernel * s.kernel, bias != nullptr ? bias[channel] : 0.0f, relu,
-                       y + map * s.out_height * s.out_width);
+    convolve_map<K, S>(s, padded, weight + channel * s.kernel * s.kernel, bias != nullptr ? bias[channel] : 0.0f,
+                       activation, y + map * s.out_height * s.out_width);
   }
 }
 
@@ -92,19 +94,18 @@ void maps(const Shape& s, const float* x, const float* weight, const float* bias
 }  // namespace zoo
 
 // x [images, channels, height, width], weight [channels, kernel, kernel], bias [channels] or null, y [images, channels,
-// out_height, out_width], all contiguous; relu: negative results become zero.
+// out_height, out_width], all contiguous; activation: see activation.hpp.
 ZOO_EXPORT int64_t zoo_depthwise_conv(const float* x, const float* weight, const float* bias, float* y, int64_t images,
                                    int64_t channels, int64_t height, int64_t width, int64_t out_height,
-                                   int64_t out_width, int64_t kernel, int64_t stride, int64_t padding, int64_t relu,
-                                   int64_t threads) try {
+                                   int64_t out_width, int64_t kernel, int64_t stride, int64_t padding,
+                                   int64_t activation, int64_t threads) try {
   using namespace zoo;
   const Shape s{height, width, out_height, out_width, kernel, stride, padding};
   threads = worthwhile(threads, images * channels * out_height * out_width * kernel * kernel / Lanes<float>::kCount);
   parallel_for(images * channels, threads, [&](int64_t begin, int64_t end) {
-    const bool positive = relu != 0;
-    if (kernel == 3 && stride == 1) maps<3, 1>(s, x, weight, bias, y, channels, positive, begin, end);
-    else if (kernel == 3 && stride == 2) maps<3, 2>(s, x, weight, bias, y, channels, positive, begin, end);
-    else maps<0, 0>(s, x, weight, bias, y, channels, positive, begin, end);
+    if (kernel == 3 && stride == 1) maps<3, 1>(s, x, weight, bias, y, channels, activation, begin, end);
+    else if (kernel == 3 && stride == 2) maps<3, 2>(s, x, weight, bias, y, channels, activation, begin, end);
+    else maps<0, 0>(s, x, weight, bias, y, channels, activation, begin, end);
   });
   return zoo::kOk;
 } ZOO_CATCH

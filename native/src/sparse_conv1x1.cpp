@@ -25,10 +25,9 @@ constexpr int64_t kRowCost = 4;  // what an empty row costs, in entries, for an 
 template <class T>
 struct Job {
   Packed<T> w;
-  const float* bias;
+  const float *bias, *residual;
   float* y;  // maps of so many pixels
-  int64_t pixels, panels;
-  bool relu;
+  int64_t pixels, panels, activation;
 };
 
 // Some vectors of the pixels of a map, one after the other.
@@ -52,6 +51,17 @@ struct Sums {
   ZOO_INLINE float* of(int64_t row) const { return memory == nullptr ? nullptr : memory + (row - first) * step; }
 };
 
+// Stores the sums of a channel in a tile.
+template <int V, class T>
+ZOO_INLINE void finish(const Job<T>& job, const Tile& tile, int64_t row, const vf* acc) {
+  const int64_t at = row * job.pixels;
+  for (int v = 0; v < V; ++v) {
+    const int64_t place = at + tile.at<V>(v);
+    const vf sum = job.residual != nullptr ? add(acc[v], load(job.residual + place)) : acc[v];
+    store(job.y + place, activated(sum, job.activation));
+  }
+}
+
 // A panel of channels [from, to), V vectors of pixels; x: those pixels of the panel's columns, channel after channel.
 template <int V, class T>
 void rows_tile(const Job<T>& job, const Tile& tile, const float* x, const Sums& sums, int64_t from, int64_t to) {
@@ -65,9 +75,9 @@ void rows_tile(const Job<T>& job, const Tile& tile, const float* x, const Sums& 
     const int64_t segment = sums.panel * w.rows + row, first = w.pointer[segment];
     accumulate_row<V>(w.values + first, static_cast<const uint16_t*>(w.index) + first, w.pointer[segment + 1] - first,
                       x, V * kLanes, acc);
-    float* y = job.y + row * job.pixels;
-    for (int v = 0; v < V; ++v)
-      store(ends ? y + tile.at<V>(v) : sum + v * kLanes, ends && job.relu ? relu(acc[v]) : acc[v]);
+    if (ends) finish<V>(job, tile, row, acc);
+    else
+      for (int v = 0; v < V; ++v) store(sum + v * kLanes, acc[v]);
   }
 }
 
@@ -87,11 +97,11 @@ ZOO_INLINE void block_tile(const Job<T>& job, const Tile& tile, const float* x, 
   const int64_t segment = sums.panel * ((w.rows + 3) / 4) + block, first = w.pointer[segment];
   accumulate_rows4<V>(w.values + 4 * first, static_cast<const uint16_t*>(w.index) + first,
                       kCount >= 0 ? kCount : w.pointer[segment + 1] - first, x, V * kLanes, acc);
-  float* y = job.y + 4 * block * job.pixels;
-  for (int64_t r = 0; r < valid; ++r)
-    for (int v = 0; v < V; ++v)
-      store(ends ? y + r * job.pixels + tile.at<V>(v) : sum + r * sums.step + v * kLanes,
-            ends && job.relu ? relu(acc[r][v]) : acc[r][v]);
+  for (int64_t r = 0; r < valid; ++r) {
+    if (ends) finish<V>(job, tile, 4 * block + r, acc[r]);
+    else
+      for (int v = 0; v < V; ++v) store(sum + r * sums.step + v * kLanes, acc[r][v]);
+  }
 }
 
 template <int V, class T>
@@ -180,11 +190,11 @@ void run_piece(const Job<T>& job, bool blocks, const float* map, int64_t number,
 }  // namespace zoo
 
 // x [images, cols, pixels] and y [images, rows, pixels] float, contiguous; pixels >= 16; bias [rows] or null; W of
-// layout csr or rows4, values of `type`; relu: negative results become zero.
+// layout csr or rows4, values of `type`; residual: of the shape of y, or null; activation: see activation.hpp.
 ZOO_EXPORT int64_t zoo_sparse_conv1x1(const float* x, const void* values, const void* index, const int32_t* pointer,
-                                   const float* bias, float* y, int64_t images, int64_t pixels,
-                                      int64_t entries, int64_t rows, int64_t cols, int64_t panel, int64_t layout,
-                                      int64_t type, int64_t relu, int64_t threads) try {
+                                      const float* bias, const float* residual, float* y, int64_t images,
+                                      int64_t pixels, int64_t entries, int64_t rows, int64_t cols, int64_t panel,
+                                      int64_t layout, int64_t type, int64_t activation, int64_t threads) try {
   const bool blocks = layout == zoo::kRows4;
   const int64_t segment_rows = blocks ? (rows + 3) / 4 : rows;
   const int64_t pieces = zoo::pieces_of(pixels);
@@ -193,7 +203,8 @@ ZOO_EXPORT int64_t zoo_sparse_conv1x1(const float* x, const void* values, const 
     const zoo::Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, 1};
     const auto run = [&](int64_t item, int64_t from, int64_t to) {
       const int64_t image = item / pieces;
-      const zoo::Job<T> job{w, bias, y + image * rows * pixels, pixels, w.panels(), relu != 0};
+      const float* added = residual != nullptr ? residual + image * rows * pixels : nullptr;
+      const zoo::Job<T> job{w, bias, added, y + image * rows * pixels, pixels, w.panels(), activation};
       zoo::run_piece(job, blocks, x + image * cols * pixels, item % pieces, from, to);
     };
     zoo::check_whole(w, layout, entries);

@@ -39,7 +39,7 @@ struct Job {
   const float *bias, *residual;
   float* y;  // maps of so many pixels
   int64_t pixels;
-  bool relu;
+  int64_t activation;
 };
 
 struct Piece {
@@ -73,7 +73,8 @@ void deal(const Maps& s, const float* x, int64_t start, float* windows) {
     }
 }
 
-// Stores a piece's results of one channel. What a vector writes beyond its run, the next run writes again.
+// Stores a piece's results of one channel. What a vector writes beyond its run, the next run writes again; beyond the
+// last, nothing may be written.
 template <class T>
 void put(const Job<T>& job, const Piece& piece, int64_t row, const float* line) {
   float* y = job.y + row * job.pixels;
@@ -81,16 +82,18 @@ void put(const Job<T>& job, const Piece& piece, int64_t row, const float* line) 
   const Run& last = piece.run[piece.runs - 1];
   const int64_t end = last.to + last.count;
   for (const Run* run = piece.run; run < piece.run + piece.runs; ++run) {
-    int64_t n = 0;
-    for (; n < run->count && run->to + n + kLanes <= end; n += kLanes) {
+    for (int64_t n = 0; n < run->count; n += kLanes) {
+      const int64_t to = run->to + n, room = end - to;
       vf sum = load(line + run->from + n);
-      if (residual != nullptr) sum = add(sum, load(residual + run->to + n));
-      store(y + run->to + n, job.relu ? relu(sum) : sum);
-    }
-    for (; n < run->count; ++n) {
-      float sum = line[run->from + n];
-      if (residual != nullptr) sum += residual[run->to + n];
-      y[run->to + n] = job.relu && sum < 0 ? 0.0f : sum;
+      if (room >= kLanes) {
+        if (residual != nullptr) sum = add(sum, load(residual + to));
+        store(y + to, activated(sum, job.activation));
+        continue;
+      }
+      float some[kLanes] = {};
+      if (residual != nullptr) std::copy(residual + to, residual + end, some);
+      store(some, activated(add(sum, load(some)), job.activation));
+      std::copy(some, some + room, y + to);
     }
   }
 }
@@ -189,13 +192,13 @@ void run_piece(const Job<T>& job, const Maps& maps, bool blocks, const float* ma
 
 // x [images, channels, height, width], residual (or null) and y [images, rows, out_height, out_width] float,
 // contiguous; bias [rows] or null; W of layout csr or rows4 with offsets into windows of `window` floats, in panels of
-// so many channels; relu: negative results become zero.
+// so many channels; activation: see activation.hpp.
 ZOO_EXPORT int64_t zoo_sparse_conv2d(const float* x, const void* values, const void* index, const int32_t* pointer,
                                      const float* bias, const float* residual, float* y, int64_t images,
                                      int64_t channels, int64_t height, int64_t width, int64_t rows, int64_t out_height,
                                      int64_t out_width, int64_t kernel, int64_t stride, int64_t padding, int64_t pitch,
                                      int64_t window, int64_t panel, int64_t entries, int64_t layout, int64_t type,
-                                     int64_t relu, int64_t threads) try {
+                                     int64_t activation, int64_t threads) try {
   const zoo::Maps maps{height, width, out_height, out_width, kernel, stride, padding, pitch, window};
   const bool blocks = layout == zoo::kRows4;
   const int64_t segment_rows = blocks ? (rows + 3) / 4 : rows, pieces = zoo::pieces_of(maps);
@@ -206,7 +209,7 @@ ZOO_EXPORT int64_t zoo_sparse_conv2d(const float* x, const void* values, const v
     const auto run = [&](int64_t item, int64_t from, int64_t to) {
       const int64_t image = item / pieces;
       const float* added = residual != nullptr ? residual + image * rows * pixels : nullptr;
-      const zoo::Job<T> job{w, bias, added, y + image * rows * pixels, pixels, relu != 0};
+      const zoo::Job<T> job{w, bias, added, y + image * rows * pixels, pixels, activation};
       zoo::run_piece(job, maps, blocks, x + image * channels * height * width, item % pieces, from, to);
     };
     zoo::check_whole(w, layout, entries);

@@ -19,10 +19,11 @@ from .dense_rows import DenseRows, store_rows
 from .depthwise_conv import depthwise_conv
 from .dispatch import backend, calibrate, explain
 from .gather_linear import gather_linear, gather_linear_rows
-from .modules import DepthwiseConv, SparseConv1x1, SparseLinear
+from .modules import DepthwiseConv, SparseConv1x1, SparseConv2d, SparseLinear
 from .nm_linear import NMWeight, nm_linear, pack_nm
 from .quant_sparse_linear import QuantGroups, quant_sparse_linear, quantise_groups
 from .sparse_conv1x1 import sparse_conv1x1
+from .sparse_conv2d import sparse_conv2d
 from .sparse_linear import sparse_linear
 from .weights import SparseWeight, pack
 
@@ -32,6 +33,7 @@ __all__ = [
     "NMWeight",
     "QuantGroups",
     "SparseConv1x1",
+    "SparseConv2d",
     "SparseLinear",
     "SparseWeight",
     "available",
@@ -47,6 +49,7 @@ __all__ = [
     "quant_sparse_linear",
     "quantise_groups",
     "sparse_conv1x1",
+    "sparse_conv2d",
     "sparse_linear",
     "store_rows",
 ]

@@ -23,9 +23,10 @@ def depthwise_conv(
     *,
     stride: int = 1,
     padding: int = 0,
-    relu: bool = False,
+    relu: int = 0,
 ) -> Float[Tensor, "batch channels out_height out_width"]:
-    """y[b, c] = bias[c] + x[b, c] * W[c], a correlation per channel; with `relu` its positive part.
+    """y[b, c] = bias[c] + x[b, c] * W[c], a correlation per channel; with `relu` 1 its positive part, with 6 that up to 6
+    (ReLU6).
 
     The native kernel runs where nothing is differentiated or traced, on contiguous fp32 maps; sums are in
     fp32 and do not depend on the number of threads. All else is torch's convolution.
@@ -57,11 +58,11 @@ def reference(
     *,
     stride: int = 1,
     padding: int = 0,
-    relu: bool = False,
+    relu: int = 0,
 ) -> Float[Tensor, "batch channels out_height out_width"]:
     """The definition: torch's convolution with a group per channel."""
     y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, groups=x.shape[1])
-    return y.relu() if relu else y
+    return y if not relu else y.relu() if relu == 1 else torch.nn.functional.relu6(y)
 
 
 def plan(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> dispatch.Plan:
@@ -73,7 +74,7 @@ def plan(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> dispatch.Plan
 
 
 def _native_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, relu: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, relu: int
 ) -> Tensor:
     x, size = x.contiguous(), weight.shape[2]
     height, width = ((n + 2 * padding - size) // stride + 1 for n in x.shape[2:])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import OpError
 from .depthwise_conv import depthwise_conv
-from .sparse_conv1x1 import sparse_conv1x1
+from .sparse_conv1x1 import activated, sparse_conv1x1
+from .sparse_conv2d import sparse_conv2d
 from .sparse_linear import sparse_linear
 from .weights import SparseWeight, pack
 
@@ -111,19 +114,64 @@ class SparseConv1x1(SparseLinear):
         module.values.requires_grad_(convolution.weight.requires_grad)
         return module.train(convolution.training)
 
-    relu = False
-    """Whether it returns the positive part."""
+    relu = 0
+    """1 if it returns the positive part, 6 for that up to 6."""
 
-    def forward(self, x: Float[Tensor, "batch in *map"]) -> Float[Tensor, "batch out *map"]:
-        return sparse_conv1x1(x, self.weight, self.bias, relu=self.relu)
+    def forward(
+        self, x: Float[Tensor, "batch in *map"], residual: Tensor | None = None
+    ) -> Float[Tensor, "batch out *map"]:
+        if residual is not None and residual.shape != (x.shape[0], self.out_features, *x.shape[2:]):
+            return activated(sparse_conv1x1(x, self.weight, self.bias) + residual, self.relu)
+        return sparse_conv1x1(x, self.weight, self.bias, relu=self.relu, residual=residual)
+
+
+class SparseConv2d(SparseLinear):
+    """A convolution of one group with equal kernel, stride and padding in both directions that stores and
+    multiplies its kept weights only, see `SparseLinear`."""
+
+    relu = 0
+    """1 if it returns the positive part, 6 for that up to 6."""
+
+    @classmethod
+    def from_convolution(
+        cls, convolution: nn.Conv2d, mask: Bool[Tensor, "out in size size"] | None = None, layout: str = "auto"
+    ) -> SparseConv2d:
+        """Pack a dense convolution; arguments as for `from_dense`.
+
+        Raises:
+            OpError: a convolution that `is_plain` refuses, or what `pack` refuses.
+        """
+        if not is_plain(convolution):
+            raise OpError(f"{convolution} is not a plain convolution of one group with a square kernel")
+        kept = None if mask is None else mask.flatten(1)
+        module = cls(pack(convolution.weight.flatten(1), kept, layout), convolution.bias)
+        module.kernel, module.stride = int(convolution.kernel_size[0]), int(convolution.stride[0])
+        module.padding = int(convolution.padding[0])
+        module.values.requires_grad_(convolution.weight.requires_grad)
+        return module.train(convolution.training)
+
+    kernel, stride, padding = 1, 1, 0
+
+    def forward(
+        self, x: Float[Tensor, "batch in height width"], residual: Tensor | None = None
+    ) -> Float[Tensor, "batch out out_height out_width"]:
+        form = {"kernel": self.kernel, "stride": self.stride, "padding": self.padding}
+        if residual is not None:
+            size = ((n + 2 * self.padding - self.kernel) // self.stride + 1 for n in x.shape[2:])
+            if residual.shape != (x.shape[0], self.out_features, *size):  # it is to be spread
+                return activated(sparse_conv2d(x, self.weight, self.bias, **form) + residual, self.relu)
+        return sparse_conv2d(x, self.weight, self.bias, **form, relu=self.relu, residual=residual)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kernel={self.kernel}, stride={self.stride}, padding={self.padding}"
 
 
 class DepthwiseConv(nn.Module):
     """A depthwise convolution for the channel-major maps of `SparseConv1x1`; the state dict is that of the
     `nn.Conv2d` it was made from."""
 
-    relu = False
-    """Whether it returns the positive part."""
+    relu = 0
+    """1 if it returns the positive part, 6 for that up to 6."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         """Raises OpError: a convolution that `is_depthwise` refuses."""
@@ -148,9 +196,18 @@ class DepthwiseConv(nn.Module):
 def is_depthwise(module: nn.Module) -> bool:
     """Whether a module is a plain convolution of one group per channel, its kernel, stride and padding equal
     in both directions."""
+    return _is_square(module) and module.groups == module.in_channels == module.out_channels
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a plain convolution of one group, its kernel, stride and padding equal in both
+    directions."""
+    return _is_square(module) and module.groups == 1
+
+
+def _is_square(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return (
         type(module) is nn.Conv2d
-        and module.groups == module.in_channels == module.out_channels
         and module.dilation == (1, 1)
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)

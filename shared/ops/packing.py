@@ -17,8 +17,17 @@ from torch import nn
 from ..masks import Mask, MaskSet, set_masks
 from ..masks.patterns import NM, Block
 from ..structure.folding import fold_norms, fuse_relus
+from ..structure.fusing import fuse
 from .dispatch import MARGIN, choose
-from .modules import DepthwiseConv, SparseConv1x1, SparseLinear, is_depthwise, is_pointwise
+from .modules import (
+    DepthwiseConv,
+    SparseConv1x1,
+    SparseConv2d,
+    SparseLinear,
+    is_depthwise,
+    is_plain,
+    is_pointwise,
+)
 from .nm_linear import PATTERNS, pack_nm
 from .sparse_linear import case
 from .weights import SparseWeight
@@ -60,7 +69,7 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
     """Replace, in place, the masked modules of a model by modules that skip the zeros.
 
     A parameter shared with another module is left alone. Batch norms are folded into the convolutions before
-    them where `fold_norms` can, and sparse 1x1 convolutions take the ReLU that follows. The model carries the
+    them where `fold_norms` can, and sparse convolutions take the ReLU and the shortcut that follow. The model carries the
     masks of the modules that stayed. The result is for inference: packed modules have no trainable weight.
 
     Args:
@@ -100,9 +109,11 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
             setattr(model.get_submodule(parent), child, packed)
         else:
             model = packed
-    if any(isinstance(module, SparseConv1x1) for module in model.modules()):
+    if any(isinstance(module, (SparseConv1x1, SparseConv2d)) for module in model.modules()):
         _pack_depthwise(model, masks)
         fuse_relus(model)
+        if not model.training:
+            fuse(model)
     model, taken = _pack_composites(model)
     left = {name: mask for name, mask in masks.items() if name not in replaced and not name.startswith(taken)}
     set_masks(model, MaskSet(left))
@@ -256,13 +267,16 @@ def _gains(weight: SparseWeight) -> bool:
 
 
 @register_packer(nn.Conv2d)
-def _pack_pointwise(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
-    """`zoo.shared.ops.SparseConv1x1` for 1x1 convolutions with stride 1; other convolutions stay."""
+def _pack_convolution(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
+    """`zoo.shared.ops.SparseConv1x1` for 1x1 convolutions with stride 1, `SparseConv2d` for others of one group
+    with a square kernel; those of several groups stay."""
     keep = masks.get("weight")
     if keep is None or not isinstance(module, nn.Conv2d):
         return None
     if keep.sparsity < (MIN_BLOCK_SPARSITY if isinstance(keep.pattern, Block) else MIN_SPARSITY):
         return None
-    if not is_pointwise(module) or module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    return SparseConv1x1.from_convolution(module, keep.keep).requires_grad_(False)
+    if is_pointwise(module):
+        return SparseConv1x1.from_convolution(module, keep.keep).requires_grad_(False)
+    return SparseConv2d.from_convolution(module, keep.keep).requires_grad_(False) if is_plain(module) else None

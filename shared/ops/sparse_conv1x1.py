@@ -41,13 +41,18 @@ def sparse_conv1x1(
     weight: SparseWeight,
     bias: Float[Tensor, " out"] | None = None,
     *,
-    relu: bool = False,
+    relu: int = 0,
+    residual: Float[Tensor, "batch out *map"] | None = None,
 ) -> Float[Tensor, "batch out *map"]:
-    """y[b, o] = bias[o] + sum over kept c of W[o, c] * x[b, c], at each pixel; stride 1, no padding, one
-    group. With `relu` its positive part, which the kernel takes before it stores.
+    """y[b, o] = bias[o] + sum over kept c of W[o, c] * x[b, c], at each pixel; stride 1, no padding, one group.
 
     Sums are in fp32; the result has the dtype of x and does not depend on the number of threads. Gradients
-    reach x, `weight.values` and the bias. A channels-last x gives a channels-last y.
+    reach x, `weight.values`, the bias and the residual. A channels-last x gives a channels-last y.
+
+    Args:
+        relu: 1 for the positive part of the result, 6 for that up to 6 (ReLU6), which the kernel takes before it
+            stores.
+        residual: added before that, the shortcut of a residual network.
 
     Raises:
         OpError: shapes, dtypes or devices that do not fit.
@@ -56,16 +61,38 @@ def sparse_conv1x1(
         raise OpError(f"x must be [batch, channels, *map], received {tuple(x.shape)}")
     if _is_rows(x):
         y = sparse_linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
-    elif dispatch.direct(x, weight.values, bias):
-        run = weight.calls.find(x, bias, weight.shape[0], ("maps", relu))
+    elif dispatch.direct(x, weight.values, bias, residual):
+        kind = ("maps", relu, None if residual is None else (residual.shape, residual.device))
+        run = weight.calls.find(x, bias, weight.shape[0], kind)
+        if run is None:
+            weight.check()
+            _check(x, weight, bias)
+            run = _run(x, weight, bias, relu)
+            if run is not None:
+                check_residual(residual, (x.shape[0], weight.shape[0], *x.shape[2:]), x)
+                weight.calls.keep(x, run, weight.parts, kind)
         if run is not None:
-            return run(x, bias)
-        weight.check()
-        return _forward(x, weight, bias, relu)
+            return run(x, bias, residual)
+        y = _forward(x, weight, bias)
     else:
         form = (weight.layout, *weight.shape, weight.width)
         y = _sparse_conv1x1(x, weight.values, weight.index, weight.pointer, bias, *form)
-    return y.relu() if relu else y
+    check_residual(residual, y.shape, x)
+    return activated(y if residual is None else y + residual, relu)
+
+
+def activated(y: Tensor, relu: int) -> Tensor:
+    """What the argument `relu` of the convolutions stands for."""
+    return y if not relu else y.relu() if relu == 1 else torch.nn.functional.relu6(y)
+
+
+def check_residual(residual: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise OpError where it cannot be added to a result of that shape."""
+    if residual is not None and (residual.shape != shape or residual.device != x.device):
+        raise OpError(
+            f"the residual must be {tuple(shape)} on {x.device}, received {tuple(residual.shape)} on "
+            f"{residual.device}"
+        )
 
 
 def reference(
@@ -115,37 +142,35 @@ def _is_rows(x: Tensor) -> bool:
 
 
 @dispatch.in_own_precision
-def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool = False) -> Tensor:
-    backend = plan(x, weight, bias).backend
-    if backend == "native" and x.numel() and weight.kept:
-        return _native_forward(x, weight, bias, relu)
-    if backend == "dense":
+def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+    run = _run(x, weight, bias, 0)
+    if run is not None:
+        return run(x, bias, None)
+    if plan(x, weight, bias).backend == "dense":
         y = torch.matmul(weight.expanded(x.dtype), x.flatten(2)).reshape(
             x.shape[0], weight.shape[0], *x.shape[2:]
         )
         if bias is not None:
             y += bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2))
-        if not _native.finite(y):  # a stored zero met an infinite x, which is not in the sum
-            y = reference(x, weight, bias)
-    else:
-        y = reference(x, weight, bias)
-    return y.relu_() if relu else y
+        if _native.finite(y):  # else a stored zero met an infinite x, which is not in the sum
+            return y
+    return reference(x, weight, bias)
 
 
-def _native_forward(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: bool) -> Tensor:
+def _run(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: int) -> Run | None:
+    """The native convolution of x, a bias and a residual; None where another backend is to be taken."""
+    if plan(x, weight, bias).backend != "native" or not x.numel() or not weight.kept:
+        return None
     shape = x.shape
     if _in_narrow_panels(x, weight):
-        run = narrow_run(
+        return narrow_run(
             weight, NARROW, lambda held, parts: _conv_run(shape, held, "csr", parts, NARROW, relu)
         )
-    elif weight.layout == "bitmask":
-        run = weight.by_columns_run(
+    if weight.layout == "bitmask":
+        return weight.by_columns_run(
             lambda held, index: _conv_run(shape, held, "csr", (held.values, index, held.pointer), PANEL, relu)
         )
-    else:
-        run = _conv_run(shape, weight, weight.layout, weight.parts, PANEL, relu)
-    weight.calls.keep(x, run, weight.parts, ("maps", relu))
-    return run(x, bias)
+    return _conv_run(shape, weight, weight.layout, weight.parts, PANEL, relu)
 
 
 def _in_narrow_panels(x: Tensor, weight: SparseWeight) -> bool:
@@ -154,12 +179,12 @@ def _in_narrow_panels(x: Tensor, weight: SparseWeight) -> bool:
 
 
 def _conv_run(
-    shape: torch.Size, weight: SparseWeight, layout: str, form: Parts, panel: int, relu: bool
+    shape: torch.Size, weight: SparseWeight, layout: str, form: Parts, panel: int, relu: int
 ) -> Run:
     """The native convolution of maps of this shape by a weight in this form."""
-    kind = (LAYOUTS.index(layout), VALUE_TYPES.index(weight.values.dtype), int(relu))
+    kind = (LAYOUTS.index(layout), VALUE_TYPES.index(weight.values.dtype), relu)
     sizes = (shape[0], math.prod(shape[2:]), entries_of(weight), *weight.shape, panel, *kind)
-    return native_run("zoo_sparse_conv1x1", form, (shape[0], weight.shape[0], *shape[2:]), sizes)
+    return native_run("zoo_sparse_conv1x1", form, (shape[0], weight.shape[0], *shape[2:]), sizes, residual=True)
 
 
 @torch.library.custom_op(

@@ -23,6 +23,7 @@ from . import _native, dispatch
 from .cache import Derived, Run, native_run
 from .layout import LAYOUTS, OVERREAD, VALUE_TYPES
 from .memory import on_huge_pages
+from .sparse_conv1x1 import activated, check_residual
 from .sparse_linear import Parts, entries_of
 from .sparse_linear import reference as linear_reference
 from .weights import SparseWeight, pack
@@ -98,15 +99,15 @@ def sparse_conv2d(
     kernel: int,
     stride: int = 1,
     padding: int = 0,
-    relu: bool = False,
+    relu: int = 0,
     residual: Float[Tensor, "batch out out_height out_width"] | None = None,
 ) -> Float[Tensor, "batch out out_height out_width"]:
     """y = conv2d(x, W, bias, stride, padding) + residual, with W [out, in * kernel * kernel] packed.
 
     Args:
         kernel, stride, padding: equal in both directions.
-        relu: take the positive part of the result.
-        residual: added before that; a shortcut of a residual network.
+        relu: 1 for the positive part of the result, 6 for that up to 6 (ReLU6).
+        residual: added before that, the shortcut of a residual network.
 
     Returns:
         Maps of the dtype of x. Sums are in fp32 and do not depend on the number of threads. Gradients reach x,
@@ -132,8 +133,7 @@ def sparse_conv2d(
         _check(x, weight, bias, residual, *options)
         packed = (weight.layout, *weight.shape, weight.width, *options)
         y = _sparse_conv2d(x, weight.values, weight.index, weight.pointer, bias, *packed)
-    y = y if residual is None else y + residual
-    return y.relu() if relu else y
+    return activated(y if residual is None else y + residual, relu)
 
 
 @dispatch.in_own_precision
@@ -145,7 +145,7 @@ def reference(
     kernel: int,
     stride: int = 1,
     padding: int = 0,
-    relu: bool = False,
+    relu: int = 0,
     residual: Float[Tensor, "batch out out_height out_width"] | None = None,
 ) -> Float[Tensor, "batch out out_height out_width"]:
     """The definition: `sparse_linear`'s, over what each result meets of x."""
@@ -153,8 +153,7 @@ def reference(
     met = torch.nn.functional.unfold(x, kernel, padding=padding, stride=stride)
     y = linear_reference(met.mT, weight, bias).mT
     y = y.reshape(x.shape[0], weight.shape[0], form.out_height, form.out_width).contiguous()
-    y = y if residual is None else y + residual
-    return y.relu() if relu else y
+    return activated(y if residual is None else y + residual, relu)
 
 
 def plan(
@@ -165,7 +164,7 @@ def plan(
     kernel: int,
     stride: int = 1,
     padding: int = 0,
-    relu: bool = False,
+    relu: int = 0,
     residual: Float[Tensor, "batch out out_height out_width"] | None = None,
 ) -> dispatch.Plan:
     """The backend that `sparse_conv2d` would run these arguments on."""
@@ -211,9 +210,7 @@ def _check(
     if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
         raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
     form = geometry(x.shape[2], x.shape[3], kernel, stride, padding)
-    shape = (x.shape[0], rows, form.out_height, form.out_width)
-    if residual is not None and (residual.shape != shape or residual.device != x.device):
-        raise OpError(f"the residual must be {shape} on {x.device}, received {tuple(residual.shape)}")
+    check_residual(residual, (x.shape[0], rows, form.out_height, form.out_width), x)
     return form
 
 
@@ -224,7 +221,7 @@ def _forward(
     backend = plan(x, weight, bias, kernel=kernel, stride=stride, padding=padding).backend
     if backend == "native" and x.numel() and weight.kept:
         form = geometry(x.shape[2], x.shape[3], kernel, stride, padding)
-        return _native_run(x.shape, weight, form, relu=False)(x, bias, None)
+        return _native_run(x.shape, weight, form, relu=0)(x, bias, None)
     if backend == "dense":
         dense = weight.expanded(x.dtype).reshape(weight.shape[0], -1, kernel, kernel)
         wide = None if bias is None else bias.to(x.dtype)
@@ -234,14 +231,14 @@ def _forward(
     return reference(x, weight, bias, kernel=kernel, stride=stride, padding=padding)
 
 
-def _native_run(shape: torch.Size, weight: SparseWeight, form: Geometry, relu: bool) -> Run:
+def _native_run(shape: torch.Size, weight: SparseWeight, form: Geometry, relu: int) -> Run:
     """The native convolution of maps of this shape: of x, a bias and a residual."""
     channels, panel = shape[1], max(1, min(shape[1], _PANEL_FLOATS // form.span))
     y_shape = (shape[0], weight.shape[0], form.out_height, form.out_width)
 
     def make(held: SparseWeight, parts: Parts) -> Run:
         sizes = (shape[0], channels, form.height, form.width, held.shape[0], *form[2:], panel)
-        kind = (LAYOUTS.index(_window_layout(held)), VALUE_TYPES.index(held.values.dtype), int(relu))
+        kind = (LAYOUTS.index(_window_layout(held)), VALUE_TYPES.index(held.values.dtype), relu)
         numbers = (*sizes, entries_of(held), *kind)
         return native_run("zoo_sparse_conv2d", parts, y_shape, numbers, residual=True)
 

@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "zoo/activation.hpp"
 #include "zoo/simd.hpp"
 
 namespace zoo {
@@ -114,6 +115,11 @@ ZOO_INLINE void with_vectors(int64_t vectors, Body&& body) {
     case 7: return body(std::integral_constant<int, 7>{});
     default: return body(std::integral_constant<int, 8>{});
   }
+}
+
+ZOO_INLINE vf activated(vf sum, int64_t activation) {
+  if (activation == kNone) return sum;
+  return activation == kRelu ? relu(sum) : least(splat(6.0f), relu(sum));
 }
 
 // Transposes x [batch, count] (row stride `ldx`) into out [count, width], columns batch..width-1 zero.

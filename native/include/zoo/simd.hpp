@@ -93,6 +93,7 @@ ZOO_INLINE vf load(const int4* p) {
 }
 ZOO_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 ZOO_INLINE vf relu(vf v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }  // of (0, NaN) the second: a NaN stays
+ZOO_INLINE vf least(vf a, vf b) { return _mm512_min_ps(a, b); }  // a NaN of b stays
 ZOO_INLINE void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
 ZOO_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 ZOO_INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
@@ -146,6 +147,7 @@ ZOO_INLINE vf load(const int4* p) {
 }
 ZOO_INLINE vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 ZOO_INLINE vf relu(vf v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }  // of (0, NaN) the second: a NaN stays
+ZOO_INLINE vf least(vf a, vf b) { return _mm256_min_ps(a, b); }  // a NaN of b stays
 ZOO_INLINE void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
 ZOO_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 ZOO_INLINE vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
@@ -266,6 +268,7 @@ ZOO_INLINE vf load(const int4* p) {
 }
 ZOO_INLINE vf mul(vf a, vf b) { return a * b; }
 ZOO_INLINE vf relu(vf v) { return v < vf{} ? vf{} : v; }
+ZOO_INLINE vf least(vf a, vf b) { return a < b ? a : b; }
 ZOO_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 ZOO_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 ZOO_INLINE vf add(vf a, vf b) { return a + b; }
