@@ -18,6 +18,7 @@ namespace zoo {
 namespace {
 
 constexpr int64_t kRowCost = 4;  // what an empty row costs, in entries, for an even split among threads
+constexpr int64_t kSums = 4096;  // floats of sums between two panels: half of the first-level cache
 constexpr int kMostOfBlocks = 2;  // vectors of four channels at once, whose sums fill the registers
 
 struct Maps {
@@ -169,22 +170,28 @@ void run_piece(const Job<T>& job, const Maps& maps, bool blocks, const float* ma
   for (int64_t c = 0; c < channels; ++c) deal(maps, map + c * maps.height * maps.width, start * kLanes, x + c * span);
   std::fill_n(x + job.w.cols, kMost * kLanes, 0.0f);
   piece.x = x;
-  piece.sums = scratch_of<float>((to - from) * (blocks ? 4 : 1) * piece.vectors * kLanes, 1);
+  // So many rows of W pass by together that their sums stay in the first-level cache from panel to panel.
+  const int64_t sums = (blocks ? 4 : 1) * piece.vectors * kLanes, step = std::max<int64_t>(1, kSums / sums);
+  piece.sums = scratch_of<float>(std::min(step, to - from) * sums, 1);
   piece.runs = 0;
   const int64_t first = start * kLanes, end = first + piece.vectors * kLanes;
   for (int64_t i = first / maps.pitch; i < maps.out_height && i * maps.pitch < end; ++i) {
     const int64_t begin = std::max(i * maps.pitch, first), stop = std::min(i * maps.pitch + maps.out_width, end);
     const int64_t place = i * maps.out_width + begin - i * maps.pitch;
-    if (begin < stop) piece.run[piece.runs++] = {begin - first, place, stop - begin};
+    if (begin >= stop) continue;
+    if (piece.runs > 0 && maps.pitch == maps.out_width) piece.run[0].count += stop - begin;
+    else piece.run[piece.runs++] = {begin - first, place, stop - begin};
   }
   if (piece.runs == 0) return;
-  for (int64_t panel = 0; panel < job.w.panels(); ++panel) {
-    if (blocks) blocks_piece(job, piece, panel, from, to);
-    else
-      with_vectors(piece.vectors, [&](auto number_of) {
-        rows_piece<decltype(number_of)::value>(job, piece, panel, from, to);
-      });
-  }
+  for (int64_t row = from; row < to; row += step)
+    for (int64_t panel = 0; panel < job.w.panels(); ++panel) {
+      const int64_t last = std::min(row + step, to);
+      if (blocks) blocks_piece(job, piece, panel, row, last);
+      else
+        with_vectors(piece.vectors, [&](auto number_of) {
+          rows_piece<decltype(number_of)::value>(job, piece, panel, row, last);
+        });
+    }
 }
 
 }  // namespace

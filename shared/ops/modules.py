@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float
@@ -191,6 +191,20 @@ class DepthwiseConv(nn.Module):
     def extra_repr(self) -> str:
         channels, _, size, _ = self.weight.shape
         return f"{channels}, kernel_size={size}, stride={self.stride}, padding={self.padding}"
+
+
+class MaxPool(nn.MaxPool2d):
+    """The same for channel-major maps, by way of channels-last ones: torch is four times as fast on those."""
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__(
+            pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.return_indices, pool.ceil_mode
+        )
+
+    def forward(self, x: Float[Tensor, "*batch height width"]) -> Any:
+        if x.dim() != 4 or self.return_indices:
+            return super().forward(x)
+        return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
 
 def is_depthwise(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from ..structure.fusing import fuse
 from .dispatch import MARGIN, choose
 from .modules import (
     DepthwiseConv,
+    MaxPool,
     SparseConv1x1,
     SparseConv2d,
     SparseLinear,
@@ -110,7 +111,7 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
         else:
             model = packed
     if any(isinstance(module, (SparseConv1x1, SparseConv2d)) for module in model.modules()):
-        _pack_depthwise(model, masks)
+        _pack_between(model, masks)
         fuse_relus(model)
         if not model.training:
             fuse(model)
@@ -126,12 +127,14 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
     return model
 
 
-def _pack_depthwise(model: nn.Module, masks: MaskSet) -> None:
-    """The depthwise convolutions between sparse 1x1 convolutions, for the channel-major maps of those."""
+def _pack_between(model: nn.Module, masks: MaskSet) -> None:
+    """What stands between sparse convolutions, for the channel-major maps of those: depthwise convolutions and
+    maxima."""
     for name, module in list(model.named_modules()):
         if name and is_depthwise(module) and f"{name}.weight" not in masks:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, DepthwiseConv(module).train(module.training))
+            model.set_submodule(name, DepthwiseConv(module).train(module.training))
+        elif name and type(module) is nn.MaxPool2d:
+            model.set_submodule(name, MaxPool(module).train(module.training))
 
 
 def _pack_composites(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

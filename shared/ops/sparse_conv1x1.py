@@ -174,7 +174,7 @@ def _run(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: int) -> Run
 
 
 def _in_narrow_panels(x: Tensor, weight: SparseWeight) -> bool:
-    wide = weight.layout in ("csr", "bitmask") and weight.shape[1] > NARROW
+    wide = weight.layout in ("csr", "bitmask") and weight.shape[1] > 3 * NARROW // 2
     return wide and math.prod(x.shape[2:]) >= NARROW_PIXELS and not weight.values.requires_grad
 
 
