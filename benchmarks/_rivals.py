@@ -1,6 +1,7 @@
-"""Other libraries' engines as peers: the dense network in fp32, exported by ONNX. One that is not installed is left out.
+"""Other libraries' engines as peers: the dense network in fp32, exported by ONNX. One that is not
+installed is left out.
 
-    pip install onnx onnxscript onnxruntime openvino
+pip install onnx onnxscript onnxruntime openvino
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""Convnets with sparse convolutions against other engines' dense ones, 224 pixels; random weights, norms folded.
+"""Convnets with sparse convolutions against other engines' dense ones, 224 pixels; random weights, norms
+folded.
 
-MobileNet-v1 and -v2 and ResNet-50, of which all convolutions but the first and the depthwise ones are sparse. The peers
-run the dense network: onnxruntime and OpenVINO in fp32, where they are installed, torch in its two layouts. The bound
+MobileNet-v1 and -v2 and ResNet-50, of which all convolutions but the first and the depthwise ones are
+sparse. The peers
+run the dense network: onnxruntime and OpenVINO in fp32, where they are installed, torch in its two
+layouts. The bound
 counts the kept products alone.
 """
 
@@ -16,8 +19,12 @@ from collections.abc import Iterator
 import torch
 from _rivals import rivals
 from torch import Tensor, nn
-from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import (
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from zoo.shared.bench import Bound, Cell, Goal, Later, main
 from zoo.shared.measure.account import count

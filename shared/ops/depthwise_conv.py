@@ -25,7 +25,8 @@ def depthwise_conv(
     padding: int = 0,
     relu: int = 0,
 ) -> Float[Tensor, "batch channels out_height out_width"]:
-    """y[b, c] = bias[c] + x[b, c] * W[c], a correlation per channel; with `relu` 1 its positive part, with 6 that up to 6
+    """y[b, c] = bias[c] + x[b, c] * W[c], a correlation per channel; with `relu` 1 its positive part, with
+    6 that up to 6
     (ReLU6).
 
     The native kernel runs where nothing is differentiated or traced, on contiguous fp32 maps; sums are in

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import OpError
 from .depthwise_conv import depthwise_conv
 from .sparse_conv1x1 import activated, sparse_conv1x1
-from .sparse_conv2d import sparse_conv2d
+from .sparse_conv2d import sizes_after, sparse_conv2d
 from .sparse_linear import sparse_linear
 from .weights import SparseWeight, pack
 
@@ -134,7 +134,10 @@ class SparseConv2d(SparseLinear):
 
     @classmethod
     def from_convolution(
-        cls, convolution: nn.Conv2d, mask: Bool[Tensor, "out in size size"] | None = None, layout: str = "auto"
+        cls,
+        convolution: nn.Conv2d,
+        mask: Bool[Tensor, "out in size size"] | None = None,
+        layout: str = "auto",
     ) -> SparseConv2d:
         """Pack a dense convolution; arguments as for `from_dense`.
 
@@ -155,9 +158,9 @@ class SparseConv2d(SparseLinear):
     def forward(
         self, x: Float[Tensor, "batch in height width"], residual: Tensor | None = None
     ) -> Float[Tensor, "batch out out_height out_width"]:
-        form = {"kernel": self.kernel, "stride": self.stride, "padding": self.padding}
+        form: dict[str, Any] = {"kernel": self.kernel, "stride": self.stride, "padding": self.padding}
         if residual is not None:
-            size = ((n + 2 * self.padding - self.kernel) // self.stride + 1 for n in x.shape[2:])
+            size = sizes_after(x.shape[2], x.shape[3], **form)
             if residual.shape != (x.shape[0], self.out_features, *size):  # it is to be spread
                 return activated(sparse_conv2d(x, self.weight, self.bias, **form) + residual, self.relu)
         return sparse_conv2d(x, self.weight, self.bias, **form, relu=self.relu, residual=residual)

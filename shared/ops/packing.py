@@ -70,7 +70,8 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
     """Replace, in place, the masked modules of a model by modules that skip the zeros.
 
     A parameter shared with another module is left alone. Batch norms are folded into the convolutions before
-    them where `fold_norms` can, and sparse convolutions take the ReLU and the shortcut that follow. The model carries the
+    them where `fold_norms` can, and sparse convolutions take the ReLU and the shortcut that follow. The
+    model carries the
     masks of the modules that stayed. The result is for inference: packed modules have no trainable weight.
 
     Args:
@@ -128,7 +129,8 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
 
 
 def _pack_between(model: nn.Module, masks: MaskSet) -> None:
-    """What stands between sparse convolutions, for the channel-major maps of those: depthwise convolutions and
+    """What stands between sparse convolutions, for the channel-major maps of those: depthwise convolutions
+    and
     maxima."""
     for name, module in list(model.named_modules()):
         if name and is_depthwise(module) and f"{name}.weight" not in masks:
@@ -271,7 +273,8 @@ def _gains(weight: SparseWeight) -> bool:
 
 @register_packer(nn.Conv2d)
 def _pack_convolution(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
-    """`zoo.shared.ops.SparseConv1x1` for 1x1 convolutions with stride 1, `SparseConv2d` for others of one group
+    """`zoo.shared.ops.SparseConv1x1` for 1x1 convolutions with stride 1, `SparseConv2d` for others of one
+    group
     with a square kernel; those of several groups stay."""
     keep = masks.get("weight")
     if keep is None or not isinstance(module, nn.Conv2d):
@@ -282,4 +285,6 @@ def _pack_convolution(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module
         return None
     if is_pointwise(module):
         return SparseConv1x1.from_convolution(module, keep.keep).requires_grad_(False)
-    return SparseConv2d.from_convolution(module, keep.keep).requires_grad_(False) if is_plain(module) else None
+    return (
+        SparseConv2d.from_convolution(module, keep.keep).requires_grad_(False) if is_plain(module) else None
+    )

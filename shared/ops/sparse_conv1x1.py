@@ -44,13 +44,15 @@ def sparse_conv1x1(
     relu: int = 0,
     residual: Float[Tensor, "batch out *map"] | None = None,
 ) -> Float[Tensor, "batch out *map"]:
-    """y[b, o] = bias[o] + sum over kept c of W[o, c] * x[b, c], at each pixel; stride 1, no padding, one group.
+    """y[b, o] = bias[o] + sum over kept c of W[o, c] * x[b, c], at each pixel; stride 1, no padding, one
+    group.
 
     Sums are in fp32; the result has the dtype of x and does not depend on the number of threads. Gradients
     reach x, `weight.values`, the bias and the residual. A channels-last x gives a channels-last y.
 
     Args:
-        relu: 1 for the positive part of the result, 6 for that up to 6 (ReLU6), which the kernel takes before it
+        relu: 1 for the positive part of the result, 6 for that up to 6 (ReLU6), which the kernel takes
+        before it
             stores.
         residual: added before that, the shortcut of a residual network.
 
@@ -184,7 +186,9 @@ def _conv_run(
     """The native convolution of maps of this shape by a weight in this form."""
     kind = (LAYOUTS.index(layout), VALUE_TYPES.index(weight.values.dtype), relu)
     sizes = (shape[0], math.prod(shape[2:]), entries_of(weight), *weight.shape, panel, *kind)
-    return native_run("zoo_sparse_conv1x1", form, (shape[0], weight.shape[0], *shape[2:]), sizes, residual=True)
+    return native_run(
+        "zoo_sparse_conv1x1", form, (shape[0], weight.shape[0], *shape[2:]), sizes, residual=True
+    )
 
 
 @torch.library.custom_op(

@@ -3,8 +3,10 @@
     weight = pack(conv.weight.flatten(1), mask.flatten(1))   # unstructured, or blocks of 4 output channels
     y = sparse_conv2d(x, weight, conv.bias, kernel=3, stride=conv.stride[0], padding=conv.padding[0])
 
-A piece of a map's results stays in registers while the kept weights pass by, each with an offset into what the
-piece meets of x (native/src/sparse_conv2d.cpp), after the direct sparse convolutions of Escoin (Chen 2018) and
+A piece of a map's results stays in registers while the kept weights pass by, each with an offset into what
+the
+piece meets of x (native/src/sparse_conv2d.cpp), after the direct sparse convolutions of Escoin (Chen 2018)
+and
 Fast Sparse ConvNets (Elsen et al. 2019). 1x1 kernels with stride 1 run through `sparse_conv1x1`.
 """
 
@@ -15,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.grad as conv_gradients
 from jaxtyping import Float
 from torch import Tensor
 
@@ -60,8 +63,8 @@ class Geometry(NamedTuple):
         return self.side**2 * self.window
 
 
-def geometry(height: int, width: int, kernel: int, stride: int, padding: int) -> Geometry:
-    """The sizes for maps of so many rows and columns.
+def sizes_after(height: int, width: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
+    """Rows and columns of the result for maps of so many.
 
     Raises:
         OpError: a stride or padding that is none, a kernel larger than the padded map.
@@ -73,7 +76,12 @@ def geometry(height: int, width: int, kernel: int, stride: int, padding: int) ->
         )
     if min(height, width) + 2 * padding < kernel:
         raise OpError(f"a kernel of {kernel} does not fit into a map of {(height, width)}")
-    out_height, out_width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+    return (height + 2 * padding - kernel) // stride + 1, (width + 2 * padding - kernel) // stride + 1
+
+
+def geometry(height: int, width: int, kernel: int, stride: int, padding: int) -> Geometry:
+    """What the kernel works with for maps of so many rows and columns."""
+    out_height, out_width = sizes_after(height, width, kernel, stride, padding)
     pitch = out_width
     for phase in range(min(kernel, stride)):  # columns from `low` to `high` of `end` are inside of x
         end = out_width + (kernel - 1 - phase) // stride
@@ -110,7 +118,8 @@ def sparse_conv2d(
         residual: added before that, the shortcut of a residual network.
 
     Returns:
-        Maps of the dtype of x. Sums are in fp32 and do not depend on the number of threads. Gradients reach x,
+        Maps of the dtype of x. Sums are in fp32 and do not depend on the number of threads. Gradients
+        reach x,
         `weight.values`, the bias and the residual.
 
     Raises:
@@ -123,9 +132,10 @@ def sparse_conv2d(
         run = weight.calls.find(x, bias, weight.shape[0], key)
         if run is not None:
             return run(x, bias, residual)
-        form = _check(x, weight, bias, residual, *options)
-        if dispatch.choose("sparse_conv2d", x.device, *case(x, weight, form)).backend == "native":
-            run = _native_run(x.shape, weight, form, relu)
+        weight.check()
+        _check(x, weight, bias, residual, *options)
+        if dispatch.choose("sparse_conv2d", x.device, *case(x, weight, *options)).backend == "native":
+            run = _native_run(x.shape, weight, geometry(x.shape[2], x.shape[3], *options), relu)
             weight.calls.keep(x, run, weight.parts, key)
             return run(x, bias, residual)
         y = _forward(x, weight, bias, *options)
@@ -149,10 +159,10 @@ def reference(
     residual: Float[Tensor, "batch out out_height out_width"] | None = None,
 ) -> Float[Tensor, "batch out out_height out_width"]:
     """The definition: `sparse_linear`'s, over what each result meets of x."""
-    form = _check(x, weight, bias, residual, kernel, stride, padding)
+    height, width = _check(x, weight, bias, residual, kernel, stride, padding)
     met = torch.nn.functional.unfold(x, kernel, padding=padding, stride=stride)
     y = linear_reference(met.mT, weight, bias).mT
-    y = y.reshape(x.shape[0], weight.shape[0], form.out_height, form.out_width).contiguous()
+    y = y.reshape(x.shape[0], weight.shape[0], height, width).contiguous()
     return activated(y if residual is None else y + residual, relu)
 
 
@@ -168,18 +178,20 @@ def plan(
     residual: Float[Tensor, "batch out out_height out_width"] | None = None,
 ) -> dispatch.Plan:
     """The backend that `sparse_conv2d` would run these arguments on."""
-    form = _check(x, weight, bias, residual, kernel, stride, padding)
-    return dispatch.choose("sparse_conv2d", x.device, *case(x, weight, form))
+    _check(x, weight, bias, residual, kernel, stride, padding)
+    return dispatch.choose("sparse_conv2d", x.device, *case(x, weight, kernel, stride, padding))
 
 
 def case(
-    x: Tensor, weight: SparseWeight, form: Geometry
+    x: Tensor, weight: SparseWeight, kernel: int, stride: int, padding: int
 ) -> tuple[tuple[str, ...], str, tuple[float, ...], int]:
-    """Backends offered, the kind and sizes by which measured cases are looked up (weights, results per channel,
+    """Backends offered, the kind and sizes by which measured cases are looked up (weights, results per
+    channel,
     density), and the bytes that a copy is looked up by."""
     rows, cols = weight.shape
     offered: tuple[str, ...] = ("dense", "reference")
     wide = torch.float64 in (x.dtype, weight.values.dtype)
+    form = geometry(x.shape[2], x.shape[3], kernel, stride, padding)
     if not wide and weight.layout != "columns" and form.span <= _MOST_OFFSETS:
         offered = ("native", *offered)
     kind = f"{weight.layout} {str(weight.values.dtype).removeprefix('torch.')}"
@@ -196,12 +208,12 @@ def _check(
     kernel: int,
     stride: int,
     padding: int,
-) -> Geometry:
+) -> tuple[int, int]:
     rows, cols = weight.shape
     if x.dim() != 4 or x.shape[1] * kernel * kernel != cols:
         raise OpError(
-            f"x {tuple(x.shape)} is not [batch, {cols // max(1, kernel * kernel)}, height, width] for a weight "
-            f"{weight.shape} with kernels of {kernel}"
+            f"x {tuple(x.shape)} is not [batch, {cols // max(1, kernel * kernel)}, height, width] for a "
+            f"weight {weight.shape} with kernels of {kernel}"
         )
     if not x.dtype.is_floating_point:
         raise OpError(f"x must be floating point, received {x.dtype}")
@@ -209,9 +221,9 @@ def _check(
         raise OpError(f"x is on {x.device}, the weight on {weight.values.device}: move one of them")
     if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
         raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
-    form = geometry(x.shape[2], x.shape[3], kernel, stride, padding)
-    check_residual(residual, (x.shape[0], rows, form.out_height, form.out_width), x)
-    return form
+    size = sizes_after(x.shape[2], x.shape[3], kernel, stride, padding)
+    check_residual(residual, (x.shape[0], rows, *size), x)
+    return size
 
 
 @dispatch.in_own_precision
@@ -313,8 +325,7 @@ def _(
     stride: int,
     padding: int,
 ) -> Tensor:
-    height, wide = ((n + 2 * padding - kernel) // stride + 1 for n in x.shape[2:])
-    return x.new_empty(x.shape[0], rows, height, wide)
+    return x.new_empty(x.shape[0], rows, *sizes_after(x.shape[2], x.shape[3], kernel, stride, padding))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -329,13 +340,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, *parts = ctx.saved_tensors
     layout, rows, cols, width, kernel, stride, padding = ctx.form
     wide = torch.float64 if torch.float64 in (x.dtype, values.dtype) else torch.float32
-    weight, wide_grad = SparseWeight(values, *parts, layout, (rows, cols), width), grad.to(wide)
+    weight = SparseWeight(values, parts[0], parts[1], layout, (rows, cols), width)
+    wide_grad = grad.to(wide)
     dense = weight.to_dense().to(wide).reshape(rows, -1, kernel, kernel)
     grad_x = grad_values = grad_bias = None
     if need_x:
-        grad_x = torch.nn.grad.conv2d_input(x.shape, dense, wide_grad, stride, padding).to(x.dtype)
+        grad_x = conv_gradients.conv2d_input(x.shape, dense, wide_grad, stride, padding).to(x.dtype)
     if need_values:
-        taken = torch.nn.grad.conv2d_weight(x.to(wide), dense.shape, wide_grad, stride, padding).flatten(1)
+        taken = conv_gradients.conv2d_weight(x.to(wide), dense.shape, wide_grad, stride, padding).flatten(1)
         # The padding rows of 4x1 blocks have no gradient.
         taken = torch.nn.functional.pad(taken, (0, 0, 0, -rows % 4))[weight.coordinates()]
         grad_values = torch.nn.functional.pad(taken, (0, OVERREAD)).to(values.dtype)
@@ -371,15 +383,14 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
                 for batch in (1,) if quick else (1, 8):
                     x = torch.randn(batch, channels, side, side)
                     dense, padding = weight.to_dense().reshape(rows, -1, kernel, kernel), kernel // 2
-                    form = geometry(side, side, kernel, stride, padding)
-                    options = {"kernel": kernel, "stride": stride, "padding": padding}
+                    options: dict[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding}
                     run = functools.partial(sparse_conv2d, x, weight, **options)
                     plain = functools.partial(
                         torch.nn.functional.conv2d, x, dense, stride=stride, padding=padding
                     )
                     entries.append(
                         dispatch.measure(
-                            "sparse_conv2d", run, *case(x, weight, form), quick=quick, plain=plain
+                            "sparse_conv2d", run, *case(x, weight, **options), quick=quick, plain=plain
                         )
                     )
     return entries
@@ -397,7 +408,7 @@ def _examples() -> Iterator[dispatch.Example]:
 def _example_call(
     weight: SparseWeight, kernel: int, stride: int, padding: int, x: Tensor, bias: Tensor
 ) -> Tensor:
-    return sparse_conv2d(x, weight, bias, kernel=kernel, stride=stride, padding=padding, relu=True)
+    return sparse_conv2d(x, weight, bias, kernel=kernel, stride=stride, padding=padding, relu=1)
 
 
 dispatch.register("sparse_conv2d", plan=plan, calibrate=calibrate, examples=_examples)

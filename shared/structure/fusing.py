@@ -1,7 +1,9 @@
-"""What a traced `forward` says of neighbours: norms that follow a convolution, activations and shortcuts that a packed
+"""What a traced `forward` says of neighbours: norms that follow a convolution, activations and shortcuts
+that a packed
 convolution can take.
 
-torch.fx follows a `forward` symbolically. Where it cannot (control flow on data), or where arguments are optional, a
+torch.fx follows a `forward` symbolically. Where it cannot (control flow on data), or where arguments are
+optional, a
 module stays as it is, and those inside it are tried.
 """
 
@@ -64,9 +66,10 @@ def followers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
         first = node.args[0] if node.op == "call_module" and len(node.args) == 1 else None
-        if isinstance(first, Node) and first.op == "call_module" and len(first.users) == 1:
-            if calls[node.target] == calls[first.target] == 1:
-                yield f"{prefix}{first.target}", f"{prefix}{node.target}"
+        if not isinstance(first, Node) or first.op != "call_module" or len(first.users) > 1:
+            continue
+        if calls[node.target] == calls[first.target] == 1:
+            yield f"{prefix}{first.target}", f"{prefix}{node.target}"
 
 
 def fuse(model: nn.Module) -> nn.Module:

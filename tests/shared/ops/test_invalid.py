@@ -29,6 +29,7 @@ from zoo.shared.ops.rasterize import rasterize
 from zoo.shared.ops.rulebook import conv_rulebook, submanifold_rulebook
 from zoo.shared.ops.sparse_conv import sparse_conv, sparse_max_pool, subm_conv
 from zoo.shared.ops.sparse_conv1x1 import sparse_conv1x1
+from zoo.shared.ops.sparse_conv2d import sparse_conv2d
 from zoo.shared.ops.sparse_linear import sparse_linear
 from zoo.shared.ops.sparse_tensor import SparseConvTensor
 from zoo.shared.ops.spgemm import CSR, spgemm
@@ -81,6 +82,11 @@ def packed(layout: str, batch: int, trains: bool) -> Target:
 def pointwise(layout: str) -> Target:
     weight, x = pack(torch.randn(8, 200), torch.rand(8, 200) < 0.3, layout), torch.randn(2, 200, 6, 7)
     return [weight.index, weight.pointer], lambda: sparse_conv1x1(x, weight)
+
+
+def spatial(layout: str) -> Target:
+    weight, x = pack(torch.randn(8, 180), torch.rand(8, 180) < 0.3, layout), torch.randn(2, 20, 6, 7)
+    return [weight.index, weight.pointer], lambda: sparse_conv2d(x, weight, kernel=3, stride=2, padding=1)
 
 
 def grouped(batch: int, rounded: bool = False) -> Target:
@@ -167,6 +173,7 @@ def targets() -> Iterator[tuple[str, Callable[[], Target]]]:
         yield f"{layout}-trains", lambda layout=layout: packed(layout, 7, True)
     for layout in ("bitmask", "csr", "rows4"):
         yield f"conv1x1-{layout}", lambda layout=layout: pointwise(layout)
+        yield f"conv2d-{layout}", lambda layout=layout: spatial(layout)
     for batch in (1, 9):
         yield f"groups-{batch}", lambda batch=batch: grouped(batch)
         yield f"rounded-{batch}", lambda batch=batch: grouped(batch, True)
