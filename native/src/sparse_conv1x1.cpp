@@ -1,7 +1,7 @@
 // Pointwise convolution with a packed W [out channels, in channels] (csr or rows4, see packed.hpp) on channel-major
 // maps: y[image, o, :] = bias[o] + sum of w[o, c] * x[image, c, :].
 //
-// A map is taken in pieces of up to kMost vectors. The pixels of a piece are first copied together, channel after channel:
+// A map is taken in pieces of kPieceVectors vectors at most. Their pixels are first copied together, channel after channel:
 // in the map itself each channel lies on a memory page of its own, and every kept weight would wait for another page to
 // be looked up. Then the sums of the piece (for four channels at a time: of a tile of two vectors) stay in registers
 // while the kept weights pass by. The last vector of a map is moved back so that it ends with the map, and overlaps the
@@ -134,7 +134,7 @@ void blocks_by_count(const Job<T>& job, const Tile* tiles, int64_t count, int64_
 }
 
 int64_t vectors_of(int64_t pixels) { return (pixels + kLanes - 1) / kLanes; }
-int64_t pieces_of(int64_t pixels) { return (vectors_of(pixels) + kMost - 1) / kMost; }
+int64_t pieces_of(int64_t pixels) { return (vectors_of(pixels) + kPieceVectors - 1) / kPieceVectors; }
 
 // Piece `number` of the map x [cols, pixels] for rows [from, to) (blocks of four rows where `blocks`). Where all tiles of
 // x fit into the first-level cache, a block meets them one after the other; else a tile stays while as many weights pass
@@ -144,9 +144,9 @@ void run_piece(const Job<T>& job, bool blocks, const float* map, int64_t number,
   const Packed<T>& w = job.w;
   const int64_t vectors = vectors_of(job.pixels), pieces = pieces_of(job.pixels);
   const int64_t start = vectors * number / pieces, held = vectors * (number + 1) / pieces - start;
-  const int64_t most = blocks ? kMostOfBlocks : kMost, count = (held + most - 1) / most;
+  const int64_t most = blocks ? kMostOfBlocks : kPieceVectors, count = (held + most - 1) / most;
   float* memory = scratch_of<float>(w.cols * held * kLanes, 0);
-  Tile tiles[(kMost + 1) / kMostOfBlocks];
+  Tile tiles[(kPieceVectors + 1) / kMostOfBlocks];
   for (int64_t t = 0; t < count; ++t) {
     const int64_t begin = start + held * t / count, end = start + held * (t + 1) / count;
     tiles[t] = {begin * kLanes, end - begin, std::min((end - 1) * kLanes, job.pixels - kLanes), memory};

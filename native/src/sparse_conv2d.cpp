@@ -4,7 +4,7 @@
 //
 // The results of a map lie, row after row, at a distance of `pitch` columns, so many that the zeros which border a row of
 // x on the right border the next row on the left. A weight then meets the results of any number of rows at one constant
-// offset, and the convolution is the pointwise one (sparse_conv1x1.cpp): a piece of up to kMost vectors of results stays
+// offset, and the convolution is the pointwise one (sparse_conv1x1.cpp): a piece of kPieceVectors vectors of results stays
 // in registers while the kept weights pass by. What a piece meets of a channel is its window, copied together with those
 // of the other channels of a panel, which fill the first-level cache. Under a stride, columns and rows are dealt out by
 // their remainders (phases), each with a window of its own. The index holds offsets into the windows of a panel
@@ -47,7 +47,7 @@ struct Piece {
   const float* x;  // the windows
   float* sums;     // those of a row of W, between two panels
   int64_t vectors, runs;
-  Run run[kMost * 16];
+  Run run[kPieceVectors * 16];
 };
 
 // The windows of one channel for results [start, start + window): what is outside of x is zero.
@@ -143,7 +143,7 @@ template <class T>
 void blocks_piece(const Job<T>& job, const Piece& piece, int64_t panel, int64_t from, int64_t to) {
   const bool ends = panel + 1 == job.w.panels();
   const int64_t step = piece.vectors * kLanes, kept = 4 * step;
-  float lines[4 * kMost * kLanes + kLanes];
+  float lines[4 * kPieceVectors * kLanes + kLanes];
   for (int64_t block = from; block < to; ++block) {
     const float* before = piece.sums + (block - from) * kept;
     float* sums = ends ? lines : piece.sums + (block - from) * kept;
@@ -156,7 +156,7 @@ void blocks_piece(const Job<T>& job, const Piece& piece, int64_t panel, int64_t 
   }
 }
 
-int64_t pieces_of(const Maps& maps) { return (maps.vectors() + kMost - 1) / kMost; }
+int64_t pieces_of(const Maps& maps) { return (maps.vectors() + kPieceVectors - 1) / kPieceVectors; }
 
 // Piece `number` of the map x [channels, height, width] for rows [from, to) of W (blocks of four where `blocks`).
 template <class T>
@@ -166,9 +166,9 @@ void run_piece(const Job<T>& job, const Maps& maps, bool blocks, const float* ma
   const int64_t span = maps.span(), channels = job.w.cols / span;
   Piece piece;
   piece.vectors = vectors * (number + 1) / pieces - start;
-  float* x = scratch_of<float>(job.w.cols + kMost * kLanes, 0);
+  float* x = scratch_of<float>(job.w.cols + kPieceVectors * kLanes, 0);
   for (int64_t c = 0; c < channels; ++c) deal(maps, map + c * maps.height * maps.width, start * kLanes, x + c * span);
-  std::fill_n(x + job.w.cols, kMost * kLanes, 0.0f);
+  std::fill_n(x + job.w.cols, kPieceVectors * kLanes, 0.0f);
   piece.x = x;
   // So many rows of W pass by together that their sums stay in the first-level cache from panel to panel.
   const int64_t sums = (blocks ? 4 : 1) * piece.vectors * kLanes, step = std::max<int64_t>(1, kSums / sums);

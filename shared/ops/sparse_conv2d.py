@@ -35,7 +35,7 @@ __all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_conv2d"]
 
 _PANEL_FLOATS = 8192  # of the windows of a panel of channels: a usual first-level cache
 _MOST_OFFSETS = 1 << 16  # floats that a 16-bit offset tells apart
-_MOST_VECTORS = {16: 5, 8: 8}  # kMost of native/include/zoo/packed.hpp by floats of a vector
+_MOST_VECTORS = {16: 5, 8: 8}  # kPieceVectors of native/include/zoo/packed.hpp by floats of a vector
 _windows = Derived[Parts](1024)
 
 

@@ -100,7 +100,8 @@ ZOO_INLINE void accumulate_columns(const T* values, const uint16_t* offsets, int
   for (int v = 0; v < V; ++v) acc[v] = part[v];
 }
 
-constexpr int kMost = kLanes == 16 ? 5 : 8;  // vectors of a piece of a map: those of 128 channels fill the first-level cache
+// Vectors of a piece of a map: those of 128 channels fill the first-level cache.
+constexpr int kPieceVectors = kLanes == 16 ? 5 : 8;
 
 // Calls body(std::integral_constant<int, vectors>).
 template <class Body>
