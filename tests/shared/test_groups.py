@@ -13,6 +13,7 @@ from zoo.shared.learned.gates import HardConcrete, HardGate, harden
 from zoo.shared.masks import MaskSet, set_masks
 from zoo.shared.structure.groups import GroupMap, trace_groups
 from zoo.shared.structure.groups.labels import FIXED, Unions, factor_shapes, reshape_labels
+from zoo.shared.structure.surgery import cut
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,14 @@ class TestTracing:
         assert not groups["embed.weight"].exact and groups["up.weight"].exact
         assert ("embed.weight", 1, "out") in _places(groups, "embed.weight")
         assert ("norm.weight", 0, "follow") in _places(groups, "embed.weight")
+
+    def test_units_under_the_only_norm_group_go_singly_and_inexactly(self):
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.Conv2d(8, 2, 1)).eval()
+        x = torch.randn(2, 3, 4, 4)
+        groups = trace_groups(model, (x,))
+        assert groups["0.weight"].units == 8 and not groups["0.weight"].exact
+        cut(model, groups, {"0.weight": torch.arange(8) < 3}, allow_inexact=True)
+        assert (model[1].num_groups, model[1].num_channels) == (1, 3) and model(x).shape == (2, 2, 4, 4)
 
     def test_group_norm_and_grouped_convolution_give_whole_groups(self):
         net = nn.Sequential(

@@ -134,9 +134,11 @@ def _short(error: BaseException) -> str:
 
 
 def lines_of(page: str) -> dict[str, str]:
-    """The lines of an earlier page by network."""
+    """The lines of an earlier page by network; one from before Torch-Pruning stood beside it says so."""
     rows = (row for row in page.splitlines() if row.startswith("| ") and "/" in row.split("|")[1])
-    return {row.split("|")[1].strip(): row for row in rows}
+    return {
+        row.split("|")[1].strip(): row if row.count("|") == 7 else f"{row} not compared |" for row in rows
+    }
 
 
 def make(path: Path, names: Sequence[str]) -> None:
