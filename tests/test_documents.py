@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -21,6 +22,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/design.md",
     "docs/format.md",
+    "docs/performance.md",
     "docs/security.md",
     "docs/zeros.md",
     *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs/tutorials").glob("*.md"))),
@@ -70,6 +72,24 @@ def test_names_in_a_page_lead_somewhere(page: str) -> None:
     missing += [path for path in paths if not (ROOT / path).exists()]
     missing += [name for name in re.findall(r"\bzoo\.(\w+)\(", text) if name not in zoo.__all__]
     assert not missing, missing
+
+
+def test_the_times_of_tokens_are_the_measured_ones() -> None:
+    """The table of docs/performance.md, and the row of the README's."""
+    text, shown = pages()["docs/performance.md"], []
+    for threads in (1, 2):
+        path = ROOT / f"benchmarks/results/llm_decode-rival-{threads}.json"
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            ratio, label = row["ratio"], {1: "a token"}.get(row["labels"]["batch"], "a prompt of 64")
+            ours, rival = (1e3 * row["seconds"][name]["median"] for name in ("ours", "llama.cpp Q4_0"))
+            digits = 1 if rival < 100 else 0
+            shown.append(f"{ratio['value']:.2f}")
+            assert (
+                f"| {label} | {threads} | {ours:.{digits}f} | {rival:.{digits}f} | {ratio['value']:.2f} "
+                f"({ratio['low']:.2f} to {ratio['high']:.2f}) |"
+            ) in text
+    token_and_prompt = f"{shown[0]}, {shown[2]}; {shown[1]}, {shown[3]}"
+    assert len(shown) == 4 and f"one and two threads | {token_and_prompt} |" in pages()["README.md"]
 
 
 def test_the_site_has_every_page_that_its_menu_names(tmp_path) -> None:
