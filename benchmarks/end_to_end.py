@@ -1,6 +1,6 @@
 """From a checkpoint of another library to sparse weights that anybody loads: one model through every border.
 
-    python benchmarks/end_to_end.py --json benchmarks/results/end_to_end.json
+    python benchmarks/end_to_end.py --steps 30 --json benchmarks/results/end_to_end.json
 
 transformers and tokenizers alone make a GPT-NeoX (Pythia's architecture), teach it on a text for a minute
 or so, and write the folder that a hub would have: nobody publishes one this small, and the zoo has no part
