@@ -95,7 +95,7 @@ def _render(plot: Plot, kind: str, *, dpi: int = 100) -> bytes:
         axes = figure.add_subplot()
         _draw(axes, plot)
         handles, labels = axes.get_legend_handles_labels()
-        if labels:
+        if labels and plot.x_label:
             # Below the axes, where it hides no point.
             columns = 1 if max(map(len, labels)) > 40 else min(len(labels), 3)
             figure.legend(
@@ -119,6 +119,12 @@ def _draw(axes: Axes, plot: Plot) -> None:
     for series in plot.series:
         index = colours.setdefault(series.group or series.label, len(colours))
         _draw_series(axes, series, PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)])
+    if not plot.x_label:  # the names of the series stand on the axis
+        import textwrap
+
+        names = ["\n".join(textwrap.wrap(series.label, 18)) for series in plot.series]
+        axes.set_xticks([float(series.x[0]) for series in plot.series], names)
+        axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_title(plot.title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)

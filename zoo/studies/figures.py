@@ -166,7 +166,8 @@ class Curves:
         title, alt: with `{where}`, or functions of the view.
         x_label, y_label: with units.
         arms: those with curves.
-        x: level -> place on the axis; or a figure, whose mean over the runs is the place.
+        x: level -> place on the axis; or a figure, whose mean over the runs is the place; None, with
+            `points` and one level, sets the arms side by side under their names (`x_label` is then empty).
         levels: which; by default those that are numbers.
         references: arms that are horizontal lines.
         value: the figure, if it is not the study's.
@@ -181,7 +182,7 @@ class Curves:
     x_label: str
     y_label: str
     arms: Some = ()
-    x: Callable[[Any], float] | Value = lambda level: 100 * level  # noqa: E731
+    x: Callable[[Any], float] | Value | None = lambda level: 100 * level  # noqa: E731
     levels: Some = ()
     references: Sequence[str] = ()
     value: Value | None = None
@@ -201,10 +202,13 @@ class Curves:
             own = [level for level in levels if level in view.levels(arm)]
             found = {level: values for level in own if (values := self._of(view, arm, level))}
             if found and arm not in self.references:
-                places = [self._place(view, arm, level) for level in found]
+                places = [self._place(view, arm, level, len(series)) for level in found]
                 means, spreads = [*map(statistics.fmean, found.values())], [*map(deviation, found.values())]
                 if not self.points:
                     series.append(Series(arm, places, means, spreads))
+                    continue
+                if self.x is None:
+                    series.append(Series(arm, places, means, spreads, "points"))
                     continue
                 number = str(len(series) + 1)
                 label, marks = (
@@ -223,7 +227,9 @@ class Curves:
         found = view.values(arm, level, self.value)
         return [math.log10(value) for value in found] if self.log10 else found
 
-    def _place(self, view: View, arm: str, level: Any) -> float:
+    def _place(self, view: View, arm: str, level: Any, number: int) -> float:
+        if self.x is None:
+            return float(number)
         if isinstance(self.x, Value):
             return statistics.fmean(view.values(arm, level, self.x))
         return float(self.x(level))

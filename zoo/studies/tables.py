@@ -87,7 +87,10 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A plot as data. Labels carry units; `alt` says in a sentence what is to be seen."""
+    """A plot as data. Labels carry units; `alt` says in a sentence what is to be seen.
+
+    With an empty `x_label` each series is one point, whose label stands on the axis.
+    """
 
     name: str
     title: str

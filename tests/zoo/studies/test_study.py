@@ -179,6 +179,8 @@ def test_points_lie_at_the_mean_of_a_figure_and_are_numbered_or_marked():
         ("1: good", [2.0], ["1"]),
         ("2: bad", [2.0], ["2"]),
     ]
+    beside = Curves("p", "P", "", "y", x=None, levels=[0.5], points=True)(view)
+    assert [(each.label, list(each.x)) for each in beside.series] == [("good", [0.0]), ("bad", [1.0])]
     both = Curves("p", "P", "x", "y", x=Value("cost", 0.1), points=True)(view)
     assert both.series[0].marks == ["50 %", "90 %"] and both.series[0].kind == "points"
     assert when(lambda view: False, lambda view: one)(view) is None

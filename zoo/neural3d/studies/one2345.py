@@ -227,10 +227,10 @@ STUDY = Study(
         Curves(
             "shapes",
             "Carved shapes from eight views",
-            "arm",
+            "",
             "intersection over union (%)",
             arms=(HULL, MASKS, NET),
-            x=lambda level: 0.0,
+            x=None,
             levels=("toys",),
             points=True,
             alt="One point an arm, with the deviation over seeds.",
