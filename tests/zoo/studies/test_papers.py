@@ -67,5 +67,7 @@ def test_readme_figures_of_decoding_are_those_of_the_files():
     for path in sorted(FOLDER.glob("llm_decode-*.json")):
         for row in read_json(path)["rows"]:
             seconds = row["seconds"]
+            if "dense" not in seconds:  # against another program: docs/performance.md
+                continue
             ratio = f"{seconds['dense']['median'] / seconds['ours']['median']:.2f}x"
             assert ratio in text, (path.name, row["labels"], ratio)

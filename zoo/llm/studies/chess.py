@@ -206,9 +206,9 @@ def facts(view: View) -> list[Verdict]:
 
 
 def _speed(view: View) -> list[dict[str, Any]]:
-    """The rows of the decoding benchmark, if its results are there."""
+    """The rows of the decoding benchmark against dense models, if its results are there."""
     files = sorted(view.options.speed.glob("llm_decode-*.json"))
-    return [row for file in files for row in read_json(file)["rows"]]
+    return [row for file in files for row in read_json(file)["rows"] if "dense" in row["seconds"]]
 
 
 def speed_table(view: View) -> Table | None:
