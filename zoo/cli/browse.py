@@ -266,5 +266,15 @@ def _over_seeds(figure: Metric | DenseFigure) -> str:
     return f"{numbers.value(figure.mean)} ± {spread} ({len(figure.per_seed)})"
 
 
+_LONGEST = 100  # characters of an argument
+
+
 def _arguments(values: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in values.items())
+    return " ".join(f"{key}={_short(str(value))}" for key, value in values.items())
+
+
+def _short(text: str) -> str:
+    """A value as a reader wants it; plans of what was cut run over pages, and `--json` has them."""
+    return (
+        text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters, whole by --json)"
+    )

@@ -398,3 +398,11 @@ def test_a_full_disk_is_the_environment(capsys, toy_zoo, tmp_path, monkeypatch):
     code, _, err = run(capsys, "export", "toy/half-mlp", "--to", tmp_path / "w.safetensors")
     assert code == cli.ENVIRONMENT and "No space left on device" in err and "free some space" in err
     assert list(tmp_path.glob("*.safetensors")) == []
+
+
+def test_a_long_argument_of_a_card_is_cut_and_said_to_be():
+    from zoo.cli.browse import _arguments
+
+    assert _arguments({"width": 8}) == "width=8"
+    shown = _arguments({"plan": list(range(1000))})
+    assert len(shown) < 150 and shown.endswith("characters, whole by --json)")
