@@ -37,7 +37,8 @@ def test_strength_is_the_sum_over_an_inputs_connections():
 
 
 def test_each_sign_loses_its_share_nearest_zero():
-    one = layer([0.1, 5.0, -0.3, -4.0, 2.0, -9.0], [0, 1, 2, 3, 4, 5])
+    """One of three positive ones, 0.1, and one of three negative ones, -3: not 2, which is nearer zero."""
+    one = layer([0.1, 5.0, -3.0, -4.0, 2.0, -9.0], [0, 1, 2, 3, 4, 5])
     assert one.survivors(1 / 3).tolist() == [False, True, False, True, True, True]
 
 

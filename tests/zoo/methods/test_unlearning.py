@@ -19,6 +19,9 @@ def test_the_recursion_is_that_of_woodfisher():
     assert newton(torch.tensor([3.0, 4.0]), iter([one, two]), 2).tolist() == [1.0, 4.0]
     # o = (2, 0), g = (1, 0): k = 6 - 6 / (2 + 2) * 2 = 3
     assert newton(torch.tensor([6.0, 1.0]), iter([2 * one, one]), 2).tolist() == [3.0, 1.0]
+    # after (1, 1): k = (2/3, 4), o = (2/3, 0); then k = 2/3 - (2/3) / (2 + 2/3) * 2/3 = 1/2
+    found = newton(torch.tensor([3.0, 4.0]), iter([one, one + two, one]), 2)
+    torch.testing.assert_close(found, torch.tensor([0.5, 4.0]))
 
 
 def test_the_penalty_fades_and_ends_before_the_end():
