@@ -22,8 +22,9 @@ import yaml
 
 from zoo.bundles import folders
 from zoo.bundles import store as bundles
+from zoo.bundles.folders import put_folder, refuse_taken
 from zoo.bundles.store import load, save
-from zoo.errors import BundleError, CardError, ZooError
+from zoo.errors import BundleError, CardError, ConfigError, ZooError
 from zoo.shared.errors import MaskError
 from zoo.shared.masks import MaskSet
 from zoo.shared.store.formats import load_packed, save_packed
@@ -433,3 +434,27 @@ def test_a_folder_that_cannot_be_made(save_tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(BundleError, match="cannot be written"):
         save_tiny(tmp_path / "file" / "b")
+
+
+def test_overwriting_a_model_of_another_library_takes_no_other_folder(tmp_path):
+    source, out = tmp_path / "model", tmp_path / "photos"
+    for folder, name in ((source, "config.json"), (out, "holiday.jpg")):
+        folder.mkdir()
+        (folder / name).write_text("x")
+    with pytest.raises(ConfigError, match="is the source itself"):
+        refuse_taken(source, source, "config.json", True)
+    with pytest.raises(ConfigError, match="is there already"):
+        refuse_taken(source, out, "config.json", False)
+    with pytest.raises(ConfigError, match="holds no config.json: it is not replaced"):
+        refuse_taken(source, out, "config.json", True)
+    refuse_taken(source, tmp_path / "new", "config.json", False)
+
+    def fails(folder):
+        (folder / "half").write_text("x")
+        raise ConfigError("stopped")
+
+    with pytest.raises(ConfigError, match="stopped"):
+        put_folder(source, fails)
+    assert [path.name for path in source.iterdir()] == ["config.json"], "what was there is intact"
+    put_folder(source, lambda folder: (folder / "config.json").write_text("new"))
+    assert (source / "config.json").read_text() == "new"

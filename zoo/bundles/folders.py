@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from zoo.bundles.card import CARD_FILE
-from zoo.errors import BundleError
+from zoo.errors import BundleError, ConfigError
 
 
 def publish_folder(folder: Path, write: Callable[[Path], object], overwrite: bool = False) -> Path:
@@ -27,6 +27,38 @@ def publish_folder(folder: Path, write: Callable[[Path], object], overwrite: boo
     """
     folder = Path(os.path.abspath(folder))
     _refuse(folder, overwrite)
+    return put_folder(folder, write)
+
+
+def refuse_taken(source: Path, out: Path, holds: str, overwrite: bool) -> None:
+    """Refuse an output folder of a model of another library, before any work is done for it.
+
+    Args:
+        source: the folder that is read.
+        out: the folder that is to be written.
+        holds: file that every folder of such a model has; one without it is somebody's other files.
+        overwrite: whether a model's folder that is there may be replaced.
+
+    Raises:
+        ConfigError: it is the source, is there already, or is no folder of such a model.
+    """
+    if out.resolve() == source.resolve():
+        raise ConfigError(f"{out} is the source itself; give another --out")
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise ConfigError(f"{out} is there already; give another --out, or --overwrite")
+    if out.is_symlink() or not (out / holds).is_file():
+        raise ConfigError(f"{out} holds no {holds}: it is not replaced, not even by --overwrite")
+
+
+def put_folder(folder: Path, write: Callable[[Path], object]) -> Path:
+    """Fill a folder as `publish_folder` does, in the place of whatever is there: see `refuse_taken`.
+
+    Raises:
+        BundleError: it cannot be written; the old folder is intact.
+    """
+    folder = Path(os.path.abspath(folder))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))

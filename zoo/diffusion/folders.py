@@ -16,6 +16,7 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
+from zoo.bundles.folders import put_folder, refuse_taken
 from zoo.diffusion.parts import DENOISERS
 from zoo.diffusion.plan import Plan
 from zoo.diffusion.pruned import load_network, plan_of, prune
@@ -71,11 +72,8 @@ def sparsify_folder(
             already, or diffusers would load other values than were saved.
         SparseError: whatever the method refuses.
     """
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} is there already; give another --out, or --overwrite")
-    if out.resolve() == source.resolve():
-        raise ConfigError(f"{out} is the source itself; give another --out")
     pipeline = (source / INDEX).is_file()
+    refuse_taken(source, out, INDEX if pipeline else "config.json", overwrite)
     index = read_json(source / INDEX) if pipeline else {}
     model = load_parts(source, index) if pipeline else _alone(load_network(source, _dtype(source)))
     name = model.denoiser_name
@@ -85,22 +83,23 @@ def sparsify_folder(
     method.sparsify(model)
     if progress is not None:
         progress(1, 2, "saving")
-    staged = out.with_name(f"{out.name}.part")
-    shutil.rmtree(staged, ignore_errors=True)
-    if pipeline:
-        pruned = {part for part, _ in model.named_children()}
-        shutil.copytree(source, staged, ignore=lambda at, _: pruned if Path(at) == source else ())
-        if plan_of(model.get_submodule(name)) is not None:
-            kind = type(model.get_submodule(name))
-            write_json(staged / INDEX, {**index, name: [kind.__module__, kind.__name__]})
-    for part, network in model.named_children():
-        save: Any = network
-        save.save_pretrained(staged / part if pipeline else staged)
-        _check(
-            network, _load(staged / part if pipeline else staged, index.get(part) if part != name else None)
-        )
-    shutil.rmtree(out, ignore_errors=True)
-    staged.rename(out)
+
+    def write(staged: Path) -> None:
+        if pipeline:
+            pruned = {part for part, _ in model.named_children()}
+            shutil.copytree(
+                source, staged, ignore=lambda at, _: pruned if Path(at) == source else (), dirs_exist_ok=True
+            )
+            if plan_of(model.get_submodule(name)) is not None:
+                kind = type(model.get_submodule(name))
+                write_json(staged / INDEX, {**index, name: [kind.__module__, kind.__name__]})
+        for part, network in model.named_children():
+            save: Any = network
+            place = staged / part if pipeline else staged
+            save.save_pretrained(place)
+            _check(network, _load(place, index.get(part) if part != name else None))
+
+    put_folder(out, write)
     left = sum(p.numel() for p in model.parameters())
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
     return (

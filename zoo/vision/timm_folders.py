@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from zoo.bundles.folders import put_folder, refuse_taken
 from zoo.errors import ConfigError
 from zoo.harness.making import Origin
 from zoo.harness.tasks import Progress
@@ -68,29 +69,27 @@ def sparsify_folder(
             shapes, or other tensors than were saved.
         SparseError: whatever the method refuses.
     """
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} is there already; give another --out, or --overwrite")
-    if out.resolve() == source.resolve():
-        raise ConfigError(f"{out} is the source itself; give another --out")
+    refuse_taken(source, out, WEIGHTS, overwrite)
     if needs_job(method):
         raise ConfigError(f"{origin.method} learns from data, and a folder of timm has none: try prune")
     if progress is not None:
         progress(0, 1, f"sparsifying by {origin.method}")
     made = method.sparsify(load_folder(source))
-    staged = out.with_name(f"{out.name}.part")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.suffix in (".json", ".md", ".txt") and file.is_file():
-            shutil.copy(file, staged / file.name)
     state = {name: value.detach().clone() for name, value in made.model.state_dict().items()}
-    save_file(state, staged / WEIGHTS, metadata={"format": "pt"})
-    again = load_folder(staged).state_dict()
-    for name, tensor in state.items():
-        if name not in again or not torch.equal(again[name], tensor):
-            raise ConfigError(f"timm loads other values of {name!r} than {origin.method} made: use zoo.save")
-    shutil.rmtree(out, ignore_errors=True)
-    staged.rename(out)
+
+    def write(staged: Path) -> None:
+        for file in source.iterdir():
+            if file.suffix in (".json", ".md", ".txt") and file.is_file():
+                shutil.copy(file, staged / file.name)
+        save_file(state, staged / WEIGHTS, metadata={"format": "pt"})
+        again = load_folder(staged).state_dict()
+        for name, tensor in state.items():
+            if name not in again or not torch.equal(again[name], tensor):
+                raise ConfigError(
+                    f"timm loads other values of {name!r} than {origin.method} made: use zoo.save"
+                )
+
+    put_folder(out, write)
     dropped = sum(mask.numel - mask.kept for mask in made.masks.values())
     total = sum(parameter.numel() for parameter in made.model.parameters())
     return (
