@@ -71,8 +71,8 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
 
     A parameter shared with another module is left alone. Batch norms are folded into the convolutions before
     them where `fold_norms` can, and sparse convolutions take the ReLU and the shortcut that follow. The
-    model carries the
-    masks of the modules that stayed. The result is for inference: packed modules have no trainable weight.
+    model carries the masks of the modules that stayed. The result is for inference: packed modules have no
+    trainable weight.
 
     Args:
         model: a model whose masked entries are zero.
@@ -130,8 +130,7 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
 
 def _pack_between(model: nn.Module, masks: MaskSet) -> None:
     """What stands between sparse convolutions, for the channel-major maps of those: depthwise convolutions
-    and
-    maxima."""
+    and maxima."""
     for name, module in list(model.named_modules()):
         if name and is_depthwise(module) and f"{name}.weight" not in masks:
             model.set_submodule(name, DepthwiseConv(module).train(module.training))
@@ -274,8 +273,7 @@ def _gains(weight: SparseWeight) -> bool:
 @register_packer(nn.Conv2d)
 def _pack_convolution(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
     """`zoo.shared.ops.SparseConv1x1` for 1x1 convolutions with stride 1, `SparseConv2d` for others of one
-    group
-    with a square kernel; those of several groups stay."""
+    group with a square kernel; those of several groups stay."""
     keep = masks.get("weight")
     if keep is None or not isinstance(module, nn.Conv2d):
         return None

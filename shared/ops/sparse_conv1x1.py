@@ -52,8 +52,7 @@ def sparse_conv1x1(
 
     Args:
         relu: 1 for the positive part of the result, 6 for that up to 6 (ReLU6), which the kernel takes
-        before it
-            stores.
+            before it stores.
         residual: added before that, the shortcut of a residual network.
 
     Raises:
@@ -75,7 +74,7 @@ def sparse_conv1x1(
                 weight.calls.keep(x, run, weight.parts, kind)
         if run is not None:
             return run(x, bias, residual)
-        y = _forward(x, weight, bias)
+        y = _plainly(x, weight, bias)
     else:
         form = (weight.layout, *weight.shape, weight.width)
         y = _sparse_conv1x1(x, weight.values, weight.index, weight.pointer, bias, *form)
@@ -146,8 +145,12 @@ def _is_rows(x: Tensor) -> bool:
 @dispatch.in_own_precision
 def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     run = _run(x, weight, bias, 0)
-    if run is not None:
-        return run(x, bias, None)
+    return _plainly(x, weight, bias) if run is None else run(x, bias, None)
+
+
+@dispatch.in_own_precision
+def _plainly(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+    """By the dense product, or by the definition."""
     if plan(x, weight, bias).backend == "dense":
         y = torch.matmul(weight.expanded(x.dtype), x.flatten(2)).reshape(
             x.shape[0], weight.shape[0], *x.shape[2:]

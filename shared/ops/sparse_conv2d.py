@@ -4,10 +4,8 @@
     y = sparse_conv2d(x, weight, conv.bias, kernel=3, stride=conv.stride[0], padding=conv.padding[0])
 
 A piece of a map's results stays in registers while the kept weights pass by, each with an offset into what
-the
-piece meets of x (native/src/sparse_conv2d.cpp), after the direct sparse convolutions of Escoin (Chen 2018)
-and
-Fast Sparse ConvNets (Elsen et al. 2019). 1x1 kernels with stride 1 run through `sparse_conv1x1`.
+the piece meets of x (native/src/sparse_conv2d.cpp), after the direct sparse convolutions of Escoin (Chen
+2018) and Fast Sparse ConvNets (Elsen et al. 2019). 1x1 kernels with stride 1 run through `sparse_conv1x1`.
 """
 
 from __future__ import annotations
@@ -119,8 +117,7 @@ def sparse_conv2d(
 
     Returns:
         Maps of the dtype of x. Sums are in fp32 and do not depend on the number of threads. Gradients
-        reach x,
-        `weight.values`, the bias and the residual.
+        reach x, `weight.values`, the bias and the residual.
 
     Raises:
         OpError: shapes, dtypes or devices that do not fit.
@@ -134,11 +131,12 @@ def sparse_conv2d(
             return run(x, bias, residual)
         weight.check()
         _check(x, weight, bias, residual, *options)
-        if dispatch.choose("sparse_conv2d", x.device, *case(x, weight, *options)).backend == "native":
+        backend = dispatch.choose("sparse_conv2d", x.device, *case(x, weight, *options)).backend
+        if backend == "native":
             run = _native_run(x.shape, weight, geometry(x.shape[2], x.shape[3], *options), relu)
             weight.calls.keep(x, run, weight.parts, key)
             return run(x, bias, residual)
-        y = _forward(x, weight, bias, *options)
+        y = _plainly(x, weight, bias, *options, backend)
     else:
         _check(x, weight, bias, residual, *options)
         packed = (weight.layout, *weight.shape, weight.width, *options)
@@ -186,8 +184,7 @@ def case(
     x: Tensor, weight: SparseWeight, kernel: int, stride: int, padding: int
 ) -> tuple[tuple[str, ...], str, tuple[float, ...], int]:
     """Backends offered, the kind and sizes by which measured cases are looked up (weights, results per
-    channel,
-    density), and the bytes that a copy is looked up by."""
+    channel, density), and the bytes that a copy is looked up by."""
     rows, cols = weight.shape
     offered: tuple[str, ...] = ("dense", "reference")
     wide = torch.float64 in (x.dtype, weight.values.dtype)
@@ -234,6 +231,20 @@ def _forward(
     if backend == "native" and x.numel() and weight.kept:
         form = geometry(x.shape[2], x.shape[3], kernel, stride, padding)
         return _native_run(x.shape, weight, form, relu=0)(x, bias, None)
+    return _plainly(x, weight, bias, kernel, stride, padding, backend)
+
+
+@dispatch.in_own_precision
+def _plainly(
+    x: Tensor,
+    weight: SparseWeight,
+    bias: Tensor | None,
+    kernel: int,
+    stride: int,
+    padding: int,
+    backend: str,
+) -> Tensor:
+    """By the dense convolution, or by the definition."""
     if backend == "dense":
         dense = weight.expanded(x.dtype).reshape(weight.shape[0], -1, kernel, kernel)
         wide = None if bias is None else bias.to(x.dtype)

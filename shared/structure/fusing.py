@@ -1,10 +1,7 @@
-"""What a traced `forward` says of neighbours: norms that follow a convolution, activations and shortcuts
-that a packed
-convolution can take.
+"""Activations and shortcuts that a packed convolution can take, and norms that follow one, by tracing.
 
 torch.fx follows a `forward` symbolically. Where it cannot (control flow on data), or where arguments are
-optional, a
-module stays as it is, and those inside it are tried.
+optional, a module stays as it is, and those inside it are tried.
 """
 
 from __future__ import annotations

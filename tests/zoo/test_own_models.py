@@ -50,6 +50,7 @@ def test_any_model_is_saved_and_comes_back(sparse, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "own/my-net" in shown and "50.0" in shown and "FLOPs" not in shown and "Measured" not in shown
     assert zoo.save(again, tmp_path / "again", name="own/second") == tmp_path / "again"
+    assert zoo.card(str(tmp_path / "again")).training.environment["torch"] == torch.__version__
 
 
 def test_nothing_is_imported_by_a_name_on_a_card(sparse, tmp_path):

@@ -117,8 +117,7 @@ def check_fits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> No
 
 class _Unfilled(TorchFunctionMode):
     """Leaves tensors that have no memory as they are: torch would import its compiler, for two seconds, to
-    find
-    that there is nothing to draw."""
+    find that there is nothing to draw."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_) and args[0].is_meta:

@@ -1,10 +1,8 @@
 """`zoo export MODEL --to onnx` and `--to torch-export`: a model as a graph that runs without the zoo.
 
 The weights are dense, zeros included. What was written is run in a process of its own, by onnxruntime or
-torch
-alone, on two inputs of different batch sizes, and compared with the model: a file that computes something
-else,
-or that needs operators of the zoo, is not kept.
+torch alone, on two inputs of different batch sizes, and compared with the model: a file that computes
+something else, or that needs operators of the zoo, is not kept.
 """
 
 from __future__ import annotations

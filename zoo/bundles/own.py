@@ -17,6 +17,7 @@ from torch import nn
 
 from zoo.bundles.building import check_fits
 from zoo.bundles.card import OWN, Card
+from zoo.bundles.provenance import environment
 from zoo.errors import BundleError, ConfigError
 from zoo.shared.masks import MaskSet
 
@@ -59,7 +60,7 @@ def own_fields(
         "summary": f"A {kind.__name__}, saved as it was; nothing about it was measured.",
         "architecture": {"name": class_name(kind), "args": dict(arguments or {})},
         "method": {"name": "own" if masks else "dense"},
-        "training": {"command": f"zoo.save(model, {folder.name!r})"},
+        "training": {"command": f"zoo.save(model, {folder.name!r})", "environment": environment()},
         "data": {"name": _UNSTATED, "source": _UNSTATED, "licence": _UNSTATED},
         "license": _UNSTATED,
         "citation": _UNSTATED,

@@ -22,24 +22,16 @@ from torch import Tensor, nn
 
 from zoo.bundles.card import Card, Metric, mean_and_spread
 from zoo.bundles.catalog import Bundle, find, twin_of
+from zoo.bundles.provenance import environment
 from zoo.bundles.store import load_bundle, save
 from zoo.errors import ConfigError, TaskError
 from zoo.harness.evidence import record_evidence
-from zoo.harness.records import Environment, Record
+from zoo.harness.records import Record
 from zoo.harness.runner import evaluate
 from zoo.harness.tasks import get_task
 from zoo.harness.workers import workers
 from zoo.methods.contract import Sparsified
 from zoo.shared.masks import MaskSet, masks_of
-
-
-def environment() -> dict[str, str]:
-    """What a model is made with here: versions, the processor and, in a checkout, the commit."""
-    from zoo.studies.digests import commit
-
-    here = Environment.here()
-    found = {name: getattr(here, name) for name in ("zoo", "torch", "python", "cpu")}
-    return found | ({"commit": commit()} if commit() else {})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,16 +61,16 @@ def _run(words: list[str]) -> None:
         raise ConfigError(f"zoo {words[0]} ended with {code}: {said.getvalue()[-300:]}")
 
 
-class Library:
+class Library(ABC):
     """How recipes of one library are tried; a domain registers its own in `zoo.registry.RECIPE_CHECKS`."""
 
+    @abstractmethod
     def base(self, entry: Entry, work: Path) -> Path:
         """A random model of the entry's kind at reduced size, as the library writes it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def zeros(self, entry: Entry, work: Path) -> float:
         """Share of zeros in what was pruned of the result, loaded by the library."""
-        raise NotImplementedError
 
     def quick(self, work: Path) -> list[str]:
         """Options that make a command quick: little text, few epochs."""

@@ -16,6 +16,7 @@ from zoo.errors import ConfigError, DataError
 from zoo.graph import PrunedEdges, PrunedRelations, TeddyPrune, load_graph, parts_job, save_graph
 from zoo.graph.method import Teddy
 from zoo.graph.models import GCN
+from zoo.graph.ticket import EdgeTicket
 from zoo.graph.train import graph_job
 from zoo.graph.ugs import UGS
 
@@ -322,3 +323,16 @@ def test_teddy_trains_on_the_graph_of_its_job():
     assert ticket.num_nodes == 300 and len(ticket.keep) == data.num_edges
     assert made.hyperparameters["dataset"] is None and made.hyperparameters["epochs"] == 2
     assert made.model(data.x, data.edge_index).shape == (300, 10)
+
+
+def test_a_ticket_sees_edits_that_no_version_counter_sees():
+    edges = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    ticket = EdgeTicket.draw(edges, 3, torch.tensor([True, True, False, False]))
+    assert ticket.mask_for(edges, 3).tolist() == [True, True, False, False]
+    edges.numpy()[:] = edges.numpy()[:, ::-1].copy()  # the same graph in another order
+    assert ticket.mask_for(edges, 3).tolist() == [False, False, True, True]
+    edges.data[1, 0] = 0
+    with pytest.raises(DataError, match="belongs to the graph"):
+        ticket.mask_for(edges, 3)
+    with pytest.raises(DataError, match="belongs to the graph"):
+        ticket.mask_for(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]), 2, targets=1)

@@ -9,10 +9,8 @@ one after the other. Training hides joints, moves them, and holds the features n
 sees true joints (noisy key-point reasoning).
 
 Differs from the paper: a toy body and crops (`zoo.neural3d.bodies`) for SMPL and photographs; the U-Net is a
-small one that learned to denoise such crops, is trained on as a whole rather than by LoRA, and takes
-pixels in
-blocks of four in place of a VAE's latents; the head reads the map in place of a volume.
-"""
+small one that learned to denoise such crops, is trained on as a whole rather than by LoRA, and takes pixels
+in blocks of four in place of a VAE's latents; the head reads the map in place of a volume."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
 """SparseNeRF: few views, and depth of which only the order and the continuity are trusted.
 
 Wang et al., "SparseNeRF: Distilling Depth Ranking for Few-shot Novel View Synthesis", ICCV 2023. Of two
-pixels
-of a view the one that the prior calls nearer shall be rendered nearer; a pixel whose prior is like that of
-its
-neighbour shall be as deep.
+pixels of a view the one that the prior calls nearer shall be rendered nearer; a pixel whose prior is like
+that of its neighbour shall be as deep.
 
 Differs from the paper in: the model is a scene of Gaussians, whose rendered depth the losses act on, not
 mip-NeRF; depths are in units of the cameras' distance, where the paper has those of NDC; ties and pixels
