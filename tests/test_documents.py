@@ -90,6 +90,30 @@ def test_the_times_of_tokens_are_the_measured_ones() -> None:
     assert f"| a prompt of 64, one and two threads | {shown[1]}, {shown[3]} |" in pages()["README.md"]
 
 
+def test_the_speeds_of_bundles_are_the_measured_ones() -> None:
+    """The README's table, of ratios to the dense twins."""
+    found: dict[str, list[float]] = {}
+    for row in json.loads((ROOT / "benchmarks/results/bundles-2.json").read_text(encoding="utf-8"))["rows"]:
+        domain, _, rest = row["labels"]["bundle"].partition("/")
+        kind = rest.split("-")[1] if domain == "graph" else rest.split("-")[0]
+        seconds = {name: times["median"] for name, times in row["seconds"].items()}
+        found.setdefault(f"{kind} {row['labels']['input']}", []).append(
+            seconds["dense twin"] / seconds["ours"]
+        )
+
+    def of(name: str) -> str:
+        return f"{min(found[name]):.2f} to {max(found[name]):.2f}"
+
+    def each(name: str) -> str:
+        return ", ".join(f"{value:.2f}" for value in sorted(found[name]))
+
+    text = pages()["README.md"]
+    assert f"GCN, GIN, GAT | {of('gcn graph')}, {of('gin graph')}, {of('gat graph')} |" in text
+    assert f"64 images | {each('fast 64 images')} |" in text
+    assert f"64 tokens | {of('wanda 64 tokens')}; GQSA {each('gqsa 64 tokens')} |" in text
+    assert f"one token at a time | {of('wanda 1 token')}; GQSA {each('gqsa 1 token')} |" in text
+
+
 def test_the_times_of_images_are_the_measured_ones() -> None:
     """The table of docs/performance.md, of ratios to the fastest dense rival."""
     rows = json.loads((ROOT / "benchmarks/results/convnets-1.json").read_text(encoding="utf-8"))["rows"]

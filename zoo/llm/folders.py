@@ -29,10 +29,11 @@ from zoo.llm.large import Large
 from zoo.llm.models import load_pretrained
 from zoo.llm.models.quantised import GroupQuantLinear
 from zoo.llm.models.thresholds import thresholds_of
+from zoo.recipes import STREAMED
 from zoo.registry import TASKS
 
 #: Bytes of weights up to which a checkpoint is loaded whole.
-WHOLE = 4 << 30
+WHOLE = STREAMED
 _STREAMED = ("wanda", "sparsegpt")
 
 
