@@ -287,11 +287,22 @@ class Base(_Part):
         return f"{self.name}@{self.version}"
 
 
+class Imported(_Part):
+    """The file that others published, from which the weights were read: its place below $ZOO_DATA, its
+    SHA-256, the address where it is to be had, and its licence."""
+
+    file: Annotated[str, AfterValidator(_repository_path)]
+    sha256: Annotated[str, AfterValidator(_sha256)]
+    address: Text
+    licence: Text
+
+
 class Card(_Part):
     """Everything that a bundle says about itself. See the fields' own types.
 
     A model of the domain `own` was saved by somebody who measured nothing: its card may lack figures, twin,
-    FLOPs, seed and time. No other card may.
+    FLOPs, seed and time. No other card may, but that of a model that was imported sparse, whose dense twin
+    its makers may have kept.
     """
 
     schema_version: Literal[1, 2]
@@ -311,6 +322,7 @@ class Card(_Part):
     citation: Text
     weights: Weights
     base: Base | None = None
+    imported: Imported | None = None
     evidence: Annotated[str, AfterValidator(_repository_path)] | None = None
 
     @model_validator(mode="after")
@@ -341,6 +353,10 @@ class Card(_Part):
         if self.method.name == "dense":
             if self.dense_twin is not None or any(metric.dense for metric in self.metrics):
                 raise ValueError("a dense model is its own twin: leave dense_twin and metrics.dense out")
+            return self
+        if self.dense_twin is None and self.imported is not None:
+            if any(metric.dense for metric in self.metrics):
+                raise ValueError("metrics have figures of a dense twin that dense_twin does not name")
             return self
         if self.dense_twin is None:
             raise ValueError("dense_twin is missing: name the dense model beside which it stands")
@@ -373,8 +389,8 @@ class Card(_Part):
         return self.weights.bytes + (self.base.bytes if self.base is not None else 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, in the order of the fields; without `base` where there is none."""
-        return self.model_dump(exclude={"base"} if self.base is None else None)
+        """Plain values, in the order of the fields; without `base` or `imported` where there is none."""
+        return self.model_dump(exclude={key for key in ("base", "imported") if getattr(self, key) is None})
 
     def to_yaml(self) -> str:
         """The text of the card's file; `parse_card(load_yaml(text))` gives an equal card."""

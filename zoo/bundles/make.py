@@ -93,7 +93,8 @@ def make(row: Row, target: Target, note: Note | None = None) -> Path:
     if not figures:
         raise ConfigError(f"the recipe of {row.name} names no figures, and it has no twin that has some")
     data = row.data or (twin.card.data.model_dump() if twin is not None else {})
-    about = About(row.name, row.summary, f"zoo make {row.name}", row.citation, data, row.license)
+    command = f"zoo make {row.name}"
+    about = About(row.name, row.summary, command, row.citation, data, row.license, imported=row.imported)
     evidence = None
     if target.repository is not None and row.evidence is not None:
         evidence = Evidence(target.repository, row.evidence)
@@ -199,7 +200,7 @@ def _at_hand(name: str, target: Target) -> Bundle:
 
 
 def _twin(row: Row, target: Target) -> Bundle | None:
-    if row.method == "dense":
+    if row.method == "dense" or (row.imported is not None and row.twin is None):
         return None
     if row.twin is not None:
         return _at_hand(row.twin, target)

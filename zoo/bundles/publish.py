@@ -99,6 +99,7 @@ class About:
         data: name, source and licence of what it was trained on.
         license: of the weights.
         version: of the bundle.
+        imported: the published file that they were read from (`zoo.bundles.card.Imported`), if any.
     """
 
     name: str
@@ -108,6 +109,7 @@ class About:
     data: Mapping[str, str]
     license: str = "Apache-2.0"
     version: str = "1.0.0"
+    imported: Mapping[str, str] | None = None
 
     @classmethod
     def like(cls, card: Card, name: str, summary: str, command: str) -> About:
@@ -224,6 +226,7 @@ def publish(
         "license": about.license,
         "citation": about.citation,
         "evidence": evidence.path if evidence is not None else None,
+        "imported": dict(about.imported) if about.imported is not None else None,
     }
     team = workers()
     if team.index == 0:

@@ -54,6 +54,7 @@ class Row:
         dtype: precision of the stored weights; by default that of training. A model whose class says
             `full_precision = True` computes on them in float32.
         share: whether only what differs from the source is stored.
+        imported: the published file from which the weights are read (`zoo.bundles.card.Imported`).
         evidence: file of this repository that collects the values of every seed.
     """
 
@@ -76,6 +77,7 @@ class Row:
     figures: tuple[Mapping[str, Any], ...] = ()
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     share: bool = False
+    imported: Mapping[str, str] | None = None
     evidence: str | None = None
 
     @property
@@ -89,7 +91,8 @@ class Row:
     def identity(self) -> dict[str, Any]:
         """What decides the weights of a seed, but for the source."""
         shown = ("maker", "method", "start", "architecture", "arguments", "dataset", "options", "recipe")
-        return {key: getattr(self, key) for key in shown}
+        found = {key: getattr(self, key) for key in shown}
+        return found if self.imported is None else found | {"imported": dict(self.imported)}
 
 
 @functools.cache

@@ -1,8 +1,14 @@
-"""Where data come from, for cards."""
+"""Where data and published weights come from, for cards."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from zoo.errors import ConfigError, DataError
+from zoo.shared.store.io import sha256_file
 
 
 @dataclass(frozen=True)
@@ -12,3 +18,31 @@ class Source:
     title: str
     origin: str
     licence: str
+
+
+def published_file(imported: Mapping[str, str] | None) -> Path:
+    """A file of weights that others published, checked.
+
+    Args:
+        imported: its place below $ZOO_DATA (`file`), `sha256` and `address`, as in a recipe row and on a card
+            (`zoo.bundles.card.Imported`).
+
+    Raises:
+        ConfigError: no file is stated.
+        DataError: ZOO_DATA is not set, or has another file there or none; the message says where to get it.
+    """
+    if imported is None:
+        raise ConfigError("the recipe states no `imported`: file, sha256, address and licence of the weights")
+    place, address, root = imported["file"], imported["address"], os.environ.get("ZOO_DATA")
+    path = Path(root or "ZOO_DATA", place)
+    if not root or not path.is_file():
+        raise DataError(
+            f"{path} is not there. Get it from {address}, put it at {place} below a folder of your own, and "
+            "set ZOO_DATA to that folder."
+        )
+    if (found := sha256_file(path)) != imported["sha256"]:
+        raise DataError(
+            f"{path} is another file than the one published: sha256 {found[:12]}..., expected "
+            f"{imported['sha256'][:12]}.... Get it again from {address}."
+        )
+    return path

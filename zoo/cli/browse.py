@@ -80,7 +80,7 @@ def list_command(argv: Sequence[str]) -> int:
         min_sparsity=options.min_sparsity,
         max_bytes=options.max_bytes,
     )
-    cards = [bundle.card for bundle in bundles]
+    cards = shelf_order([bundle.card for bundle in bundles])
     if options.picture is not None:
         _draw_shelf(cards, options.picture)
     if options.json:
@@ -108,6 +108,19 @@ def list_command(argv: Sequence[str]) -> int:
     optional = ("dense twin", "parameters", "method", "on disk")
     show_table(stdout(), Table("", columns, rows, note, optional))
     return 0
+
+
+def shelf_order(cards: list[Card]) -> list[Card]:
+    """Networks that others published and what was made of them first, models of digits, on which things are
+    only tried, last; otherwise as they come."""
+    published = {card.name for card in cards if card.imported is not None}
+
+    def place(card: Card) -> int:
+        if "digits" in card.name.split("-"):
+            return 2
+        return 0 if card.name in published or card.dense_twin in published else 1
+
+    return sorted(cards, key=place)
 
 
 def show_command(argv: Sequence[str]) -> int:
@@ -138,6 +151,10 @@ def show_command(argv: Sequence[str]) -> int:
         "With": " ".join(f"{name} {value}" for name, value in (card.training.environment or {}).items()),
         "Data": f"{card.data.name}, {card.data.source}, {card.data.licence}",
         "Licence": card.license,
+        "Imported": f"{card.imported.file} of {card.imported.address}, {card.imported.licence}, sha256 "
+        f"{card.imported.sha256}"
+        if card.imported
+        else "",
         "Citation": card.citation.strip(),
         "Evidence": card.evidence or "",
         "Weights": f"{bundle.weights}, sha256 {card.weights.sha256}",

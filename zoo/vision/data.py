@@ -110,6 +110,11 @@ SOURCES = {
         "PJLAB-CHIP/AnalogAI and karpathy/convnetjs",
         "not stated (MIT for the code of the latter)",
     ),
+    "imagenet-one-per-class": Source(
+        "1,000 ImageNet photos, one of each class, 227x227, to test on",
+        "EliSchwartz/imagenet-sample-images",
+        "not stated (ImageNet: non-commercial research)",
+    ),
 }
 
 
@@ -147,6 +152,8 @@ def source_named(name: str) -> Source:
 
 @functools.lru_cache(maxsize=2)
 def _own(name: str) -> Images:
+    if name == "imagenet-one-per-class":
+        return _imagenet_photos()
     return _digits() if name == "digits" else _cifar(name)
 
 
@@ -177,19 +184,28 @@ def held_out(split: Split) -> tuple[Split, Split]:
     return split.take(index[held:]), split.take(index[:held])
 
 
+def _folder(title: str, name: str, file: str) -> Path:
+    """A folder below $ZOO_DATA that holds this file.
+
+    Raises:
+        DataError: ZOO_DATA is not set, or has no such folder.
+    """
+    root = os.environ.get("ZOO_DATA")
+    folder = Path(root) / name if root else None
+    if folder is None or not (folder / file).exists():
+        raise DataError(
+            f"{title} is not at {folder or '$ZOO_DATA/' + name}. Set ZOO_DATA to the folder with {name}/."
+        )
+    return folder
+
+
 def cifar_folder() -> Path:
     """The folder cifar10 below $ZOO_DATA.
 
     Raises:
         DataError: ZOO_DATA is not set, or has no such folder.
     """
-    root = os.environ.get("ZOO_DATA")
-    folder = Path(root) / "cifar10" if root else None
-    if folder is None or not (folder / "labels.npz").exists():
-        raise DataError(
-            f"CIFAR-10 is not at {folder or '$ZOO_DATA/cifar10'}. Set ZOO_DATA to the folder with cifar10/."
-        )
-    return folder
+    return _folder("CIFAR-10", "cifar10", "labels.npz")
 
 
 def _cifar(name: str) -> Images:
@@ -222,15 +238,28 @@ def _decoded(path: Path) -> UInt8[Tensor, "n 3 32 32"]:
     return torch.from_numpy(np.load(cached, allow_pickle=False))
 
 
-def _jpegs(path: Path) -> UInt8[Tensor, "n 3 32 32"]:
+def _jpegs(path: Path, size: int = 32) -> UInt8[Tensor, "n 3 size size"]:
+    """The images of a file of JPEGs that may share their header, whose last two bytes are then left out."""
     from PIL import Image
 
     with np.load(path, allow_pickle=False) as stored:
-        header, body, offset = bytes(stored["header"]), bytes(stored["body"]), stored["offset"]
-    images = np.empty((len(offset) - 1, 32, 32, 3), np.uint8)
+        shared = "header" in stored.files
+        header, end_mark = (bytes(stored["header"]), b"\xff\xd9") if shared else (b"", b"")
+        body, offset = bytes(stored["body"]), stored["offset"]
+    images = np.empty((len(offset) - 1, size, size, 3), np.uint8)
     for i, (start, end) in enumerate(zip(offset[:-1], offset[1:], strict=True)):
-        images[i] = np.asarray(Image.open(io.BytesIO(header + body[start:end] + b"\xff\xd9")).convert("RGB"))
+        images[i] = np.asarray(Image.open(io.BytesIO(header + body[start:end] + end_mark)).convert("RGB"))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _imagenet_photos() -> Images:
+    """The photos in the order of their classes, none to train on, normalised as Caffe's networks were."""
+    folder = _folder("The set of ImageNet photos", "imagenet-1k-one-per-class", "images.npz")
+    photos = _jpegs(folder / "images.npz", 227)
+    test = Split(photos, torch.arange(len(photos)))
+    none = test.take(torch.arange(0))
+    mean = (123 / 255, 117 / 255, 104 / 255)
+    return Images("imagenet-one-per-class", none, none, test, mean, (1 / 255,) * 3, augment=False)
 
 
 def _mosaics(folder: Path, part: str, count: int) -> UInt8[Tensor, "n 3 32 32"]:
@@ -300,11 +329,20 @@ class ImageBatches:
 
 def correct(model: nn.Module, data: Images, split: Split, batch: int = 500) -> Bool[Tensor, " n"]:
     """Which images of a split the model, put in eval mode for it, classifies rightly."""
+    return ranks(model, data, split, batch) == 0
+
+
+def ranks(model: nn.Module, data: Images, split: Split, batch: int = 500) -> Int[Tensor, " n"]:
+    """How many classes the model puts before the right one, for each image of a split; among equals the first
+    class comes first, as for `argmax`."""
     found = []
     with torch.no_grad(), eval_mode(model):
         for start in range(0, len(split), batch):
             logits = model(data.normalised(split.images[start : start + batch]))
-            found.append(logits.argmax(1) == split.labels[start : start + batch])
+            labels = split.labels[start : start + batch, None]
+            own, place = logits.gather(1, labels), torch.arange(logits.shape[1], device=labels.device)
+            behind = (logits < own) | ((logits == own) & (place >= labels))  # a NaN is behind nothing
+            found.append((~behind).sum(1))
     return torch.cat(found).cpu()
 
 

@@ -8,17 +8,22 @@ from torch import nn
 
 from zoo.bundles.make import Work
 from zoo.bundles.recipes import Row
+from zoo.bundles.sources import published_file
+from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, default_recipe
 from zoo.methods.iss_p import ISSP
-from zoo.registry import ARCHITECTURES
-from zoo.shared.masks import MaskSet
-from zoo.shared.structure.relatives import reinitialised
-from zoo.shared.train import Checkpoint, Recipe, resume
+from zoo.registry import ARCHITECTURES, METHODS
+from zoo.shared.masks import MaskSet, set_masks
+from zoo.shared.masks.foreign import masks_from_zeros
+from zoo.shared.structure.relatives import copied, reinitialised
+from zoo.shared.train import Checkpoint, Distillation, Recipe, resume
 from zoo.vision.data import load_images
 from zoo.vision.domain import image_job, make_job
 from zoo.vision.lidar.data import scene_frames
 from zoo.vision.lidar.train import detector_job, detector_recipe
+from zoo.vision.models import read_resnet
 from zoo.vision.spark.command import Pretrain
+from zoo.vision.squeezenet import read_deep_compression
 from zoo.vision.studies.dsvt import make_arm
 
 
@@ -36,6 +41,37 @@ def classifier(row: Row, seed: int, start: nn.Module | None, work: Work) -> Spar
         model.load_state_dict({**start.state_dict(), **head})
     image_job(data, Recipe(**row.recipe), seed, work.device).fit(model, macs=lambda: 0.0).run()
     return Sparsified(model.cpu().eval(), MaskSet({}), arguments=model.current_arguments())
+
+
+def published_resnet(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A ResNet of akamaster/pytorch_resnet_cifar10 as it is."""
+    return Sparsified(read_resnet(published_file(row.imported), row.arguments["depth"]), MaskSet({}))
+
+
+def published_squeezenet(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """The pruned SqueezeNet of Deep Compression as it is, its zeros as masks."""
+    model = read_deep_compression(published_file(row.imported))
+    masks = masks_from_zeros(model, at_least=0.0)
+    set_masks(model, masks)
+    return Sparsified(model, masks)
+
+
+def taught(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """The row's method with its options, the network that it starts from being the teacher.
+
+    Option `distillation`: weight of the divergence from the teacher, at temperature 4; that of the labels is
+    the rest to 1.
+    """
+    if start is None:
+        raise ConfigError(f"the recipe of {row.name} needs a teacher to start from: give it `from`")
+    options = {key: value for key, value in row.options.items() if key != "distillation"}
+    method: Any = METHODS.get(row.method)
+    weight, recipe = row.options["distillation"], Recipe(**{**default_recipe(method), **row.recipe})
+    job = make_job(row.dataset, recipe=recipe, seed=seed, device=work.device, model=start)
+    teacher = copied(start).to(job.device)
+    job = job.replace(distil=Distillation(teacher, task=1 - weight, output=weight, temperature=4.0))
+    made: Sparsified = method(**options).sparsify(start, job)
+    return made
 
 
 def upscaler(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, no_type_check
+from typing import Any, ClassVar, Literal, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,9 @@ class PadShortcut(nn.Module):
 class ResNet(Classifier):
     """The ResNets for 32x32 images (He et al. 2016, section 4.2): three stages of (depth - 2) / 6 blocks.
 
+    Attributes:
+        full_precision: that it computes in float32, also on weights stored in float16.
+
     Args:
         depth: 20, 32, 44, 56, 110: six layers a block and two more.
         width: channels of the first stage; the others have twice and four times as many.
@@ -107,6 +110,8 @@ class ResNet(Classifier):
     Raises:
         ConfigError: a depth or a number of widths that makes no ResNet.
     """
+
+    full_precision: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -375,7 +380,12 @@ def pretrained_resnet(depth: int = 20) -> ResNet:
             f"no weights resnet{depth}-*.th at {root or '$ZOO_DATA'}/weights/resnet-cifar10: set ZOO_DATA, "
             "or choose depth 20, 32, 44 or 56"
         )
-    stored = torch.load(files[0], map_location="cpu", weights_only=True)["state_dict"]
+    return read_resnet(files[0], depth)
+
+
+def read_resnet(path: Path, depth: int) -> ResNet:
+    """A ResNet of akamaster/pytorch_resnet_cifar10 from its file; nothing in the file is executed."""
+    stored = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     model = ResNet(depth)
     model.load_state_dict({name.removeprefix("module."): value for name, value in stored.items()})
     return model.eval()

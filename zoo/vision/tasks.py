@@ -14,7 +14,7 @@ from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
 from zoo.registry import TASKS
 from zoo.shared.measure.account import count
 from zoo.shared.measure.modes import eval_mode
-from zoo.vision.data import Images, correct, load_images, source_named
+from zoo.vision.data import Images, correct, load_images, ranks, source_named
 
 
 class Classification(Task):
@@ -90,6 +90,22 @@ class CifarTrue(Classification):
     """CIFAR-10, the 932 test images whose true pixels are at hand."""
 
     name, images = "vision/cifar10-true", "cifar10-true"
+
+
+@register_task
+class ImageNetPhotos(Classification):
+    """1,000 ImageNet photos, one of each class, probably from its training set: to check weights by, not to
+    compare with papers."""
+
+    name, images = "vision/imagenet-one-per-class", "imagenet-one-per-class"
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        """Top-1 and top-5 accuracy with their standard errors."""
+        data = self._fitting(model)
+        found = ranks(model, data, data.test, batch=10)
+        digest = hashlib.sha256(data.test.images.numpy().tobytes()).hexdigest()[:16]
+        samples = {"accuracy": (found == 0).double().tolist(), "top5": (found < 5).double().tolist()}
+        return TaskResult.from_samples(samples, digest)
 
 
 @register_task

@@ -39,6 +39,7 @@ def test_every_bundle_has_a_row_that_says_what_its_card_says(bundle):
     assert not stated or stated == [metric.metric for metric in card.metrics]
     for figure in row.figures:
         assert figure["task"] in TASKS and figure["protocol"] in {metric.protocol for metric in card.metrics}
+    assert (card.imported.model_dump() if card.imported else None) == row.imported
     if row.data:
         assert card.data.model_dump() == row.data
     if row.method != "dense":
