@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+import math
+from typing import Any, TypeGuard, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import OpError
+from . import dispatch
+from .cache import Derived
 from .depthwise_conv import depthwise_conv
 from .sparse_conv1x1 import activated, sparse_conv1x1
 from .sparse_conv2d import sizes_after, sparse_conv2d
-from .sparse_linear import sparse_linear
+from .sparse_linear import case, sparse_linear
 from .weights import SparseWeight, pack
 
 
@@ -92,6 +95,77 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
         return f"{sizes}, layout={self.layout}, density={self.weight.density:.3f}"
+
+
+_packed = Derived[SparseWeight](1024)
+# Looked up once, as the look-ups would take as long as the answers.
+_requested, _threads, _autocast = dispatch.requested, torch.get_num_threads, torch._C._is_any_autocast_enabled
+
+
+class LinearByRows(nn.Linear):
+    """A linear layer, its weight dense with zeros, that multiplies the kept weights only where x has so many
+    rows that this is faster, and is a plain layer otherwise: a product of one row is over before the zeros
+    are found.
+
+    What was measured for the number of threads decides. The packed weight is made when it is first used, and
+    again when the content of `weight` has changed; the state dict is that of `nn.Linear`.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Share the parameters of a plain layer.
+
+        Raises:
+            OpError: a layer that is not a plain nn.Linear.
+        """
+        if type(linear) is not nn.Linear:
+            raise OpError(f"{type(linear).__name__} is not a plain nn.Linear: its forward may do more")
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self._faster: dict[tuple[int, torch.dtype, int], bool] = {}
+        self.train(linear.training)
+
+    def faster(self, rows: int, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether so many rows, to the power of two below, are expected to be multiplied faster by the kept
+        weights, the time to see that these are still the same included."""
+        power = max(1, rows).bit_length() - 1
+        choice = (_threads(), dtype, power)
+        if choice not in self._faster:
+            self._faster[choice] = self._expect(1 << power, dtype)
+        return self._faster[choice]
+
+    def _expect(self, rows: int, dtype: torch.dtype) -> bool:
+        weight = self.packed
+        offered, kind, sizes, _ = case(weight.values.new_empty(rows, self.in_features, dtype=dtype), weight)
+        plain, looked = (
+            dispatch.choose("sparse_linear", self.weight.device, offered, kind, sizes, copied)
+            for copied in (0, self.weight.nbytes)
+        )
+        if plain.backend in ("dense", "reference") or "dense" not in plain.measured:
+            return False
+        looking = looked.measured["dense"] - plain.measured["dense"]
+        return plain.measured[plain.backend] + looking <= dispatch.MARGIN * plain.measured["dense"]
+
+    @property
+    def packed(self) -> SparseWeight:
+        """The packed weight of the present content of `weight`."""
+        return _packed.get((self.weight,), lambda: pack(self.weight))
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if x.numel() >= 2 * self.in_features and self._skips(x):
+            return sparse_linear(x, self.packed, bias)
+        return nn.functional.linear(x, cast(Tensor, weight), bias)
+
+    def _skips(self, x: Tensor) -> bool:
+        weight = self.weight
+        if torch.compiler.is_compiling() or _autocast() or not dispatch.direct(x, weight, self.bias):
+            return False
+        if x.dtype is not weight.dtype or x.device != weight.device or x.shape[-1] != self.in_features:
+            return False
+        request = _requested()
+        if request != "auto":
+            return request != "dense"
+        return self.faster(x.numel() // self.in_features, x.dtype)
 
 
 class SparseConv1x1(SparseLinear):

@@ -21,6 +21,7 @@ from ..structure.fusing import fuse
 from .dispatch import MARGIN, choose
 from .modules import (
     DepthwiseConv,
+    LinearByRows,
     MaxPool,
     SparseConv1x1,
     SparseConv2d,
@@ -166,7 +167,8 @@ MIN_BLOCK_SPARSITY = 0.25
 @register_packer(nn.Linear)
 def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
     """`zoo.shared.ops.SparseLinear`, which runs each product by the fastest backend for its shape, also
-    dense; in the layout of `nm_linear` where the mask is of such a pattern. A layer that does not gain stays.
+    dense; in the layout of `nm_linear` where the mask is of such a pattern. A layer that gains by many rows of x
+    only becomes a `LinearByRows`, one that does not gain stays.
     """
     keep = masks.get("weight")
     if not isinstance(module, nn.Linear) or keep is None or set(masks) != {"weight"}:
@@ -186,7 +188,11 @@ def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | No
         packed = SparseLinear(weight.packed, module.bias)
     else:
         packed = SparseLinear.from_dense(module, keep.keep)
-    return packed.requires_grad_(False) if _gains(packed.weight) else None
+    if _gains(packed.weight):
+        return packed.requires_grad_(False)
+    by_rows = LinearByRows(module)
+    gains = any(by_rows.faster(rows, module.weight.dtype) for rows in _ROWS)
+    return by_rows.requires_grad_(False) if gains else None
 
 
 def _read_by_owner(model: nn.Module, name: str) -> bool:
@@ -249,14 +255,15 @@ def _agree(module: nn.Module, linear: nn.Linear) -> bool:
 # Bytes of a dense weight. A smaller one lies in a cache from call to call, as those that were measured do;
 # the layers of a large model do not, where the fewer bytes of the packed weight gain more than was measured.
 _CACHED = 1 << 20
+_ROWS = (1, 64, 2048)  # of x: one, some and many
 _NOT_SLOWER = 1 / 0.97  # times the time of a plain layer
 
 
 def _gains(weight: SparseWeight) -> bool:
-    """Whether `auto` is expected to be faster than a plain layer, which has no copy to look up: over one row
-    of x, some and many together, and slower for none of them."""
+    """Whether `auto` is expected to be faster than a plain layer, which has no copy to look up: over all of
+    `_ROWS` together, and slower for none of them."""
     times = []
-    for rows in (1, 64, 2048):
+    for rows in _ROWS:
         offered, kind, sizes, copied = case(weight.values.new_empty(rows, weight.shape[1]), weight)
         plan, plain = (
             choose("sparse_linear", weight.values.device, offered, kind, sizes, looked)

@@ -453,7 +453,7 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
     entries = []
     for layout, densities in _EXAMPLES.items():
         unstructured = layout in ("bitmask", "csr")
-        for side in (1024,) if quick else (128, 512, 1024, 4096) if unstructured else (256, 512, 2048):
+        for side in (1024,) if quick else (128, 256, 512, 1024, 4096) if unstructured else (256, 512, 2048):
             for density in densities:
                 weight = _example(side, density, layout)
                 for stored, given, batches in _TYPES[: 1 if quick else None]:

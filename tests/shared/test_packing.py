@@ -12,8 +12,9 @@ from zoo.shared import ops
 from zoo.shared.errors import MaskError
 from zoo.shared.masks import Mask, MaskSet, masks_of
 from zoo.shared.masks.patterns import NM
-from zoo.shared.ops import SparseLinear, packing
+from zoo.shared.ops import SparseLinear, dispatch, packing
 from zoo.shared.ops.dispatch import Plan
+from zoo.shared.ops.modules import LinearByRows
 from zoo.shared.ops.packing import pack
 
 
@@ -120,25 +121,81 @@ def test_a_layer_that_would_always_run_dense_stays(backend: str, kind: type[nn.M
     torch.testing.assert_close(packed(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def times(monkeypatch, few: float, some: float, many: float) -> None:
+    """Let a packed layer take these times for 1, up to 256 and more rows of x, where a plain one takes 1 and
+    looking a copy up nothing."""
+
+    def choose(op, device, offered, layout, sizes, copied=0):
+        taken = few if sizes[1] == 1 else some if sizes[1] <= 256 else many
+        backend = "native" if taken <= dispatch.MARGIN else "dense"
+        return Plan(op, backend, "", {"native": taken, "dense": 1.0})
+
+    monkeypatch.setattr(packing, "choose", lambda *case: Plan(*_native(choose(*case))))
+    monkeypatch.setattr(dispatch, "choose", choose)
+
+
+def _native(plan: Plan) -> tuple[str, str, str, dict[str, float]]:
+    return plan.op, "native", plan.reason, dict(plan.measured)
+
+
 @pytest.mark.parametrize(
     ("side", "rows", "kind"),
     [
         (300, (0.9, 0.5, 0.9), SparseLinear),  # 4 bytes each of 90,000 weights
-        (300, (1.1, 0.5, 0.5), nn.Linear),  # slower for one row
+        (300, (1.1, 0.5, 0.5), LinearByRows),  # slower for one row
+        (300, (1.1, 0.9, 0.5), LinearByRows),  # and for some
+        (300, (1.1, 0.5, 1.2), LinearByRows),  # and for many
         (300, (1.0, 0.9, 0.96), nn.Linear),  # no clear gain
         (600, (1.1, 0.5, 0.5), SparseLinear),  # more than a cache holds: fewer bytes gain more
     ],
 )
 def test_a_layer_is_packed_where_it_gains_and_is_nowhere_slower(side, rows, kind, monkeypatch) -> None:
-    """Times of the packed layer for 1, 64 and 2048 rows of x, where a plain one takes 1 and a copy longer."""
-
-    def choose(op, device, offered, layout, sizes, copied):
-        taken = dict(zip((1.0, 64.0, 2048.0), rows, strict=True))[sizes[1]]
-        return Plan(op, "native", "", {"native": taken, "dense": 1.0})
-
-    monkeypatch.setattr(packing, "choose", choose)
+    times(monkeypatch, *rows)
     model, masks = masked(nn.Sequential(nn.Linear(side, side)), 0.8)
     assert type(pack(model, masks)[0]) is kind
+
+
+def by_rows(monkeypatch, some: float = 0.5) -> tuple[LinearByRows, nn.Linear]:
+    """A layer that skips its zeros from 2 rows of x on (from 512 if some are slower), and the plain one."""
+    times(monkeypatch, 1.1, some, 0.5)
+    plain, _ = masked(nn.Linear(60, 40), 0.8)
+    return LinearByRows(copy.deepcopy(plain).requires_grad_(False)), plain
+
+
+@pytest.mark.parametrize(
+    "rows,skips", [((), False), ((1,), False), ((0,), False), ((2,), True), ((3, 5), True)]
+)
+def test_a_layer_by_rows_skips_zeros_for_many_rows_and_is_plain_for_few(rows, skips, monkeypatch) -> None:
+    layer, plain = by_rows(monkeypatch)
+    x = torch.randn(*rows, 60)
+    x[..., 0] = torch.inf  # the plain product makes a NaN of it wherever a zero meets it
+    y = layer(x)
+    assert bool(y.isnan().any()) == (not skips and x.numel() > 0)
+    x[..., 0] = 1.0
+    torch.testing.assert_close(layer(x), plain(x), atol=1e-5, rtol=1e-5)
+    assert [layer.faster(n) for n in (0, 1, 2, 511, 512)] == [False, False, True, True, True]
+    late = by_rows(monkeypatch, 0.9)[0]
+    assert [late.faster(n) for n in (0, 1, 2, 511, 512)] == [False, False, False, False, True]
+    assert list(layer.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_a_layer_by_rows_sees_edits_and_leaves_gradients_and_autocast_to_the_plain_one(monkeypatch) -> None:
+    layer, plain = by_rows(monkeypatch)
+    x = torch.randn(4, 60)
+    layer(x)
+    for held in (layer.weight, plain.weight):
+        held.data.numpy()[1, 2] += 7.0  # leaves no trace in a version counter
+    torch.testing.assert_close(layer(x), plain(x), atol=1e-5, rtol=1e-5)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, plain.weight.sum(0).expand(4, -1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with ops.backend("dense"):
+        assert torch.equal(layer(x), plain(x))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.randn(4, 61))
 
 
 def test_tied_layers_stay_tied() -> None:
