@@ -100,6 +100,8 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
         if name.startswith("vision/"):
             dense = norms_folded(dense)
         peers = {"masked": masked, "dense twin": call_of(dense, inputs)}
+        if next(dense.parameters()).dtype != torch.float32:  # which a processor without halves is faster with
+            peers["dense twin fp32"] = call_of(load(twin).float(), inputs)
         return Cell(labels, packed, peers, goal=FASTER)
 
     for name in (name for glob in (QUICK if quick else BUNDLES) for name in list_models(glob)):

@@ -7,6 +7,7 @@
 
 #include "zoo/export.hpp"
 #include "zoo/groups.hpp"
+#include "zoo/packed.hpp"
 #include "zoo/parallel.hpp"
 #include "zoo/simd.hpp"
 
@@ -31,7 +32,8 @@ void multiply(const int64_t* list, int64_t which, const float* x, const int16_t*
 int64_t rows_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 6]; }
 int64_t cols_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 7]; }
 
-float dot(const float* a, const float* b, int64_t count) {
+template <class T>
+float dot(const float* a, const T* b, int64_t count) {
   vf sums[2] = {zero(), zero()};
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
@@ -39,7 +41,7 @@ float dot(const float* a, const float* b, int64_t count) {
     sums[1] = fma(load(a + i + kLanes), load(b + i + kLanes), sums[1]);
   }
   float total = sum(add(sums[0], sums[1]));
-  for (; i < count; ++i) total += a[i] * b[i];
+  for (; i < count; ++i) total += a[i] * to_float(b[i]);
   return total;
 }
 
@@ -79,13 +81,14 @@ inline float exponential(float x) {
   return p * power;
 }
 
+// Keys and values are [kv_heads, count, size] with any strides of the first two.
 struct Cache {
-  const float *keys, *values;  // [kv_heads, count, size] with any strides of the first two
   int64_t count, key_head, key_token, value_head, value_token;
 };
 
 // out = softmax(scale * q K^T) V for one head.
-void attend(const float* q, const float* keys, const float* values, const Cache& cache, int64_t size, float scale,
+template <class T>
+void attend(const float* q, const T* keys, const T* values, const Cache& cache, int64_t size, float scale,
             float* scores, float* out) {
   float most = -std::numeric_limits<float>::infinity(), every = 0.0f;
   for (int64_t t = 0; t < cache.count; ++t) {
@@ -101,9 +104,12 @@ void attend(const float* q, const float* keys, const float* values, const Cache&
   float total = 0.0f;
   std::fill_n(out, size, 0.0f);
   for (int64_t t = 0; t < cache.count; ++t) {
-    const float share = scores[t], *value = values + t * cache.value_token;
+    const float share = scores[t];
+    const T* value = values + t * cache.value_token;
     total += share;
-    for (int64_t i = 0; i < size; ++i) out[i] += share * value[i];
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) store(out + i, fma(splat(share), load(value + i), load(out + i)));
+    for (; i < size; ++i) out[i] += share * to_float(value[i]);
   }
   for (int64_t i = 0; i < size; ++i) out[i] /= total;
 }
@@ -130,14 +136,14 @@ ZOO_EXPORT int64_t zoo_decoder_inputs(const float* x, const int64_t* weights, co
   return kOk;
 } ZOO_CATCH
 
-// y = h + W_down (silu(W_gate n) * W_up n), n = norm(h), h = x + W_o attention(q, keys, values). weights: W_o, W_gate, W_up,
-// W_down; numbers: epsilon, the scale of scores.
-ZOO_EXPORT int64_t zoo_decoder_outputs(const float* x, const float* q, const float* keys, const float* values,
+// y = h + W_down (silu(W_gate n) * W_up n), n = norm(h), h = x + W_o attention(q, keys, values). Keys and values are of a
+// value type. weights: W_o, W_gate, W_up, W_down; numbers: epsilon, the scale of scores.
+ZOO_EXPORT int64_t zoo_decoder_outputs(const float* x, const float* q, const void* keys, const void* values, int64_t type,
                                        const int64_t* weights, const float* norm, const float* numbers, float* y,
                                        int64_t heads, int64_t kv_heads, int64_t size, int64_t count, int64_t key_head,
                                        int64_t key_token, int64_t value_head, int64_t value_token, int64_t threads) try {
   using namespace zoo;
-  const Cache cache{keys, values, count, key_head, key_token, value_head, value_token};
+  const Cache cache{count, key_head, key_token, value_head, value_token};
   const int64_t inner = heads * size, cols = rows_of(weights, 0), wide = rows_of(weights, 1);
   const int64_t most = std::max({inner, cols, wide});
   float* attended = scratch_of<float>(3 * most + most / 2 + kUnit, 3);  // also the gate
@@ -147,8 +153,11 @@ ZOO_EXPORT int64_t zoo_decoder_outputs(const float* x, const float* q, const flo
     float* scores = scratch_of<float>(count, 0);
     for (int64_t h = from; h < to; ++h) {
       const int64_t kv = h * kv_heads / heads;
-      attend(q + h * size, keys + kv * key_head, values + kv * value_head, cache, size, numbers[1], scores,
-             attended + h * size);
+      with_type(type, [&](auto kind) {
+        using T = decltype(kind);
+        const T *key = static_cast<const T*>(keys) + kv * key_head, *value = static_cast<const T*>(values) + kv * value_head;
+        attend(q + h * size, key, value, cache, size, numbers[1], scores, attended + h * size);
+      });
     }
   });
   float step = round_row(attended, inner, xs, kUnit);

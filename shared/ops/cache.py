@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import _native, dispatch
+from .dense_linear import widened_linear
 
 Run = Callable[..., Tensor]  # of x, the bias and, where the kernel takes one, a residual
 Form = TypeVar("Form")
@@ -221,7 +222,7 @@ def dense_run(
     owner: Owner, dense: Tensor, otherwise: Callable[[Tensor, Owner, Tensor | None], Tensor]
 ) -> Run:
     """The product by a dense weight [out, in]; `otherwise(x, owner, bias)` where it is not finite."""
-    exact, linear = owned_run(owner, otherwise), torch.nn.functional.linear
+    exact, linear = owned_run(owner, otherwise), widened_linear
     finite = _native.finite_like(dense)
 
     @dispatch.in_own_precision

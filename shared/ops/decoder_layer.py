@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native, dispatch
+from .layout import VALUE_TYPES
 from .quant_sparse_linear import QuantGroups
 from .quant_sparse_linear import reference as product
 
@@ -30,11 +31,11 @@ __all__ = ["LayerWeights", "layer_inputs", "layer_outputs", "runs_natively"]
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
     """The weights of a layer h = x + W_o attention(norm(x)), y = h + W_down (silu(W_gate n) * W_up n) with
-    n = norm(h), in fp32 but for the groups.
+    n = norm(h).
 
     Attributes:
         q, k, v, o, gate, up, down: the seven weights.
-        input_norm, output_norm: scales of the two RMS norms, [d].
+        input_norm, output_norm: scales of the two RMS norms, [d], fp32, bf16 or fp16.
         epsilon: added to the mean square in both.
         head: inputs per head, even.
         scale: of attention scores.
@@ -77,18 +78,21 @@ class LayerWeights:
             raise OpError(f"{inner // self.head} heads of q do not divide among those of k")
         for name in ("input_norm", "output_norm"):
             norm: Tensor = getattr(self, name)
-            if norm.shape != (width,) or norm.dtype != torch.float32:
-                raise OpError(f"{name} must be float32 [{width}], not {norm.dtype} {tuple(norm.shape)}")
+            if norm.shape != (width,) or norm.dtype not in VALUE_TYPES:
+                raise OpError(
+                    f"{name} must be float32, bfloat16 or float16 [{width}], not {norm.dtype} "
+                    f"{tuple(norm.shape)}"
+                )
 
     @functools.cached_property
     def inputs(self) -> _Table:
         """What the kernel of `layer_inputs` is told."""
-        return _Table((self.q, self.k, self.v), self.input_norm)
+        return _Table((self.q, self.k, self.v))
 
     @functools.cached_property
     def outputs(self) -> _Table:
         """What the kernel of `layer_outputs` is told."""
-        return _Table((self.o, self.gate, self.up, self.down), self.output_norm)
+        return _Table((self.o, self.gate, self.up, self.down))
 
     @functools.cached_property
     def numbers(self) -> Float[Tensor, 2]:
@@ -99,9 +103,9 @@ class LayerWeights:
 class _Table:
     """Addresses and sizes of weights as native/src/decoder_layer.cpp reads them."""
 
-    def __init__(self, weights: tuple[QuantGroups, ...], norm: Tensor) -> None:
+    def __init__(self, weights: tuple[QuantGroups, ...]) -> None:
         self._weights = weights
-        self._tensors = [*(part for each in weights for part in each.parts), norm]
+        self._tensors = [part for each in weights for part in each.parts]
         self._places: list[int] = []
         self._rows = torch.empty(0, dtype=torch.int64)
 
@@ -122,16 +126,17 @@ class _Table:
         return self._rows.data_ptr()
 
 
-_data_ptr = torch.Tensor.data_ptr
+_data_ptr, _autocast = torch.Tensor.data_ptr, torch._C._is_any_autocast_enabled
 
 
 def runs_natively(x: Tensor) -> bool:
-    """Whether a token like x runs in the native kernels: fp32 on a CPU, outside of tracing and gradients, and
-    no other backend asked for."""
+    """Whether a token like x runs in the native kernels: fp32, bf16 or fp16 on a CPU, outside of tracing,
+    autocast and gradients, and no other backend asked for."""
     return (
-        x.dtype is torch.float32
+        x.dtype in VALUE_TYPES
         and x.device.type == "cpu"
         and dispatch.direct(x)
+        and not _autocast()
         and dispatch.requested() in ("auto", "native")
         and _native.available()
     )
@@ -143,25 +148,27 @@ def layer_inputs(
     cosine: Float[Tensor, " head"],
     sine: Float[Tensor, " head"],
 ) -> tuple[Float[Tensor, " qs"], Float[Tensor, " ks"], Float[Tensor, " ks"]]:
-    """Queries, keys and values of one token, the first two rotated by its position.
+    """Queries, keys and values of one token, the first two rotated by its position, in the dtype of x; sums
+    are in fp32.
 
     Raises:
-        OpError: shapes that do not fit, or an index that was changed.
+        OpError: another dtype than fp32, bf16 or fp16, shapes that do not fit, or an index that was changed.
     """
     _check(x, weights)
     if cosine.shape != (weights.head,) or sine.shape != (weights.head,):
         raise OpError(f"cosine and sine must be [{weights.head}], received {tuple(cosine.shape)}")
     sizes = [weights.q.shape[0], weights.k.shape[0], weights.v.shape[0]]
     if not runs_natively(x):
-        normed = _norm(x, weights.input_norm, weights.epsilon)
+        normed, turn = _norm(x.float(), weights.input_norm, weights.epsilon), (cosine.float(), sine.float())
         q, k, v = (product(normed, each, rounded=True) for each in (weights.q, weights.k, weights.v))
-        return _rotate(q, cosine, sine), _rotate(k, cosine, sine), v
+        return _rotate(q, *turn).to(x.dtype), _rotate(k, *turn).to(x.dtype), v.to(x.dtype)
     out = torch.empty(sum(sizes))
-    x, cosine, sine = _native.plain(x), _native.plain(cosine), _native.plain(sine)
+    wide, norm = _native.plain(x), _native.plain(weights.input_norm)
+    cosine, sine = _native.plain(cosine), _native.plain(sine)
     _native.function("zoo_decoder_inputs", "pppppppii")(
-        x.data_ptr(),
+        wide.data_ptr(),
         weights.inputs.address(),
-        weights.input_norm.data_ptr(),
+        norm.data_ptr(),
         weights.numbers.data_ptr(),
         cosine.data_ptr(),
         sine.data_ptr(),
@@ -169,7 +176,7 @@ def layer_inputs(
         weights.head,
         _native.threads(),
     )
-    q, k, v = out.split(sizes)
+    q, k, v = (out if x.dtype is torch.float32 else out.to(x.dtype)).split(sizes)
     return q, k, v
 
 
@@ -180,10 +187,11 @@ def layer_outputs(
     values: Float[Tensor, "kv_heads count head"],
     weights: LayerWeights,
 ) -> Float[Tensor, " d"]:
-    """What the layer makes of one token x, its queries, and the keys and values of all tokens up to it.
+    """What the layer makes of one token x, its queries, and the keys and values of all tokens up to it, in
+    the dtype of x; sums are in fp32.
 
     Raises:
-        OpError: shapes that do not fit, or an index that was changed.
+        OpError: another dtype than fp32, bf16 or fp16, shapes that do not fit, or an index that was changed.
     """
     _check(x, weights)
     head, kv_heads = weights.head, weights.k.shape[0] // weights.head
@@ -192,18 +200,22 @@ def layer_outputs(
             f"keys and values must be [{kv_heads}, count, {head}] and q [{weights.q.shape[0]}], received "
             f"{tuple(keys.shape)}, {tuple(values.shape)} and {tuple(q.shape)}"
         )
+    if keys.dtype != values.dtype or keys.dtype not in VALUE_TYPES:
+        raise OpError(f"keys and values must be both fp32, bf16 or fp16, not {keys.dtype} and {values.dtype}")
     if not runs_natively(x):
-        return _reference_outputs(x, q, keys, values, weights)
+        wide, q, keys, values = (each.float() for each in (x, q, keys, values))
+        return _reference_outputs(wide, q, keys, values, weights).to(x.dtype)
     keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (keys, values))
     y = torch.empty(weights.o.shape[0])
-    x, q = _native.plain(x), _native.plain(q)
-    _native.function("zoo_decoder_outputs", "ppppppppiiiiiiiii")(
-        x.data_ptr(),
+    wide, q, norm = _native.plain(x), _native.plain(q), _native.plain(weights.output_norm)
+    _native.function("zoo_decoder_outputs", "ppppipppiiiiiiiii")(
+        wide.data_ptr(),
         q.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
+        VALUE_TYPES.index(keys.dtype),
         weights.outputs.address(),
-        weights.output_norm.data_ptr(),
+        norm.data_ptr(),
         weights.numbers.data_ptr(),
         y.data_ptr(),
         weights.q.shape[0] // head,
@@ -214,7 +226,7 @@ def layer_outputs(
         *values.stride()[:2],
         _native.threads(),
     )
-    return y
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 def _reference_outputs(x: Tensor, q: Tensor, keys: Tensor, values: Tensor, weights: LayerWeights) -> Tensor:
@@ -242,3 +254,5 @@ def _check(x: Tensor, weights: LayerWeights) -> None:
             f"x must be [{weights.input_norm.shape[0]}] on {weights.input_norm.device}, received "
             f"{tuple(x.shape)} on {x.device}"
         )
+    if x.dtype not in VALUE_TYPES:
+        raise OpError(f"x must be float32, bfloat16 or float16, not {x.dtype}")

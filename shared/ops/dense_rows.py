@@ -17,7 +17,6 @@ KINDS = ("float32", "bfloat16", "float16", "int8", "int4")  # in the order of `e
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 ALIGN = 16
 _dequantised = Derived[Tensor]()
-_MANY = 128  # rows of x from which the transposed product is the faster one (Zen 3, two threads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,28 +97,6 @@ class DenseRows:
         if self.scales is None:
             raise OpError(f"a {self.kind} weight needs scales")
         return codes * self.scales.float().repeat_interleave(self.group, 1)
-
-
-def product(
-    x: Float[Tensor, "*batch rows"], matrix: Float[Tensor, "rows cols"]
-) -> Float[Tensor, "*batch cols"]:
-    """x @ matrix; in single precision and for many rows as (matrix^T x^T)^T, which torch does faster then."""
-    flat = x.reshape(-1, x.shape[-1])
-    if x.dtype != torch.float32 or len(flat) < _MANY:
-        return x @ matrix
-    return (matrix.t() @ flat.t()).t().reshape(*x.shape[:-1], matrix.shape[1])
-
-
-def linear(
-    x: Float[Tensor, "*batch in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None
-) -> Float[Tensor, "*batch out"]:
-    """x weight^T + bias; in single precision as (weight x^T)^T, which torch does faster for the tens of rows
-    of a prompt."""
-    if x.dtype != torch.float32:
-        return torch.nn.functional.linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    y = (weight @ flat.t()).t().reshape(*x.shape[:-1], weight.shape[0])
-    return y if bias is None else y + bias
 
 
 def store_rows(matrix: Float[Tensor, "rows cols"], kind: str | None = None, group: int = 64) -> DenseRows:

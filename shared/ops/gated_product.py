@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native, dispatch, triton
-from .dense_rows import ALIGN, DenseRows, linear, product, store_rows
+from .dense_linear import linear, product
+from .dense_rows import ALIGN, DenseRows, store_rows
 from .gather_linear import MOST_BATCH
 from .layout import PANEL, VALUE_TYPES
 from .sparse_linear import sparse_linear

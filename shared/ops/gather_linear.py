@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native, dispatch, triton
+from .dense_linear import widened_linear
 from .dense_rows import KINDS, DenseRows, store_rows
 
 __all__ = ["DenseRows", "gather_linear", "gather_linear_rows", "plan", "plan_rows", "reference", "store_rows"]
@@ -231,7 +232,7 @@ def _forward_rows(x: Tensor, active: Tensor, weight: DenseRows, bias: Tensor | N
         return _native_rows(x, active, weight, bias)
     if backend == "dense":
         matrix = weight.dense().to(x.dtype)
-        y = torch.nn.functional.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+        y = widened_linear(x, matrix, None if bias is None else bias.to(x.dtype))
         return torch.where(active, y, 0)
     if backend == "triton":
         from .triton import gather

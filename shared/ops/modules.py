@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import OpError
 from . import dispatch
 from .cache import Derived
+from .dense_linear import WIDENED, widened_linear
 from .depthwise_conv import depthwise_conv
 from .sparse_conv1x1 import activated, sparse_conv1x1
 from .sparse_conv2d import sizes_after, sparse_conv2d
@@ -97,19 +97,14 @@ class SparseLinear(nn.Module):
         return f"{sizes}, layout={self.layout}, density={self.weight.density:.3f}"
 
 
-_packed = Derived[SparseWeight](1024)
 # Looked up once, as the look-ups would take as long as the answers.
 _requested, _threads, _autocast = dispatch.requested, torch.get_num_threads, torch._C._is_any_autocast_enabled
+_linear = nn.functional.linear
 
 
-class LinearByRows(nn.Linear):
-    """A linear layer, its weight dense with zeros, that multiplies the kept weights only where x has so many
-    rows that this is faster, and is a plain layer otherwise: a product of one row is over before the zeros
-    are found.
-
-    What was measured for the number of threads decides. The packed weight is made when it is first used, and
-    again when the content of `weight` has changed; the state dict is that of `nn.Linear`.
-    """
+class WideningLinear(nn.Linear):
+    """A linear layer that multiplies many rows of halves by way of fp32 on a processor that does not multiply
+    halves (`dense_linear.widened_linear`); the state dict is that of `nn.Linear`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         """Share the parameters of a plain layer.
@@ -121,8 +116,38 @@ class LinearByRows(nn.Linear):
             raise OpError(f"{type(linear).__name__} is not a plain nn.Linear: its forward may do more")
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self._faster: dict[tuple[int, torch.dtype, int], bool] = {}
         self.train(linear.training)
+        self._many = self._MANY * self.in_features
+
+    _MANY = WIDENED  # rows of x from which `_forward_many` may find a faster way
+    _many: int
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if x.numel() >= self._many and not _autocast() and x.shape[-1] == self.in_features:
+            return self._forward_many(x)
+        # Not through nn.Module's look-up of attributes, see `SparseLinear.weight`.
+        parameters = self._parameters
+        return _linear(x, cast(Tensor, parameters["weight"]), parameters["bias"])
+
+    def _forward_many(self, x: Tensor) -> Tensor:
+        return widened_linear(x, self.weight, self.bias)
+
+
+_packed = Derived[SparseWeight](1024)
+
+
+class LinearByRows(WideningLinear):
+    """A linear layer, its weight dense with zeros, that multiplies the kept weights only where x has so many
+    rows that this is faster, and is a plain layer otherwise: a product of one row is over before the zeros
+    are found.
+
+    What was measured for the number of threads decides. The packed weight is made when it is first used, and
+    again when the content of `weight` has changed; the state dict is that of `nn.Linear`.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self._faster: dict[tuple[int, torch.dtype, int], bool] = {}
 
     def faster(self, rows: int, dtype: torch.dtype = torch.float32) -> bool:
         """Whether so many rows, to the power of two below, are expected to be multiplied faster by the kept
@@ -150,17 +175,16 @@ class LinearByRows(nn.Linear):
         """The packed weight of the present content of `weight`."""
         return _packed.get((self.weight,), lambda: pack(self.weight))
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        if x.numel() >= 2 * self.in_features and self._skips(x):
-            return sparse_linear(x, self.packed, bias)
-        return nn.functional.linear(x, cast(Tensor, weight), bias)
+    _MANY = 2
+
+    def _forward_many(self, x: Tensor) -> Tensor:
+        return sparse_linear(x, self.packed, self.bias) if self._skips(x) else super()._forward_many(x)
 
     def _skips(self, x: Tensor) -> bool:
         weight = self.weight
-        if torch.compiler.is_compiling() or _autocast() or not dispatch.direct(x, weight, self.bias):
+        if torch.compiler.is_compiling() or not dispatch.direct(x, weight, self.bias):
             return False
-        if x.dtype is not weight.dtype or x.device != weight.device or x.shape[-1] != self.in_features:
+        if x.dtype is not weight.dtype or x.device != weight.device:
             return False
         request = _requested()
         if request != "auto":

@@ -18,6 +18,7 @@ from ..masks import Mask, MaskSet, set_masks
 from ..masks.patterns import NM, Block
 from ..structure.folding import fold_norms, fuse_relus
 from ..structure.fusing import fuse
+from .dense_linear import multiplies
 from .dispatch import MARGIN, choose
 from .modules import (
     DepthwiseConv,
@@ -26,6 +27,7 @@ from .modules import (
     SparseConv1x1,
     SparseConv2d,
     SparseLinear,
+    WideningLinear,
     is_depthwise,
     is_plain,
     is_pointwise,
@@ -117,7 +119,7 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
         fuse_relus(model)
         if not model.training:
             fuse(model)
-    model, taken = _pack_composites(model)
+    model, taken = _pack_composites(_widen_halves(model))
     left = {name: mask for name, mask in masks.items() if name not in replaced and not name.startswith(taken)}
     set_masks(model, MaskSet(left))
     if left:
@@ -137,6 +139,18 @@ def _pack_between(model: nn.Module, masks: MaskSet) -> None:
             model.set_submodule(name, DepthwiseConv(module).train(module.training))
         elif name and type(module) is nn.MaxPool2d:
             model.set_submodule(name, MaxPool(module).train(module.training))
+
+
+def _widen_halves(model: nn.Module) -> nn.Module:
+    """The model with `WideningLinear` for the layers of halves that stayed, on a processor without products
+    of halves; also for those that share a weight."""
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or multiplies(module.weight.dtype) or _read_by_owner(model, name):
+            continue
+        if not name:
+            return WideningLinear(module)
+        model.set_submodule(name, WideningLinear(module))
+    return model
 
 
 def _pack_composites(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -167,8 +181,8 @@ MIN_BLOCK_SPARSITY = 0.25
 @register_packer(nn.Linear)
 def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
     """`zoo.shared.ops.SparseLinear`, which runs each product by the fastest backend for its shape, also
-    dense; in the layout of `nm_linear` where the mask is of such a pattern. A layer that gains by many rows of x
-    only becomes a `LinearByRows`, one that does not gain stays.
+    dense; in the layout of `nm_linear` where the mask is of such a pattern. A layer that gains by many rows
+    of x only becomes a `LinearByRows`, one that does not gain stays.
     """
     keep = masks.get("weight")
     if not isinstance(module, nn.Linear) or keep is None or set(masks) != {"weight"}:

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..errors import OpError
 from . import _native, dispatch, triton
 from .cache import Calls, Derived, Run, dense_run, native_run
+from .dense_linear import widened_linear
 
 __all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference", "round_rows"]
 
@@ -369,7 +370,7 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
                 dense = weight.to_dense()
                 for batch in (1, 64) if quick else (1, 4, 8, 64, 512):
                     x = torch.randn(batch, side)
-                    plain = functools.partial(torch.nn.functional.linear, x, dense)
+                    plain = functools.partial(widened_linear, x, dense)
                     for rounded in (False, True):
                         run = functools.partial(quant_sparse_linear, x, weight, rounded=rounded)
                         args = case(x, weight, rounded)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import OpError
 from . import _native, dispatch, triton
 from .cache import Derived, Run, dense_run, native_run, owned_run
+from .dense_linear import widened_linear
 from .layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, block_of
 from .weights import SparseWeight, pack
 
@@ -463,7 +464,7 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
                         x = torch.randn(batch, side).to(given)
                         run = functools.partial(sparse_linear, x, typed)
                         run(), run()  # forms of the weight are made once
-                        plain = functools.partial(torch.nn.functional.linear, x, typed.expanded(given))
+                        plain = functools.partial(widened_linear, x, typed.expanded(given))
                         entries.append(
                             dispatch.measure("sparse_linear", run, *case(x, typed), quick=quick, plain=plain)
                         )

@@ -48,19 +48,24 @@ def run(
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [0, 1, 5, 40])
-def test_the_kernels_are_the_definition(count: int) -> None:
+def test_the_kernels_are_the_definition(count: int, dtype: torch.dtype) -> None:
     torch.manual_seed(count)
     for weights in (
         layer(),
         layer(width=160, wide=320, heads=6, kv_heads=3, head=16),
         layer(heads=4, kv_heads=4),
     ):
-        inputs = token(weights, count)
+        weights = replace(weights, input_norm=weights.input_norm.to(dtype))
+        inputs = [each.to(dtype) for each in token(weights, count)]
+        close = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         with ops.backend("reference"):
             expected = run(weights, *inputs)
         with ops.backend("native"):
-            torch.testing.assert_close(run(weights, *inputs), expected, rtol=1e-3, atol=1e-3)
+            found = run(weights, *inputs)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, **close)
 
 
 def test_by_hand() -> None:
@@ -148,4 +153,8 @@ def test_refusals() -> None:
     with pytest.raises(OpError, match="heads of 7"):
         replace(weights, head=7)
     with pytest.raises(OpError, match="input_norm must be float32"):
-        replace(weights, input_norm=torch.ones(64, dtype=torch.float16))
+        replace(weights, input_norm=torch.ones(64, dtype=torch.float64))
+    with pytest.raises(OpError, match="x must be float32"):
+        layer_inputs(x.double(), weights, cosine, sine)
+    with pytest.raises(OpError, match="keys and values must be both"):
+        layer_outputs(x, torch.randn(48), keys.half(), values, weights)

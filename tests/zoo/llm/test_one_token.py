@@ -73,7 +73,21 @@ def test_tokens_and_text_are_those_of_the_plain_layers(calls: list[int]) -> None
     torch.testing.assert_close(logits(copy.deepcopy(model)), found)
 
 
-@pytest.mark.parametrize("case", ["mask", "batch", "hook", "gradient", "reference", "double", "part", "norm"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_of_half_precision_models(dtype: torch.dtype, calls: list[int]) -> None:
+    """As near to fp32's as the plain layers are, which round after each step."""
+    exact = logits(llama())
+    plain = llama().to(dtype)
+    model = packing.pack(copy.deepcopy(plain), MaskSet({}))
+    found = logits(model)
+    assert found.dtype == dtype and len(calls) == 8
+    error, allowed = ((each.float() - exact).norm() for each in (found, logits(plain)))
+    assert float(error) <= 1.5 * float(allowed) < 0.2 * float(exact.norm())
+
+
+@pytest.mark.parametrize(
+    "case", ["mask", "autocast", "batch", "hook", "gradient", "reference", "double", "part", "norm"]
+)
 def test_what_the_calls_cannot_do_goes_the_plain_way(case: str, calls: list[int]) -> None:
     plain = llama()
     model = packing.pack(copy.deepcopy(plain), MaskSet({}))
@@ -107,7 +121,11 @@ def test_what_the_calls_cannot_do_goes_the_plain_way(case: str, calls: list[int]
             **({"attention_mask": torch.tensor([[0, 1, 1]])} if case == "mask" else {}),
         )
     hidden = model.model.embed_tokens(ids[:, -1:]).requires_grad_(grad)
-    with ops.backend("reference" if case == "reference" else "auto"), torch.set_grad_enabled(grad):
+    with (
+        ops.backend("reference" if case == "reference" else "auto"),
+        torch.set_grad_enabled(grad),
+        torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"),
+    ):
         y = model(inputs_embeds=hidden, past_key_values=cache, **options).logits
     assert not calls
     if case in ("part", "norm"):

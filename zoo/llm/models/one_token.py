@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from zoo.llm.models.quantised import PackedGroupLinear
 from zoo.shared.ops import packing
 from zoo.shared.ops.decoder_layer import LayerWeights, layer_inputs, layer_outputs, runs_natively
+from zoo.shared.ops.layout import VALUE_TYPES
 
 _ATTENTION, _FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
@@ -85,7 +86,7 @@ def one_token_layer(module: nn.Module) -> nn.Module | None:
     norms: list[Any] = [module.input_layernorm, module.post_attention_layernorm]
     silu = torch.equal(module.mlp.act_fn(_PROBE), nn.functional.silu(_PROBE))
     same = norms[0].variance_epsilon == norms[1].variance_epsilon
-    if not silu or not same or any(norm.weight.dtype != torch.float32 for norm in norms):
+    if not silu or not same or any(norm.weight.dtype not in VALUE_TYPES for norm in norms):
         return None
     layer: Any = copy.copy(module)
     layer.__class__ = OneTokenLayer

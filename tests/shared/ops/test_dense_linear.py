@@ -1,0 +1,104 @@
+"""Dense products by other ways than torch's: the same values, shapes, gradients; layers that take them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from zoo.shared.errors import OpError
+from zoo.shared.masks import MaskSet
+from zoo.shared.ops import dense_linear, packing
+from zoo.shared.ops.dense_linear import WIDENED, linear, multiplies, product, widened_linear
+from zoo.shared.ops.modules import WideningLinear
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=[True, False], ids=["halves", "no halves"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the processor multiplies halves."""
+    known = lambda dtype: request.param or dtype not in HALVES  # noqa: E731
+    monkeypatch.setattr(dense_linear, "multiplies", known)
+    monkeypatch.setattr(packing, "multiplies", known)
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (WIDENED - 1,), (WIDENED,), (3, 7)])
+def test_products_are_those_of_single_precision_rounded_once(
+    dtype: torch.dtype, lead: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*lead, 20).to(dtype),
+        torch.randn(30, 20).to(dtype),
+        torch.randn(30).to(dtype),
+    )
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    for given in (bias, None):
+        expected = nn.functional.linear(x.float(), weight.float(), None if given is None else given.float())
+        found = widened_linear(x, weight, given)
+        assert found.dtype == dtype and found.is_contiguous()
+        torch.testing.assert_close(found, expected.to(dtype), **close)
+        torch.testing.assert_close(linear(x, weight, given), expected.to(dtype), **close)
+    torch.testing.assert_close(product(x, weight.t().contiguous()), expected.to(dtype), **close)
+
+
+def test_a_processor_without_halves_multiplies_in_single_precision(processor: bool) -> None:
+    """2048 + 1 is 2048 in fp16, and so is a sum that is rounded after each step; 2048 + 4 * 0.5 is 2050."""
+    x = torch.full((WIDENED, 5), 0.5, dtype=torch.float16)
+    x[:, 0] = 2048
+    seen: list[torch.dtype] = []
+    plain = nn.functional.linear
+
+    def watched(x: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+        seen.append(x.dtype)
+        return plain(x, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "linear", watched)
+        y = widened_linear(x, torch.ones(2, 5, dtype=torch.float16))
+    assert seen == ([torch.float16] if processor else [])
+    assert processor or torch.equal(y, torch.full((WIDENED, 2), 2050.0, dtype=torch.float16))
+
+
+def test_gradients(processor: bool) -> None:
+    x = torch.randn(WIDENED, 6).half().requires_grad_()
+    weight, bias = torch.randn(3, 6).half().requires_grad_(), torch.randn(3).half().requires_grad_()
+    widened_linear(x, weight, bias).sum().backward()
+    assert x.grad is not None and weight.grad is not None and bias.grad is not None
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand_as(x), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(bias.grad, torch.full((3,), float(WIDENED)).half())
+
+
+def test_packed_models_of_halves_widen_the_layers_that_stay(processor: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)).half().eval()
+    model[2].weight = model[0].weight
+    x = torch.arange(18).reshape(2, 9) % 9
+    packed = packing.pack(copy.deepcopy(model), MaskSet({}))
+    assert [type(layer) for layer in packed[1:]] == [nn.Linear if processor else WideningLinear] * 2
+    assert packed[2].weight is packed[0].weight and list(packed.state_dict()) == list(model.state_dict())
+    torch.testing.assert_close(packed(x), model(x), rtol=1e-2, atol=1e-2)
+    alone = packing.pack(nn.Linear(3, 3).half(), MaskSet({}))
+    assert type(alone) is (nn.Linear if processor else WideningLinear)
+    single = packing.pack(nn.Sequential(nn.Linear(3, 3)), MaskSet({}))
+    assert type(single[0]) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_a_widening_layer_leaves_autocast_and_errors_to_torch() -> None:
+    layer = WideningLinear(nn.Linear(4, 5).half())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(32, 4)).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.randn(32, 3).half())
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(32, 4))
+    with pytest.raises(OpError, match="not a plain nn.Linear"):
+        WideningLinear(layer)
+    assert multiplies(torch.float32)
