@@ -119,7 +119,8 @@ def pack(model: nn.Module, masks: MaskSet) -> nn.Module:
         fuse_relus(model)
         if not model.training:
             fuse(model)
-    model, taken = _pack_composites(_widen_halves(model))
+    model, taken = _pack_composites(model)
+    model = _widen_halves(model)
     left = {name: mask for name, mask in masks.items() if name not in replaced and not name.startswith(taken)}
     set_masks(model, MaskSet(left))
     if left:

@@ -26,6 +26,7 @@ from zoo.shared.masks import Mask, MaskSet, masks_of
 from zoo.shared.measure.account import Counting, Macs, register_counter
 from zoo.shared.ops import DenseRows, SparseLinear, SparseWeight, gather_linear, pack, packing, store_rows
 from zoo.shared.ops.dense_linear import product
+from zoo.shared.ops.modules import LinearByRows
 from zoo.shared.ops.gated_product import gated_product
 from zoo.shared.ops.gather_linear import MOST_BATCH
 
@@ -149,7 +150,7 @@ def _pack_mlp(module: nn.Module) -> nn.Module | None:
     if isinstance(module, PackedGatedMLP) or not isinstance(act_fn, ThresholdedActivation):
         return None
     gate, up, down = parts
-    plain = (nn.Linear, SparseLinear)
+    plain = (nn.Linear, LinearByRows, SparseLinear)
     if gate is None or up is None or down is None or type(up) not in plain or type(down) not in plain:
         return None
     if _weight(up).dtype not in _STORED:
