@@ -26,9 +26,9 @@ from zoo.shared.masks import Mask, MaskSet, masks_of
 from zoo.shared.measure.account import Counting, Macs, register_counter
 from zoo.shared.ops import DenseRows, SparseLinear, SparseWeight, gather_linear, pack, packing, store_rows
 from zoo.shared.ops.dense_linear import product
-from zoo.shared.ops.modules import LinearByRows
 from zoo.shared.ops.gated_product import gated_product
 from zoo.shared.ops.gather_linear import MOST_BATCH
+from zoo.shared.ops.modules import LinearByRows
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
