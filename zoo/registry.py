@@ -236,6 +236,9 @@ RECIPES: Registry[Callable[[], Any]] = Registry("recipes", "zoo.recipes")
 #: domain/marker file (or file:field of its JSON) -> function behind `zoo sparsify FOLDER` for folders of
 #: another library
 FOLDERS: Registry[Any] = Registry("folder handler", "zoo.folders")
+#: domain -> function of a folder that another library wrote: the tensors and extras of its model, as the
+#: domain's bundles have them; of other domains the tensors are those of the safetensors, by their names
+BASE_READERS: Registry[Any] = Registry("reader of public models")
 #: library -> class of `zoo.recipes.check.Library`: how recipes for models of that library are tried
 RECIPE_CHECKS: Registry[Any] = Registry("recipe check", "zoo.recipe_checks", needs=("base", "zeros"))
 #: domain -> function that lets a model of the domain write, behind `zoo generate`

@@ -739,6 +739,21 @@ def test_a_model_of_another_library_is_fetched_without_its_pickles(server: FakeH
         hub.fetch("hf://acme/other")
 
 
+def test_pull_brings_a_model_of_another_library(server: FakeHub, monkeypatch, capsys) -> None:
+    server.repositories["acme/net"] = FOREIGN
+    assert main(["pull", "hf://acme/net"]) == 0
+    said = capsys.readouterr()
+    assert "a model of another library" in said.out and "zoo sparsify hf://acme/net" in said.err
+    commit = server.refs["acme/net"]
+    before = len(server.requests)
+    assert foreign.fetch_folder(f"hf://acme/net@{commit}").name == commit and len(server.requests) == before
+    del server.repositories["acme/net"]
+    server.repositories["acme/other"] = FOREIGN
+    with pytest.raises(HubError, match="files of 34 bytes, expected 3; not fetched"):
+        foreign.fetch_folder("hf://acme/other", expected_bytes=3)
+    assert server.downloads("model.safetensors") == 2
+
+
 def test_a_fetch_of_a_foreign_model_goes_on_where_it_broke(server: FakeHub) -> None:
     server.repositories["acme/net"] = FOREIGN
     server.cut_after["unet/model.safetensors"], server.cuts_left = 2, 99

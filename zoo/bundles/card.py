@@ -6,6 +6,7 @@ from the values per seed, and every figure of a sparse model must stand beside t
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -31,6 +32,7 @@ CARD_FILE = "card.yaml"
 OWN = "own"  # the domain of models that somebody saved as they were
 SCHEMA_VERSION = 1
 BASE_SCHEMA_VERSION = 2  # the same with `base`: a reader of version 1 would take the file for the whole
+PUBLIC_SCHEMA_VERSION = 3  # the same with `public_base`
 TOLERANCE = 1e-6  # relative; figures on a card are written with all their digits
 
 
@@ -83,6 +85,19 @@ def _sha256(value: str) -> str:
     return value
 
 
+def _repository(value: str) -> str:
+    word = r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,95}"
+    if not re.fullmatch(f"{word}/{word}", value):
+        raise ValueError("expected owner/name, a repository of a hub")
+    return value
+
+
+def _commit(value: str) -> str:
+    if not re.fullmatch("[0-9a-f]{40}", value):
+        raise ValueError("expected a commit: 40 lower-case hexadecimal digits")
+    return value
+
+
 def _repository_path(value: str) -> str:
     parts = value.split("/")
     if "\\" in value or "\0" in value or any(part in ("", ".", "..") for part in parts) or ":" in parts[0]:
@@ -95,6 +110,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1, max_length=4000)]
+InsidePath = Annotated[str, AfterValidator(_repository_path)]
 ModelName = Annotated[str, AfterValidator(_model_name)]
 ModelReference = Annotated[str, AfterValidator(_model_reference)]
 Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
@@ -286,12 +302,39 @@ class Base(_Part):
         """`name@version`."""
         return f"{self.name}@{self.version}"
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the weights file says of its base, too."""
+        return {"name": self.name, "version": self.version, "sha256": self.sha256}
+
+
+class PublicBase(_Part):
+    """A model of another library on a hub that holds the tensors which a weights file leaves out: one
+    commit's files, each with its hash, and their bytes together."""
+
+    repository: Annotated[str, AfterValidator(_repository)]
+    revision: Annotated[str, AfterValidator(_commit)]
+    files: Annotated[dict[InsidePath, Annotated[str, AfterValidator(_sha256)]], Field(min_length=1)]
+    bytes: Annotated[int, Field(gt=0, lt=1 << 63)]
+
+    @property
+    def reference(self) -> str:
+        """`hf://owner/name@commit`."""
+        return f"hf://{self.repository}@{self.revision}"
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the weights file says of its base, too."""
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
+        digest = hashlib.sha256(lines.encode()).hexdigest()
+        return {"name": self.repository, "version": self.revision, "sha256": digest}
+
 
 class Imported(_Part):
     """The file that others published, from which the weights were read: its place below $ZOO_DATA, its
     SHA-256, the address where it is to be had, and its licence."""
 
-    file: Annotated[str, AfterValidator(_repository_path)]
+    file: InsidePath
     sha256: Annotated[str, AfterValidator(_sha256)]
     address: Text
     licence: Text
@@ -305,7 +348,7 @@ class Card(_Part):
     its makers may have kept.
     """
 
-    schema_version: Literal[1, 2]
+    schema_version: Literal[1, 2, 3]
     name: ModelName
     version: Annotated[str, AfterValidator(_version)]
     domain: Text
@@ -322,8 +365,9 @@ class Card(_Part):
     citation: Text
     weights: Weights
     base: Base | None = None
+    public_base: PublicBase | None = None
     imported: Imported | None = None
-    evidence: Annotated[str, AfterValidator(_repository_path)] | None = None
+    evidence: InsidePath | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Card:
@@ -332,8 +376,10 @@ class Card(_Part):
         if self.cost.bytes.on_disk != self.weights.bytes:
             on_disk = self.cost.bytes.on_disk
             raise ValueError(f"cost.bytes.on_disk {on_disk} is not weights.bytes {self.weights.bytes}")
-        if (self.base is None) != (self.schema_version == SCHEMA_VERSION):
+        if (self.base is None) == (self.schema_version == BASE_SCHEMA_VERSION):
             raise ValueError("a card with a base has schema_version 2, one without has 1")
+        if (self.public_base is None) == (self.schema_version == PUBLIC_SCHEMA_VERSION):
+            raise ValueError("a card with a public_base has schema_version 3, one without has 1 or 2")
         if self.base is not None and self.base.name == self.name:
             raise ValueError("base names the bundle itself")
         keys = [(metric.task, metric.metric, metric.split, metric.protocol) for metric in self.metrics]
@@ -386,11 +432,18 @@ class Card(_Part):
     @property
     def bytes_needed(self) -> int:
         """Bytes of the files that loading reads: its own weights and those of its base."""
-        return self.weights.bytes + (self.base.bytes if self.base is not None else 0)
+        stands_on = self.stands_on
+        return self.weights.bytes + (stands_on.bytes if stands_on is not None else 0)
+
+    @property
+    def stands_on(self) -> Base | PublicBase | None:
+        """What holds the tensors that the weights file leaves out."""
+        return self.base if self.base is not None else self.public_base
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, in the order of the fields; without `base` or `imported` where there is none."""
-        return self.model_dump(exclude={key for key in ("base", "imported") if getattr(self, key) is None})
+        """Plain values, in the order of the fields; without those that most cards have not."""
+        rare = ("base", "public_base", "imported")
+        return self.model_dump(exclude={key for key in rare if getattr(self, key) is None})
 
     def to_yaml(self) -> str:
         """The text of the card's file; `parse_card(load_yaml(text))` gives an equal card."""

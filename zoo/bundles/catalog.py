@@ -165,10 +165,10 @@ def base_of(bundle: Bundle) -> Bundle | None:
             f"{found.folder} has {found.card.weights.sha256[:12]}.... Put the right one beside "
             f"{bundle.folder}, or save the model on this one."
         )
-    if found.card.base is not None:
+    if (under := found.card.stands_on) is not None:
         raise BundleError(
-            f"{bundle.card.name} stands on {stated.reference}, which stands on {found.card.base.reference} "
-            f"itself; only one level is allowed. Save it again on {found.card.base.reference}."
+            f"{bundle.card.name} stands on {stated.reference}, which stands on {under.reference} "
+            f"itself; only one level is allowed. Save it again on {under.reference}."
         )
     return found
 

@@ -33,7 +33,10 @@ COMPLETE, REF = ".complete", "model-refs"
 
 
 def fetch_folder(
-    text: str, offline: bool | None = None, progress: Callable[..., None] | None = None
+    text: str,
+    offline: bool | None = None,
+    progress: Callable[..., None] | None = None,
+    expected_bytes: int | None = None,
 ) -> Path | None:
     """The folder of the model in a repository; None if that holds a bundle of the zoo.
 
@@ -41,6 +44,7 @@ def fetch_folder(
         text: `hf://owner/name` or `hf://owner/name@revision`.
         offline: whether the hub may not be asked; None leaves it to `ZOO_OFFLINE` and `HF_HUB_OFFLINE`.
         progress: called as (done, all files, name).
+        expected_bytes: of all files together, where they are known before they are fetched.
 
     Raises:
         HubError: no such repository, no safetensors in it, a name that leaves the folder, a disk that is too
@@ -48,8 +52,8 @@ def fetch_folder(
     """
     reference = parse_reference(text)
     seen = reference.folder / REF / quote(reference.revision, safe="")
-    if is_offline(offline):
-        return _known(reference, seen)
+    if is_offline(offline) or (reference.folder / "models" / reference.revision / COMPLETE).is_file():
+        return _known(reference, seen)  # a commit does not change
     try:
         listing = listing_of(reference)
     except Unreachable as error:
@@ -60,6 +64,10 @@ def fetch_folder(
         return None
     sizes = {name: size for name, size in listing.sizes.items() if PurePosixPath(name).suffix in WANTED}
     _check(reference, sizes, list(listing.sizes))
+    if expected_bytes is not None and (offered := sum(sizes.values())) != expected_bytes:
+        raise HubError(
+            f"{reference} has files of {offered:,} bytes, expected {expected_bytes:,}; not fetched"
+        )
     folder = reference.folder / "models" / listing.commit
     if not (folder / COMPLETE).is_file():
         folder.mkdir(parents=True, exist_ok=True)

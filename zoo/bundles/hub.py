@@ -164,7 +164,8 @@ def pull(reference: str, offline: bool | None = None, rebind: bool = False) -> B
 
 
 def _check_all(bundle: Bundle) -> Bundle | None:
-    """Check a bundle and its base, which is returned."""
+    """Check a bundle and its base, which is returned; a public one comes from its own repository, at
+    loading."""
     bundle.check()
     base = base_of(bundle)
     if base is not None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from zoo.bundles.card import Card, Metric, mean_and_spread
 from zoo.bundles.catalog import Bundle, find, twin_of
 from zoo.bundles.provenance import environment
+from zoo.bundles.public import Base as Standing
 from zoo.bundles.store import load_bundle, save
 from zoo.errors import ConfigError, TaskError
 from zoo.harness.evidence import record_evidence
@@ -170,7 +171,7 @@ def publish(
     out: str | Path,
     *,
     twin: Bundle | None = None,
-    base: Bundle | None = None,
+    base: Standing | None = None,
     evidence: Evidence | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -185,7 +186,7 @@ def publish(
         figures: what to measure; the operations are those of the first task.
         out: folder of the bundle; its parents are made.
         twin: the dense model that stands beside it; None for a dense one.
-        base: a bundle whose tensors are not stored again.
+        base: a bundle or public model whose tensors are not stored again; see `zoo.save`.
         evidence: where the values of every seed are recorded, as the card will say; None for nowhere.
         overwrite: whether a bundle that is there may be replaced.
 
@@ -254,7 +255,7 @@ def publish_like(
     *,
     masks: MaskSet | None = None,
     extras: Mapping[str, Tensor] | None = None,
-    base: Bundle | str | os.PathLike[str] | None = None,
+    base: Standing | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a changed model as a bundle like another one: its figures measured on this model, one seed.
@@ -284,8 +285,7 @@ def publish_like(
     )
     command = f"zoo.save(model, {folder.name!r}, like={card.reference!r})"
     about = About.like(card, f"{card.domain}/{folder.name}", f"{card.name}, changed by its owner.", command)
-    on = base if base is None or isinstance(base, Bundle) else find(base)
-    return publish(trained, about, figures_of(card), folder, twin=twin, base=on, overwrite=overwrite)
+    return publish(trained, about, figures_of(card), folder, twin=twin, base=base, overwrite=overwrite)
 
 
 class _Twin:

@@ -26,6 +26,7 @@ from zoo.bundles.building import build, fill_model, refusing
 from zoo.bundles.card import (
     BASE_SCHEMA_VERSION,
     CARD_FILE,
+    PUBLIC_SCHEMA_VERSION,
     SCHEMA_VERSION,
     Base,
     Card,
@@ -34,6 +35,8 @@ from zoo.bundles.card import (
 )
 from zoo.bundles.catalog import Bundle, base_of, find, open_bundle
 from zoo.bundles.folders import publish_folder
+from zoo.bundles.public import Base as Standing
+from zoo.bundles.public import PublicModel, base_for, public_base_of
 from zoo.errors import BundleError, ConfigError
 from zoo.shared.errors import SparseError
 from zoo.shared.masks import MaskSet, SparsityReport, masks_of, set_masks
@@ -47,7 +50,6 @@ __all__ = ["Bundle", "ModelInfo", "find", "info", "load", "load_bundle", "open_b
 WEIGHTS_FILE = "weights.safetensors"
 PART_MASK = "/keep"  # a boolean extra `edges/keep` is the mask of the part `edges`
 _log = logging.getLogger("zoo")
-_IDENTITY = ("name", "version", "sha256")  # of a base, as card and weights file both state it
 Execution = Literal["masked", "packed"]
 
 
@@ -89,17 +91,20 @@ def load(
         ConfigError: an unknown execution, or an architecture whose package is not installed.
     """
     _check_execution(execution)
-    return load_bundle(find(name, version, offline), execution, into)
+    return load_bundle(find(name, version, offline), execution, into, offline)
 
 
 def load_bundle(
-    bundle: Bundle, execution: Execution = "masked", into: nn.Module | type[nn.Module] | None = None
+    bundle: Bundle,
+    execution: Execution = "masked",
+    into: nn.Module | type[nn.Module] | None = None,
+    offline: bool | None = None,
 ) -> nn.Module:
     """Load the model of a bundle that is at hand; see `load`."""
     _check_execution(execution)
     contents = _unpack(bundle)
     _require_same_architecture(bundle, contents)
-    base = _base_contents(bundle, contents)
+    base = _base_contents(bundle, contents, offline)
     with refusing(bundle.card.name, f" in {bundle.folder}"):
         if base is not None:
             contents = bases.restore(contents, base)
@@ -148,7 +153,7 @@ def save(
     like: Bundle | str | os.PathLike[str] | None = None,
     masks: MaskSet | None = None,
     extras: Mapping[str, Tensor] | None = None,
-    base: Bundle | str | os.PathLike[str] | None = None,
+    base: Standing | None = None,
     overwrite: bool = False,
     name: str | None = None,
     arguments: Mapping[str, Any] | None = None,
@@ -173,8 +178,10 @@ def save(
             model. The card's name is that of the folder.
         masks: masks of parameters; None for those that the model carries.
         extras: further tensors that belong to the model; None for those that it was loaded with.
-        base: a bundle whose tensors are not stored again where the model's are the same, bit for bit, or the
-            same under a mask. It must be found from `folder` again; see `zoo.bundles.catalog.base_of`.
+        base: a bundle, or `hf://owner/name` of another library's model, whose tensors are not stored again
+        where
+            the model's are the same, bit for bit, or the same under a mask. It must be found from `folder`
+            again; see `zoo.bundles.catalog.base_of` and `zoo.bundles.public`.
         overwrite: whether a bundle that is there may be replaced; it stays until the new one is complete.
         name: of a model that is saved as it is, `own/...`; by default the folder's.
         arguments: with which the class of such a model makes it again, as plain values.
@@ -208,7 +215,7 @@ def save(
     elif name is not None or arguments is not None:
         raise ConfigError("a card has a name and arguments already: leave name and arguments out")
     fields = copy.deepcopy(card.to_dict() if isinstance(card, Card) else dict(card))
-    whole = isinstance(card, Card) and base is None and card.base is None
+    whole = isinstance(card, Card) and base is None and card.stands_on is None
     described = fields["weights"]["sha256"] if whole else None  # equal content gives equal bytes
     if lost := kept.lost_zeros(model):
         raise BundleError(
@@ -217,9 +224,8 @@ def save(
     if extras is None:
         known = getattr(model, "zoo_info", None)
         extras = known.extras if isinstance(known, ModelInfo) else {}
-    state, stored, stands_on = _plain_state(model), stored_state(model), None
-    if base is not None:
-        stands_on = base if isinstance(base, Bundle) else find(base)
+    state, stored = _plain_state(model), stored_state(model)
+    stands_on = base_for(base) if base is not None else None
     fields |= _base_fields(stands_on)
 
     def write(temporary: Path) -> None:
@@ -251,35 +257,42 @@ def _unpack(bundle: Bundle) -> PackedContents:
         raise BundleError(f"{bundle.card.name}: {error}. Fetch or save it again.") from error
 
 
-def _base_contents(bundle: Bundle, contents: PackedContents) -> PackedContents | None:
+def _base_contents(bundle: Bundle, contents: PackedContents, offline: bool | None) -> PackedContents | None:
     """What the base's file holds; card and weights must name the same base."""
-    stated = bundle.card.base
+    stated = bundle.card.stands_on
     record = contents.metadata.get(bases.KEY)
-    named = {key: record.get(key) for key in _IDENTITY} if isinstance(record, dict) else None
-    if named != (stated.model_dump(include=set(_IDENTITY)) if stated else None):
+    named = (
+        {key: record.get(key) for key in ("name", "version", "sha256")} if isinstance(record, dict) else None
+    )
+    if named != (stated.identity if stated else None):
         raise BundleError(
             f"{bundle.folder}: the card's base is not the one that its weights were saved on. Fetch or save "
             f"{bundle.card.name} again."
         )
+    public = public_base_of(bundle, offline)
+    if public is not None:
+        return public.contents(bundle.card.domain)
     base = base_of(bundle)
     return None if base is None else _unpack(base)
 
 
-def _base_fields(base: Bundle | None) -> dict[str, Any]:
+def _base_fields(base: Bundle | PublicModel | None) -> dict[str, Any]:
     """The fields of a card that say on what it stands."""
+    none: dict[str, Any] = {"base": None, "public_base": None}
     if base is None:
-        return {"schema_version": SCHEMA_VERSION, "base": None}
+        return {"schema_version": SCHEMA_VERSION} | none
+    if isinstance(base, PublicModel):
+        return none | {"schema_version": PUBLIC_SCHEMA_VERSION, "public_base": base.stated.model_dump()}
     card = base.card
-    if card.base is not None:
-        raise BundleError(
-            f"{card.name} stands on {card.base.name} itself and can be no base. Pass base={card.base.name!r}."
-        )
+    if (on := card.stands_on) is not None:
+        name = on.name if isinstance(on, Base) else on.reference
+        raise BundleError(f"{card.name} stands on {name} itself and can be no base. Pass base={name!r}.")
     stated = Base(name=card.name, version=card.version, sha256=card.weights.sha256, bytes=card.weights.bytes)
-    return {"schema_version": BASE_SCHEMA_VERSION, "base": stated.model_dump()}
+    return none | {"schema_version": BASE_SCHEMA_VERSION, "base": stated.model_dump()}
 
 
 def _save_on(
-    base: Bundle,
+    base: Bundle | PublicModel,
     path: Path,
     state: Mapping[str, Tensor],
     masks: MaskSet,
@@ -287,13 +300,15 @@ def _save_on(
     fields: Mapping[str, Any],
 ) -> Path:
     """Write what the base does not have, and the record of what it has."""
-    contents = _unpack(base)
+    if isinstance(base, PublicModel):
+        contents, stated = base.contents(fields["domain"]), base.stated.identity
+    else:
+        contents, stated = _unpack(base), Base(**fields["base"]).identity
     try:
         own = bases.subtract(state, masks, extras, contents)
     except BundleError as error:
-        raise BundleError(f"{fields.get('name')} on {base.card.name}: {error}.") from error
-    named = {key: fields["base"][key] for key in _IDENTITY}
-    metadata = {**_metadata(fields), bases.KEY: named | own.metadata[bases.KEY]}
+        raise BundleError(f"{fields.get('name')} on {stated['name']}: {error}.") from error
+    metadata = {**_metadata(fields), bases.KEY: stated | own.metadata[bases.KEY]}
     save_packed(path, own.tensors, own.masks, own.extras, metadata)
     return path
 

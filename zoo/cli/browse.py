@@ -95,14 +95,15 @@ def list_command(argv: Sequence[str]) -> int:
             card.method.name,
             numbers.percent(card.sparsity.overall),
             numbers.count(card.cost.parameters.kept),
-            numbers.size(card.weights.bytes) + (f" + {numbers.size(card.base.bytes)}" if card.base else ""),
+            numbers.size(card.weights.bytes)
+            + (f" + {numbers.size(on.bytes)}" if (on := card.stands_on) else ""),
             *_first_figure(card),
         ]
         for card in cards
     ]
     columns = ["model", "method", "sparsity", "parameters", "on disk", "measured", "dense twin"]
     note = f"{len(cards)} models. Next: zoo show MODEL" if cards else "No model is that small or that sparse."
-    if any(card.base for card in cards):
+    if any(card.stands_on for card in cards):
         note = f"On disk, a + b: its own file and that of the model on whose weights it stands. {note}"
     # What is on the screen at 80 columns: which model, how sparse, how good, how large.
     optional = ("dense twin", "parameters", "method", "on disk")
@@ -158,7 +159,7 @@ def show_command(argv: Sequence[str]) -> int:
         "Citation": card.citation.strip(),
         "Evidence": card.evidence or "",
         "Weights": f"{bundle.weights}, sha256 {card.weights.sha256}",
-        "Stands on": f"{card.base.reference}, sha256 {card.base.sha256}" if card.base else "",
+        "Stands on": f"{on.reference}, sha256 {on.identity['sha256']}" if (on := card.stands_on) else "",
     }
     for name, text in facts.items():
         if text:
@@ -226,7 +227,7 @@ def _brief(card: Card) -> dict[str, Any]:
         "parameters": card.cost.parameters.model_dump(),
         "flops": card.cost.flops.model_dump() if card.cost.flops else None,
         "bytes": card.cost.bytes.model_dump(),
-        "base": card.base.model_dump() if card.base else None,
+        "base": card.stands_on.model_dump() if card.stands_on else None,
         "metrics": [
             {
                 "task": metric.task,
@@ -264,8 +265,8 @@ def _card_tables(card: Card) -> list[Any]:
         ["tensors", numbers.size(cost.bytes.dense), numbers.size(cost.bytes.sparse)],
         ["file on disk", "", numbers.size(cost.bytes.on_disk)],
     ]
-    if card.base is not None:
-        costs.append(["its base's file", "", numbers.size(card.base.bytes)])
+    if card.stands_on is not None:
+        costs.append(["its base's files", "", numbers.size(card.stands_on.bytes)])
     tables = [Table("Measured", columns, metrics)] if metrics else []
     tables.append(Table("Cost", ["", "dense", "sparse"], costs))
     if card.sparsity.parts:

@@ -32,7 +32,9 @@ class Sparsify:
     """Name on the card; by default the domain and the folder's name."""
 
     share: bool = False
-    """Store only what differs from the model that it was made from, which must then be at hand to load it."""
+    """Store only what differs from the model that it was made from, which must then be at hand to load it;
+    of a
+    hub's model, hf://owner/name, masks are enough where the method changes no weight that it keeps."""
 
     overwrite: bool = False
     """Replace the bundle that is there."""
@@ -98,7 +100,9 @@ class Rebase:
     """Folder for the bundle; with --overwrite also the one where it is."""
 
     base: str | None = None
-    """The model whose tensors are left out where they are the same; by default the dense twin."""
+    """The model whose tensors are left out where they are the same, a name, folder or hf://owner/name of
+    another
+    library's model; by default the dense twin."""
 
     whole: bool = False
     """Store all tensors, so that it stands by itself."""
@@ -138,8 +142,10 @@ def sparsify_command(argv: Sequence[str]) -> int:
     from zoo.bundles.catalog import HUB_PREFIX, find
     from zoo.harness.making import Origin, make_bundle
 
+    share = {}
     if options.model.startswith(HUB_PREFIX):
         from zoo.bundles.foreign import fetch_folder
+        from zoo.bundles.public import public_model
 
         with progress_bar() as progress:
             folder = fetch_folder(options.model, progress=progress)
@@ -147,8 +153,17 @@ def sparsify_command(argv: Sequence[str]) -> int:
             pinned = f"{options.model.partition('@')[0]}@{folder.name}"
             argv = [pinned if word == options.model else word for word in argv]
             options.model = str(folder)
+            share = {"base": public_model(pinned)} if options.share else {}
     if (handler := foreign_folder(options.model)) is not None:
         domain, sparsify_folder = handler
+        if options.share and not share:
+            raise ConfigError(
+                f"--share leaves the weights to a model that everybody finds, and {options.model} is a "
+                f"folder of "
+                "yours: give its address, hf://OWNER/NAME, or make a bundle of it first"
+            )
+        if share and "base" not in inspect.signature(sparsify_folder).parameters:
+            raise ConfigError(f"--share: models of {domain} come out as whole folders; leave it out")
         origin = Origin(
             options.name or f"{domain}/{options.out.name}", method_name, command_line("sparsify", argv)
         )
@@ -160,6 +175,7 @@ def sparsify_command(argv: Sequence[str]) -> int:
                 options.out,
                 overwrite=options.overwrite,
                 progress=progress,
+                **share,
             )
         note(said)
         return _show_new(options.out, options.json) if (options.out / "card.yaml").is_file() else OK
@@ -219,12 +235,13 @@ def rebase_command(argv: Sequence[str]) -> int:
     if options.whole and options.base is not None:
         raise ConfigError("--whole stores everything: leave --base out")
     from zoo.bundles.catalog import find, twin_of
+    from zoo.bundles.public import base_for
     from zoo.bundles.store import load_bundle, save
 
     bundle = find(options.model)
     base = None
     if not options.whole:
-        base = find(options.base) if options.base is not None else twin_of(bundle)
+        base = base_for(options.base) if options.base is not None else twin_of(bundle)
     path = save(load_bundle(bundle), options.out, card=bundle.card, base=base, overwrite=options.overwrite)
     return _show_new(path, options.json, before=bundle.folder)
 
@@ -286,7 +303,7 @@ def _show_new(path: Path, as_json: bool, before: Any = None) -> int:
     show_table(stdout(), table)
     note(
         f"{numbers.percent(card.sparsity.overall)} sparse, {numbers.size(card.cost.bytes.on_disk)} on disk"
-        f"{f' beside {card.base.name}' if card.base else ''}. "
+        f"{f' beside {card.stands_on.reference}' if card.stands_on else ''}. "
         f"Written to {path}\nNext: zoo verify {path}"
     )
     return OK

@@ -11,6 +11,7 @@ from zoo.cli import OK
 from zoo.cli.console import note, print_json
 from zoo.cli.parsing import Positional, metavar, parse, take_option
 from zoo.errors import ConfigError
+from zoo.progress import progress_bar
 from zoo.report import numbers
 from zoo.shared.store.io import atomic_write, write_json
 
@@ -19,7 +20,9 @@ PREFIX = "hf://"
 
 @dataclass
 class Pull:
-    """Fetch a model from a hub into the local cache and check it against its card."""
+    """Fetch a model from a hub into the local cache and check it against its card; of another library's
+    model the
+    safetensors and texts, for `zoo sparsify` and for bundles that stand on it."""
 
     reference: Annotated[str, Positional, metavar("hf://OWNER/NAME[@REVISION]")]
     """Where it is; the revision is a branch, tag or commit."""
@@ -76,9 +79,21 @@ def pull_command(argv: Sequence[str]) -> int:
     """`zoo pull`."""
     options = parse(Pull, argv, "pull")
     _require_hub(options.reference)
+    from zoo.bundles.foreign import fetch_folder
     from zoo.bundles.hub import pull
 
-    bundle = pull(options.reference, True if options.offline else None, options.rebind)
+    offline = True if options.offline else None
+    with progress_bar() as progress:
+        foreign = fetch_folder(options.reference, offline, progress)
+    if foreign is not None:
+        size = sum(path.stat().st_size for path in foreign.rglob("*") if path.is_file())
+        if options.json:
+            print_json({"name": None, "version": foreign.name, "folder": str(foreign), "bytes": size})
+        else:
+            print(f"a model of another library, {numbers.size(size)}, in {foreign}")
+            note(f"Next: zoo sparsify {options.reference} --method NAME --out DIR")
+        return OK
+    bundle = pull(options.reference, offline, options.rebind)
     card = bundle.card
     if options.json:
         where = {"name": card.name, "version": card.version, "folder": str(bundle.folder)}

@@ -23,6 +23,13 @@ class Diffusers(Library):
         network.save_pretrained(work / "base")
         return work / "base"
 
+    def parameters(self, entry: Entry) -> int:
+        """Of the real denoiser."""
+        network: Any = type(family(entry.kind)[0])
+        with torch.device("meta"):
+            model = network.from_config(dict(entry.full))
+        return sum(parameter.numel() for parameter in model.parameters())
+
     def zeros(self, entry: Entry, work: Path) -> float:
         """Share of zeros in what was pruned."""
         made = load_network(work / "out").eval()

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from zoo.bundles.catalog import Bundle, base_of, twin_of
+from zoo.bundles.public import public_base_of
 from zoo.bundles.publish import About, Figure, Trained, figures_of, publish
 from zoo.bundles.store import load_bundle
 from zoo.errors import ConfigError
@@ -87,7 +88,7 @@ def make_bundle(
         figures,
         folder,
         twin=twin,
-        base=(base_of(source) or source) if share else None,
+        base=(base_of(source) or public_base_of(source) or source) if share else None,
         overwrite=overwrite,
     )
     steps.next("done")

@@ -17,6 +17,7 @@ from torch import nn
 
 from zoo.bundles.card import Card
 from zoo.bundles.catalog import Bundle, base_of, find, list_models, twin_of
+from zoo.bundles.public import public_base_of
 from zoo.bundles.store import Execution, ModelInfo, load_bundle
 from zoo.errors import ConfigError
 from zoo.names import is_glob
@@ -105,12 +106,15 @@ def bundle_subject(bundle: Bundle) -> Subject:
 def _bundle_identity(bundle: Bundle) -> str:
     """Weights as they are on the disk, their base's, the architecture, and the code that builds it."""
     bundle.check()
-    base = base_of(bundle)
+    base, public = base_of(bundle), public_base_of(bundle)
     if base is not None:
         base.check()
+    if public is not None:
+        public.check()
     stated = bundle.card.architecture
     code = code_digest(ARCHITECTURES.get(stated.name), load_bundle)
-    hashes = [bundle.card.weights.sha256, base.card.weights.sha256 if base else None]
+    stands_on = public.stated.identity["sha256"] if public else base.card.weights.sha256 if base else None
+    hashes = [bundle.card.weights.sha256, stands_on]
     return data_digest([hashes, stated.model_dump(), code]) if code else ""
 
 

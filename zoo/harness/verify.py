@@ -17,6 +17,7 @@ from torch import nn
 
 from zoo.bundles.card import Card, share_dropped
 from zoo.bundles.catalog import Bundle, base_of, twin_of
+from zoo.bundles.public import public_base_of
 from zoo.bundles.store import PART_MASK, info, load_bundle, stored_state
 from zoo.errors import ConfigError, DataError, HubError, UnknownNameError
 from zoo.harness.checks import ROUNDING, Check, Verification, close, exact
@@ -197,6 +198,11 @@ def _base(bundle: Bundle) -> Iterator[Check]:
     if base is not None and stated is not None:
         yield exact(f"sha256 of the base {stated.reference}", stated.sha256, sha256_file(base.weights))
         yield exact("bytes on disk, of the base", stated.bytes, base.weights.stat().st_size)
+    public = public_base_of(bundle)
+    if public is not None:
+        public.check()
+        found = sum((public.folder / name).stat().st_size for name in public.stated.files)
+        yield exact(f"bytes of {public.stated.reference}", public.stated.bytes, found)
 
 
 def _pack(model: nn.Module) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from zoo.registry import (
     ARCHITECTURES,
+    BASE_READERS,
     EXPORTERS,
     FINETUNERS,
     FOLDERS,
@@ -50,6 +51,7 @@ FINETUNERS.register("llm", "zoo.llm.finetune:Finetune")
 RECIPE_CHECKS.register("transformers", "zoo.llm.recipe_check:Transformers")
 JOBS.register("llm", "zoo.llm.domain:make_job")
 FOLDERS.register("llm/config.json", "zoo.llm.folders:sparsify_folder")
+BASE_READERS.register("llm", "zoo.llm.folders:base_contents")
 TASKS.register("llm/text", "zoo.llm.tasks:TextFile")
 EXPORTERS.register("gguf", "zoo.llm.gguf:ExportGguf")
 GENERATORS.register("llm", "zoo.llm.generate:generate")

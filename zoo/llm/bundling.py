@@ -11,14 +11,17 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from zoo.bundles.public import PublicModel
 from zoo.bundles.publish import About, Figure, Trained, publish
 from zoo.errors import ConfigError
 from zoo.harness.tasks import get_task
@@ -38,6 +41,7 @@ def save_dense(
     tasks: Sequence[str],
     *,
     seconds: float = 0.0,
+    base: PublicModel | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Measure a dense model and write its bundle, in the precision that its weights have.
@@ -48,14 +52,20 @@ def save_dense(
         about: what the card says.
         tasks: what it is measured on.
         seconds: that making it took.
+        base: the public model that it is, whose tensors are then not stored again.
         overwrite: whether a bundle that is there may be replaced.
     """
     architecture = architecture_of(model)
-    extras = to_extras(tokenizer_of(model)) if architecture["args"]["tokenizer"] is None else {}
-    extras |= generation_extras(model)
+    extras = extras_of(model, architecture)
     figures = [Figure(task, _METRICS.get(get_task(task).primary, ()), PROTOCOL) for task in tasks]
     trained = Trained({0: model}, architecture, seconds=seconds, extras=extras)
-    return publish(trained, about, figures, folder, overwrite=overwrite)
+    return publish(trained, about, figures, folder, base=base, overwrite=overwrite)
+
+
+def extras_of(model: PreTrainedModel, architecture: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A tokenizer that is not packaged, and a generation configuration of the model's own."""
+    extras = to_extras(tokenizer_of(model)) if architecture["args"]["tokenizer"] is None else {}
+    return extras | generation_extras(model)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,17 @@ class Transformers(Library):
         packaged("shakespeare").save_pretrained(work / "base")
         return work / "base"
 
+    def parameters(self, entry: Entry) -> int:
+        """Of the real model; tied ones once."""
+        assert entry.shape is not None
+        layers, width, vocabulary = entry.shape
+        names = {"num_hidden_layers": layers, "hidden_size": width, "vocab_size": vocabulary}
+        tied = {key: value for key, value in entry.config.items() if key == "tie_word_embeddings"}
+        config = AutoConfig.for_model(entry.kind, **{**names, **tied, **entry.full})
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+        return sum(parameter.numel() for parameter in model.parameters())
+
     def zeros(self, entry: Entry, work: Path) -> float:
         """Share of zeros in what was pruned."""
         if entry.method == "gqsa":  # codes, for which transformers has no form

@@ -39,6 +39,7 @@ class Entry:
         library: that wrote the base.
         shape: layers, width and vocabulary of a language model.
         config: what the configuration has beside the usual; of timm the arguments that make it small.
+        full: what the real model's configuration has beside `shape`, from which its parameters are counted.
         gated: whether the hub asks for a name (HF_TOKEN) first.
     """
 
@@ -51,6 +52,7 @@ class Entry:
     library: Literal["transformers", "diffusers", "timm", "graph"] = "transformers"
     shape: tuple[int, int, int] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    full: Mapping[str, Any] = field(default_factory=dict)
     gated: bool = False
 
     def words(self) -> list[str]:

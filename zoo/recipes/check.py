@@ -42,6 +42,7 @@ def tried(entry: Entry, work: Path) -> Tried:
     begun = time.perf_counter()
     try:
         library: Library = RECIPE_CHECKS.get(entry.library)()
+        check_parameters(entry, library)
         base = library.base(entry, work)
         with library.as_at_full_size(entry):
             for words in entry.commands(str(work / "out"), str(base)):
@@ -50,6 +51,19 @@ def tried(entry: Entry, work: Path) -> Tried:
     except ConfigError as error:
         return Tried(None, time.perf_counter() - begun, " ".join(str(error).split()))
     return Tried(zeros, time.perf_counter() - begun)
+
+
+def check_parameters(entry: Entry, library: Library) -> None:
+    """Compare the millions of parameters that an entry states with those of its real configuration.
+
+    Raises:
+        ConfigError: they differ by more than the last digit.
+    """
+    counted = library.parameters(entry)
+    if counted is not None and abs(counted / 1e6 - entry.parameters) > 0.051:
+        raise ConfigError(
+            f"{entry.name} states {entry.parameters} million parameters; counted {counted / 1e6:.1f}"
+        )
 
 
 def _run(words: list[str]) -> None:
@@ -71,6 +85,10 @@ class Library(ABC):
     @abstractmethod
     def zeros(self, entry: Entry, work: Path) -> float:
         """Share of zeros in what was pruned of the result, loaded by the library."""
+
+    def parameters(self, entry: Entry) -> int | None:
+        """Of the real model, counted on the meta device; None where the data decide."""
+        return None
 
     def quick(self, work: Path) -> list[str]:
         """Options that make a command quick: little text, few epochs."""

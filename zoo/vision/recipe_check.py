@@ -25,6 +25,12 @@ class Timm(Library):
         timm.models.save_for_hf(model, work / "base", safe_serialization=True, **options)
         return work / "base"
 
+    def parameters(self, entry: Entry) -> int:
+        """Of the real model with ImageNet's classes."""
+        with torch.device("meta"):
+            model = import_timm().create_model(entry.kind)
+        return sum(parameter.numel() for parameter in model.parameters())
+
     def zeros(self, entry: Entry, work: Path) -> float:
         """Share of zeros in what was pruned."""
         dense, made = load_folder(work / "base"), load_folder(work / "out")

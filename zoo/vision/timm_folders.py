@@ -2,6 +2,7 @@
 
 The new folder is one that timm loads by itself, by `timm.create_model("local-dir:FOLDER", pretrained=True)`;
 that it loads the same tensors is checked. There is no bundle beside it: nothing is measured without images.
+On a public base there is a bundle of masks instead, for `zoo.load(..., into=timm.create_model(...))`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from zoo.bundles.card import CARD_FILE
 from zoo.bundles.folders import put_folder, refuse_taken
+from zoo.bundles.public import PublicModel
+from zoo.bundles.store import save
 from zoo.errors import ConfigError
 from zoo.harness.making import Origin
 from zoo.harness.tasks import Progress
@@ -49,6 +53,7 @@ def sparsify_folder(
     out: Path,
     *,
     overwrite: bool = False,
+    base: PublicModel | None = None,
     progress: Progress | None,
 ) -> str:
     """Sparsify the model of a timm folder by a method that needs no data.
@@ -59,6 +64,7 @@ def sparsify_folder(
         origin: for messages.
         out: the new folder.
         overwrite: whether a folder that is there may be replaced.
+        base: the public model that the folder is.
         progress: called as the steps finish.
 
     Returns:
@@ -69,12 +75,19 @@ def sparsify_folder(
             shapes, or other tensors than were saved.
         SparseError: whatever the method refuses.
     """
-    refuse_taken(source, out, WEIGHTS, overwrite)
+    refuse_taken(source, out, WEIGHTS if base is None else CARD_FILE, overwrite)
     if needs_job(method):
         raise ConfigError(f"{origin.method} learns from data, and a folder of timm has none: try prune")
     if progress is not None:
         progress(0, 1, f"sparsifying by {origin.method}")
     made = method.sparsify(load_folder(source))
+    dropped = sum(mask.numel - mask.kept for mask in made.masks.values())
+    total = sum(parameter.numel() for parameter in made.model.parameters())
+    said = f"{out}: {100 * dropped / total:.1f} % of {total:,} parameters are zero."
+    if base is not None:
+        save(made.model, out, masks=made.masks, base=base, overwrite=overwrite)
+        load = f"zoo.load({str(out)!r}, into=timm.create_model(...))"
+        return f"{said} The rest is that of {base.stated.reference}: {load}"
     state = {name: value.detach().clone() for name, value in made.model.state_dict().items()}
 
     def write(staged: Path) -> None:
@@ -90,8 +103,4 @@ def sparsify_folder(
                 )
 
     put_folder(out, write)
-    dropped = sum(mask.numel - mask.kept for mask in made.masks.values())
-    total = sum(parameter.numel() for parameter in made.model.parameters())
-    return (
-        f"{out}: {100 * dropped / total:.1f} % of {total:,} parameters are zero. timm loads local-dir:{out}."
-    )
+    return f"{said} timm loads local-dir:{out}."

@@ -107,3 +107,26 @@ def test_folders_that_are_no_language_model_are_refused(folder, tmp_path, capsys
     assert "no-such-model" in capsys.readouterr().err
     shutil.rmtree(source)
     assert command(source, tmp_path / "out", "--method", "wanda", "--sparsity", "0.5") == 2
+
+
+def test_ones_own_output_is_overwritten_whole_or_not_at_all(folder, tmp_path, capsys):
+    source, out = folder("llama"), tmp_path / "out"
+    words = ["--method", "wanda", "--sparsity"]
+    assert command(source, out, *words, "0.5") == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert command(source, out, *words, "0.7") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert command(source, out, "--method", "wanda", "--pattern", "5:4", "--overwrite") == 2
+    assert command(source, out, *words, "1.5", "--overwrite") == 2
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert command(source, out, *words, "0.7", "--overwrite") == 0
+    assert masks_of(load(out)).sparsity() == pytest.approx(0.7, abs=2e-3)
+    again = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert masks_of(load(out)).lost_zeros(again) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "mine.txt", "out", "out-dense"]
+    for file in out.iterdir():
+        file.unlink()
+    (out / "diary.txt").write_text("mine")
+    assert command(source, out, *words, "0.5", "--overwrite") == 2
+    assert "not replaced, not even by --overwrite" in capsys.readouterr().err
+    assert (out / "diary.txt").read_text() == "mine"

@@ -11,10 +11,11 @@ import pytest
 
 import zoo.recipes.check
 from zoo.cli import main
+from zoo.errors import ConfigError
 from zoo.recipes import Entry, entries, select
 from zoo.recipes.__main__ import check
-from zoo.recipes.check import tried
-from zoo.registry import METHODS
+from zoo.recipes.check import check_parameters, tried
+from zoo.registry import METHODS, RECIPE_CHECKS
 
 PAGE = Path(__file__).parents[3] / "docs" / "recipes.md"
 
@@ -28,6 +29,15 @@ def test_every_entry_names_a_method_with_its_options_and_stands_on_the_page():
         words = " ".join(entry.words()).removeprefix("--method ")
         assert f"| {words} |" in rows[name], f"python -m zoo.recipes --check docs/recipes.md {name}"
         assert "%" in rows[name].split("|")[-2], f"{name}: what was tried gave no share"
+
+
+def test_stated_parameters_are_those_of_the_real_configurations():
+    for entry in {one.base: one for one in entries().values()}.values():
+        if entry.library == "transformers" or importlib.util.find_spec(entry.library):
+            check_parameters(entry, RECIPE_CHECKS.get(entry.library)())
+    wrong = dataclasses.replace(entries()["sparsegpt-gpt2-s50"], parameters=124.6)
+    with pytest.raises(ConfigError, match="states 124.6 million parameters; counted 124.4"):
+        check_parameters(wrong, RECIPE_CHECKS.get("transformers")())
 
 
 def test_there_are_about_thirty_of_all_four_libraries():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+import zoo
 from zoo.cli import main
 from zoo.cli.make import foreign_folder
+from zoo.shared.masks import masks_of
 
 pytest.importorskip("timm", reason="timm is not installed")
 
@@ -39,6 +42,29 @@ def test_the_result_is_one_that_timm_loads(folder, tmp_path):
             assert (weight[kept] == dense[name][kept]).all()
     assert zeros / total == pytest.approx(0.7, abs=0.02)
     assert main([*command, "--sparsity", "0.7"]) == 2, "the folder is taken"
+
+
+def test_masks_on_a_public_base(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ZOO_OFFLINE", "1")
+    commit = "0123456789" * 4
+    base = tmp_path / "cache" / "hub" / "timm--net" / "models" / commit
+    base.parent.mkdir(parents=True)
+    folder.rename(base)
+    (base / ".complete").touch()
+    words = ["sparsify", f"hf://timm/net@{commit}", "--method", "prune", "--sparsity", "0.7", "--share"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "into=timm.create_model" in capsys.readouterr().err
+    dense = load_folder(base)
+    made = zoo.load(tmp_path / "out", into=load_folder(base))
+    masks = masks_of(made)
+    assert masks.sparsity() == pytest.approx(0.7, abs=0.02)
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(made.state_dict()[name], tensor * masks[name].keep if name in masks else tensor)
+    file = tmp_path / "out" / "weights.safetensors"
+    assert file.stat().st_size < 0.1 * (base / "model.safetensors").stat().st_size
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2, "the folder is taken"
+    assert main([*words, "--out", str(tmp_path / "out"), "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
