@@ -9,7 +9,9 @@ from zoo.errors import ConfigError
 from zoo.graph.clicks import DeepFM, click_job
 from zoo.graph.data import load_graph
 from zoo.graph.method import dataset_of
+from zoo.graph.methods.gtsp import GraphTransformer
 from zoo.graph.models import GraphModel
+from zoo.graph.molecule_tasks import molecule_job
 from zoo.graph.train import graph_job
 from zoo.shared.train import Job, Recipe, device_named
 from zoo.tables import adult
@@ -23,7 +25,7 @@ def make_job(
     device: str | torch.device = "cpu",
     model: nn.Module | None = None,
 ) -> Job:
-    """Full-batch training on a graph by name; of a DeepFM training on Adult.
+    """Full-batch training on a graph by name; of a DeepFM training on Adult, of a graph transformer on BBBP.
 
     Args:
         dataset: cora, citeseer, pubmed, cs, digits, a plug-in's, or a file; by default the one on the model's
@@ -31,7 +33,8 @@ def make_job(
         recipe: by default TEDDY's.
         seed: of dropout.
         device: where to train; the model is moved there.
-        model: whose inputs the graph is converted to; of the zoo's GCN, GAT and GIN, or a DeepFM.
+        model: whose inputs the graph is converted to; of the zoo's GCN, GAT and GIN, a DeepFM or a
+            GraphTransformer.
 
     Raises:
         ConfigError: no such model is given, or one without a card and no graph.
@@ -41,6 +44,10 @@ def make_job(
         if dataset not in (None, "adult"):
             raise ConfigError(f"a DeepFM trains on adult; received {dataset!r}")
         return click_job(adult(), recipe, seed)
+    if isinstance(model, GraphTransformer):
+        if dataset not in (None, "bbbp"):
+            raise ConfigError(f"a graph transformer trains on bbbp; received {dataset!r}")
+        return molecule_job(recipe, seed)
     if not isinstance(model, GraphModel):
         raise ConfigError(
             f"a graph is prepared for one of the zoo's GCN, GAT and GIN. Received: {type(model).__name__}."

@@ -9,10 +9,12 @@ from zoo.bundles.make import Work
 from zoo.bundles.recipes import Row
 from zoo.graph.clicks import RECIPE, DeepFM, click_job
 from zoo.graph.data import load_graph
+from zoo.graph.molecule_tasks import molecule_job
 from zoo.graph.train import graph_job, graph_recipe, train_best
 from zoo.methods.contract import Sparsified
 from zoo.registry import ARCHITECTURES
 from zoo.shared.masks import MaskSet
+from zoo.shared.structure.relatives import seeded
 from zoo.shared.train import Recipe
 from zoo.tables import adult
 
@@ -31,4 +33,12 @@ def clicks(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsifi
     torch.manual_seed(seed)
     model = DeepFM(adult().sizes.tolist(), **row.options)
     click_job(adult(), Recipe(**{**RECIPE, **row.recipe}), seed).fit(model, macs=lambda: 0.0).run()
+    return Sparsified(model.eval(), MaskSet({}), arguments=model.current_arguments())
+
+
+def molecules(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A dense graph transformer on BBBP."""
+    with seeded(seed):
+        model = ARCHITECTURES.get(str(row.architecture))(**row.arguments)
+    molecule_job(Recipe(**row.recipe), seed).fit(model, macs=lambda: 0.0).run()
     return Sparsified(model.eval(), MaskSet({}), arguments=model.current_arguments())

@@ -13,10 +13,13 @@ from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified
 from zoo.neural3d.fields import HashField, field_job
 from zoo.neural3d.methods.coherent_gs import PairedViews, flows_between
+from zoo.neural3d.methods.one2345 import One2345
+from zoo.neural3d.methods.orex import OReX, load_sections
 from zoo.neural3d.priors import affine, monotone, scattered
 from zoo.neural3d.refine import refine, scene_job
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.splats import from_points
+from zoo.neural3d.studies.one2345 import train_set
 from zoo.neural3d.views import Views, load_views
 from zoo.registry import METHODS
 from zoo.shared.masks import MaskSet
@@ -69,3 +72,15 @@ def few_views(row: Row, seed: int, start: nn.Module | None, work: Work) -> Spars
     scene = METHODS.get(fit)(**options).sparsify(blank, job).model
     arguments = {"count": len(scene), "sh_degree": 0, "background": list(views.background)}
     return Sparsified(scene, MaskSet({}), arguments=arguments)
+
+
+def carved(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """One-2-3-45's sparse cost volume, trained on toy shapes."""
+    return Sparsified(One2345(**row.recipe).fit(*train_set(seed), seed), MaskSet({}))
+
+
+def sections(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """OReX's field through the row's cross-sections; plain with one iteration and no hinge."""
+    make = OReX(**row.options, **row.recipe)
+    model = make.fit(load_sections(str(row.dataset))[0], seed)
+    return Sparsified(model, MaskSet({}), arguments={"iterations": make.iterations})

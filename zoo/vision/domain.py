@@ -10,7 +10,7 @@ from torch import nn
 from zoo.bundles.sources import Source
 from zoo.errors import ConfigError, DataError
 from zoo.shared.train import Job, Recipe, device_named
-from zoo.vision import data, superres
+from zoo.vision import data, slots, superres
 from zoo.vision.data import ImageBatches, Images, accuracy, load_images
 from zoo.vision.lidar.data import KITTI, KITTI_TRAIN, SOURCE, real_frame, scene_frames
 from zoo.vision.lidar.detector import Detector
@@ -22,6 +22,7 @@ from zoo.vision.upscalers import Upscaler
 
 SCENES = 240  # generated scenes, unless told otherwise
 SOURCES: dict[str, Source] = {**data.SOURCES, "t91": superres.SOURCE, "scenes": SOURCE, "kitti": KITTI}
+SOURCES["sprites"] = slots.SOURCE
 
 
 def make_job(
@@ -37,9 +38,9 @@ def make_job(
 
     Args:
         dataset: digits, cifar10-jpeg, cifar10-true or a folder of images to classify; t91 for patches to
-            enlarge; scenes (generated), kitti (9 of its 13 frames) or a folder of frames
-            (`zoo.vision.lidar.frames`) for boxes in point clouds. By default what the model is made for: the
-            images of the first figure on its card, t91 for an upscaler, scenes for a detector.
+            enlarge; sprites for models of slots; scenes (generated), kitti (9 of its 13 frames) or a folder
+            of frames (`zoo.vision.lidar.frames`) for boxes in point clouds. By default what the model is made
+            for: the images of the first figure on its card, t91 for an upscaler, scenes for a detector.
         recipe: by default that of its kind.
         seed: of order and augmentation.
         device: where models are trained.
@@ -61,6 +62,8 @@ def make_job(
         recipe = recipe or Recipe(lr=1e-3, batch=8, weight_decay=0.0, optimizer="adam")
         patches = PatchBatches(pairs, batch=recipe.batch, device=device)
         return Job(patches, l1_loss, None, recipe, seed, device)
+    if dataset == "sprites":
+        return slots.slot_job(recipe, seed, device)
     if dataset == "scenes":
         return detector_job(scene_frames("train", limit or SCENES), recipe, seed, device)
     if dataset == "kitti":
@@ -101,6 +104,8 @@ def measured(dataset: str) -> tuple[str | None, Source]:
     for patches, which models train on only."""
     if (task := measured_on_frames(dataset)) is not None:
         return task, source_of(dataset)
+    if dataset == "sprites":
+        return "vision/sprites", source_of(dataset)
     if dataset in SOURCES and dataset not in data.SOURCES:
         return None, SOURCES[dataset]
     return measured_on_images(dataset)

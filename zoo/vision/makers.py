@@ -12,16 +12,19 @@ from zoo.bundles.sources import published_file
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, default_recipe
 from zoo.methods.iss_p import ISSP
+from zoo.methods.sparcl import SparCL
 from zoo.registry import ARCHITECTURES, METHODS
 from zoo.shared.masks import MaskSet, set_masks
 from zoo.shared.masks.foreign import masks_from_zeros
-from zoo.shared.structure.relatives import copied, reinitialised
+from zoo.shared.structure.relatives import copied, reinitialised, seeded
 from zoo.shared.train import Checkpoint, Distillation, Recipe, resume
 from zoo.vision.data import load_images
 from zoo.vision.domain import image_job, make_job
 from zoo.vision.lidar.data import scene_frames
 from zoo.vision.lidar.train import detector_job, detector_recipe
 from zoo.vision.models import read_resnet
+from zoo.vision.slots import RECIPE as SLOT_RECIPE
+from zoo.vision.slots import slot_job
 from zoo.vision.spark.command import Pretrain
 from zoo.vision.squeezenet import read_deep_compression
 from zoo.vision.studies.dsvt import make_arm
@@ -74,6 +77,16 @@ def taught(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsifi
     return made
 
 
+def continual(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A dense classifier that learned the classes task after task by DER++, as SparCL does without its three
+    parts."""
+    model = _build(row)
+    method = SparCL(masks="dense", sparse_gradients=False, removal=0.0, **row.options)
+    recipe = Recipe(**{**default_recipe(SparCL), **row.recipe})
+    made = method.sparsify(model, make_job(row.dataset, recipe=recipe, seed=seed, device=work.device))
+    return Sparsified(made.model, MaskSet({}), arguments=made.arguments)
+
+
 def upscaler(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
     """A dense upscaler trained on T91, as ISS-P trains it."""
     model = _build(row).fresh(seed)
@@ -89,6 +102,14 @@ def spark(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsifie
     model, loss = command.pretrained()
     facts = {"hidden_loss": loss}
     return Sparsified(model, MaskSet({}), hyperparameters=facts, arguments=model.current_arguments())
+
+
+def slots(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """A model of slots trained on sprites; what its arguments switch on is all that SLASH adds."""
+    with seeded(seed):
+        model = _build(row)
+    slot_job(Recipe(**{**SLOT_RECIPE, **row.recipe}), seed, work.device).fit(model, macs=lambda: 0.0).run()
+    return Sparsified(model.cpu().eval(), MaskSet({}))
 
 
 def detector(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:

@@ -26,8 +26,10 @@ class Classifier(nn.Module):
 
     Attributes:
         arguments: what the constructor was called with, for cards and for building relatives of the model.
+        full_precision: that it computes in float32, also on weights stored in float16.
     """
 
+    full_precision: ClassVar[bool] = True
     arguments: dict[str, Any]
 
     def wider(self, factor: float | int) -> Classifier:
@@ -106,6 +108,7 @@ class ResNet(Classifier):
         shortcut: "pad" as in the paper, or "conv", with which the channels of a stage can be cut.
         stages: channels of each stage, instead of `width`.
         inner: channels between the two convolutions of each block; by default those of its stage.
+        blocks: of each stage, where some were removed; only the first stage may have none.
 
     Raises:
         ConfigError: a depth or a number of widths that makes no ResNet.
@@ -122,19 +125,30 @@ class ResNet(Classifier):
         shortcut: Literal["pad", "conv"] = "pad",
         stages: Sequence[int] | None = None,
         inner: Sequence[int] | None = None,
+        blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        blocks, rest = divmod(depth - 2, 6)
-        if blocks < 1 or rest or shortcut not in ("pad", "conv"):
+        usual, rest = divmod(depth - 2, 6)
+        if usual < 1 or rest or shortcut not in ("pad", "conv"):
             raise ConfigError(
                 f"a CIFAR ResNet has depth 6 n + 2 and the shortcut 'pad' or 'conv'; received {depth} and "
                 f"{shortcut!r}"
             )
         outer = list(stages) if stages is not None else [width, 2 * width, 4 * width]
-        between = list(inner) if inner is not None else [w for w in outer for _ in range(blocks)]
-        if len(outer) != 3 or len(between) != 3 * blocks or min(outer + between) < 1:
+        counts = list(blocks) if blocks is not None else [usual] * 3
+        if len(counts) != 3 or min(counts[1:]) < 1 or min(counts) < 0 or max(counts) > usual:
             raise ConfigError(
-                f"ResNet-{depth} needs 3 stages and {3 * blocks} inner widths, all at least 1; received "
+                f"ResNet-{depth} has 3 stages of 1 to {usual} blocks, of which the first may have none; "
+                f"received {counts}"
+            )
+        between = (
+            list(inner)
+            if inner is not None
+            else [w for w, n in zip(outer, counts, strict=False) for _ in range(n)]
+        )
+        if len(outer) != 3 or len(between) != sum(counts) or min(outer + between) < 1:
+            raise ConfigError(
+                f"ResNet-{depth} needs 3 stages and {sum(counts)} inner widths, all at least 1; received "
                 f"{outer} and {between}"
             )
         self.arguments = {
@@ -148,15 +162,16 @@ class ResNet(Classifier):
             self.arguments["stages"] = outer
         if inner is not None:
             self.arguments["inner"] = between
+        if blocks is not None:
+            self.arguments["blocks"] = counts
         self.conv1 = nn.Conv2d(channels, outer[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outer[0])
-        inputs, made = outer[0], []
+        inputs, made, inside = outer[0], [], iter(between)
         for stage, outputs in enumerate(outer):
             sequence = []
-            for index in range(blocks):
+            for index in range(counts[stage]):
                 stride = 2 if stage > 0 and index == 0 else 1
-                middle = between[stage * blocks + index]
-                sequence.append(Block(inputs, middle, outputs, stride, shortcut))
+                sequence.append(Block(inputs, next(inside), outputs, stride, shortcut))
                 inputs = outputs
             made.append(nn.Sequential(*sequence))
         self.layer1, self.layer2, self.layer3 = made
@@ -173,12 +188,16 @@ class ResNet(Classifier):
         return ResNet(**{**self.arguments, "width": max(1, round(self.arguments["width"] * factor))})
 
     def current_arguments(self) -> dict[str, Any]:
-        stages, inner = [], []
+        stages, inner, counts = [], [], []
         for layer in (self.layer1, self.layer2, self.layer3):
             blocks = [block for block in layer if isinstance(block, Block)]
-            stages.append(blocks[0].conv2.out_channels)
+            stages.append(blocks[0].conv2.out_channels if blocks else self.conv1.out_channels)
             inner += [block.conv1.out_channels for block in blocks]
-        return {**self.arguments, "stages": stages, "inner": inner}
+            counts.append(len(blocks))
+        found = {**self.arguments, "stages": stages, "inner": inner}
+        if counts != [(self.arguments["depth"] - 2) // 6] * 3:
+            found["blocks"] = counts
+        return found
 
 
 class ConvNet(Classifier):
@@ -305,7 +324,7 @@ class ViT(Classifier):
         dim: of a token; divisible by `heads`.
         depth: number of blocks.
         heads: of the attention.
-        hidden: width of the feed-forward layers.
+        hidden: width of the feed-forward layers, of all or of each.
         classes: of the output.
         channels: of the input.
     """
@@ -317,26 +336,29 @@ class ViT(Classifier):
         dim: int = 64,
         depth: int = 2,
         heads: int = 4,
-        hidden: int = 128,
+        hidden: int | Sequence[int] = 128,
         classes: int = 10,
         channels: int = 1,
     ) -> None:
         super().__init__()
         if size % patch or dim % heads:
             raise ConfigError(f"ViT: {patch} must divide {size} and {heads} heads must divide {dim}")
+        widths = [hidden] * depth if isinstance(hidden, int) else list(hidden)
+        if len(widths) != depth:
+            raise ConfigError(f"ViT of {depth} blocks needs as many hidden widths; received {widths}")
         self.arguments = {
             "size": size,
             "patch": patch,
             "dim": dim,
             "depth": depth,
             "heads": heads,
-            "hidden": hidden,
+            "hidden": hidden if isinstance(hidden, int) else widths,
             "classes": classes,
             "channels": channels,
         }
         self.patches = nn.Conv2d(channels, dim, patch, patch)
         self.positions = nn.Parameter(torch.randn(1, (size // patch) ** 2, dim) * 0.02)
-        self.blocks = nn.Sequential(*(EncoderBlock(dim, heads, hidden) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(EncoderBlock(dim, heads, width) for width in widths))
         self.norm = nn.LayerNorm(dim)
         self.linear = nn.Linear(dim, classes)
 
@@ -348,8 +370,12 @@ class ViT(Classifier):
     def wider(self, factor: float | int) -> ViT:
         heads = self.arguments["heads"]
         dim = max(1, round(self.arguments["dim"] * factor / heads)) * heads
-        hidden = max(1, round(self.arguments["hidden"] * factor))
+        hidden = _scaled(self.current_arguments()["hidden"], factor)
         return ViT(**{**self.arguments, "dim": dim, "hidden": hidden})
+
+    def current_arguments(self) -> dict[str, Any]:
+        hidden = [block.fc1.out_features for block in self.blocks if isinstance(block, EncoderBlock)]
+        return {**self.arguments, "hidden": hidden}
 
 
 def _scaled(widths: Sequence[int], factor: float | int) -> list[int]:

@@ -9,6 +9,7 @@ from torch import nn
 import zoo
 from zoo.errors import ConfigError, DataError
 from zoo.graph.methods.gtsp import GTSP, GraphTransformer, NodeAttention, swapped
+from zoo.graph.molecule_tasks import Barrier
 from zoo.graph.molecules import Graphs, features_of, read_smiles
 from zoo.graph.studies.gtsp import GraphBatches, graph_loss
 from zoo.methods.conformance import images_job, plain_network
@@ -123,3 +124,20 @@ def test_smiles_by_hand() -> None:
     for text, message in (("C!", "position 1"), ("C1CC", "left open"), ("CC)", "never open")):
         with pytest.raises(DataError, match=message):
             read_smiles(text)
+
+
+def test_the_task_ranks_molecules(monkeypatch) -> None:
+    found = graphs()
+    monkeypatch.setattr("zoo.graph.molecule_tasks.split", lambda seed: (found, found))
+
+    class Ranked(GraphTransformer):
+        def forward(self, features, edges, there):
+            # Right about all but the largest one of class 0, which is put above two of class 1.
+            score = found.labels * 2.0 + torch.arange(len(found.labels)) * 1e-3
+            score[(found.labels == 0).nonzero()[0]] = score[found.labels == 1].sort().values[1] + 5e-4
+            return torch.stack([-score / 2, score / 2], 1) - torch.tensor([-0.5, 0.5])
+
+    metrics = Barrier().evaluate(Ranked(5)).metrics
+    ones, zeros = int(found.labels.sum()), int((found.labels == 0).sum())
+    assert metrics["auc"].value == pytest.approx(1 - 2 / (ones * zeros))
+    assert metrics["accuracy"].value == pytest.approx(1 - 1 / len(found.labels))

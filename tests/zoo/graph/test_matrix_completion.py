@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, DataError, TaskError
+from zoo.graph.factors import Factors, FilmTrust
 from zoo.graph.methods.matrix_completion import (
     Completion,
     balanced,
@@ -17,7 +18,7 @@ from zoo.graph.methods.matrix_completion import (
     observed,
     predicted,
 )
-from zoo.graph.studies.matrix_completion import biases, low_rank, soft_impute
+from zoo.graph.studies.matrix_completion import Split, biases, low_rank, soft_impute
 
 
 def problem(rank: int = 3):
@@ -119,3 +120,26 @@ def test_what_is_refused() -> None:
     for options in ({"rounds": 0}, {"ridge": -1.0}, {"inner": -1}):
         with pytest.raises(ConfigError, match="needs a round"):
             Completion(rank=2, **options).fit(*entries)
+
+
+def test_the_model_of_ratings_and_its_errors_by_hand(monkeypatch) -> None:
+    model = Factors(2, 2, 1)
+    with torch.no_grad():
+        model.mean.fill_(3.0)
+        model.by_user.copy_(torch.tensor([0.5, -0.5]))
+        model.by_item.copy_(torch.tensor([0.0, 1.0]))
+        model.u.copy_(torch.tensor([[1.0], [2.0]]))
+        model.v.copy_(torch.tensor([[0.5], [-1.0]]))
+    rows, cols = torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1])
+    assert model(rows, cols).tolist() == [4.0, 3.5, 1.5]
+    every, none = torch.arange(3), torch.arange(0)
+    values = torch.tensor([4.0, 3.0, 3.5])
+    split = Split(rows, cols, values, torch.zeros(3), none, none, every, (2, 2))
+    monkeypatch.setattr("zoo.graph.factors.ratings", lambda seed: split)
+    found = FilmTrust().evaluate(model).metrics
+    assert found["mae"].value == pytest.approx(2.5 / 3)
+    assert found["rmse"].value == pytest.approx((4.25 / 3) ** 0.5)
+    with pytest.raises(ConfigError, match="at least 1"):
+        Factors(2, 2, 0)
+    with pytest.raises(TaskError, match="Factors"):
+        FilmTrust().evaluate(torch.nn.Linear(2, 2))

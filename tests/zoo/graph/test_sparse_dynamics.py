@@ -20,6 +20,7 @@ from zoo.graph.methods.sparse_dynamics import (
     close_by,
     fold,
 )
+from zoo.graph.pusher import Pusher
 from zoo.graph.studies.sparse_dynamics import moved, predicts
 from zoo.shared.errors import MaskError
 from zoo.shared.train import Job, Recipe
@@ -161,3 +162,13 @@ def test_what_is_refused() -> None:
     goal = Goal(torch.zeros(3), torch.ones(3))
     with pytest.raises(ConfigError, match="starts from 3 finite numbers"):
         plan(folded(), torch.tensor([0.0, torch.nan, 0.0]), goal)
+
+
+def test_the_task_of_the_pusher_does_not_depend_on_time() -> None:
+    torch.manual_seed(0)
+    model = FoldedReLU(6, 5, [2, 1]).eval()
+    first, again = (Pusher().evaluate(model) for _ in range(2))
+    assert first.metrics == again.metrics and set(first.metrics) == {"ten", "one", "cost"}
+    same = FoldedReLU(**model.arguments)
+    same.load_state_dict(model.state_dict())
+    assert Pusher().evaluate(same.eval()).metrics == first.metrics

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, TaskError
 from zoo.vision.methods.slash import SlotAttention, SlotModel, Smoothing, matched
+from zoo.vision.slots import Batch, Shepherded, SpriteSlots, indices, judged, seen, slot_loss
 from zoo.vision.sprites import MOST, sprites
-from zoo.vision.studies.slash import Batch, Shepherded, SlotOptions, seen, slot_loss
 
 
 def test_the_kernel_is_positive_sums_to_one_and_learns() -> None:
@@ -53,10 +53,9 @@ def test_slots_share_every_pixel_and_hear_the_known_centres() -> None:
 
 
 def test_a_model_learns_and_its_points_come_near_the_centres() -> None:
-    options = SlotOptions(steps=1, batch=8, pictures=16, labelled=8, size=8)
     torch.manual_seed(0)
     model = SlotModel(8, kernel=3, points=True)
-    (batch,) = Shepherded(options).draw(torch.Generator().manual_seed(0))
+    (batch,) = Shepherded(1, batch=8, pictures=16, labelled=8, size=8).draw(torch.Generator().manual_seed(0))
     assert isinstance(batch, Batch) and bool(batch.centres[2:].isnan().all())
     assert bool(batch.centres[:2, 0].isfinite().all())
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -94,3 +93,20 @@ def test_what_is_refused() -> None:
     model = SlotModel(8)
     with pytest.raises(ConfigError, match=r"takes pictures of \(8, 8\) pixels; received \(8, 9\)"):
         model(torch.zeros(1, 3, 8, 9), torch.zeros(1, 4, 24))
+
+
+def test_slots_that_are_the_objects_have_an_index_of_one() -> None:
+    class Oracle(SlotModel):
+        def forward(self, images, noise, centres=None):
+            owners = torch.nn.functional.one_hot(judged(12).owners, self.slots).permute(0, 3, 1, 2)
+            return images + 0.5, owners.double(), torch.zeros(())
+
+    found = SpriteSlots().evaluate(Oracle(12)).metrics
+    assert found["foreground"].value == found["all"].value == 1.0
+    assert found["error"].value == pytest.approx(0.25)
+    plain = indices(SlotModel(12), judged(12))
+    assert len(plain["foreground"]) == 200 and sum(plain["foreground"]) / 200 < 0.5
+    with pytest.raises(TaskError, match="12 pixels"):
+        SpriteSlots().evaluate(SlotModel(8))
+    with pytest.raises(TaskError, match="SlotModel"):
+        SpriteSlots().evaluate(torch.nn.Linear(2, 2))

@@ -20,6 +20,7 @@ from zoo.shared.masks import masks_of, set_masks
 from zoo.shared.pruning.sparsifier import sparsify
 from zoo.shared.store.io import read_json
 from zoo.shared.structure.relatives import copied, reinitialised
+from zoo.shared.structure.surgery import drop_layers
 from zoo.shared.train import Fit, Recipe, step_macs
 from zoo.studies.cells import CellCache
 from zoo.vision.data import ImageBatches, accuracy, drawn_moves, load_images, shifted_and_mirrored
@@ -72,6 +73,22 @@ def test_relatives_are_built_from_arguments():
         assert torch.equal(next(fresh.parameters()), next(reinitialised(model, 3).parameters()))
     with pytest.raises(ConfigError, match="6 n"):
         ResNet(21)
+
+
+def test_what_lost_blocks_or_hidden_units_is_built_from_its_arguments():
+    net, vit = ResNet(20, 4, channels=1), ViT(dim=8, depth=2, heads=2, hidden=16)
+    drop_layers(net, ["layer1.0", "layer1.1", "layer1.2", "layer3.1"])
+    vit.blocks[1].fc1, vit.blocks[1].fc2 = torch.nn.Linear(8, 5), torch.nn.Linear(5, 8)
+    x = torch.rand(2, 1, 8, 8)
+    for model in (net.eval(), vit.eval()):
+        same = type(model)(**model.current_arguments()).eval()
+        same.load_state_dict(model.state_dict())
+        assert torch.equal(same(x), model(x))
+    assert net.current_arguments()["blocks"] == [0, 3, 2] and vit.current_arguments()["hidden"] == [16, 5]
+    with pytest.raises(ConfigError, match="1 to 3 blocks"):
+        ResNet(20, 4, blocks=[3, 0, 3])
+    with pytest.raises(ConfigError, match="2 blocks"):
+        ViT(depth=2, hidden=[4])
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(net, images):

@@ -138,7 +138,12 @@ class GraphTransformer(nn.Module):
         width: of a head.
         share: of the nodes that take part in attention.
         classes: of graphs.
+
+    Attributes:
+        full_precision: that it computes in float32, also on weights stored in float16.
     """
+
+    full_precision: ClassVar[bool] = True
 
     def __init__(
         self,

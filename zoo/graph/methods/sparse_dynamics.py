@@ -78,10 +78,16 @@ class FoldedReLU(nn.Module):
     Args:
         inputs, outputs: widths.
         relus: of each layer.
+
+    Attributes:
+        full_precision: that it computes in float32, also on weights stored in float16.
     """
+
+    full_precision: ClassVar[bool] = True
 
     def __init__(self, inputs: int, outputs: int, relus: list[int]) -> None:
         super().__init__()
+        self.arguments = {"inputs": inputs, "outputs": outputs, "relus": list(relus)}
         widths = [inputs + sum(relus[:n]) for n in range(len(relus) + 1)]
         self.hidden = nn.ModuleList(nn.Linear(w, n) for w, n in zip(widths, relus, strict=False) if n)
         self.head = nn.Linear(widths[-1], outputs)

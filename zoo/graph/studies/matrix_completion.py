@@ -71,16 +71,24 @@ class Split(NamedTuple):
         return float((found - self.values[part]).square().mean().sqrt())
 
 
-def biases(users: np.ndarray, items: np.ndarray, values: np.ndarray, fit: np.ndarray) -> np.ndarray:
-    """Mean, and what user and item add to it (5 virtual ratings at the mean), for every pair."""
-    mean = values[fit].mean()
+def bias_parts(
+    users: np.ndarray, items: np.ndarray, values: np.ndarray, fit: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Mean, and what each user and each item add to it (5 virtual ratings at the mean)."""
+    mean = float(values[fit].mean())
     found = {id(users): np.zeros(users.max() + 1), id(items): np.zeros(items.max() + 1)}
     for _ in range(10):
         for own, other in ((items, users), (users, items)):
             left = values[fit] - mean - found[id(other)][other[fit]]
             size = len(found[id(own)])
             found[id(own)] = np.bincount(own[fit], left, size) / (5 + np.bincount(own[fit], minlength=size))
-    return mean + found[id(users)][users] + found[id(items)][items]
+    return mean, found[id(users)], found[id(items)]
+
+
+def biases(users: np.ndarray, items: np.ndarray, values: np.ndarray, fit: np.ndarray) -> np.ndarray:
+    """Mean, and what user and item add to it, for every pair."""
+    mean, by_user, by_item = bias_parts(users, items, values, fit)
+    return mean + by_user[users] + by_item[items]
 
 
 def ratings(seed: int) -> Split:

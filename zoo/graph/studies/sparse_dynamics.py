@@ -110,7 +110,7 @@ def trained(order: str, relus: int, options: DynamicsOptions, seed: int, cells: 
 
     def compute() -> tuple[list[int], dict[str, Tensor]]:
         with seeded(seed):
-            net = nn.Sequential(*_layers())
+            net = nn.Sequential(*perceptron_layers())
         recipe = Recipe(epochs=options.epochs, lr=3e-3, optimizer="adam", weight_decay=0.0)
         job = Job(DataLoader(transitions(), 256, shuffle=True), squared, recipe=recipe, seed=seed)
         penalty = 0.0 if relus == 64 else 0.01
@@ -123,7 +123,8 @@ def trained(order: str, relus: int, options: DynamicsOptions, seed: int, cells: 
     return model.eval().requires_grad_(False)
 
 
-def _layers() -> list[nn.Module]:
+def perceptron_layers() -> list[nn.Module]:
+    """Of the changes of a state, from it and a move: two hidden layers of 32."""
     return [nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)]
 
 

@@ -218,20 +218,22 @@ class One2345:
         steps: of the training.
         batch: shapes of a step.
         colours: whether pictures are looked at, or masks only.
+        width: channels of the network's finest level.
     """
 
     steps: int = 120
     batch: int = 4
     colours: bool = True
+    width: int = 16
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch) < 1:
-            raise ConfigError("give at least one step and shape")
+        if min(self.steps, self.batch, self.width) < 1:
+            raise ConfigError("give at least one step, shape and channel")
 
     def fit(self, shapes: Seen, cameras: Sequence[Camera], seed: int = 0) -> CostVolumeNet:
         """A network trained on shapes whose inside is known."""
         side = round(shapes.inside.shape[1] ** (1 / 3))
-        model = fresh(CostVolumeNet, seed, side=side, colours=self.colours)
+        model = fresh(CostVolumeNet, seed, side=side, width=self.width, colours=self.colours)
 
         def make(count: int, generator: torch.Generator) -> Seen:
             rows = torch.randint(len(shapes.pictures), (count,), generator=generator)

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from zoo.errors import ConfigError
+from zoo.harness.tasks import Measure, Progress, TaskResult
 from zoo.neural3d.meshes import chamfer, is_watertight, occupancy, overlap, surface_points, volume_of
-from zoo.neural3d.methods.orex import OReX, load_sections, rbf, surface, volume
+from zoo.neural3d.methods.orex import IterativeField, OReX, load_sections, rbf, surface, volume
+from zoo.neural3d.networks import NetworkTask
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Grid
 from zoo.studies.study import BAR, Arm, Claim, Study
@@ -53,10 +56,15 @@ def measure(make: Any, options: OReXOptions, case: Row, cells: CellCache) -> Row
         made = replace(make, steps=options.steps, batch=options.batch)
         made = made if made.iterations == 1 else replace(made, iterations=options.iterations)
         field = made.fit(sections, case["seed"])
-    values = volume(field, options.grid)
+    return compared(field, truth, options.grid)
+
+
+def compared(field: Any, truth: tuple[Tensor, Tensor], grid: int) -> Row:
+    """The zero surface of a field beside the true one, on a grid."""
+    values = volume(field, grid)
     vertices, faces = surface(values)
     low, high = torch.full((3,), -1.0), torch.full((3,), 1.0)
-    true = occupancy(*truth, options.grid, low, high)
+    true = occupancy(*truth, grid, low, high)
     found = surface_points(vertices, faces, 8000)
     return {
         "iou": overlap(values < 0, true),
@@ -65,6 +73,37 @@ def measure(make: Any, options: OReXOptions, case: Row, cells: CellCache) -> Row
         "watertight": is_watertight(faces),
         "volume": [volume_of(vertices, faces), volume_of(*truth)],
     }
+
+
+class EightSections(NetworkTask):
+    """The surface through cross-sections of a figure of eight beside the true mesh: overlap of the volumes on
+    48^3 points, and the mean distance of the surfaces in thousandths of the half box."""
+
+    name, primary = "neural3d/sections-eight", "iou"
+    network = IterativeField
+
+    def direction(self, metric: str) -> int:
+        """Less distance is better."""
+        return 1 if metric == "iou" else -1
+
+    def measured_on(self) -> Any:
+        return list(_eight())
+
+    def example(self, model: IterativeField) -> tuple[Any, ...]:
+        """A point."""
+        return (torch.zeros(1, 3),)
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        """Measure a field."""
+        found = compared(self.fitting(model), _eight(), 48)
+        measures = {"iou": Measure(found["iou"]), "chamfer": Measure(1000 * found["chamfer"])}
+        return TaskResult(measures, n=1)
+
+
+def _eight() -> tuple[Tensor, Tensor]:
+    truth = load_sections("eight_15")[1]
+    assert truth is not None
+    return truth
 
 
 def cases(options: OReXOptions) -> Iterator[Row]:

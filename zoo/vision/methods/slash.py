@@ -13,6 +13,8 @@ parameter is replaced in the forward pass, and no optimiser ever moves it.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
@@ -149,8 +151,12 @@ class SlotModel(nn.Module):
         size: of pictures, which are square.
         width: of everything.
         slots, rounds, kernel, points: see `SlotAttention`.
+
+    Attributes:
+        full_precision: that it computes in float32, also on weights stored in float16.
     """
 
+    full_precision: ClassVar[bool] = True
     grid: Tensor
 
     def __init__(

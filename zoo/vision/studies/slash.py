@@ -9,15 +9,11 @@ import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any
 
-import numpy as np
-import torch
 from scipy import stats
-from sklearn.metrics import adjusted_rand_score
-from torch import Tensor, nn
 
 from zoo.shared.store.io import atomic_write
 from zoo.shared.structure.relatives import seeded
@@ -30,7 +26,8 @@ from zoo.studies.tables import Outcome, Plot, Series, Verdict
 from zoo.studies.verdict import deviation
 from zoo.studies.view import Row, Value, View
 from zoo.vision.methods.slash import SlotModel
-from zoo.vision.sprites import Sprites, sprites
+from zoo.vision.slots import RECIPE, Shepherded, indices, judged, seen, slot_loss
+from zoo.vision.sprites import Sprites
 
 PLAIN, SLASH = "slot attention", "SLASH"
 
@@ -56,80 +53,21 @@ class SlotOptions(StudyOptions):
     size: int = 12
 
 
-class Batch(NamedTuple):
-    """Pictures, what slots start from, and centres, NaN where unknown."""
-
-    images: Tensor
-    noise: Tensor
-    centres: Tensor
-
-
-class Shepherded:
-    """Batches of which a quarter has known centres; one epoch holds all steps."""
-
-    def __init__(self, options: SlotOptions) -> None:
-        self.options = options
-        self.drawn = sprites(options.pictures, options.size, torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return self.options.steps
-
-    def draw(self, generator: torch.Generator) -> Iterator[Batch]:
-        count, known = self.options.batch, self.options.batch // 4
-        for _ in range(len(self)):
-            first = torch.randint(self.options.labelled, (known,), generator=generator)
-            rest = self.options.pictures - self.options.labelled
-            more = self.options.labelled + torch.randint(rest, (count - known,), generator=generator)
-            chosen = torch.cat([first, more])
-            centres = self.drawn.centres[chosen]
-            centres[known:] = torch.nan
-            yield Batch(self.drawn.images[chosen], torch.randn(count, 4, 24, generator=generator), centres)
-
-    def example(self) -> tuple[Tensor, ...]:
-        return (self.drawn.images[:1], torch.zeros(1, 4, 24))
-
-
-def slot_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Squared error of the picture, and 0.01 times that of points."""
-    drawn, _, error = model(*batch)
-    loss: Tensor = (drawn - batch.images).square().mean() + 0.01 * error
-    return loss
-
-
 def trained(make: dict[str, Any], options: SlotOptions, seed: int) -> SlotModel:
     """A model of an arm."""
     with seeded(seed):
         model = SlotModel(options.size, **make)
-    recipe = Recipe(epochs=1, lr=3e-3, optimizer="adam", weight_decay=0.0, clip=2.0, decay="cosine")
-    Job(Shepherded(options), slot_loss, recipe=recipe, seed=seed).fit(model, macs=lambda: 0.0).run()
+    drawn = Shepherded(options.steps, options.batch, options.pictures, options.labelled, options.size)
+    job = Job(drawn, slot_loss, recipe=Recipe(epochs=1, **RECIPE), seed=seed)
+    job.fit(model, macs=lambda: 0.0).run()
     return model.eval()
-
-
-@cache
-def judged(size: int) -> Sprites:
-    """Pictures that no training sees."""
-    return sprites(200, size, torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def seen(model: SlotModel, found: Sprites) -> tuple[Tensor, Tensor]:
-    """Reconstructions, and the slot of each pixel."""
-    noise = model.noise(len(found.images), torch.Generator().manual_seed(2))
-    drawn, alpha, _ = model(found.images, noise)
-    return drawn, alpha.argmax(1)
 
 
 def measure(make: Any, options: SlotOptions, case: Row, cells: CellCache) -> Row:
     """Adjusted Rand index of slots and objects over the pixels of objects, and over all; error of
     pictures."""
-    model, test = trained(make, options, case["seed"]), judged(options.size)
-    drawn, slots = seen(model, test)
-    pairs = list(zip(test.owners.flatten(1).numpy(), slots.flatten(1).numpy(), strict=True))
-    return {
-        "foreground": float(np.mean([adjusted_rand_score(o[o > 0], s[o > 0]) for o, s in pairs])),
-        "all": float(np.mean([adjusted_rand_score(o, s) for o, s in pairs])),
-        "error": float((drawn - test.images).square().mean()),
-    }
+    found = indices(trained(make, options, case["seed"]), judged(options.size))
+    return {name: fmean(values) for name, values in found.items()}
 
 
 def cases(options: SlotOptions) -> Iterator[Row]:
