@@ -80,9 +80,10 @@ def list_command(argv: Sequence[str]) -> int:
         min_sparsity=options.min_sparsity,
         max_bytes=options.max_bytes,
     )
-    cards = shelf_order([bundle.card for bundle in bundles])
+    cards = [bundle.card for bundle in bundles]
     if options.picture is not None:
         _draw_shelf(cards, options.picture)
+    cards = shelf_order(cards)
     if options.json:
         print_json([_brief(card) for card in cards])
         return 0
