@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import _native, dispatch
-from .dense_linear import widened_linear
+from .dense_linear import dense_product
 
 Run = Callable[..., Tensor]  # of x, the bias and, where the kernel takes one, a residual
 Form = TypeVar("Form")
@@ -221,8 +221,9 @@ def owned_run(owner: Owner, run: Callable[[Tensor, Owner, Tensor | None], Tensor
 def dense_run(
     owner: Owner, dense: Tensor, otherwise: Callable[[Tensor, Owner, Tensor | None], Tensor]
 ) -> Run:
-    """The product by a dense weight [out, in]; `otherwise(x, owner, bias)` where it is not finite."""
-    exact, linear = owned_run(owner, otherwise), widened_linear
+    """The product by a dense weight [out, in], also a prepacked one; `otherwise(x, owner, bias)` where it is
+    not finite."""
+    exact, linear = owned_run(owner, otherwise), dense_product
     finite = _native.finite_like(dense)
 
     @dispatch.in_own_precision

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..errors import OpError
 from . import _native, dispatch, triton
 from .cache import Calls, Derived, Run, dense_run, native_run
-from .dense_linear import widened_linear
+from .dense_linear import fastest_product, prepack, prepacks
 
 __all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference", "round_rows"]
 
@@ -280,10 +280,14 @@ def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None, rounded: bool)
         weight.calls.keep(x, run, weight.parts, rounded)
         return run(x, bias)
     if backend == "dense":
-        options = (weight.shape, x.dtype)
-        run = _dense.run(
-            weight, weight.parts, lambda held: held.to_dense().to(options[1]), _dense_run, options
-        )
+        rows, dtype = x.numel() // max(1, x.shape[-1]), x.dtype
+        ahead = prepacks(rows, weight.shape, dtype, x.device)
+
+        def dense_of(held: QuantGroups) -> Tensor:
+            dense = held.to_dense().to(dtype)
+            return prepack(dense) if ahead else dense
+
+        run = _dense.run(weight, weight.parts, dense_of, _dense_run, (weight.shape, dtype, ahead))
         weight.calls.keep(x, run, weight.parts, rounded)
         return run(x, bias)
     if backend == "triton":
@@ -370,7 +374,7 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
                 dense = weight.to_dense()
                 for batch in (1, 64) if quick else (1, 4, 8, 64, 512):
                     x = torch.randn(batch, side)
-                    plain = functools.partial(widened_linear, x, dense)
+                    plain = fastest_product(x, dense)
                     for rounded in (False, True):
                         run = functools.partial(quant_sparse_linear, x, weight, rounded=rounded)
                         args = case(x, weight, rounded)

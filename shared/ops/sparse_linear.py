@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import OpError
 from . import _native, dispatch, triton
 from .cache import Derived, Run, dense_run, native_run, owned_run
-from .dense_linear import widened_linear
+from .dense_linear import fastest_product
 from .layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, block_of
 from .weights import SparseWeight, pack
 
@@ -146,7 +146,7 @@ def _forward(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     if backend == "native":
         return _native_forward(x, weight, bias)
     if backend == "dense":
-        run = weight.expanded_run(x.dtype, _dense_run)
+        run = weight.expanded_run(x, _dense_run)
         weight.calls.keep(x, run, weight.parts)
         return run(x, bias)
     if backend == "vendor":
@@ -464,7 +464,7 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
                         x = torch.randn(batch, side).to(given)
                         run = functools.partial(sparse_linear, x, typed)
                         run(), run()  # forms of the weight are made once
-                        plain = functools.partial(widened_linear, x, typed.expanded(given))
+                        plain = fastest_product(x, typed.expanded(given))
                         entries.append(
                             dispatch.measure("sparse_linear", run, *case(x, typed), quick=quick, plain=plain)
                         )

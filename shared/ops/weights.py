@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from .cache import Calls, Derived, Run
+from .dense_linear import prepack, prepacks
 from .layout import (
     BLOCK_WIDTHS,
     LAYOUTS,
@@ -45,7 +46,7 @@ BITMASK_LIMIT = 0.68
 BITMASK_LIMIT_HALF = 0.73
 
 
-_dense, _columns = Derived[Tensor](1024), Derived[Tensor](1024)
+_dense, _prepacked, _columns = (Derived[Tensor](1024) for _ in range(3))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +128,12 @@ class SparseWeight:
         """The weight with its zeros, in `dtype`, without gradient; kept while nothing trains."""
         return _dense.get(self.content, lambda: self._expand(dtype), dtype)
 
-    def expanded_run(self, dtype: torch.dtype, make: Callable[[SparseWeight, Tensor], Run]) -> Run:
-        """`make(weight, expanded(dtype))`, for `calls`: see `Derived.run`."""
+    def expanded_run(self, x: Tensor, make: Callable[[SparseWeight, Tensor], Run]) -> Run:
+        """`make(weight, expanded(x.dtype))`, for `calls`, prepacked where that is best for x: see
+        `Derived.run`."""
+        dtype, rows = x.dtype, x.numel() // max(1, x.shape[-1])
+        if prepacks(rows, self.shape, dtype, x.device):
+            return _prepacked.run(self, self.content, lambda weight: prepack(weight._expand(dtype)), make)
         return _dense.run(self, self.content, lambda weight: weight._expand(dtype), make, dtype)
 
     def _expand(self, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,9 @@ from zoo.shared.errors import OpError
 from zoo.shared.masks import MaskSet
 from zoo.shared.ops import dense_linear, packing
 from zoo.shared.ops.dense_linear import WIDENED, linear, multiplies, product, widened_linear
+from zoo.shared.ops.dispatch import backend
 from zoo.shared.ops.modules import WideningLinear
+from zoo.shared.ops.sparse_linear import pack, reference, sparse_linear
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -64,6 +66,42 @@ def test_a_processor_without_halves_multiplies_in_single_precision(processor: bo
         y = widened_linear(x, torch.ones(2, 5, dtype=torch.float16))
     assert seen == ([torch.float16] if processor else [])
     assert processor or torch.equal(y, torch.full((WIDENED, 2), 2050.0, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 40, 128])
+def test_prepacked_weights_multiply_as_they_are(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_linear, "PREPACKED", 1)
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(37, 53), torch.randn(37), torch.randn(rows, 53)
+    for given in (x, x.view(1, rows, 53), torch.randn(53, rows).t()):
+        assert dense_linear.prepacks(rows, weight.shape, x.dtype, x.device)
+        y = dense_linear.dense_product(given, dense_linear.prepack(weight), bias)
+        torch.testing.assert_close(y, nn.functional.linear(given, weight, bias))
+        torch.testing.assert_close(dense_linear.fastest_product(given, weight)(), given @ weight.t())
+    packed = pack(weight, torch.rand(37, 53) < 0.5)
+    x[0, 0] = torch.inf  # meets the kept weights only
+    with backend("dense"):
+        found = sparse_linear(x, packed, bias)
+    torch.testing.assert_close(found, reference(x, packed, bias), equal_nan=True)
+    packed.values.data.mul_(2)  # and the copy is made again
+    x[0, 0] = 1.0
+    with backend("dense"):
+        torch.testing.assert_close(sparse_linear(x, packed, bias), reference(x, packed, bias))
+
+
+@pytest.mark.parametrize(
+    "rows,shape,dtype,expected",
+    [
+        (8, (1024, 1024), torch.float32, True),
+        (1, (1024, 1024), torch.float32, False),
+        (129, (1024, 1024), torch.float32, False),
+        (8, (1024, 1023), torch.float32, False),
+        (8, (1024, 1024), torch.bfloat16, False),
+    ],
+)
+def test_which_weights_are_prepacked(rows, shape, dtype, expected) -> None:
+    assert dense_linear.prepacks(rows, shape, dtype, torch.device("cpu")) == expected
+    assert not dense_linear.prepacks(rows, shape, dtype, torch.device("cuda"))
 
 
 def test_gradients(processor: bool) -> None:
