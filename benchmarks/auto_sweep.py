@@ -1,4 +1,5 @@
-"""What `auto` picks is never slower than torch's dense product: layers of many shapes, densities and batches.
+"""What `auto` picks is never slower than a dense product: layers of many shapes, densities and batches, against
+torch and, in fp32, against onnxruntime and OpenVINO where they are installed.
 
 Both sides run the same weights again and again (a hot loop), which favours the dense side: a small sparse
 weight gains more where no cache holds it.
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
+from _rivals import Peer, rivals
 from torch import Tensor
 
 from zoo.shared import ops
@@ -31,6 +33,11 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
         dense = (torch.randn(shape) * (torch.rand(shape) >= zeros)).to(dtype)
         return dense, pack(dense)
 
+    def engines(dense: Tensor, x: Tensor, threads: int) -> dict[str, Peer]:
+        layer = torch.nn.Linear(dense.shape[1], dense.shape[0], bias=False)
+        layer.weight.data = dense
+        return rivals(layer, x, threads)
+
     def build(
         labels: dict[str, object], shape: tuple[int, int], zeros: float, dtype: torch.dtype, batch: int
     ) -> Cell:
@@ -40,7 +47,11 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
             sparse_linear(x, packed)
         labels["choice"] = ops.explain(sparse_linear, x, packed).backend
         call: Callable[[], Tensor] = functools.partial(sparse_linear, x, packed)
-        peers = {"torch dense": functools.partial(torch.nn.functional.linear, x, dense)}
+        peers: dict[str, Callable[[], object]] = {
+            "torch dense": functools.partial(torch.nn.functional.linear, x, dense)
+        }
+        if dtype == torch.float32:
+            peers |= engines(dense, x, threads)
         return Cell(labels, call, peers, goal=NEVER_SLOWER)
 
     for shape in SHAPES[:2] if quick else SHAPES:
