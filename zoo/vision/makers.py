@@ -9,6 +9,7 @@ from torch import nn
 from zoo.bundles.make import Work
 from zoo.bundles.recipes import Row
 from zoo.bundles.sources import published_file
+from zoo.bundles.store import load
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, default_recipe
 from zoo.methods.iss_p import ISSP
@@ -60,20 +61,29 @@ def published_squeezenet(row: Row, seed: int, start: nn.Module | None, work: Wor
 
 
 def taught(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
-    """The row's method with its options, the network that it starts from being the teacher.
+    """The row's method with its options, a dense network being the teacher.
 
-    Option `distillation`: weight of the divergence from the teacher, at temperature 4; that of the labels is
-    the rest to 1.
+    Options beside those of the method: `teacher`, name of a bundle; `distillation`, weight of the divergence
+    of the answers at temperature 4, that of the labels being the rest to 1; `features`, weight of the
+    normalised distance after each of the modules `stages`.
     """
     if start is None:
-        raise ConfigError(f"the recipe of {row.name} needs a teacher to start from: give it `from`")
-    options = {key: value for key, value in row.options.items() if key != "distillation"}
+        raise ConfigError(f"the recipe of {row.name} needs a model to start from: give it `from`")
+    options = dict(row.options)
+    teacher, weight = load(options.pop("teacher")), options.pop("distillation")
+    stages = {name: name for name in options.pop("stages", ())}
     method: Any = METHODS.get(row.method)
-    weight, recipe = row.options["distillation"], Recipe(**{**default_recipe(method), **row.recipe})
+    recipe = Recipe(**{**default_recipe(method), **row.recipe})
     job = make_job(row.dataset, recipe=recipe, seed=seed, device=work.device, model=start)
-    teacher = copied(start).to(job.device)
-    job = job.replace(distil=Distillation(teacher, task=1 - weight, output=weight, temperature=4.0))
-    made: Sparsified = method(**options).sparsify(start, job)
+    distil = Distillation(
+        teacher.to(job.device),
+        task=1 - weight,
+        output=weight,
+        temperature=4.0,
+        features=stages,
+        normalised=options.pop("features", 0.0),
+    )
+    made: Sparsified = method(**options).sparsify(start, job.replace(distil=distil))
     return made
 
 
