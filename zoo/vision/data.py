@@ -1,8 +1,9 @@
 """Image sets by name or folder: scikit-learn's digits, embedded; the CIFAR-10 copies in $ZOO_DATA/cifar10.
 
-CIFAR-10 comes in two sets: all 60,000 images as JPEG copies (`cifar10-jpeg`), and the 7,897 + 932 images whose
-true pixels are there (`cifar10-true`). Results on JPEG copies are compared with results on JPEG copies only.
-`cifar10-mixed` is tested on true pixels, and trained on these and on copies of the other training images.
+CIFAR-10 comes in two sets: all 60,000 images as JPEG copies (`cifar10-jpeg`), and the 7,897 + 932 images
+whose true pixels are there (`cifar10-true`). Results on JPEG copies are compared with results on JPEG copies
+only. `cifar10-mixed` trains on true pixels and on copies of the other training images, and tests on true
+pixels.
 """
 
 from __future__ import annotations
