@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,11 +91,12 @@ def list_command(argv: Sequence[str]) -> int:
     from zoo.report.terminal import show_table
     from zoo.studies.tables import Table
 
+    parts = dropped_parts(cards)
     rows = [
         [
             card.name,
             card.method.name,
-            numbers.percent(card.sparsity.overall),
+            *(_dropped(card, part) for part in parts),
             numbers.count(card.cost.parameters.kept),
             numbers.size(card.weights.bytes)
             + (f" + {numbers.size(on.bytes)}" if (on := card.stands_on) else ""),
@@ -102,12 +104,12 @@ def list_command(argv: Sequence[str]) -> int:
         ]
         for card in cards
     ]
-    columns = ["model", "method", "sparsity", "parameters", "on disk", "measured", "dense twin"]
+    columns = ["model", "method", *parts, "parameters", "on disk", "measured", "dense twin"]
     note = f"{len(cards)} models. Next: zoo show MODEL" if cards else "No model is that small or that sparse."
     if any(card.stands_on for card in cards):
         note = f"On disk, a + b: its own file and that of the model on whose weights it stands. {note}"
     # What is on the screen at 80 columns: which model, how sparse, how good, how large.
-    optional = ("dense twin", "parameters", "method", "on disk")
+    optional = (*reversed(parts[2:]), "dense twin", "parameters", "method", "on disk", *parts[1:2])
     show_table(stdout(), Table("", columns, rows, note, optional))
     return 0
 
@@ -123,6 +125,18 @@ def shelf_order(cards: list[Card]) -> list[Card]:
         return 0 if card.name in published or card.dense_twin in published else 1
 
     return sorted(cards, key=place)
+
+
+def dropped_parts(cards: list[Card]) -> list[str]:
+    """The kinds of things of which some of these models drop a share (weights, edges, channels ...):
+    weights, then what most of them have; each is a column of its own."""
+    found = Counter(part for card in cards for part in card.sparsity.parts)
+    return sorted(found, key=lambda part: (part != "weights", -found[part], part))
+
+
+def _dropped(card: Card, part: str) -> str:
+    known = card.sparsity.parts.get(part)
+    return "" if known is None else numbers.percent(known.sparsity)
 
 
 def show_command(argv: Sequence[str]) -> int:
@@ -225,6 +239,7 @@ def _brief(card: Card) -> dict[str, Any]:
         "method": card.method.name,
         "summary": card.summary,
         "sparsity": card.sparsity.overall,
+        "parts": {name: part.sparsity for name, part in card.sparsity.parts.items()},
         "parameters": card.cost.parameters.model_dump(),
         "flops": card.cost.flops.model_dump() if card.cost.flops else None,
         "bytes": card.cost.bytes.model_dump(),

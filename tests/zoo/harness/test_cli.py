@@ -138,6 +138,7 @@ def test_exit_codes(capsys, monkeypatch, error, code, words):
 def test_list_and_show(capsys, toy_zoo):
     code, out, _ = run(capsys, "list", "toy/*")
     assert code == 0 and "toy/tenth-mlp" in out and "50.0 %" in out
+    assert "weights" in out.splitlines()[1].split()  # the kind of zeros is the column's name
     listed = json.loads(run(capsys, "list", "--domain", "toy", "--min-sparsity", "0.6", "--json")[1])
     assert [model["name"] for model in listed] == ["toy/tenth-mlp"]
     assert listed[0]["metrics"][0]["dense"] is not None

@@ -15,7 +15,7 @@ from zoo.bundles.catalog import find, select
 from zoo.bundles.make import Work
 from zoo.bundles.recipes import Row
 from zoo.bundles.sources import published_file
-from zoo.cli.browse import shelf_order
+from zoo.cli.browse import _dropped, dropped_parts, shelf_order
 from zoo.errors import CardError, ConfigError, DataError
 from zoo.vision.data import Images, Split, correct, ranks
 from zoo.vision.domain import image_job
@@ -151,3 +151,14 @@ def test_published_networks_are_listed_first_and_digits_last() -> None:
     assert {SQUEEZENET, "vision/dense-resnet20-cifar10"} <= set(names[:8])
     digits = ["digits" in name.split("-") for name in names]
     assert any(digits) and digits == sorted(digits)
+
+
+def test_each_kind_of_zeros_has_a_column() -> None:
+    """Weights first, then what most models drop; a model that drops no such thing has an empty cell."""
+    cards = [bundle.card for bundle in select() if bundle.card.domain != "toy"]
+    parts = dropped_parts(cards)
+    assert parts[:2] == ["weights", "edges"] and {"channels", "gaussians", "heads"} <= set(parts)
+    assert dropped_parts([card for card in cards if card.domain == "graph"]) == ["weights", "edges"]
+    [ticket] = [card for card in cards if card.name == "graph/teddy-gcn-digits-g30-w80"]
+    cells = [_dropped(ticket, part) for part in ("weights", "edges", "channels")]
+    assert cells == ["80.0 %", "30.0 %", ""]
