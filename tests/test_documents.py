@@ -15,6 +15,7 @@ import zoo
 from zoo import demo, registry
 from zoo.bundles.catalog import select
 from zoo.cli import COMMANDS, main
+from zoo.report import numbers
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -22,6 +23,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/design.md",
     "docs/format.md",
+    "docs/goals.md",
     "docs/performance.md",
     "docs/security.md",
     "docs/zeros.md",
@@ -35,9 +37,10 @@ def pages() -> dict[str, str]:
 
 
 def commands() -> list[str]:
-    """Every `zoo ...` line of the pages' shell blocks and of the demo's last words."""
+    """Every `zoo ...` line of the pages' shell blocks, of the table of goals and of the demo's last words."""
     blocks = [block for text in pages().values() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
     lines = [line.strip() for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"`(?:ZOO_OFFLINE=1 )?(zoo [^`]+)`", pages()["docs/goals.md"])
     return [line for line in [*lines, *demo.NEXT] if line.startswith("zoo ")]
 
 
@@ -57,7 +60,7 @@ def test_a_command_exists_with_its_options_and_models(line: str, capsys) -> None
         if word.startswith("--"):
             assert re.search(rf"{word}\b", shown), f"{line}: {word}"
         elif word.startswith(tuple(f"{domain}/" for domain in registry.DOMAINS)):
-            assert word in registry.TASKS or select(word), line
+            assert word in registry.TASKS or select(word.partition("@")[0]), line
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -88,6 +91,20 @@ def test_the_times_of_tokens_are_the_measured_ones() -> None:
     assert len(shown) == 4
     assert f"| a token, one and two threads | {shown[0]}, {shown[2]}" in pages()["README.md"]
     assert f"| a prompt of 64, one and two threads | {shown[1]}, {shown[3]} |" in pages()["README.md"]
+
+
+def test_the_accuracies_of_published_networks_are_those_of_the_cards() -> None:
+    """The README's table of networks that others published."""
+    cards = [bundle.card for bundle in select("vision/*")]
+    published = {card.name for card in cards if card.imported is not None}
+    for card in cards:
+        if card.name in published or card.dense_twin in published:
+            figures, dense = [f"{100 * metric.value:.1f}" for metric in card.metrics], card.metrics[0].dense
+            twin = "" if dense is None else f"{100 * dense.value:.1f} %"
+            zeros = "" if card.method.name == "dense" else f"{100 * card.sparsity.overall:.0f} %"
+            cells = [f"`{card.name}`", zeros, f"{' / '.join(figures)} %", twin]
+            row = f"| {' | '.join(cells)} | {numbers.size(card.weights.bytes)} |"
+            assert row.replace("|  |", "| |") in pages()["README.md"], row
 
 
 def test_the_speeds_of_bundles_are_the_measured_ones() -> None:
@@ -160,9 +177,11 @@ def test_the_readme_runs_as_python(monkeypatch, tmp_path) -> None:
         optimizer.step()
 
     blocks = re.findall(r"```python\n(.*?)```", pages()["README.md"], re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {"train": train}
+    exec(blocks.pop(0), space)
+    assert space["logits"].shape == (1, 1000)
     exec(blocks[0], space)
     model, data = space["model"], space["data"]
     masked = space["logits"]

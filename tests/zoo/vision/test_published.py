@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,8 +110,8 @@ class Fixed(torch.nn.Module):
 
 
 def few(train: int) -> Images:
-    """Four grey images of classes 0 to 3, as test and, so many of them, as training images."""
-    split = Split(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.arange(4))
+    """Four images of classes 0 to 3, as test and, so many of them, as training images."""
+    split = Split(torch.arange(0, 256, 16, dtype=torch.uint8).view(4, 1, 2, 2), torch.arange(4))
     return Images("few", split.take(torch.arange(train)), split, split, (0.0,), (1.0,))
 
 
@@ -132,16 +134,21 @@ def test_taught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("zoo.vision.makers.make_job", lambda *a, **k: job.replace(recipe=k["recipe"]))
     torch.manual_seed(0)
     start = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4)).eval()
-    row = Row("vision/x", "x", "x", method="magnitude", options={"sparsity": 0.5, "distillation": 0.5})
-    with pytest.raises(ConfigError, match="needs a teacher"):
-        taught(row, 0, None, Work(tmp_path))
-    options = {"sparsity": 0.0, "distillation": 1.0}
-    same = Row(
-        "vision/x", "x", "x", method="magnitude", options=options, recipe={"weight_decay": 0.0, "epochs": 1}
-    )
-    made = taught(same, 0, start, Work(tmp_path))
-    assert torch.allclose(made.model[1].weight, start[1].weight, atol=1e-6)  # it is its own teacher
-    assert int((taught(row, 0, start, Work(tmp_path)).model[1].weight == 0).sum()) == 8
+    monkeypatch.setattr("zoo.vision.makers.load", lambda name: copy.deepcopy(start))
+
+    def made(recipe: dict[str, Any], **options: Any) -> torch.Tensor:
+        all_options = {"teacher": "vision/x", **options}
+        row = Row("vision/y", "", "", method="magnitude", options=all_options, recipe=recipe)
+        weight: torch.Tensor = taught(row, 0, start, Work(tmp_path)).model[1].weight
+        with pytest.raises(ConfigError, match="needs a model to start from"):
+            taught(row, 0, None, Work(tmp_path))
+        return weight
+
+    plain = {"epochs": 1, "weight_decay": 0.0}
+    same = made(plain, sparsity=0.0, distillation=1.0, stages=["1"], features=1.0)
+    assert torch.allclose(same, start[1].weight, atol=1e-6)  # a network that is its own teacher stays
+    assert not torch.allclose(made(plain, sparsity=0.0, distillation=0.5), start[1].weight, atol=1e-6)
+    assert int((made(plain, sparsity=0.5, distillation=0.5) == 0).sum()) == 8
 
 
 def test_published_networks_are_listed_first_and_digits_last() -> None:
