@@ -112,7 +112,7 @@ class Fixed(torch.nn.Module):
 def few(train: int) -> Images:
     """Four images of classes 0 to 3, as test and, so many of them, as training images."""
     split = Split(torch.arange(0, 256, 16, dtype=torch.uint8).view(4, 1, 2, 2), torch.arange(4))
-    return Images("few", split.take(torch.arange(train)), split, split, (0.0,), (1.0,))
+    return Images("few", split.take(torch.arange(train)), split, split, (0.0,), (1.0,), augment=False)
 
 
 def test_ranks() -> None:
