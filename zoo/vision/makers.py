@@ -17,7 +17,7 @@ from zoo.methods.sparcl import SparCL
 from zoo.registry import ARCHITECTURES, METHODS
 from zoo.shared.masks import MaskSet, set_masks
 from zoo.shared.masks.foreign import masks_from_zeros
-from zoo.shared.structure.relatives import copied, reinitialised, seeded
+from zoo.shared.structure.relatives import reinitialised, seeded
 from zoo.shared.train import Checkpoint, Distillation, Recipe, resume
 from zoo.vision.data import load_images
 from zoo.vision.domain import image_job, make_job
