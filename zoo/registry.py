@@ -271,6 +271,7 @@ for _name, _class in {  # methods that belong to no domain
     "lottery-ticket": "tickets:LotteryTicket",
     "lottery-jackpot": "jackpots:LotteryJackpot",
     "bip": "bip:BiP",
+    "nested": "nested:Nested",
     "sparse-soup": "soups:SparseSoup",
     "sr-ste": "sr_ste:SparseRefined",
     "pgf": "pgf:ProgressiveFlow",

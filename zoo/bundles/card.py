@@ -7,6 +7,7 @@ from the values per seed, and every figure of a sparse model must stand beside t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -25,7 +26,7 @@ from pydantic import (
 )
 
 from zoo.bundles import cardfile
-from zoo.errors import CardError
+from zoo.errors import CardError, UnknownNameError
 from zoo.names import is_model_name, is_version, split_version
 
 CARD_FILE = "card.yaml"
@@ -33,6 +34,7 @@ OWN = "own"  # the domain of models that somebody saved as they were
 SCHEMA_VERSION = 1
 BASE_SCHEMA_VERSION = 2  # the same with `base`: a reader of version 1 would take the file for the whole
 PUBLIC_SCHEMA_VERSION = 3  # the same with `public_base`
+_LEVEL_TOLERANCE = 5e-4  # of a sparsity that asks for a level
 TOLERANCE = 1e-6  # relative; figures on a card are written with all their digits
 
 
@@ -340,6 +342,15 @@ class Imported(_Part):
     licence: Text
 
 
+class Level(_Part):
+    """A further level of a nested model: the same weights under a mask inside that of the level before, with
+    figures of its own."""
+
+    sparsity: Sparsity
+    cost: Cost
+    metrics: Annotated[list[Metric], Field(min_length=1)]
+
+
 class Card(_Part):
     """Everything that a bundle says about itself. See the fields' own types.
 
@@ -367,6 +378,7 @@ class Card(_Part):
     base: Base | None = None
     public_base: PublicBase | None = None
     imported: Imported | None = None
+    levels: list[Level] = []
     evidence: InsidePath | None = None
 
     @model_validator(mode="after")
@@ -386,6 +398,11 @@ class Card(_Part):
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(f"metrics has {' / '.join(key)} twice")
+        shares = [self.sparsity.overall, *(level.sparsity.overall for level in self.levels)]
+        if any(after <= before for before, after in itertools.pairwise(shares)):
+            raise ValueError(f"levels must become sparser one after the other; they have {shares}")
+        for number in range(1, len(self.levels) + 1):
+            Card.model_validate(self.at(number).to_dict())
         if self.domain == OWN:
             return self
         known = {
@@ -429,6 +446,27 @@ class Card(_Part):
         """`name@version`, which names exactly this model."""
         return f"{self.name}@{self.version}"
 
+    def at(self, number: int) -> Card:
+        """The card of one level alone: the first one, which has the number 0, or a further one."""
+        if number == 0:
+            return self.model_copy(update={"levels": []})
+        level = self.levels[number - 1]
+        own = {"sparsity": level.sparsity, "cost": level.cost, "metrics": level.metrics}
+        return self.model_copy(update={**own, "levels": []})
+
+    def level_at(self, sparsity: float) -> int:
+        """The number of the level with that overall sparsity, to three digits.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        shares = [self.sparsity.overall, *(level.sparsity.overall for level in self.levels)]
+        for number, share in enumerate(shares):
+            if abs(share - sparsity) < _LEVEL_TOLERANCE:
+                return number
+        there = ", ".join(map(level_label, shares))
+        raise UnknownNameError(f"{self.name} has no level of sparsity {sparsity:g}; it has {there}.")
+
     @property
     def bytes_needed(self) -> int:
         """Bytes of the files that loading reads: its own weights and those of its base."""
@@ -442,12 +480,17 @@ class Card(_Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the order of the fields; without those that most cards have not."""
-        rare = ("base", "public_base", "imported")
-        return self.model_dump(exclude={key for key in rare if getattr(self, key) is None})
+        rare = ("base", "public_base", "imported", "levels")
+        return self.model_dump(exclude={key for key in rare if not getattr(self, key)})
 
     def to_yaml(self) -> str:
         """The text of the card's file; `parse_card(load_yaml(text))` gives an equal card."""
         return cardfile.dump_yaml(self.to_dict())
+
+
+def level_label(share: float) -> str:
+    """A sparsity as a level is asked for by it: `0.9`."""
+    return f"{round(share, 3):g}"
 
 
 def share_dropped(kept: int, total: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from zoo.bundles.bindings import may_use, repository_of
-from zoo.bundles.card import CARD_FILE, Card, read_card
+from zoo.bundles.card import CARD_FILE, Card, level_label, read_card
 from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
 from zoo.names import DOMAINS, is_model_name, natural_key, split_version, suggestion, version_key
 from zoo.shared.store.io import sha256_file
@@ -26,6 +27,7 @@ from zoo.shared.store.io import sha256_file
 HUB_PREFIX = "hf://"
 BASE_FOLDER = "base"  # a bundle fetched from a hub keeps its base in this folder
 TWIN_FOLDER = "twin"  # and its dense twin in this one
+_LEVEL = re.compile(r"(.+)#(0?\.\d{1,6}|0)")
 _log = logging.getLogger("zoo")
 
 
@@ -35,6 +37,32 @@ class Bundle:
 
     card: Card
     folder: Path
+    level: int | None = None  # of a nested model, whose card is then that of the level alone
+
+    def at(self, sparsity: float) -> Bundle:
+        """One level of a nested model; of another one it is the only level.
+
+        Raises:
+            UnknownNameError: it has no level of that sparsity.
+        """
+        return self.at_level(self.card.level_at(sparsity))
+
+    def at_level(self, number: int) -> Bundle:
+        """A level by its number, 0 for the least sparse one."""
+        return Bundle(self.card.at(number), self.folder, number) if self.card.levels else self
+
+    @property
+    def label(self) -> str:
+        """The name, with `#sparsity` of a further level."""
+        return self.card.name + self._suffix()
+
+    @property
+    def reference(self) -> str:
+        """`name@version`, with `#sparsity` of a further level."""
+        return self.card.reference + self._suffix()
+
+    def _suffix(self) -> str:
+        return f"#{level_label(self.card.sparsity.overall)}" if self.level else ""
 
     @property
     def weights(self) -> Path:
@@ -96,7 +124,9 @@ def cache_folder() -> Path:
 
 
 def find(name: str | os.PathLike[str], version: str | None = None, offline: bool | None = None) -> Bundle:
-    """The bundle that a path, a name, `name@version` or `hf://owner/name@revision` stands for.
+    """The bundle that a path, a name, `name@version` or `hf://owner/name@revision` stands for; with `#0.9`
+    at the
+    end the level of a nested model that has this sparsity.
 
     Args:
         name: what to look for.
@@ -109,6 +139,8 @@ def find(name: str | os.PathLike[str], version: str | None = None, offline: bool
         HubError: it cannot be fetched.
     """
     text = os.fspath(name)
+    if (found := _LEVEL.fullmatch(text)) and not Path(text).exists():
+        return find(found[1], version, offline).at(float(found[2]))
     if text.startswith(HUB_PREFIX):
         from zoo.bundles.hub import fetch
 

@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoo.bundles.card import Card, Metric, mean_and_spread
-from zoo.bundles.catalog import Bundle, find, twin_of
+from zoo.bundles.catalog import Bundle, find, open_bundle, twin_of
+from zoo.bundles.levels import level_model
 from zoo.bundles.provenance import environment
 from zoo.bundles.public import Base as Standing
 from zoo.bundles.store import load_bundle, save
@@ -32,7 +33,7 @@ from zoo.harness.runner import evaluate
 from zoo.harness.tasks import get_task
 from zoo.harness.workers import workers
 from zoo.methods.contract import Sparsified
-from zoo.shared.masks import MaskSet, masks_of
+from zoo.shared.masks import MaskSet, masks_of, nested
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Trained:
         masks: of the stored model; None for those that it carries.
         extras: further tensors that belong to it; None for those that it was loaded with.
         parts: of the sparsity that no mask among the above counts.
+        levels: of a nested model, by seed: the extra tensors of its further levels.
     """
 
     models: Mapping[int, nn.Module]
@@ -58,6 +60,7 @@ class Trained:
     masks: MaskSet | None = None
     extras: Mapping[str, Tensor] | None = None
     parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    levels: Mapping[int, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def by_method(
@@ -75,7 +78,14 @@ class Trained:
             first.masks,
             first.extras,
             first.parts,
+            {seed: nested.level_extras(one.extras) for seed, one in made.items()},
         )
+
+    def at(self, number: int) -> Mapping[int, nn.Module]:
+        """The model of each seed at a level."""
+        if number == 0:
+            return self.models
+        return {seed: level_model(model, self.levels[seed], number) for seed, model in self.models.items()}
 
     @property
     def seed(self) -> int:
@@ -197,11 +207,10 @@ def publish(
         TaskError: a task that gives no such metric, or counts no operations where the twin's are not known.
         SparseError: whatever measuring and saving refuse.
     """
-    tasks = list(dict.fromkeys(figure.task for figure in figures))
-    measured = {seed: _measure(model, tasks) for seed, model in trained.models.items()}
     dense = _Twin(twin, evidence) if twin is not None else None
-    metrics = [
-        _metric(figure, name, measured, dense, trained.seed) for figure in figures for name in figure.names()
+    levels = [
+        _level(trained.at(number), figures, twin, dense)
+        for number in range(1 + nested.count_levels(trained.levels.get(trained.seed, {})))
     ]
     fields = {
         "name": about.name,
@@ -215,8 +224,8 @@ def publish(
             "seed": trained.seed,
         },
         "sparsity": {"parts": dict(trained.parts)},
-        "cost": cost_beside(trained.model, tasks[0], twin.card if twin is not None else None),
-        "metrics": metrics,
+        **levels[0],
+        "levels": levels[1:],
         "dense_twin": twin.card.name if twin is not None else None,
         "training": {
             "command": about.command,
@@ -242,10 +251,27 @@ def publish(
             overwrite=overwrite,
         )
         if evidence is not None:
-            for metric in metrics:
-                evidence.record(about.name, metric["task"], metric["metric"], metric["per_seed"])
+            bundle = open_bundle(Path(out))
+            for number, level in enumerate(levels):
+                at = bundle if number == 0 else bundle.at_level(number)
+                for metric in level["metrics"]:
+                    evidence.record(at.label, metric["task"], metric["metric"], metric["per_seed"])
     team.gather([None])  # the others wait for the bundle
     return Path(out)
+
+
+def _level(
+    models: Mapping[int, nn.Module], figures: Sequence[Figure], twin: Bundle | None, dense: _Twin | None
+) -> dict[str, Any]:
+    """What the models of all seeds give at one level; the first one is stored."""
+    stored, tasks = next(iter(models)), list(dict.fromkeys(figure.task for figure in figures))
+    measured = {seed: _measure(model, tasks) for seed, model in models.items()}
+    return {
+        "cost": cost_beside(models[stored], tasks[0], twin.card if twin is not None else None),
+        "metrics": [
+            _metric(figure, name, measured, dense, stored) for figure in figures for name in figure.names()
+        ],
+    }
 
 
 def publish_like(

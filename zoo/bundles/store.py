@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ from zoo.bundles.public import Base as Standing
 from zoo.bundles.public import PublicModel, base_for, public_base_of
 from zoo.errors import BundleError, ConfigError
 from zoo.shared.errors import SparseError
-from zoo.shared.masks import MaskSet, SparsityReport, masks_of, set_masks
+from zoo.shared.masks import MaskSet, SparsityReport, masks_of, nested, set_masks
 from zoo.shared.ops import packing
 from zoo.shared.store.formats import PackedContents, PackedReport, load_packed, save_packed
 from zoo.shared.store.io import sha256_file
@@ -69,6 +70,7 @@ def load(
     version: str | None = None,
     offline: bool | None = None,
     into: nn.Module | type[nn.Module] | None = None,
+    sparsity: float | None = None,
 ) -> nn.Module:
     """Load a pretrained sparse model.
 
@@ -79,6 +81,9 @@ def load(
         version: the version wanted, the same as a pin in the name.
         offline: whether the hub may not be asked; None leaves it to `ZOO_OFFLINE` and `HF_HUB_OFFLINE`.
         into: of a model that was saved without a card: its class, or a model of it, which is filled.
+        sparsity: of a nested model the level wanted, the same as `#0.9` at the end of the name; by default
+        the
+            least sparse one.
 
     Returns:
         The module on the CPU in eval mode, its masks recorded (`zoo.shared.masks.masks_of`), with a
@@ -91,7 +96,8 @@ def load(
         ConfigError: an unknown execution, or an architecture whose package is not installed.
     """
     _check_execution(execution)
-    return load_bundle(find(name, version, offline), execution, into, offline)
+    bundle = find(name, version, offline)
+    return load_bundle(bundle if sparsity is None else bundle.at(sparsity), execution, into, offline)
 
 
 def load_bundle(
@@ -108,6 +114,7 @@ def load_bundle(
     with refusing(bundle.card.name, f" in {bundle.folder}"):
         if base is not None:
             contents = bases.restore(contents, base)
+        contents = _at_level(contents, bundle)
     if bundle.card.architecture.name.startswith(own_models.PYTHON):
         model = own_models.handed(bundle.card, into, contents.tensors)
     elif into is None:
@@ -125,7 +132,7 @@ def load_bundle(
             if callable(check := getattr(module, "check_loaded", None)):
                 check()
         if callable(take := getattr(model, "load_extras", None)):
-            take(contents.extras)
+            take({name: one for name, one in contents.extras.items() if not name.startswith(nested.PREFIX)})
         model.eval()
         if execution == "packed":
             model = packing.pack(model, contents.masks)
@@ -227,10 +234,13 @@ def save(
     state, stored = _plain_state(model), stored_state(model)
     stands_on = base_for(base) if base is not None else None
     fields |= _base_fields(stands_on)
+    if not fields.get("levels"):  # those of the model that it was made from are not its own
+        extras = {name: one for name, one in extras.items() if not name.startswith(nested.PREFIX)}
 
     def write(temporary: Path) -> None:
         report = save_packed(temporary / WEIGHTS_FILE, stored, kept, extras, _metadata(fields))
         _measure(fields, model, kept, extras, report)
+        _measure_levels(fields, model, stored, kept, extras)
         if stands_on is not None:
             path = _save_on(stands_on, temporary / WEIGHTS_FILE, stored, kept, extras, fields)
             _measure_file(fields, path)
@@ -241,11 +251,24 @@ def save(
                 folder,
                 fields.get("name"),
             )
+        for level in fields.get("levels") or ():  # all lie in the one file
+            level["cost"]["bytes"]["on_disk"] = fields["weights"]["bytes"]
         written = parse_card(fields, str(Path(folder) / CARD_FILE))
         (temporary / CARD_FILE).write_text(written.to_yaml(), encoding="utf-8")
-        _prove(Bundle(written, temporary), model, state, kept)
+        _prove(Bundle(written, temporary), model, state, kept, extras)
 
     return publish_folder(Path(folder), write, overwrite)
+
+
+def _at_level(contents: PackedContents, bundle: Bundle) -> PackedContents:
+    """What a level of a nested model has; a file must hold as many levels as the card says."""
+    if bundle.level is None:
+        if (found := nested.count_levels(contents.extras)) != len(bundle.card.levels):
+            raise BundleError(f"the weights hold {found} further levels, the card {len(bundle.card.levels)}")
+        return contents
+    tensors, masks = nested.at_level(contents.tensors, contents.masks, contents.extras, bundle.level)
+    extras = {name: one for name, one in contents.extras.items() if not name.startswith(nested.PREFIX)}
+    return PackedContents(tensors, masks, extras, contents.metadata)
 
 
 def _unpack(bundle: Bundle) -> PackedContents:
@@ -383,6 +406,23 @@ def _measure(
     fields["sparsity"] = _sparsity(fields.get("sparsity") or {}, masks, counted, extras)
 
 
+def _measure_levels(
+    fields: dict[str, Any],
+    model: nn.Module,
+    stored: Mapping[str, Tensor],
+    masks: MaskSet,
+    extras: Mapping[str, Tensor],
+) -> None:
+    """The same of each further level, packed by itself."""
+    rest = {name: one for name, one in extras.items() if not name.startswith(nested.PREFIX)}
+    for number, level in enumerate(fields.get("levels") or (), start=1):
+        tensors, inner = nested.at_level(stored, masks, extras, number)
+        with tempfile.TemporaryDirectory() as folder:
+            report = save_packed(Path(folder) / WEIGHTS_FILE, tensors, inner, rest, {})
+            _measure(level, model, inner, rest, report)
+            del level["weights"]
+
+
 def _measure_file(fields: dict[str, Any], path: Path) -> None:
     size = path.stat().st_size
     fields["weights"] = {"file": WEIGHTS_FILE, "sha256": sha256_file(path), "bytes": size}
@@ -410,20 +450,29 @@ def _part(kept: int, total: int, pattern: str) -> dict[str, Any]:
     return {"kept": kept, "total": total, "sparsity": share_dropped(kept, total), "pattern": pattern}
 
 
-def _prove(bundle: Bundle, model: nn.Module, state: Mapping[str, Tensor], masks: MaskSet) -> None:
+def _prove(
+    bundle: Bundle,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    masks: MaskSet,
+    extras: Mapping[str, Tensor],
+) -> None:
     """Load what was written and compare it with what was meant."""
     into = None
     if bundle.card.architecture.name.startswith(own_models.PYTHON):
         into = copied(model)
         for tensor in into.state_dict().values():
             tensor.zero_()  # nothing may come back that was not stored
-    loaded = load_bundle(bundle, into=into)
-    again = loaded.state_dict()
-    for name, tensor in state.items():
-        if not _same_bits(again[name], tensor):
-            raise BundleError(f"{bundle.card.name}: {name!r} does not come back as it was saved.")
-    if not masks.equal(masks_of(loaded) or MaskSet({})):
-        raise BundleError(f"{bundle.card.name}: the masks do not come back as they were saved.")
+    for number in range(1 + len(bundle.card.levels)):
+        at = bundle.at_level(number)
+        loaded = load_bundle(bundle if number == 0 else at, into=into)
+        again = loaded.state_dict()
+        tensors, inner = nested.at_level(state, masks, extras, number)
+        for name, tensor in tensors.items():
+            if not _same_bits(again[name], tensor):
+                raise BundleError(f"{at.reference}: {name!r} does not come back as it was saved.")
+        if not inner.equal(masks_of(loaded) or MaskSet({})):
+            raise BundleError(f"{at.reference}: the masks do not come back as they were saved.")
 
 
 def _same_bits(loaded: Tensor, saved: Tensor) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from zoo.bundles.card import Card, DenseFigure, Metric
+from zoo.bundles.card import Card, DenseFigure, Metric, level_label
 from zoo.cli.console import note, print_json, stdout
 from zoo.cli.parsing import Positional, metavar, parse
 from zoo.errors import ConfigError
@@ -135,8 +135,12 @@ def dropped_parts(cards: list[Card]) -> list[str]:
 
 
 def _dropped(card: Card, part: str) -> str:
+    """The share of a part; of a nested model from the first to the last level."""
     known = card.sparsity.parts.get(part)
-    return "" if known is None else numbers.percent(known.sparsity)
+    if known is None:
+        return ""
+    last = card.levels[-1].sparsity.parts.get(part) if card.levels else None
+    return numbers.percent(known.sparsity) + (f" to {numbers.percent(last.sparsity)}" if last else "")
 
 
 def show_command(argv: Sequence[str]) -> int:
@@ -154,7 +158,7 @@ def show_command(argv: Sequence[str]) -> int:
     from zoo.report.terminal import show_table
 
     console = stdout()
-    console.print(f"[bold]{card.reference}[/bold]", highlight=False)
+    console.print(f"[bold]{bundle.reference}[/bold]", highlight=False)
     console.print(card.summary, markup=False)
     for table in _card_tables(card):
         show_table(console, table)
@@ -291,7 +295,28 @@ def _card_tables(card: Card) -> list[Any]:
             for name, part in card.sparsity.parts.items()
         ]
         tables.append(Table("Sparsity", ["part", "kept", "of", "sparsity", "pattern"], parts))
+    if card.levels:
+        tables.append(_levels(card))
     return tables
+
+
+def _levels(card: Card) -> Any:
+    """The levels of a nested model, each with the address that every command takes."""
+    from zoo.studies.tables import Table
+
+    metric = card.metrics[0]
+    rows = [
+        [
+            f"{card.name}#{level_label(level.sparsity.overall)}",
+            numbers.count(level.cost.parameters.kept),
+            numbers.size(level.cost.bytes.sparse),
+            numbers.value(level.metrics[0].value, level.metrics[0].stderr),
+            _over_seeds(level.metrics[0]),
+        ]
+        for level in (card, *card.levels)
+    ]
+    columns = ["level", "parameters", "packed alone", metric.metric, "mean ± spread (seeds)"]
+    return Table("Levels", columns, rows)
 
 
 def _over_seeds(figure: Metric | DenseFigure) -> str:

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from zoo.bundles.card import Card, mean_and_spread
-from zoo.bundles.catalog import cache_folder
+from zoo.bundles.catalog import Bundle, cache_folder
+from zoo.bundles.levels import level_model
 from zoo.bundles.make import Target, train_seeds
 from zoo.bundles.recipes import find_row
 from zoo.harness.checks import Check, close, listed, same_values, stated
 from zoo.harness.runner import evaluate
+from zoo.methods.contract import Sparsified
 from zoo.shared.store.io import read_json
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,8 +44,9 @@ def seed_checks(card: Card, twin: Card | None, tolerance: float) -> Iterator[Che
                 )
 
 
-def evidence_checks(card: Card, tolerance: float) -> Iterator[Check]:
+def evidence_checks(bundle: Bundle, tolerance: float) -> Iterator[Check]:
     """The values per seed against the committed results; see `zoo.harness.evidence`."""
+    card = bundle.card
     several = [metric for metric in card.metrics if len(metric.per_seed) > 1]
     stored, why = _recorded(card)
     if stored is None:
@@ -51,7 +56,7 @@ def evidence_checks(card: Card, tolerance: float) -> Iterator[Check]:
             yield Check(label, listed({seed: metric.per_seed[seed] for seed in seeds}), "", None, why)
         return
     for metric in card.metrics:
-        figures: list[tuple[str, Any]] = [(card.name, metric)]
+        figures: list[tuple[str, Any]] = [(bundle.label, metric)]
         if metric.dense is not None:
             figures.append((metric.dense.name.partition("@")[0], metric.dense))
         for name, figure in figures:
@@ -61,12 +66,13 @@ def evidence_checks(card: Card, tolerance: float) -> Iterator[Check]:
             yield same_values(label, figure.per_seed, known, tolerance, f"by {card.evidence}")
 
 
-def remade_checks(card: Card, tolerance: float) -> Iterator[Check]:
+def remade_checks(bundle: Bundle, tolerance: float) -> Iterator[Check]:
     """The values per seed against those of models that the bundle's recipe makes again."""
+    card = bundle.card
     kept = train_seeds(find_row(card.name), Target(cache_folder() / "verify"))
     names = list(dict.fromkeys(metric.task for metric in card.metrics))
     measured = {
-        seed: {record.task: record for record in evaluate(one.made.model, names, use_cache=False)}
+        seed: {record.task: record for record in evaluate(_at(bundle, one.made), names, use_cache=False)}
         for seed, one in kept.items()
     }
     for metric in card.metrics:
@@ -78,6 +84,10 @@ def remade_checks(card: Card, tolerance: float) -> Iterator[Check]:
                 continue
             value = measured[seed][metric.task].metrics[metric.metric].value
             yield close(label, metric.per_seed[seed], value, tolerance)
+
+
+def _at(bundle: Bundle, made: Sparsified) -> nn.Module:
+    return level_model(made.model, made.extras, bundle.level) if bundle.level else made.model
 
 
 def _recorded(card: Card) -> tuple[dict[str, Any] | None, str]:

@@ -69,7 +69,7 @@ def resolve(models: Models, *, twins: bool = False) -> list[Subject]:
             if twins and bundle.card.dense_twin:
                 twin = twin_of(bundle)
                 found.setdefault(str(twin.folder), bundle_subject(twin))
-            found.setdefault(str(bundle.folder), bundle_subject(bundle))
+            found.setdefault(f"{bundle.folder} {bundle.level}", bundle_subject(bundle))
     return list(found.values())
 
 
@@ -86,7 +86,7 @@ def find_bundles(models: Models) -> list[Bundle]:
         if isinstance(item, nn.Module):
             raise ConfigError(f"a {type(item).__name__} is no bundle with a card; save it first (zoo.save)")
         for bundle in _bundles(item):
-            found.setdefault(str(bundle.folder), bundle)
+            found.setdefault(f"{bundle.folder} {bundle.level}", bundle)
     return list(found.values())
 
 
@@ -94,7 +94,7 @@ def bundle_subject(bundle: Bundle) -> Subject:
     """A bundle as a subject of evaluation."""
     card = bundle.card
     return Subject(
-        name=card.name,
+        name=bundle.label,
         version=card.version,
         card=card,
         weights_sha256=card.weights.sha256,
@@ -114,7 +114,7 @@ def _bundle_identity(bundle: Bundle) -> str:
     stated = bundle.card.architecture
     code = code_digest(ARCHITECTURES.get(stated.name), load_bundle)
     stands_on = public.stated.identity["sha256"] if public else base.card.weights.sha256 if base else None
-    hashes = [bundle.card.weights.sha256, stands_on]
+    hashes = [bundle.card.weights.sha256, stands_on, *([bundle.level] if bundle.level is not None else [])]
     return data_digest([hashes, stated.model_dump(), code]) if code else ""
 
 

@@ -71,18 +71,22 @@ def verify(
     twin, the evidence of several seeds) could not be checked.
 
     Args:
-        models: names, globs or folders.
+        models: names, globs or folders; of a nested model each level is verified.
         tolerance: relative difference that is allowed for measured quality. Counts, bytes and hashes must be
             exact.
         seeds: train the model of every seed again by its recipe and measure it. Finished trainings are kept
             in the cache under the digest of the code that made them.
         progress: called after each model.
     """
-    found = find_bundles(models)
+    found = [
+        level
+        for bundle in find_bundles(models)
+        for level in (bundle, *map(bundle.at_level, range(1, 1 + len(bundle.card.levels))))
+    ]
     verifications = []
     for index, bundle in enumerate(found):
         if progress:
-            progress(index, len(found), bundle.card.name)
+            progress(index, len(found), bundle.label)
         verifications.append(verify_bundle(bundle, tolerance=tolerance, seeds=seeds))
     if progress:
         progress(len(found), len(found), "done")
@@ -114,14 +118,14 @@ def verify_bundle(bundle: Bundle, *, tolerance: float = 1e-4, seeds: bool = Fals
         checks += _section("sparsity", partial(_sparsity, card, subject.model))
         checks += _section("quality", partial(_quality, subject, tolerance))
         checks += seed_checks(card, subject.twin.card if subject.twin is not None else None, tolerance)
-        stated = list(evidence_checks(card, tolerance))
+        stated = list(evidence_checks(bundle, tolerance))
         if seeds:
-            again = _section("seeds, made again", partial(remade_checks, card, tolerance))
+            again = _section("seeds, made again", partial(remade_checks, bundle, tolerance))
             checks += again
             if all(check.ok is not None for check in again):  # measured now, whatever vouches for them
                 stated = [check for check in stated if check.ok is not None]
         checks += stated
-    return Verification(card.reference, checks)
+    return Verification(bundle.reference, checks)
 
 
 def _section(name: str, checks: Callable[[], Iterable[Check]]) -> list[Check]:
