@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from zoo.bundles.card import Card, DenseFigure, Metric, level_label
+from zoo.bundles.card import Card, DenseFigure, Level, Metric, level_label
 from zoo.cli.console import note, print_json, stdout
 from zoo.cli.parsing import Positional, metavar, parse
 from zoo.errors import ConfigError
@@ -305,6 +305,7 @@ def _levels(card: Card) -> Any:
     from zoo.studies.tables import Table
 
     metric = card.metrics[0]
+    levels: list[Card | Level] = [card, *card.levels]
     rows = [
         [
             f"{card.name}#{level_label(level.sparsity.overall)}",
@@ -313,7 +314,7 @@ def _levels(card: Card) -> Any:
             numbers.value(level.metrics[0].value, level.metrics[0].stderr),
             _over_seeds(level.metrics[0]),
         ]
-        for level in (card, *card.levels)
+        for level in levels
     ]
     columns = ["level", "parameters", "packed alone", metric.metric, "mean ± spread (seeds)"]
     return Table("Levels", columns, rows)
