@@ -154,7 +154,7 @@ def sparsify(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsi
     known = {one.name for one in dataclasses.fields(method)}
     given = {"seed": seed, "dataset": row.dataset, "device": work.device}
     own = {key: value for key, value in {**given, **row.recipe}.items() if key in known}
-    made = method(**own, **row.options)
+    made = method(**own, **row.method_options())
     result: Sparsified
     if needs_job(method) or default_recipe(method):
         rest = {key: value for key, value in row.recipe.items() if key not in known}

@@ -88,6 +88,10 @@ class Row:
     def slug(self) -> str:
         return self.name.partition("/")[2]
 
+    def method_options(self) -> dict[str, Any]:
+        """The options as a method takes them: lists of the file are tuples."""
+        return {key: tuple(one) if isinstance(one, list) else one for key, one in self.options.items()}
+
     def identity(self) -> dict[str, Any]:
         """What decides the weights of a seed, but for the source."""
         shown = ("maker", "method", "start", "architecture", "arguments", "dataset", "options", "recipe")

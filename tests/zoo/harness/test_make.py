@@ -62,7 +62,7 @@ def test_rows_name_makers_and_options_that_exist(row):
     if row.maker == "sparsify":
         kind = METHODS.get(row.method)
         known = {field.name for field in dataclasses.fields(kind)}
-        kind(**row.options, **{key: value for key, value in row.recipe.items() if key in known})
+        kind(**row.method_options(), **{key: value for key, value in row.recipe.items() if key in known})
         Recipe(**{key: value for key, value in row.recipe.items() if key not in known})
 
 
