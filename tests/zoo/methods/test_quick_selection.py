@@ -9,6 +9,7 @@ import torch
 
 from zoo.errors import ConfigError, DataError
 from zoo.methods.quick_selection import QuickSelection, SparseLinear, standardised, step, strongest
+from zoo.vision.features import FeatureAutoencoder, placed
 
 
 def layer(values: list[float], flat: list[int], inputs: int = 3, outputs: int = 2) -> SparseLinear:
@@ -93,3 +94,18 @@ def test_tables_and_densities_that_do_not_do_are_refused():
         standardised(x.index_fill(1, torch.tensor([3]), torch.nan))
     with pytest.raises(ConfigError, match="do not fit a layer"):
         QuickSelection(hidden=4).fit(x)
+
+
+def test_a_sparse_autoencoder_as_a_model_computes_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = SparseLinear(6, 4, 1.0, generator), SparseLinear(4, 6, 1.5, generator)
+    model, x = FeatureAutoencoder(6, 4), torch.randn(3, 6, generator=generator)
+    keep = [placed(layer, into) for layer, into in zip(layers, (model.encoder, model.decoder), strict=True)]
+    torch.testing.assert_close(model(x), layers[1](layers[0](x.T).sigmoid()).T)
+    assert [int(one.sum()) for one in keep] == [len(layer.values) for layer in layers]
+    assert bool((model.encoder.weight[~keep[0]] == 0).all())
+    model.columns.copy_(torch.tensor([1, 4, 9, 16, 25, 36]))
+    model.strength.copy_(torch.tensor([0.1, 3.0, 0.2, 2.0, 0.0, 1.0]))
+    assert model.chosen(3).tolist() == [4, 16, 36]
+    with pytest.raises(ConfigError, match="at least 1"):
+        FeatureAutoencoder(0, 4)

@@ -98,8 +98,8 @@ def varied(x: Tensor) -> Tensor:
     return (x != x.mode(0).values).double().mean(0) > 0.05
 
 
-def dense_strength(x: Tensor, method: QuickSelection) -> Tensor:
-    """Sum of |w| over the connections of each input of a dense autoencoder, trained alike."""
+def dense_layers(x: Tensor, method: QuickSelection) -> tuple[DenseLinear, DenseLinear]:
+    """Both layers of a dense autoencoder, trained alike."""
     generator = torch.Generator().manual_seed(method.seed)
     clean = standardised(x)
     noisy = (clean + method.noise * torch.randn(clean.shape, generator=generator)).T.contiguous()
@@ -107,7 +107,13 @@ def dense_strength(x: Tensor, method: QuickSelection) -> Tensor:
     for _ in range(method.epochs):
         for rows in torch.randperm(len(x), generator=generator).split(method.batch):
             step(layers, noisy[:, rows], clean.T[:, rows], optimizer, generator)
-    return layers[0].values.detach().abs().sum(0)
+    first, second = layers
+    return first, second
+
+
+def dense_strength(x: Tensor, method: QuickSelection) -> Tensor:
+    """Sum of |w| over the connections of each input of a dense autoencoder, trained alike."""
+    return dense_layers(x, method)[0].values.detach().abs().sum(0)
 
 
 def dense_pair(features: int, hidden: int, generator: torch.Generator, method: QuickSelection) -> Any:

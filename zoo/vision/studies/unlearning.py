@@ -108,14 +108,8 @@ def forgotten(
     test = Part(*(value[: len(parts[1].y)] for value in test))
     recipe = Recipe(options.epochs, RATE, 50)
     start: nn.Module = reinitialised(options.model(), seed)
-    trained, early = fitted(start, Part(x, y), recipe, seed, options.rewind)
-    if case["pruned"]:
-        names = prunable_parameters(trained)[:-1]
-        masks = sparsify(trained, sparsity=options.sparsity, names=names)
-        trained.load_state_dict(early)
-        masks.attach(trained).detach()
-        start = copied(trained)
-        trained, _ = fitted(start, Part(x, y), recipe, seed)
+    sparsity = options.sparsity if case["pruned"] else 0.0
+    trained, start = learned(start, Part(x, y), recipe, seed, sparsity, options.rewind)
     clock = time.process_time()
     again, _ = fitted(start, parts[1], recipe, seed)
     target = figures(again, *parts, test)
@@ -131,6 +125,21 @@ def forgotten(
             gaps = {name: abs(found[name] - target[name]) for name in FIGURES}
             more = {"ua_gap": gaps["ua"], "mia_gap": gaps["mia"], "gap": fmean(gaps.values())}
             yield arm, strength, {**found, **more, "seconds": seconds}
+
+
+def learned(
+    start: nn.Module, part: Part, recipe: Recipe, seed: int, sparsity: float, rewind: int
+) -> tuple[nn.Module, nn.Module]:
+    """A trained network, and what it started from; with a sparsity pruned by one-shot magnitude after a first
+    training, whose weights of an early epoch come back."""
+    trained, early = fitted(start, part, recipe, seed, rewind)
+    if not sparsity:
+        return trained, start
+    masks = sparsify(trained, sparsity=sparsity, names=prunable_parameters(trained)[:-1])
+    trained.load_state_dict(early)
+    masks.attach(trained).detach()
+    start = copied(trained)
+    return fitted(start, part, recipe, seed)[0], start
 
 
 def _tenth(count: int, seed: int) -> Tensor:
