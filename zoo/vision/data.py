@@ -324,7 +324,8 @@ def shifted_and_mirrored(
 @dataclass(frozen=True)
 class ImageBatches:
     """Shuffled batches of training images, made where the images are; the last, short one of an epoch is left
-    out unless it is the only one. What is drawn does not depend on the device."""
+    out unless it is the only one. What is drawn does not depend on the device. A set to test on only has an
+    example, and refuses to be drawn from with a DataError."""
 
     data: Images
     batch: int
@@ -334,6 +335,8 @@ class ImageBatches:
 
     def draw(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         device, count = self.data.device, len(self.data.train)
+        if not count:
+            raise DataError(f"{self.data.name} has images to test on only; choose another set to train on")
         order = torch.randperm(count, generator=generator).to(device)
         moves = drawn_moves(count, generator).to(device) if self.data.augment else None
         for start in range(0, len(self) * self.batch, self.batch):
@@ -347,7 +350,8 @@ class ImageBatches:
         return replace(self, batch=batch)
 
     def example(self) -> tuple[Tensor, ...]:
-        return (self.data.normalised(self.data.train.images[:1]),)
+        images = self.data.train.images if len(self.data.train) else self.data.test.images
+        return (self.data.normalised(images[:1]),)
 
 
 def correct(model: nn.Module, data: Images, split: Split, batch: int = 500) -> Bool[Tensor, " n"]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from zoo.bundles.sources import Source
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError
 from zoo.shared.train import Job, Recipe, device_named
 from zoo.vision import data, slots, superres
 from zoo.vision.data import ImageBatches, Images, accuracy, load_images
@@ -121,13 +121,7 @@ def measured_on_frames(dataset: str) -> str | None:
 def image_job(
     images: Images, recipe: Recipe | None = None, seed: int = 0, device: str | torch.device = "cpu"
 ) -> Job:
-    """Classification of images; the score is the accuracy on the validation part.
-
-    Raises:
-        DataError: a set that has no training images.
-    """
-    if not len(images.train):
-        raise DataError(f"{images.name} has images to test on only; choose another set to train on")
+    """Classification of images; the score is the accuracy on the validation part."""
     there, recipe = images.to(device_named(device)), recipe or Recipe()
 
     def score(model: nn.Module) -> float:
