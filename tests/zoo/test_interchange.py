@@ -34,6 +34,24 @@ def test_a_program_of_torch_runs_without_the_zoo(tmp_path, capsys):
         ExportProgram(SPARSE, file).run()
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("graph/teddy-gcn-digits-g30-w80", "edges"),
+        ("llm/chess-50-stories", "thresholds"),
+        ("llm/gqsa-w4s50-stories", "the decoding of four-bit codes"),
+    ],
+)
+def test_tensors_that_are_another_function_are_said_and_kept_apart_from_the_card(
+    tmp_path, capsys, name, what
+):
+    assert main(["export", name, "--to", str(tmp_path / "folder")]) == 2
+    assert f"computes with {what} besides its tensors" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+    assert main(["export", name, "--to", str(tmp_path / "x.safetensors")]) == 0
+    assert f"computes with {what} besides" in capsys.readouterr().err
+
+
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     write = ExportProgram.write_file
 

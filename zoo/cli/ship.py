@@ -144,6 +144,17 @@ def export_command(argv: Sequence[str]) -> int:
 
     model = load(options.model)
     card = info(model).card
+    left = _not_in_tensors(model, info(model).extras)
+    if left and not is_file:
+        raise ConfigError(
+            f"{card.name} computes with {left} besides its tensors, and plain tensors beside card.json "
+            f"would be "
+            "another function than its figures tell of. Give FILE.safetensors for the tensors alone, or "
+            "--to onnx "
+            "or torch-export, whose outputs are compared"
+        )
+    if left:
+        note(f"{card.name} computes with {left} besides; the file has its tensors alone, another function")
     # Tied tensors are written once each, since plain safetensors knows no ties.
     state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
     weights.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +169,18 @@ def export_command(argv: Sequence[str]) -> int:
         packed = numbers.size(card.bytes_needed)
         print(f"{weights}: {len(state)} tensors, {numbers.size(len(content))} dense ({packed} packed)")
     return OK
+
+
+def _not_in_tensors(model: Any, extras: Any) -> str:
+    """What decides about a model's outputs and is in no plain tensor: thresholds, a ticket's edges, codes."""
+    inert = ("tokenizer", "generation", "levels")
+    kinds = {
+        name.partition("/")[0]
+        for name in extras
+        if name.startswith("edges/") or not name.endswith("/keep") and name.partition("/")[0] not in inert
+    }
+    coded = any(getattr(module, "coded_weights", 0) for module in model.modules())
+    return " and ".join(sorted(kinds) + ["the decoding of four-bit codes"] * coded)
 
 
 def _require_hub(reference: str) -> None:

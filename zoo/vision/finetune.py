@@ -12,6 +12,7 @@ from torch import nn
 
 from zoo.bundles.catalog import Bundle
 from zoo.bundles.publish import Figure
+from zoo.bundles.store import load_bundle
 from zoo.errors import ConfigError
 from zoo.shared.train import Recipe
 from zoo.training.finetune import FineTuner, Plan
@@ -83,6 +84,7 @@ class Finetune(FineTuner):
             model, new = for_classes(model, classes_of(dataset), self.seed)
             arguments = model.current_arguments()
             if new:
+                _check_twin(twin, classes_of(dataset), dataset)
                 print(f"zoo: {dataset} has other classes: {', '.join(new)} are new", file=sys.stderr)
             if dataset != dataset_of(loaded):
                 figures = [Figure(measured_on_images(dataset)[0])]
@@ -101,4 +103,19 @@ class Finetune(FineTuner):
             figures=figures,
             data=words,
             identity={"dataset": dataset, "content": origin.origin},
+        )
+
+
+def _check_twin(twin: Bundle | None, classes: int, dataset: str) -> None:
+    """Refuse, before anything is trained, a dense twin that cannot be measured on the new classes."""
+    if twin is None:
+        return
+    model = load_bundle(twin)
+    if isinstance(model, Classifier) and for_classes(model, classes, 0)[1]:
+        raise ConfigError(
+            f"{dataset} has {classes} classes, for which the dense twin {twin.card.name} has no head: "
+            f"fine-tune it "
+            f"first (zoo finetune vision --model {twin.card.name} --dataset {dataset} --out DIR), then give "
+            f"that "
+            "model with --twin DIR"
         )

@@ -154,7 +154,14 @@ def make(path: Path, names: Sequence[str]) -> None:
         row = line(name)
         print(row, file=sys.stderr, flush=True)
         rows = lines_of(path.read_text() if path.is_file() else "") | {name: row}
-        atomic_write(path, (HEAD + COLUMNS + "\n".join(rows[n] for n in NAMES if n in rows) + "\n").encode())
+        atomic_write(path, page(rows).encode())
+
+
+def page(rows: dict[str, str]) -> str:
+    """The page of these lines, and which networks it lacks."""
+    lacks = ", ".join(name for name in NAMES if name not in rows)
+    text = HEAD + COLUMNS + "\n".join(rows[name] for name in NAMES if name in rows) + "\n"
+    return text + (f"\nNot gone through yet: {lacks}.\n" if lacks else "")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,10 @@ def test_own_images_go_through_every_command(tmp_path, monkeypatch, capsys):
     card = read_card(tmp_path / "dense" / "card.yaml")
     assert [metric.task for metric in card.metrics] == ["images:mine@8L"]
     assert card.architecture.args["classes"] == 3 and card.data.name == "mine"
+    capsys.readouterr()
+    assert main([*start, "--model", SPARSE, "--out", "sparse"]) == 2
+    said = capsys.readouterr().err
+    assert "give that model with --twin DIR" in said and "loss" not in said, "refused before it is trained"
     assert main([*start, "--model", SPARSE, "--twin", "dense", "--out", "sparse"]) == 0
     before, after = load(SPARSE), load("sparse")
     old, new = masks_of(before), masks_of(after)
