@@ -30,9 +30,9 @@ def reprogrammed(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sp
         dataset="mnist",
         train_images=row.options["images"],
         epochs=row.options["epochs"],
-        levels=tuple(one for one in LEVELS if one <= level),
+        levels=LEVELS,
     )
-    *_, (_, source) = tickets(options, seed)
+    source = next(net for zeros, net in tickets(options, seed) if zeros == level)
     images = load_images(str(row.dataset))
     probe = train_probe(Probe(source, 10, seed), image_job(images, Recipe(**row.recipe), seed, work.device))
     model: Any = probe.net.requires_grad_(True)
