@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,9 +35,11 @@ the masked network.
 
 Torch-Pruning 1.6 (`MagnitudePruner`) cuts the same network at the same ratio: half of the units of each
 group, the classifier left alone; of attention whole heads, whose counts and widths are set afterwards as its
-examples do for timm. "does not run": the forward pass of what it made raises.
+examples do for timm. "does not run": the forward pass of what it made raises; "no answer": none within two
+minutes of processor time.
 
 """
+PATIENCE = 120  # seconds of processor time that Torch-Pruning has for one network
 COLUMNS = (
     "| network | reach | families | parameters left, half of the units cut | outputs equal the masked "
     "network's | parameters left by Torch-Pruning |\n|---|---|---|---|---|---|\n"
@@ -89,6 +92,8 @@ def torch_pruned(model: nn.Module, images: Tensor, ratio: float = 0.5) -> str:
     outputs = [one for one in layers if one.weight.shape[0] == classes]
     attention = [one for one in smaller.modules() if isinstance(getattr(one, "qkv", None), nn.Linear)]
     heads = {one.qkv: one.num_heads for one in attention}
+    signal.signal(signal.SIGPROF, _give_up)
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE)
     try:
         pruner = tp.pruner.MagnitudePruner(
             smaller,
@@ -103,8 +108,12 @@ def torch_pruned(model: nn.Module, images: Tensor, ratio: float = 0.5) -> str:
             output_transform=lambda made: _tensor(made).sum(),
         )
         pruner.step()
+    except TimeoutError:
+        return "no answer"
     except Exception as error:  # whatever its tracing or pruning raises is the answer
         return f"raises {_short(error)}"
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
     for one in attention:
         changed: Any = one
         changed.num_heads = pruner.num_heads[one.qkv]
@@ -117,6 +126,10 @@ def torch_pruned(model: nn.Module, images: Tensor, ratio: float = 0.5) -> str:
     except Exception:  # any error of the network's own code
         return f"{left}, does not run"
     return left
+
+
+def _give_up(*_: object) -> None:
+    raise TimeoutError
 
 
 def _tensor(made: Any) -> Tensor:
