@@ -6,6 +6,7 @@ function of its own only where a figure is its own. The runner (`zoo.studies.run
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,7 +20,7 @@ from zoo.studies.cells import CellCache, share
 from zoo.studies.digests import code_digest
 from zoo.studies.tables import Plot, Result, Table, Verdict
 from zoo.studies.verdict import Cap, Finding, judge
-from zoo.studies.view import Row, Rows, Value, View
+from zoo.studies.view import NotRunError, Row, Rows, Value, View
 
 BAR = "not stated; this zoo's bar"
 TableMaker = Callable[[View], Table | None]
@@ -238,14 +239,19 @@ class Study:
         plots: list[Plot] = []
         verdicts: list[Verdict] = []
         claims = self.claims(options) if callable(self.claims) else self.claims
+        without: list[str] = []
         for view in self._groups(everything):
             verdicts += judge([finding for claim in claims for finding in claim.findings(view)])
-            verdicts += self.facts(view) if self.facts else []
+            with _noting(without):
+                verdicts += self.facts(view) if self.facts else []
             for make in (*self.tables, *self.plots):
-                _file(make(view), tables, plots)
+                with _noting(without):
+                    _file(make(view), tables, plots)
         for make in (*self.overall, _tuning):
-            _file(make(everything), tables, plots)
-        return Result(tables, verdicts, plots, list(rows), self.notes(options))
+            with _noting(without):
+                _file(make(everything), tables, plots)
+        notes = [*self.notes(options), *_left_out(without)]
+        return Result(tables, verdicts, plots, list(rows), notes)
 
     def _groups(self, view: View) -> list[View]:
         found = dict.fromkeys(tuple(row[name] for name in self.by) for row in view.rows)
@@ -268,6 +274,20 @@ def grid(
 def shown(level: Any) -> str:
     """A level in words: a share in percent, anything else as it is."""
     return f"{100 * level:g} %" if isinstance(level, float) else str(level)
+
+
+@contextlib.contextmanager
+def _noting(without: list[str]) -> Iterator[None]:
+    """Leave out what is made inside if an arm that it needs was not run, and note which."""
+    try:
+        yield
+    except NotRunError as missing:
+        without.append(str(missing))
+
+
+def _left_out(without: Sequence[str]) -> list[str]:
+    needed = "; ".join(dict.fromkeys(without))
+    return [f"Left out, as it was not run: what is made of {needed}."] if needed else []
 
 
 def _file(made: Table | Plot | None, tables: list[Table], plots: list[Plot]) -> None:

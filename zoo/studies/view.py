@@ -19,6 +19,10 @@ Row = dict[str, Any]
 Rows = Sequence[Row]
 
 
+class NotRunError(LookupError):
+    """An arm was not run that a table, picture or fact is made of, which is then left out."""
+
+
 @dataclass(frozen=True)
 class Value:
     """A figure of the rows, and how it is shown and compared.
@@ -97,6 +101,20 @@ class View:
         """Scaled figures of an arm at a level, by seed; of runs that have the figure."""
         value = value or self.study.value
         return [value.of(row) for row in self.chosen(arm, level) if value.name in row]
+
+    def required(self, arm: str, level: Any = None) -> list[Row]:
+        """`chosen`, of which there must be one; raises NotRunError."""
+        found = self.chosen(arm, level)
+        if not found:
+            raise NotRunError(arm if level is None else f"{arm} at {level}")
+        return found
+
+    def mean(self, arm: str, level: Any = None, value: Value | None = None) -> float:
+        """Mean of `values`; raises NotRunError where there are none."""
+        found = self.values(arm, level, value)
+        if not found:
+            raise NotRunError(f"{arm}, {(value or self.study.value).name}")
+        return statistics.fmean(found)
 
     def cell(self, arm: str, level: Any = None, value: Value | None = None) -> str:
         """Mean ± sample standard deviation."""

@@ -304,10 +304,10 @@ def _columns(view: View) -> list[str]:
 
 
 def _heading(view: View, level: str) -> str:
-    if level not in _levels(view):
+    teddy, dense = view.chosen("teddy", level), view.chosen("dense", "dense")
+    if level not in _levels(view) or not teddy or not dense:
         return level
-    one = view.chosen("teddy", level)[0]
-    dropped = 1 - one["edges_kept"] / view.chosen("dense", "dense")[0]["edges_kept"]
+    one, dropped = teddy[0], 1 - teddy[0]["edges_kept"] / dense[0]["edges_kept"]
     weights = 100 * one["weights_kept"] / max(row["weights_kept"] for row in view.rows)
     return f"{level} ({100 * dropped:.0f} / {100 - weights:.0f} %)"
 
@@ -316,10 +316,9 @@ def _note(view: View) -> str:
     seeds = {arm: len({row["seed"] for row in view.rows if row["arm"] == arm}) for arm in view.arms()}
     most = max(seeds.values())
     fewer = "".join(f"; {arm}: {count}" for arm, count in seeds.items() if count != most)
-    entries = view.chosen("dense", "dense")[0]["edges_kept"]
-    return (
-        f"{most} seeds{fewer}. Level k: share of edges dropped / of weights zero; {entries} directed entries."
-    )
+    dense = view.chosen("dense", "dense")
+    entries = f"; {dense[0]['edges_kept']} directed entries" if dense else ""
+    return f"{most} seeds{fewer}. Level k: share of edges dropped / of weights zero{entries}."
 
 
 def _first(view: View) -> bool:
@@ -330,7 +329,7 @@ def facts(view: View) -> list[Verdict]:
     """What the highest level costs TEDDY and UGS."""
     claim = "{where}: the highest level costs less training than UGS"
     published = "one training instead of twenty rounds"
-    if not _first(view):
+    if not _first(view) or not _levels(view):
         return []
     teddy, other = (view.values(arm, _levels(view)[-1], SECONDS) for arm in ("teddy", "ugs"))
     if not teddy or not other:

@@ -45,7 +45,7 @@ class CfspOptions(common.Protocol):
 def _note(view: View) -> str:
     sizes = []
     for ratio in view.options.ratios:
-        before, after = view.chosen(OURS, ratio)[0]["parameters"]
+        before, after = view.required(OURS, ratio)[0]["parameters"]
         sizes.append(f"{shown(ratio)}: {after:,} of {before:,}")
     return (
         f"Columns: share of FFN channels cut; magnitude has no seed. Parameters of the whole model left "

@@ -181,10 +181,11 @@ def with_savings(rows: Rows, options: ChessOptions) -> Rows:
 
 def _spread(view: View) -> str:
     spreads = [value for row in view.rows for value in row.get("channel_spread", [])]
-    return (
-        "Squared error of the FFN's output over its square, %, mean over blocks, on held-out text. The 90/10 "
-        f"percentile ratio of sqrt(E[u^2]) over channels is {min(spreads):.2f} to {max(spreads):.2f}."
-    )
+    text = "Squared error of the FFN's output over its square, %, mean over blocks, on held-out text."
+    if not spreads:
+        return text
+    over = f"is {min(spreads):.2f} to {max(spreads):.2f}"
+    return f"{text} The 90/10 percentile ratio of sqrt(E[u^2]) over channels {over}."
 
 
 def _realised(view: View, arm: str, share: float) -> str:
@@ -197,7 +198,7 @@ def _realised(view: View, arm: str, share: float) -> str:
 
 def facts(view: View) -> list[Verdict]:
     """Whether closed gates are as many as asked for; after the last subject, what decoding gains."""
-    own = [row for row in view.rows if row["arm"] == "CHESS"]
+    own = view.required("CHESS")
     off = max(abs(float(block["ffn"]) - row["level"]) for row in own for block in row["report"])
     claim = "{where}: closed gates on held-out text are within 2 points of the target in every block"
     found = [view.fact(claim, BAR, f"at most {100 * off:.1f} points off", off <= 0.02)]

@@ -148,7 +148,7 @@ def with_dense(note: Text) -> Callable[[View], str]:
     def text(view: View) -> str:
         options, rest = view.options, note(view) if callable(note) else note
         return (
-            f"Dense: {view.values(DENSE)[0]:.2f}. {rest} Mean ± sample standard deviation over "
+            f"Dense: {view.mean(DENSE):.2f}. {rest} Mean ± sample standard deviation over "
             f"{options.seeds} calibration seeds of {options.windows} windows of {options.length} tokens."
         )
 

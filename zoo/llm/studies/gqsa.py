@@ -124,7 +124,7 @@ def cases(options: GqsaOptions) -> Iterator[Row]:
 
 def _nats(view: View, arm: str) -> list[float]:
     """By how much the logarithm of perplexity is above the dense model's."""
-    dense = view.values(common.DENSE)[0]
+    dense = view.mean(common.DENSE)
     return [math.log(value / dense) for value in view.values(arm)]
 
 
@@ -133,6 +133,8 @@ def with_undone(rows: Rows, options: GqsaOptions) -> Rows:
     view, more = View(STUDY, rows, options, {}), []
     for subject in dict.fromkeys(row["subject"] for row in rows):
         own = view.part(subject=subject)
+        if not {common.DENSE, ONCE, BLOCKS} <= set(own.arms()):
+            continue
         for seed, (once, tuned) in enumerate(zip(_nats(own, ONCE), _nats(own, BLOCKS), strict=True)):
             arm = {"subject": subject, "arm": UNDONE, "level": "", "seed": seed}
             more.append({**arm, "undone": 1 - tuned / once})

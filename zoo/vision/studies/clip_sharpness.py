@@ -169,7 +169,7 @@ def plot(view: View) -> Plot:
     """Accuracy on other domains along the lines, in the mean over seeds."""
     series = []
     for level in [one for one in view.levels() if str(one).startswith("rate")]:
-        curves = [row["curve"] for row in view.chosen(PATH, level)]
+        curves = [row["curve"] for row in view.required(PATH, level)]
         shares = [i / (len(curves[0]) - 1) for i in range(len(curves[0]))]
         means = [100 * fmean(values) for values in zip(*curves, strict=True)]
         series.append(Series(str(level), shares, means))

@@ -129,7 +129,9 @@ def with_falls(rows: Rows, options: ReprogramOptions) -> Rows:
         for arm, name in FALLS.items():
             for seed in sorted({row["seed"] for row in rows}):
                 own = [r for r in rows if (r["arm"], r["seed"], r["shots"]) == (arm, seed, shots)]
-                dense = next(r for r in own if r["level"] == 0.0)
+                dense = next((r for r in own if r["level"] == 0.0), None)
+                if dense is None:
+                    continue
                 cut = [r for r in own if r["level"] > 0.0]
                 fall = {
                     k: fmean(sign * (dense[k] - r[k]) for r in cut)

@@ -97,7 +97,7 @@ def facts(view: View) -> list[Verdict]:
     """The counted cost over the dense one, with the time."""
     level = view.options.levels[0]
     ratio, times = (
-        fmean(view.values(OURS, level, Value(name, 1.0))) / fmean(view.values(DENSE, None, Value(name, 1.0)))
+        view.mean(OURS, level, Value(name, 1.0)) / view.mean(DENSE, None, Value(name, 1.0))
         for name in ("flops", "seconds")
     )
     measured = f"{ratio:.2f}x the FLOPs, {times:.2f}x the time of a training whose zeros are multiplied"

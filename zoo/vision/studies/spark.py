@@ -21,7 +21,7 @@ from zoo.studies.study import BAR, Arm, Claim, Study, Tuned
 from zoo.studies.tables import Table, Verdict
 from zoo.studies.tuning import at_best
 from zoo.studies.verdict import mean_cell
-from zoo.studies.view import Row, Rows, Value, View
+from zoo.studies.view import NotRunError, Row, Rows, Value, View
 from zoo.vision.data import SOURCES, Images, correct, load_images
 from zoo.vision.domain import image_job
 from zoo.vision.models import ResNet
@@ -285,7 +285,10 @@ def shares(view: View) -> Table:
 
 
 def _shares(view: View, arm: str) -> dict[str, float]:
-    return {row["layer"]: row["share"] for row in view.rows if row["arm"] == f"occupancy of {arm}"}
+    found = {row["layer"]: row["share"] for row in view.rows if row["arm"] == f"occupancy of {arm}"}
+    if not found:
+        raise NotRunError(f"occupancy of {arm}")
+    return found
 
 
 def facts(view: View) -> list[Verdict]:

@@ -175,9 +175,8 @@ def plot(view: View) -> Plot:
     series = []
     for label, mark in (("dense", ""), ("pruned first", PRUNED)):
         values = [view.values(arm + mark, None, GAP) for arm in WAYS]
-        series.append(
-            Series(label, places, [fmean(v) for v in values], [deviation(v) for v in values], "points")
-        )
+        means = [view.mean(arm + mark, None, GAP) for arm in WAYS]
+        series.append(Series(label, places, means, [deviation(v) for v in values], "points"))
     return Plot(
         f"gaps-{'class' if view.where['what'] == CLASS else 'random'}",
         f"Mean gap to training again, forgetting {view.title}",
