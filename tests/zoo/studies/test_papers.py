@@ -11,7 +11,7 @@ import pytest
 from zoo.report import markdown
 from zoo.shared.store.io import read_json
 from zoo.studies.papers import NOT_YET, PAPERS, in_short, links, overview, page, results
-from zoo.studies.runner import _typed, get_study
+from zoo.studies.runner import _stored, _typed, get_study
 from zoo.studies.tables import Table
 
 ROOT = Path(__file__).parents[3]
@@ -34,6 +34,24 @@ def test_committed_verdicts_are_those_of_their_rows(path, monkeypatch):
     text = path.with_suffix(".md").read_text(encoding="utf-8")
     for verdict in made.verdicts:
         assert verdict.claim in text and verdict.measured in text
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(FOLDER)) for path in FILES])
+def test_one_arm_alone_is_reported(path, monkeypatch):
+    """`zoo reproduce NAME --arms ONE`: whatever compares it with another is left out, and said."""
+    monkeypatch.chdir(ROOT)
+    study, stored, options = _stored(path)
+    rows = stored["result"]["rows"]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    for arm in {arms[0], arms[len(arms) // 2], arms[-1]}:
+        made = study.report([row for row in rows if row["arm"] == arm], options)
+        assert all(isinstance(note, str) for note in made.notes)
+
+
+def test_what_needs_an_arm_that_was_not_run_is_left_out_and_said():
+    study, stored, options = _stored(FOLDER / "cfsp.json")
+    made = study.report([row for row in stored["result"]["rows"] if row["arm"] == "dense"], options)
+    assert made.notes[-1].startswith("Left out, as it was not run: what is made of CFSP, repaired at 0.2")
 
 
 def test_the_page_is_the_table_of_the_files():
