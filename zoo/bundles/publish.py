@@ -400,7 +400,8 @@ def cost_beside(model: nn.Module, task: str, twin: Card | None) -> dict[str, Any
         "bytes": {},
     }
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    if twin is not None and parameters < twin.cost.parameters.dense:
-        cost["parameters"]["dense"] = twin.cost.parameters.dense
-        cost["bytes"]["dense"] = twin.cost.bytes.dense
+    if twin is not None:
+        cost["bytes"]["dense"] = twin.cost.bytes.dense  # `save` states its own where they are more
+        if parameters < twin.cost.parameters.dense:
+            cost["parameters"]["dense"] = twin.cost.parameters.dense
     return cost

@@ -399,7 +399,7 @@ def _measure(
     cost.setdefault("parameters", {}).setdefault("dense", parameters)
     cost["parameters"]["kept"] = parameters - (counted.masked_numel - counted.kept)
     sizes = cost.setdefault("bytes", {})
-    sizes.setdefault("dense", report.dense_bytes)
+    sizes["dense"] = max(sizes.get("dense", 0), report.dense_bytes)
     stored = [*report.tensors.values(), *report.extras.values()]
     sizes["sparse"] = sum(entry.bytes for entry in stored)
     _measure_file(fields, report.path)
