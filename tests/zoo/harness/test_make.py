@@ -12,8 +12,9 @@ from zoo.bundles import make as making
 from zoo.bundles.card import Card, mean_and_spread, read_card
 from zoo.bundles.catalog import select
 from zoo.bundles.make import Target, make, train
+from zoo.bundles.publish import cost_beside
 from zoo.bundles.recipes import Row, depth, find_row, read_rows, rows, select_rows
-from zoo.bundles.store import load
+from zoo.bundles.store import load, save
 from zoo.errors import ConfigError, UnknownNameError
 from zoo.harness import seed_checks
 from zoo.harness.verify import verify
@@ -119,6 +120,19 @@ def test_evidence_of_every_seed_is_recorded(toy, tmp_path, monkeypatch):
     assert {int(s): v for s, v in recorded["toy/accuracy"]["accuracy"].items()} == card.metrics[0].per_seed
     monkeypatch.setattr(seed_checks, "REPOSITORY", tmp_path)
     assert verify(path)[0].ok
+
+
+@pytest.mark.parametrize("factor,expected", [(2, 2), (0.5, 1)])
+def test_dense_bytes_are_the_larger_of_the_models_and_its_twins(toy, tmp_path, factor, expected):
+    """As of a model of halves beside a twin of singles, or the other way round."""
+    folder = make(find_row("toy/dense-made"), Target(tmp_path))
+    card, model = read_card(folder / "card.yaml"), load(folder)
+    own = card.cost.bytes.dense
+    sizes = card.cost.bytes.model_copy(update={"dense": int(factor * own)})
+    twin = card.model_copy(update={"cost": card.cost.model_copy(update={"bytes": sizes})})
+    fields = card.to_dict() | {"cost": cost_beside(model, "toy/accuracy", twin)}
+    saved = read_card(save(model, tmp_path / "again", card=fields) / "card.yaml")
+    assert saved.cost.bytes.dense == expected * own
 
 
 def test_finished_seeds_are_kept_and_others_are_not_taken_for_them(toy, tmp_path, monkeypatch):
