@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BudgetError, MaskError, PatternError, ScheduleError
 from ..masks import Mask, MaskSet, masks_of, near_misses
-from ..masks.patterns import NM, Group, Pattern, Unstructured, parse_pattern, topk_mask
+from ..masks.patterns import NM, Channel, Group, Pattern, Unstructured, parse_pattern, topk_mask
 from .budgets import BUDGETS, Budget, Floor, check_sparsity
 from .inventory import inventory, prunable_parameters
 from .scores import SCORES, Score, ScoreContext
@@ -105,7 +105,8 @@ def resolve_patterns(
         weights: parameters by name.
         pattern: one for all, by name or as an object, or one per name.
         skip: leave out tensors whose shape the pattern does not fit (the 3 channels of images, say) and say
-            so through the logger `zoo`, instead of refusing. If no tensor fits, it is refused all the same.
+            so through the logger `zoo`, instead of refusing; if no tensor fits, it is refused all the same.
+            Output channels of the last weight, which are the model's outputs, are left out likewise.
 
     Raises:
         PatternError: a shape that its pattern does not allow; names that do not match.
@@ -139,6 +140,15 @@ def resolve_patterns(
             len(weights),
             100 * left / total,
             ", ".join(f"{name} {tuple(weights[name].shape)}" for name in misfits),
+        )
+    if skip and isinstance(parsed, Channel) and parsed.dim == 0 and len(patterns) > 1:
+        last = list(patterns)[-1]
+        del patterns[last]
+        _log.warning(
+            "%s leaves out %s, the last weight, whose channels are the outputs of the model: a class without "
+            "weights is never found. Give names to prune it, too",
+            parsed,
+            last,
         )
     return patterns
 

@@ -108,7 +108,8 @@ def test_one_shot_over_the_grid(pattern, score):
             continue  # half of the weights cannot hold one unit of each of three tensors
         twin = copy.deepcopy(model)
         context = ScoreContext(**measured())
-        masks = sparsify(twin, sparsity=0.5, pattern=pattern, score=score, budget=make(), context=context)
+        options = {"score": score, "budget": make(), "context": context, "names": WEIGHTS}
+        masks = sparsify(twin, sparsity=0.5, pattern=pattern, **options)
         assert list(masks) == WEIGHTS and masks_of(twin) is masks
         assert masks.lost_zeros(twin) == []
         kept = sum(mask.kept for mask in masks.values())
@@ -529,13 +530,26 @@ def test_patterns_skip_what_they_do_not_fit_and_say_so(caplog):
         sparsify(model, pattern="2:4", names=["0.weight", "1.weight"])
 
 
+def test_the_outputs_of_a_model_stay(caplog):
+    """Of 50 % of the channels by global magnitudes, classes would be the first to go."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10))
+    masks = sparsify(copy.deepcopy(model), sparsity=0.5, pattern="channel0")
+    assert list(masks) == ["0.weight"] and masks.sparsity() == 0.5
+    assert "channel0 leaves out 2.weight, the last weight" in caplog.text
+    assert list(sparsify(copy.deepcopy(model), sparsity=0.5, pattern="channel1")) == ["0.weight", "2.weight"]
+    asked = sparsify(copy.deepcopy(model), sparsity=0.5, pattern="channel0", names=["2.weight"])
+    assert asked["2.weight"].keep[:, 0].sum() == 5
+    assert list(sparsify(nn.Sequential(nn.Linear(4, 4)), sparsity=0.5, pattern="channel0")) == ["0.weight"]
+
+
 def test_channels_go_only_as_far_as_each_layer_keeps_one():
     model = net()
     with torch.no_grad():
         model[3].weight.mul_(1e-6)
-    kept = sparsify(copy.deepcopy(model), sparsity=0.5, pattern="channel0")
+    kept = sparsify(copy.deepcopy(model), sparsity=0.5, pattern="channel0", names=WEIGHTS)
     assert kept["3.weight"].keep.flatten(1).any(1).sum() == 1
-    assert sparsify(model, sparsity=0.5, pattern="channel0", budget=Global())["3.weight"].kept == 0
+    bare = sparsify(model, sparsity=0.5, pattern="channel0", names=WEIGHTS, budget=Global())
+    assert bare["3.weight"].kept == 0
 
 
 def test_nothing_grows_outside_of_what_it_may() -> None:
