@@ -68,8 +68,8 @@ def resolve(models: Models, *, twins: bool = False) -> list[Subject]:
         for bundle in _bundles(item):
             if twins and bundle.card.dense_twin:
                 twin = twin_of(bundle)
-                found.setdefault(str(twin.folder), bundle_subject(twin))
-            found.setdefault(f"{bundle.folder} {bundle.level}", bundle_subject(bundle))
+                found.setdefault(_place(twin), bundle_subject(twin))
+            found.setdefault(_place(bundle), bundle_subject(bundle))
     return list(found.values())
 
 
@@ -86,8 +86,13 @@ def find_bundles(models: Models) -> list[Bundle]:
         if isinstance(item, nn.Module):
             raise ConfigError(f"a {type(item).__name__} is no bundle with a card; save it first (zoo.save)")
         for bundle in _bundles(item):
-            found.setdefault(f"{bundle.folder} {bundle.level}", bundle)
+            found.setdefault(_place(bundle), bundle)
     return list(found.values())
+
+
+def _place(bundle: Bundle) -> str:
+    """What tells a bundle, or a level of one, from all others."""
+    return f"{bundle.folder} {bundle.level or 0}"
 
 
 def bundle_subject(bundle: Bundle) -> Subject:

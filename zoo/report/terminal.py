@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from zoo.studies.tables import Result, Table
@@ -23,18 +25,22 @@ def show_table(console: Console, table: Table) -> None:
     from rich.text import Text
 
     left_out: list[str] = []
-    shown = _drawn(table)
     boundless = console.options.update(width=10_000)
+    widest = _widest(table)  # as wide as the whole, and measured at once
+
+    def too_wide() -> bool:
+        return Measurement.get(console, boundless, _drawn(widest)).maximum > console.width
+
     for column in table.optional:
-        if Measurement.get(console, boundless, shown).maximum <= console.width:
+        if not too_wide():
             break
         left_out.append(column)
-        table = table.without(column)
-        shown = _drawn(table)
+        table, widest = table.without(column), widest.without(column)
     names = max((len(str(row[0])) for row in table.rows), default=0)
-    if names > console.width / 2 and Measurement.get(console, boundless, shown).maximum > console.width:
-        shown = _drawn(table, broken_names=True)
-    console.print(shown)
+    if too_wide():
+        console.print(_drawn(table, broken_names=names > console.width / 2))
+    else:  # widths that are known need not be measured cell by cell, which takes longer than all else
+        console.print(_drawn(table, widths=_widths(widest)))
     if table.note:
         console.print(Text(table.note, style="dim"))
     if left_out:
@@ -42,7 +48,23 @@ def show_table(console: Console, table: Table) -> None:
         console.print(Text(text, style="dim"))
 
 
-def _drawn(table: Table, broken_names: bool = False) -> RichTable:
+def _widest(table: Table) -> Table:
+    """The table with one row, of the longest line of each column."""
+    from rich.cells import cell_len
+
+    columns = [
+        [line for row in table.rows for line in str(row[i]).split("\n")] for i in range(len(table.columns))
+    ]
+    return replace(table, rows=[[max(lines, key=cell_len) for lines in columns]] if table.rows else [])
+
+
+def _widths(widest: Table) -> list[int]:
+    from rich.cells import cell_len
+
+    return [max(map(cell_len, map(str, column))) for column in zip(widest.columns, *widest.rows, strict=True)]
+
+
+def _drawn(table: Table, broken_names: bool = False, widths: Sequence[int] | None = None) -> RichTable:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -57,6 +79,7 @@ def _drawn(table: Table, broken_names: bool = False) -> RichTable:
             justify="right" if numeric else "left",
             overflow="fold",
             no_wrap=index == 0 and not broken_names,
+            width=widths[index] if widths else None,
         )
     for row in table.rows:
         shown.add_row(*(Text(str(cell), style=_style(cell)) for cell in row))

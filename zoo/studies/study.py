@@ -287,7 +287,7 @@ def _noting(without: list[str]) -> Iterator[None]:
 
 def _left_out(without: Sequence[str]) -> list[str]:
     needed = "; ".join(dict.fromkeys(without))
-    return [f"Left out, as it was not run: what is made of {needed}."] if needed else []
+    return [f"Left out: what is made of {needed}, as that is not there."] if needed else []
 
 
 def _file(made: Table | Plot | None, tables: list[Table], plots: list[Plot]) -> None:

@@ -20,7 +20,7 @@ Rows = Sequence[Row]
 
 
 class NotRunError(LookupError):
-    """An arm was not run that a table, picture or fact is made of, which is then left out."""
+    """What a table, picture or fact is made of is not there, an arm or data: it is then left out."""
 
 
 @dataclass(frozen=True)

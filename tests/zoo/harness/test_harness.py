@@ -82,6 +82,8 @@ def test_globs_paths_modules_and_code(toy_zoo, toy_site, monkeypatch):
     assert evaluate(toy_zoo["half"])[0].model == "toy/half-mlp"
     twins = evaluate("toy/half-mlp", twins=True)
     assert [r.model for r in twins] == ["toy/dense-mlp", "toy/half-mlp"]
+    both = evaluate(["toy/half-mlp", "toy/dense-mlp"], twins=True)
+    assert [r.model for r in both] == ["toy/dense-mlp", "toy/half-mlp"], "each once"
     [code] = evaluate("zoo_toy:MLP", "toy/accuracy")
     assert (code.model, code.sparsity, code.cost.bytes_on_disk) == ("MLP", None, None)
     module = load("toy/half-mlp")

@@ -51,7 +51,7 @@ def test_one_arm_alone_is_reported(path, monkeypatch):
 def test_what_needs_an_arm_that_was_not_run_is_left_out_and_said():
     study, stored, options = _stored(FOLDER / "cfsp.json")
     made = study.report([row for row in stored["result"]["rows"] if row["arm"] == "dense"], options)
-    assert made.notes[-1].startswith("Left out, as it was not run: what is made of CFSP, repaired at 0.2")
+    assert made.notes[-1].startswith("Left out: what is made of CFSP, repaired at 0.2")
 
 
 def test_the_page_is_the_table_of_the_files():

@@ -10,9 +10,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from zoo.errors import DataError
 from zoo.studies.tables import Plot, Series
 from zoo.studies.verdict import deviation
-from zoo.studies.view import View
+from zoo.studies.view import NotRunError, View
 
 
 def quarters(values: Float[Tensor, " n"], by: Float[Tensor, " n"]) -> list[float]:
@@ -42,8 +43,11 @@ class ByQuarter:
     arms: Sequence[str] = ()
 
     def __call__(self, view: View) -> Plot:
-        """The plot of a group."""
-        by = self.order(view.options)
+        """The plot of a group; NotRunError where the data are not at hand that the samples are ordered by."""
+        try:
+            by = self.order(view.options)
+        except DataError as error:
+            raise NotRunError(f"the order of the samples ({error})") from error
         places = [self.scale[0] * value for value in quarters(by, by)]
         series = []
         for arm in view.arms(self.arms):
