@@ -39,6 +39,13 @@ class Inside(nn.Module):
         super().__init__()
         self.model, self.masks = model, masks
 
+    def __getattr__(self, name: str) -> Any:
+        """Those of the model that this module has not itself: a loss may ask for `model.config`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         parameters = dict(self.model.named_parameters())
         masked = {

@@ -80,6 +80,17 @@ def made():
     return method.sparsify(plain_network(0), images_job(method))
 
 
+def test_a_loss_may_ask_the_model_behind_the_masks():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.config = {"kind": "toy"}
+    inside = Inside(model, MaskSet({"0.weight": torch.eye(2, dtype=torch.bool)}))
+    assert inside.config == {"kind": "toy"} and inside.training is model.training
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        inside.missing()
+    expected = torch.diag(model[0].weight.diag()) + model[0].bias[:, None]
+    torch.testing.assert_close(inside(torch.eye(2)).T, expected)
+
+
 def test_the_method_makes_nested_levels_of_exact_sparsity(made):
     levels = [level_model(made.model, made.extras, number) for number in range(3)]
     for model, share in zip(levels, (0.5, 0.75, 0.9), strict=True):
