@@ -33,7 +33,7 @@ from torch.autograd import forward_ad as forward_mode
 
 from ..bench.timing import compare
 from ..errors import OpError
-from ..store.io import read_json, write_json
+from ..store.io import atomic_write, read_json
 from . import _native
 
 BACKENDS = ("auto", "reference", "native", "vendor", "dense", "triton")
@@ -431,7 +431,7 @@ def calibrate(ops: Sequence[str] | None = None, *, quick: bool = False, path: Pa
             "op": e.op,
             "kind": e.kind,
             "threads": e.threads,
-            "sizes": list(e.sizes),
+            "sizes": [float(f"{size:.5g}") for size in e.sizes],
             "times": {name: float(f"{t:.3g}") for name, t in e.times.items()},
         }
         for e in sorted((*kept, *measured), key=lambda e: (e.op, e.kind, e.threads, e.sizes))
@@ -441,7 +441,9 @@ def calibrate(ops: Sequence[str] | None = None, *, quick: bool = False, path: Pa
         "torch": torch.__version__,
         "isa": _native.isa() if _native.available() else None,
     }
-    write_json(path, {"machine": machine, "entries": rows})
+    # a line for each case: a third of the bytes of indented numbers, and what changed is seen
+    lines = ",\n".join(json.dumps(row, separators=(",", ":"), allow_nan=False) for row in rows)
+    atomic_write(path, f'{{"machine": {json.dumps(machine)}, "entries": [\n{lines}\n]}}\n'.encode())
     table.cache_clear()
     _auto.cache_clear()
     return path

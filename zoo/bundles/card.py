@@ -12,7 +12,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -81,22 +81,22 @@ def _file_name(value: str) -> str:
     return value
 
 
-def _sha256(value: str) -> str:
-    if not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError("expected 64 lower-case hexadecimal digits")
-    return value
+def _hexadecimal(digits: int, what: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
+            raise ValueError(f"expected {what}{digits} lower-case hexadecimal digits")
+        return value
+
+    return check
+
+
+_sha256, _commit = _hexadecimal(64, ""), _hexadecimal(40, "a commit: ")
 
 
 def _repository(value: str) -> str:
     word = r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,95}"
     if not re.fullmatch(f"{word}/{word}", value):
         raise ValueError("expected owner/name, a repository of a hub")
-    return value
-
-
-def _commit(value: str) -> str:
-    if not re.fullmatch("[0-9a-f]{40}", value):
-        raise ValueError("expected a commit: 40 lower-case hexadecimal digits")
     return value
 
 

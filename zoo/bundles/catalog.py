@@ -124,9 +124,8 @@ def cache_folder() -> Path:
 
 
 def find(name: str | os.PathLike[str], version: str | None = None, offline: bool | None = None) -> Bundle:
-    """The bundle that a path, a name, `name@version` or `hf://owner/name@revision` stands for; with `#0.9`
-    at the
-    end the level of a nested model that has this sparsity.
+    """The bundle that a path, a name, `name@version` or `hf://owner/name@revision` stands for; with `#0.9` at
+    the end the level of a nested model that has this sparsity.
 
     Args:
         name: what to look for.

@@ -81,9 +81,8 @@ def load(
         version: the version wanted, the same as a pin in the name.
         offline: whether the hub may not be asked; None leaves it to `ZOO_OFFLINE` and `HF_HUB_OFFLINE`.
         into: of a model that was saved without a card: its class, or a model of it, which is filled.
-        sparsity: of a nested model the level wanted, the same as `#0.9` at the end of the name; by default
-        the
-            least sparse one.
+        sparsity: of a nested model the level wanted, the same as `#0.9` at the end of the name; by
+            default the least sparse one.
 
     Returns:
         The module on the CPU in eval mode, its masks recorded (`zoo.shared.masks.masks_of`), with a

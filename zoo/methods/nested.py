@@ -1,9 +1,8 @@
 """Nested levels: one set of weights that serves several sparsities, each mask inside the one before.
 
-No paper. What is taken: weights shared between sizes and trained by the sum of their losses, with statistics
-of batch norms of each size's own measured afterwards (Yu and Huang, Universally Slimmable Networks, ICCV
-2019),
-and masks inside masks by magnitude.
+No paper of its own. Weights are shared between sizes and trained by the mean of their losses, and each size
+gets batch norm statistics of its own afterwards, as in Universally Slimmable Networks (Yu and Huang, ICCV
+2019); masks lie inside masks by magnitude.
 """
 
 from __future__ import annotations

@@ -27,8 +27,23 @@ FONT = ["DejaVu Sans", "sans-serif"]
 
 
 def png(plot: Plot, *, dpi: int = 150) -> bytes:
-    """The plot as PNG on white. Its text entry `Plot` is the digest of what is drawn."""
-    return _render(plot, "png", dpi=dpi)
+    """The plot as PNG on white, in 256 colours. Its text entry `Plot` is the digest of what is drawn."""
+    return in_palette(_render(plot, "png", dpi=dpi))
+
+
+def in_palette(picture: bytes) -> bytes:
+    """A PNG in 256 colours, a third of the size for a plot, with the text entry `Plot` and the resolution of
+    the given one; or the given one where that is smaller."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    given, stream, text = Image.open(io.BytesIO(picture)), io.BytesIO(), PngInfo()
+    kept = {"dpi": given.info["dpi"]} if "dpi" in given.info else {}
+    if "Plot" in given.info:
+        text.add_text("Plot", given.info["Plot"])
+    colours = given.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    colours.save(stream, "PNG", optimize=True, pnginfo=text, **kept)
+    return min(picture, stream.getvalue(), key=len)
 
 
 def digest(plot: Plot) -> str:

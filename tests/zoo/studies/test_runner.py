@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import signal
@@ -12,11 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from zoo.errors import ConfigError, DataError, UnknownNameError
 from zoo.registry import STUDIES
+from zoo.report.plots import in_palette, png
 from zoo.studies.runner import command_of, get_study, judge_again, reproduce
-from zoo.studies.tables import Table
+from zoo.studies.tables import Plot, Series, Table
 
 TOY = Path(__file__).parent / "toy_study.py"
 
@@ -131,3 +134,10 @@ def test_killed_and_run_again(study_of_arithmetic, study_environment, tmp_path, 
     assert log.read_text().count("cell") == 6 - finished
     whole = reproduce("arithmetic", out=tmp_path / "w", cells=tmp_path / "fresh", seeds=1)
     assert resumed.result == whole.result
+
+
+def test_pictures_are_in_a_palette_and_keep_their_digest() -> None:
+    picture = png(Plot("a", "A", "x", "y", [Series("one", [1, 2], [3, 4])]))
+    shown = Image.open(io.BytesIO(picture))
+    assert shown.mode == "P" and len(shown.info["Plot"]) == 64
+    assert len(in_palette(picture)) <= len(picture)
