@@ -82,14 +82,16 @@ class Adjacency:
 
 
 def weighted_gcn_value(graph: Adjacency) -> Float[Tensor, " entries"]:
-    """Entries of D^-1/2 (A * weight) D^-1/2, where D are the row sums of A * weight; differentiable in
+    """Entries of D^-1/2 (A * weight) D^-1/2, where D are the row sums of |A * weight|; differentiable in
     `weight`.
+
+    A trained weight passes zero on its way; a sum of signed ones has no square root then.
     """
     matrix, weight = graph.matrix, graph.weight
     if weight is None:
         weight = matrix.value
     row, col = matrix.row, matrix.col.long()
-    degree = weight.new_zeros(matrix.shape[0]).index_add(0, row, weight)
+    degree = weight.new_zeros(matrix.shape[0]).index_add(0, row, weight.abs())
     root = torch.where(degree > 0, degree.clamp(min=torch.finfo(degree.dtype).tiny).rsqrt(), 0.0)
     return root[row] * weight * root[col]
 
@@ -105,9 +107,11 @@ def attention(
     """sum_j alpha_ij hidden_j with alpha = softmax over j of leaky_relu(source_j + target_i), times the
     edge's weight.
 
-    A weight multiplies exp(.) before the normalisation, so that weight 0 is exactly the removal of the edge.
+    A weight's magnitude multiplies exp(.) before the normalisation, so that weight 0 is exactly the removal
+    of the edge, and a weight that training carried past zero cannot make the sum of a node zero or negative.
     """
-    alpha = _EdgeSoftmax.apply(source, target, graph.weight, graph, negative_slope)
+    weight = None if graph.weight is None else graph.weight.abs()
+    alpha = _EdgeSoftmax.apply(source, target, weight, graph, negative_slope)
     mixed: Tensor = _HeadProduct.apply(sparse.dropout(alpha, dropout, dropout > 0), hidden, graph)
     return mixed
 

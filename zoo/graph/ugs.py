@@ -7,8 +7,9 @@ the weights are rewound to their initial values. A level's accuracy is that of a
 and weights alone.
 
 Differs from the released code in: the two directions of an edge share one mask; a mask multiplies GIN's
-messages and GAT's exp(.) before the softmax, so that 0 is exactly the removal of the edge; self-loops are not
-cut; the cuts follow TEDDY's schedule (5 % of the remaining edges, 10 % of the remaining weights), counted as
+messages and its magnitude GAT's exp(.) before the softmax, so that 0 is exactly the removal of the edge and
+sums stay positive, as GCN's degrees do; self-loops are not cut; the cuts follow TEDDY's schedule (5 % of
+the remaining edges, 10 % of the remaining weights), counted as
 TEDDY counts.
 """
 

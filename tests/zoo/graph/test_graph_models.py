@@ -12,6 +12,7 @@ import torch_geometric.nn as pyg
 from torch_geometric.utils import dense_to_sparse
 
 from zoo.errors import DataError
+from zoo.graph.adjacency import weighted_gcn_value
 from zoo.graph.models import GAT, GCN, GIN
 from zoo.graph.teddy import ticket_mask
 from zoo.graph.ticket import EdgeTicket
@@ -111,6 +112,26 @@ def test_attention_weights_pass_gradcheck(make_graph):
     features, adjacency = model.prepare(graph.x.double(), graph.edge_index)
     weight = torch.rand(adjacency.matrix.entries, dtype=torch.float64).add_(0.5).requires_grad_()
     assert torch.autograd.gradcheck(lambda w: model(features, adjacency.with_weight(w)), (weight,))
+
+
+@pytest.mark.parametrize("name", ["gat", "gcn"])
+def test_a_weight_that_training_carried_past_zero_stays_finite(name, graph):
+    """Without the magnitude a node's sum is 1 - 1.5 times its neighbours: no softmax, and no square root."""
+    torch.manual_seed(0)
+    model = BUILDERS[name]().double().eval()
+    features, whole = model.prepare(graph.x.double(), graph.edge_index)
+    between = whole.matrix.row != whole.matrix.col
+    weight = torch.where(between, -1.5, 1.0).double().requires_grad_()
+    out = model(features, whole.with_weight(weight))
+    out.square().sum().backward()
+    assert torch.isfinite(out).all() and torch.isfinite(weight.grad).all()
+    if name == "gat":
+        torch.testing.assert_close(out, model(features, whole.with_weight(weight.abs())))
+    else:  # degrees 1 + 1.5 n, by hand
+        value = weighted_gcn_value(whole.with_weight(weight))
+        degree = 1 + 1.5 * torch.zeros(60).double().index_add(0, whole.matrix.row, between.double())
+        ends = degree[whole.matrix.row] * degree[whole.matrix.col.long()]
+        torch.testing.assert_close(value, weight / ends.sqrt())
 
 
 def test_isolated_nodes_and_an_empty_graph_give_finite_logits(model, graph):
