@@ -5,8 +5,8 @@ channels at 32x32 latents with cross-attention to 77 tokens (Stable Diffusion 1.
 transformer block of SDXL's inner level (width 1280, 20 heads) on 16x16 latents. The goal is 0.9 of the ratio
 of counted operations; `masked` has zeros where the cut network has nothing, `by hand` is a network that was
 built with the cut shapes, `Torch-Pruning` one that the library of that name cut (where it is installed),
-and they show that nothing but the removal counts. Unstructured zeros run by what
-`auto` picks. `cached` leaves inner levels out of two steps of three.
+and they show that nothing but the removal counts. Unstructured and 2:4 zeros run by
+what `auto` picks. `cached` leaves inner levels out of two steps of three.
 """
 
 from __future__ import annotations
@@ -32,11 +32,18 @@ from zoo.diffusion.plan import Plan, apply_plan
 from zoo.diffusion.sampling import sample
 from zoo.diffusion.units import unit_groups
 from zoo.shared.bench import Cell, Goal, Later, main
+from zoo.shared.masks import Mask, MaskSet
+from zoo.shared.masks.patterns import NM, Pattern, Unstructured
 from zoo.shared.measure.account import count
+from zoo.shared.ops.packing import pack
 
 SHARE = 0.9  # of the ratio of operations
 STEPS, CACHED_STEPS = 10, 20
 Call = Callable[[], object]
+ZEROS: dict[str, Pattern] = {
+    "half zeros, packed by auto": Unstructured(),
+    "2:4 zeros, packed by auto": NM(2, 4),
+}
 
 
 def loaded(name: str, execution: Literal["masked", "packed"] = "masked") -> TextToImage:
@@ -158,6 +165,20 @@ def torch_pruned(network: nn.Module, arguments: tuple[Any, ...]) -> nn.Module | 
     return network
 
 
+def with_zeros(network: nn.Module, pattern: Pattern) -> nn.Module:
+    """A copy with half of each linear layer's smallest weights zero, packed."""
+    made = copy.deepcopy(network)
+    masks = MaskSet(
+        {
+            f"{name}.weight": Mask(pattern.keep(module.weight.abs(), module.weight.numel() // 2), pattern)
+            for name, module in made.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+    )
+    masks.apply_(made)
+    return pack(made, masks)
+
+
 def cells(quick: bool, threads: int) -> Iterator[Later]:
     def of_bundle(labels: dict[str, object], name: str) -> Cell:
         model, dense = loaded(name), twin_of(name)
@@ -174,6 +195,9 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
         dense, by_hand, arguments = shaped(name)
         made = copy.deepcopy(dense)
         peers: dict[str, Call] = {"dense": lambda: dense(*arguments)}
+        if cut in ZEROS:
+            packed = with_zeros(dense, ZEROS[cut])
+            return Cell(labels, lambda: packed(*arguments), peers, goal=Goal(0.97))
         if cut == "half of the heads and neurons":
             plan = halved(made)
             masked = zeroed(dense, plan)
@@ -204,8 +228,9 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
         ("UNet 320, 32x32", "half of the heads and neurons"),
         ("UNet 320, 32x32", "a resnet and a transformer dropped"),
         ("SDXL block 1280, 16x16", "half of the heads and neurons"),
+        *(("SDXL block 1280, 16x16", cut) for cut in ZEROS),
     ]
-    for name, how in shapes[-1:] if quick else shapes:
+    for name, how in shapes[2:3] if quick else shapes:
         labels = {"network": name, "cut": how}
         yield Later(labels, functools.partial(of_shape, dict(labels), name, how))
     for name in [] if quick else ["diffusion/dense-t2i-digits", *cut[:1]]:

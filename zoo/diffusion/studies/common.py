@@ -35,12 +35,17 @@ NOTE = (
 )
 
 
+def shipped(name: str) -> TextToImage:
+    """A text-to-image model of the zoo, as a bundle holds it: cut, or with its masks."""
+    model = load_bundle(find(name))
+    if not isinstance(model, TextToImage):
+        raise ConfigError(f"{name} is a {type(model).__name__}, no text-to-image model")
+    return model.eval()
+
+
 @functools.lru_cache(maxsize=1)
 def _dense() -> TextToImage:
-    model = load_bundle(find(DENSE))
-    if not isinstance(model, TextToImage):
-        raise ConfigError(f"{DENSE} is a {type(model).__name__}, no text-to-image model")
-    return model.eval()
+    return shipped(DENSE)
 
 
 def victim() -> TextToImage:
