@@ -123,7 +123,7 @@ class Variants:
 
     def grouped(self, head: bool) -> tuple[nn.Module, Bound]:
         """GQSA's W4S50 with half of the groups at random, and the bytes of a token; with `head`, all of the
-        output layer in four-bit groups, too."""
+        output layer in four bits, too, in groups of 32 as llama.cpp's blocks are."""
         model = copy.deepcopy(self.dense, {id(p): p for p in self.dense.parameters()})
         size = 0.0
         for block in find_blocks(model):
@@ -136,7 +136,8 @@ class Variants:
         if not head:
             return pack_model(model), Bound(size + 4 * self.dense.lm_head.weight.numel(), 0)
         rows, cols = self.dense.lm_head.weight.shape
-        groups = quantise_groups(self.dense.lm_head.weight, torch.ones(rows, cols // 16, dtype=torch.bool))
+        keep = torch.ones(rows, cols // 32, dtype=torch.bool)
+        groups = quantise_groups(self.dense.lm_head.weight, keep, 32)
         model.set_output_embeddings(PackedGroupLinear(groups))
         return pack_model(model), Bound(size + groups.nbytes, 0)
 

@@ -21,12 +21,24 @@ const T* at(int64_t address) {
   return reinterpret_cast<const T*>(static_cast<uintptr_t>(address));
 }
 
+// A row of x, rounded for the weights that it meets.
+struct Row {
+  const float* x;
+  int16_t* xs;
+  int64_t unit = 0;
+  float step = 0.0f;
+};
+
 // The product by one weight of a list.
-void multiply(const int64_t* list, int64_t which, const float* x, const int16_t* xs, float step, float* y, int64_t threads) {
+void multiply(const int64_t* list, int64_t which, Row& row, float* y, int64_t threads) {
   const int64_t* n = list + which * kNumbers;
   const Groups w = groups_of(at<void>(n[0]), at<void>(n[1]), at<void>(n[2]), at<void>(n[3]), at<int32_t>(n[4]), n[5], n[6],
                              n[7], n[8]);
-  multiply_row(w, n[5], x, xs, step, y, threads);
+  if (row.unit != unit_of(w)) {
+    row.unit = unit_of(w);
+    row.step = round_row(row.x, w.cols, row.xs, row.unit, row.unit);
+  }
+  multiply_row(w, n[5], row.x, row.xs, row.step, y, threads);
 }
 
 int64_t rows_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 6]; }
@@ -126,10 +138,10 @@ ZOO_EXPORT int64_t zoo_decoder_inputs(const float* x, const int64_t* weights, co
   float* normed = scratch_of<float>(cols + cols / 2, 3);
   auto* xs = reinterpret_cast<int16_t*>(normed + cols);
   normalise(x, norm, epsilon[0], cols, normed);
-  const float step = round_row(normed, cols, xs, kUnit);
+  Row row{normed, xs};
   float* place = out;
   for (int64_t which = 0; which < 3; ++which) {
-    multiply(weights, which, normed, xs, step, place, threads);
+    multiply(weights, which, row, place, threads);
     if (which < 2) rotate(place, rows_of(weights, which) / size, size, cosine, sine);
     place += rows_of(weights, which);
   }
@@ -160,16 +172,16 @@ ZOO_EXPORT int64_t zoo_decoder_outputs(const float* x, const float* q, const voi
       });
     }
   });
-  float step = round_row(attended, inner, xs, kUnit);
-  multiply(weights, 0, attended, xs, step, y, threads);
+  Row row{attended, xs};
+  multiply(weights, 0, row, y, threads);
   for (int64_t i = 0; i < cols; ++i) y[i] += x[i];
   normalise(y, norm, numbers[0], cols, normed);
-  step = round_row(normed, cols, xs, kUnit);
-  multiply(weights, 1, normed, xs, step, attended, threads);
-  multiply(weights, 2, normed, xs, step, up, threads);
+  row = {normed, xs};
+  multiply(weights, 1, row, attended, threads);
+  multiply(weights, 2, row, up, threads);
   for (int64_t i = 0; i < wide; ++i) up[i] *= attended[i] / (1.0f + exponential(-attended[i]));
-  step = round_row(up, wide, xs, kUnit);
-  multiply(weights, 3, up, xs, step, normed, threads);
+  row = {up, xs};
+  multiply(weights, 3, row, normed, threads);
   for (int64_t i = 0; i < cols; ++i) y[i] += normed[i];
   return kOk;
 } ZOO_CATCH

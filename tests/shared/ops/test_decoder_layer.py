@@ -18,8 +18,9 @@ from zoo.shared.ops.decoder_layer import LayerWeights, layer_inputs, layer_outpu
 needs_native = pytest.mark.skipif(not _native.available(), reason=f"no native library: {_native.missing()}")
 
 
-def groups(rows: int, cols: int):
-    return quantise_groups(torch.randn(rows, cols) / math.sqrt(cols), torch.rand(rows, cols // 16) < 0.5)
+def groups(rows: int, cols: int, group: int = 16):
+    keep = torch.rand(rows, cols // group) < 0.5
+    return quantise_groups(torch.randn(rows, cols) / math.sqrt(cols), keep, group)
 
 
 def layer(width: int = 64, wide: int = 96, heads: int = 4, kv_heads: int = 2, head: int = 12) -> LayerWeights:
@@ -56,6 +57,7 @@ def test_the_kernels_are_the_definition(count: int, dtype: torch.dtype) -> None:
         layer(),
         layer(width=160, wide=320, heads=6, kv_heads=3, head=16),
         layer(heads=4, kv_heads=4),
+        replace(layer(), k=groups(24, 64, 32), up=groups(96, 64, 32)),
     ):
         weights = replace(weights, input_norm=weights.input_norm.to(dtype))
         inputs = [each.to(dtype) for each in token(weights, count)]

@@ -89,8 +89,9 @@ def spatial(layout: str) -> Target:
     return [weight.index, weight.pointer], lambda: sparse_conv2d(x, weight, kernel=3, stride=2, padding=1)
 
 
-def grouped(batch: int, rounded: bool = False) -> Target:
-    weight, x = quantise_groups(torch.randn(9, 96), torch.rand(9, 6) < 0.5), torch.randn(batch, 96)
+def grouped(batch: int, rounded: bool = False, cols: int = 96, group: int = 16) -> Target:
+    weight = quantise_groups(torch.randn(9, cols), torch.rand(9, cols // group) < 0.5, group)
+    x = torch.randn(batch, cols)
     index = [weight.columns, weight.pointer, weight.zeros]
     return index, lambda: quant_sparse_linear(x, weight, rounded=rounded)
 
@@ -177,6 +178,8 @@ def targets() -> Iterator[tuple[str, Callable[[], Target]]]:
     for batch in (1, 9):
         yield f"groups-{batch}", lambda batch=batch: grouped(batch)
         yield f"rounded-{batch}", lambda batch=batch: grouped(batch, True)
+        for group in (16, 32):  # rows long enough to be checked many groups at a time
+            yield f"rounded-long-{group}-{batch}", lambda b=batch, g=group: grouped(b, True, 96 * g, g)
     yield "one-token", one_token
     yield "gated", gated
     for index in (torch.int32, torch.int64):
