@@ -59,9 +59,11 @@ test: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/python -m pytest -n 2
 
 NERF := build/nerfstudio
-$(NERF)/.installed: $(INPUTS) requirements-nerfstudio.txt
+# Laid over $(VENV), whose packages it sees, and pinned in full: nothing is resolved.
+$(NERF)/.installed: $(VENV)/.installed-test requirements-nerfstudio.txt
 	$(PYTHON) -m venv $(NERF)
-	$(NERF)/bin/pip install --quiet --constraint constraints.txt --editable ".[neural3d]" pytest pytest-timeout
+	$(BIN)/python -c "import sysconfig as s; print('import site; site.addsitedir(\"%s\")' % s.get_path('purelib'))" \
+	  > $$($(NERF)/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/over.pth
 	$(NERF)/bin/pip install --quiet --no-deps --requirement requirements-nerfstudio.txt
 	@touch $@
 

@@ -26,6 +26,10 @@ EXPORTERS.register("viewer", "zoo.neural3d.exports:ExportViewer")
 EXPORTERS.register("turntable", "zoo.neural3d.exports:ExportTurntable")
 PICTURES.register("neural3d", "zoo.neural3d.exports:picture")
 METHODS.register("splat-pruning", "zoo.neural3d.methods.splat_pruning:SplatPruning")
+ARCHITECTURES.register("neural3d/stream", "zoo.neural3d.methods.queen:Stream")
+ARCHITECTURES.register("neural3d/edge-points", "zoo.neural3d.methods.edge_gaussians:EdgePoints")
+ARCHITECTURES.register("neural3d/sparp", "zoo.neural3d.methods.sparp:CoordinateNet")
+ARCHITECTURES.register("neural3d/parts", "zoo.neural3d.methods.part123:PartScene")
 ARCHITECTURES.register("neural3d/dpmesh", "zoo.neural3d.methods.dpmesh:DPMeshNet")
 STUDIES.register("dpmesh", "zoo.neural3d.studies.dpmesh:STUDY")
 ARCHITECTURES.register("neural3d/shapefusion", "zoo.neural3d.methods.shapefusion:SpiralNet")
@@ -58,10 +62,20 @@ MAKERS.register("neural3d/few-views", "zoo.neural3d.makers:few_views")
 MAKERS.register("neural3d/field", "zoo.neural3d.makers:field")
 MAKERS.register("neural3d/carved", "zoo.neural3d.makers:carved")
 MAKERS.register("neural3d/sections", "zoo.neural3d.makers:sections")
+MAKERS.register("neural3d/volume", "zoo.neural3d.makers:volume")
+MAKERS.register("neural3d/stream", "zoo.neural3d.makers:stream")
+MAKERS.register("neural3d/edges", "zoo.neural3d.makers:edges")
+MAKERS.register("neural3d/taken-out", "zoo.neural3d.makers:taken_out")
+MAKERS.register("neural3d/coordinates", "zoo.neural3d.makers:coordinates")
+MAKERS.register("neural3d/parted", "zoo.neural3d.makers:parted")
 MAKERS.register("neural3d/network", "zoo.neural3d.networks:network")
 TASKS.register("neural3d/hidden-joints", "zoo.neural3d.studies.dpmesh:HiddenJoints")
 TASKS.register("neural3d/region-edits", "zoo.neural3d.studies.shapefusion:RegionEdits")
 TASKS.register("neural3d/sections-eight", "zoo.neural3d.studies.orex:EightSections")
+TASKS.register("neural3d/moving-ball", "zoo.neural3d.studies.queen:MovingBall")
+TASKS.register("neural3d/edges-abc", "zoo.neural3d.studies.edge_gaussians:EdgesOfABC")
+TASKS.register("neural3d/toy-cameras", "zoo.neural3d.studies.sparp:ToyCameras")
+TASKS.register("neural3d/chair-parts", "zoo.neural3d.studies.part123:ChairParts")
 TASKS.register("neural3d/carved-shapes", "zoo.neural3d.studies.one2345:CarvedShapes")
 for _name, _class in (
     ("shapes", "Shapes"),
@@ -75,5 +89,6 @@ for _name, _class in (
     ("livingroom-128", "LivingRoom"),
     ("lego-ring", "LegoRing"),
     ("livingroom-frames", "LivingRoomFrames"),
+    ("disc-without-ball", "BallTakenOut"),
 ):
     TASKS.register(f"neural3d/{_name}", f"zoo.neural3d.tasks:{_class}")

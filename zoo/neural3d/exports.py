@@ -15,6 +15,7 @@ from zoo.bundles.store import load, load_bundle
 from zoo.cli.parsing import Positional, metavar
 from zoo.errors import ConfigError
 from zoo.neural3d.cameras import orbit
+from zoo.neural3d.fields import HashField
 from zoo.neural3d.formats import read_splats
 from zoo.neural3d.importance import middle_of
 from zoo.neural3d.packed import read_packed
@@ -148,22 +149,28 @@ def picture(bundle: Bundle, path: Path) -> str:
         what was drawn, in words.
 
     Raises:
-        ConfigError: another ending, or a model that is no scene of Gaussians.
+        ConfigError: another ending, or a model that is no scene of Gaussians and, for .png, no field.
         DataError: the photographs are not at hand.
     """
     if path.suffix not in (".png", ".gif"):
         raise ConfigError(f"--picture {path}: give a name that ends in .png or .gif")
-    scene, twin = _scene(load_bundle(bundle), bundle.card.name), bundle.card.dense_twin
+    twin = bundle.card.dense_twin
     if path.suffix == ".gif":
-        write_turntable(path, scene)
+        write_turntable(path, _scene(load_bundle(bundle), bundle.card.name))
         return "a turn round the scene"
     test = load_views(bundle.card.metrics[0].task.partition("/")[2]).test
     test = test[:: math.ceil(len(test) / 4)]
-    shown = [scene] if twin is None else [_scene(load_bundle(find(twin)), twin), scene]
+    shown = [_drawn(load_bundle(one), one.card.name) for one in ([find(twin)] if twin else []) + [bundle]]
     with torch.no_grad():
         rows = [[one(view.camera) for view in test] for one in shown]
     save_rows(path, [[view.image for view in test], *rows])
     return "held-out photographs" + (", the dense twin" if twin else "") + " and the scene, from above"
+
+
+def _drawn(model: Any, name: str) -> GaussianScene | HashField:
+    if not isinstance(model, GaussianScene | HashField):
+        raise ConfigError(f"{name} is a {type(model).__name__}; scenes of Gaussians and fields are drawn")
+    return model
 
 
 def _scene(model: Any, name: str) -> GaussianScene:

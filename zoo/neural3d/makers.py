@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from zoo.bundles.make import Work
 from zoo.bundles.recipes import Row
-from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified
+from zoo.neural3d.edges import load_edges
 from zoo.neural3d.fields import HashField, field_job
 from zoo.neural3d.methods.coherent_gs import PairedViews, flows_between
+from zoo.neural3d.methods.edge_gaussians import EdgeGaussians, EdgePoints
+from zoo.neural3d.methods.gvgen import VolumeFit, boxed
 from zoo.neural3d.methods.one2345 import One2345
 from zoo.neural3d.methods.orex import OReX, load_sections
-from zoo.neural3d.priors import affine, monotone, scattered
-from zoo.neural3d.refine import refine, scene_job
+from zoo.neural3d.methods.queen import Queen
+from zoo.neural3d.methods.sparp import CoordinateNet
+from zoo.neural3d.methods.spin_nerf import SPInNeRF
+from zoo.neural3d.priors import affine, monotone, noisy_cloud, scattered
+from zoo.neural3d.refine import refine, scene_job, start_of
 from zoo.neural3d.scene import GaussianScene
-from zoo.neural3d.splats import from_points
+from zoo.neural3d.studies import edge_gaussians, part123, queen, sparp, spin_nerf
 from zoo.neural3d.studies.one2345 import train_set
-from zoo.neural3d.views import Views, load_views
+from zoo.neural3d.views import load_views
 from zoo.registry import METHODS
-from zoo.shared.masks import MaskSet
-
-
-def start_of(views: Views, count: int, sh_degree: int, seed: int) -> GaussianScene:
-    """A scene to train: `count` of the points of the surface, or, without any, of a cube round the centre."""
-    generator = torch.Generator().manual_seed(seed)
-    if views.points is not None and views.colours is not None:
-        rows = torch.randperm(len(views.points), generator=generator)[:count]
-        points, colours = views.points[rows], views.colours[rows]
-    else:
-        points = views.centre + (torch.rand(count, 3, generator=generator) - 0.5) * 0.6 * views.extent
-        colours = torch.rand(count, 3, generator=generator)
-    if len(points) < count:
-        raise ConfigError(f"{views.name} has {len(points)} points to start from; received count {count}")
-    return GaussianScene.from_splats(from_points(points, colours, sh_degree), views.background)
+from zoo.shared.masks import MaskSet, set_masks
 
 
 def gaussians(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
@@ -57,18 +49,21 @@ def field(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsifie
 
 def few_views(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
     """A scene fitted to few views by the method that the option `fit` names, with the depth that it expects:
-    SparseNeRF of another scale, CoherentGS under an affine map of each view and with the flow between them,
-    others none."""
+    SparseNeRF of another scale, CoherentGS and LM-Gaussian under an affine map of each view, the former with
+    the flow between them, the latter from a noisy cloud of it, others none."""
     views = load_views(str(row.dataset))
     options: dict[str, Any] = dict(row.options)
     fit = options.pop("fit")
-    prior = {"sparse-nerf": monotone, "coherent-gs": affine}.get(fit)
+    prior = {"sparse-nerf": monotone, "coherent-gs": affine, "lm-gaussian": affine}.get(fit)
     train = views.train if prior is None else prior(views.train, seed)
     job = scene_job(train, seed=seed, **row.recipe)
     if fit == "coherent-gs":
         job = job.replace(batches=PairedViews(train, flows_between(views.train)))
     count = row.arguments["count"]
-    blank = start_of(views, count, 0, seed) if prior is None else scattered(views, count, seed)
+    if fit == "lm-gaussian":
+        blank = noisy_cloud(train, count, seed, views.background)
+    else:
+        blank = start_of(views, count, 0, seed) if prior is None else scattered(views, count, seed)
     scene = METHODS.get(fit)(**options).sparsify(blank, job).model
     arguments = {"count": len(scene), "sh_degree": 0, "background": list(views.background)}
     return Sparsified(scene, MaskSet({}), arguments=arguments)
@@ -77,6 +72,58 @@ def few_views(row: Row, seed: int, start: nn.Module | None, work: Work) -> Spars
 def carved(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
     """One-2-3-45's sparse cost volume, trained on toy shapes."""
     return Sparsified(One2345(**row.recipe).fit(*train_set(seed), seed), MaskSet({}))
+
+
+def volume(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """GVGEN's volume of the row's views, as the scene that it is."""
+    views, options = load_views(str(row.dataset)), dict(row.options)
+    width = options.pop("width")
+    made = VolumeFit(seed=seed, **options, **row.recipe).fit(
+        boxed(views.train, views.centre, width), views.background
+    )
+    scene = GaussianScene.from_splats(made.placed(views.centre, width), views.background)
+    arguments = {"count": len(scene), "sh_degree": 0, "background": list(views.background)}
+    return Sparsified(scene.eval(), MaskSet({}), arguments=arguments)
+
+
+def stream(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """QUEEN's video of a moving ball; gated, its masks are of what changes from frame to frame."""
+    make = Queen(**row.options)
+    model = queen.streamed(make, replace(queen.VIDEO, **row.recipe), seed)
+    masks = model.changes() if make.gated else MaskSet({})
+    set_masks(model, masks)
+    return Sparsified(model.eval(), masks)
+
+
+def edges(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """EdgeGaussians' points of the edge maps of ABC-NEF; from a start those of them that count."""
+    if isinstance(start, EdgePoints):
+        keep = edge_gaussians.on_the_edges(start)
+        found = start.rows(keep)
+        part = {"kept": len(found), "total": len(start), "sparsity": 1 - len(found) / len(start)}
+        parts, extras = {"gaussians": part | {"pattern": "rows"}}, {"gaussians/keep": keep}
+        return Sparsified(found.eval(), MaskSet({}), extras, parts=parts, arguments={"count": len(found)})
+    points = EdgeGaussians(seed=seed, **row.recipe).fit(load_edges()[0])
+    return Sparsified(points.eval(), MaskSet({}), arguments={"count": len(points)})
+
+
+def taken_out(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """SPIn-NeRF's field of a painted disc without the ball that the pictures show."""
+    steps, rays = row.recipe["steps"], row.recipe["rays"]
+    scene, masks, _ = spin_nerf.whole(steps, rays, seed)
+    make = SPInNeRF(steps=steps, rays=rays, arguments=spin_nerf.FIELD)
+    return Sparsified(make.fit(scene, load_views(str(row.dataset)).train, masks, seed), MaskSet({}))
+
+
+def coordinates(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """SpaRP's network of object coordinates."""
+    make = functools.partial(CoordinateNet, **row.arguments)
+    return Sparsified(sparp.trained(make, sparp.PoseOptions(**row.recipe), seed), MaskSet({}))
+
+
+def parted(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:
+    """Part123's field of a chair with features that tell its parts."""
+    return Sparsified(part123.made(part123.PartOptions(**row.recipe), seed), MaskSet({}))
 
 
 def sections(row: Row, seed: int, start: nn.Module | None, work: Work) -> Sparsified:

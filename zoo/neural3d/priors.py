@@ -18,6 +18,7 @@ from zoo.neural3d.views import View, Views
 from zoo.shared.ops.rasterize import Rendering
 from zoo.shared.train import Job
 
+NOISE = 0.03  # deviation of a noisy cloud's points, in units of their mean depth
 MOBILITY = 10.0  # of scenes fitted to few views, see `refine`
 
 
@@ -130,3 +131,16 @@ def cloud(
     points, colours = (torch.cat(values) for values in zip(*parts, strict=True))
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:count]
     return GaussianScene.from_splats(from_points(points[order], colours[order], 0), background)
+
+
+def noisy_cloud(
+    views: Sequence[View], count: int, seed: int, background: tuple[float, float, float]
+) -> GaussianScene:
+    """The same cloud with its points moved by `NOISE` of their mean depth, as structure from few pictures
+    is."""
+    scene, generator = cloud(views, count, seed, background), torch.Generator().manual_seed(seed)
+    known = torch.cat([view.depth[view.depth > 0] for view in views if view.depth is not None])
+    with torch.no_grad():
+        noise = torch.randn(scene.means.shape, generator=generator)
+        scene.means.add_(NOISE * float(known.mean()) * noise)
+    return scene

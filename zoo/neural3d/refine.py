@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError
 from zoo.neural3d.metrics import psnr, ssim_map_mean
 from zoo.neural3d.scene import GaussianScene
-from zoo.neural3d.views import View, ViewBatches, middle_of_views
+from zoo.neural3d.splats import from_points
+from zoo.neural3d.views import View, ViewBatches, Views, middle_of_views
 from zoo.shared.train import Fit, Job, Recipe
 
 # Learning rates of 3DGS (Kerbl et al. 2023); that of the means is for a scene of extent 1.
@@ -115,3 +116,17 @@ def views_of(job: Job) -> list[View]:
         )
     found: list[View] = views
     return found
+
+
+def start_of(views: Views, count: int, sh_degree: int, seed: int) -> GaussianScene:
+    """A scene to train: `count` of the points of the surface, or, without any, of a cube round the centre."""
+    generator = torch.Generator().manual_seed(seed)
+    if views.points is not None and views.colours is not None:
+        rows = torch.randperm(len(views.points), generator=generator)[:count]
+        points, colours = views.points[rows], views.colours[rows]
+    else:
+        points = views.centre + (torch.rand(count, 3, generator=generator) - 0.5) * 0.6 * views.extent
+        colours = torch.rand(count, 3, generator=generator)
+    if len(points) < count:
+        raise ConfigError(f"{views.name} has {len(points)} points to start from; received count {count}")
+    return GaussianScene.from_splats(from_points(points, colours, sh_degree), views.background)

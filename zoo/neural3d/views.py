@@ -355,6 +355,12 @@ def _frames() -> Views:
     return frames()
 
 
+def _without_ball() -> Views:
+    from zoo.neural3d.studies.spin_nerf import without_ball
+
+    return without_ball()
+
+
 SETS: dict[str, Callable[[], Views]] = {
     "shapes": _shapes,
     "shapes-arc": _arc,
@@ -368,4 +374,5 @@ SETS: dict[str, Callable[[], Views]] = {
     "shapes-ring": lambda: _ring("shapes-ring", "shapes-48"),
     "lego-ring": lambda: _ring("lego-ring", "lego-50"),
     "livingroom-frames": _frames,
+    "disc-without-ball": _without_ball,
 }

@@ -13,8 +13,7 @@ from zoo.bundles.store import load_bundle
 from zoo.errors import ConfigError
 from zoo.neural3d.densify import Densification, Densifier
 from zoo.neural3d.finetune import Finetune
-from zoo.neural3d.makers import start_of
-from zoo.neural3d.refine import picture_loss, rate_groups, scene_job
+from zoo.neural3d.refine import picture_loss, rate_groups, scene_job, start_of
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.shapes import shapes
 from zoo.shared.masks import MaskSet, masks_of, set_masks

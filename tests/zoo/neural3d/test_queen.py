@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 
 from zoo.errors import ConfigError, DataError
 from zoo.neural3d.cameras import orbit
-from zoo.neural3d.makers import start_of
 from zoo.neural3d.methods.queen import (
     BETA,
     ETA,
@@ -25,7 +24,7 @@ from zoo.neural3d.methods.queen import (
     read_frame,
     write_frame,
 )
-from zoo.neural3d.refine import mean_psnr
+from zoo.neural3d.refine import mean_psnr, start_of
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.shapes import BALLS, FIELD, shapes, view_of
 from zoo.neural3d.views import View

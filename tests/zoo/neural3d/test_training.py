@@ -10,9 +10,8 @@ from torch import nn
 
 from zoo.errors import ConfigError, DataError, TaskError
 from zoo.harness.tasks import get_task
-from zoo.neural3d.makers import start_of
 from zoo.neural3d.methods.splat_pruning import SplatPruning
-from zoo.neural3d.refine import RATES, mean_psnr, rate_groups, refine, scene_job
+from zoo.neural3d.refine import RATES, mean_psnr, rate_groups, refine, scene_job, start_of
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.shapes import shapes
 from zoo.neural3d.splats import from_points

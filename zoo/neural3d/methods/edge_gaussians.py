@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -57,7 +58,12 @@ class EdgePoints(nn.Module):
         count: at random in a cube round (0.5, 0.5, 0.5) of side 1.1.
         size: standard deviation at the start, in units of the scene.
         seed: of places and rotations.
+
+    Attributes:
+        full_precision: that it computes in float32, also on weights stored in float16.
     """
+
+    full_precision: ClassVar[bool] = True
 
     def __init__(self, count: int, size: float = 0.01, seed: int = 0) -> None:
         super().__init__()
@@ -85,6 +91,12 @@ class EdgePoints(nn.Module):
             shift=shift,
             antialiased=True,
         ).alpha
+
+    def rows(self, keep: Bool[Tensor, " n"]) -> EdgePoints:
+        """Some of the points."""
+        found = EdgePoints(int(keep.sum()))
+        found.load_state_dict({name: value[keep] for name, value in self.state_dict().items()})
+        return found
 
     def directions(self) -> Float[Tensor, "n 3"]:
         """Unit vectors along the longest axes."""

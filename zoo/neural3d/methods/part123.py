@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import torch
@@ -242,6 +242,27 @@ class Part123:
             batches = Drawn(make, self.rays, self.steps)
             Job(batches, loss=loss, recipe=self.recipe, seed=seed).fit(model, macs=lambda: 0.0).run()
         return model.eval()
+
+
+class PartScene(nn.Module):
+    """A field and the features of its surface.
+
+    Args:
+        arguments: of the field, see `zoo.neural3d.fields.HashField`.
+
+    Attributes:
+        full_precision: that it computes in float32, also on weights stored in float16.
+    """
+
+    full_precision: ClassVar[bool] = True
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self.field, self.head = WeighedField(**arguments), PartHead()
+
+    def forward(self, points: Float[Tensor, "n 3"]) -> Float[Tensor, "n d"]:
+        """Features of length one."""
+        return functional.normalize(self.head(points), dim=1)
 
 
 def parts(

@@ -21,6 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy
 import torch
@@ -38,6 +39,7 @@ from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.views import View, ViewBatches
 from zoo.shared.learned.constraints.straight_through import round_through
 from zoo.shared.learned.gates import HardConcrete
+from zoo.shared.masks import Mask, MaskSet
 from zoo.shared.store.identity import data_digest
 from zoo.shared.store.io import atomic_write
 from zoo.shared.train import Job, Recipe
@@ -181,6 +183,78 @@ def _scene(before: GaussianScene, tensors: dict[str, Tensor]) -> GaussianScene:
         for name, value in tensors.items():
             getattr(after, name).copy_(value)
     return after
+
+
+class Stream(nn.Module):
+    """A video: its first frame whole, and what each later one adds.
+
+    Parameters: those of the scene `first`; of each of `frames` the `moves` [n, 3] in steps of `GRID` and the
+    latents [n, width] by name, whole numbers all, and the matrices as `NAME_matrix`.
+
+    Args:
+        count: Gaussians of every frame.
+        frames: after the first one.
+        background: colour where nothing is.
+
+    Attributes:
+        full_precision: that it computes in float32; whole numbers up to 2,048 are exact in float16.
+    """
+
+    full_precision: ClassVar[bool] = True
+
+    def __init__(self, count: int, frames: int, background: Sequence[float]) -> None:
+        super().__init__()
+        self.first = GaussianScene(count, 0, background)
+        blank = Residual(self.first, None)
+        self.frames = nn.ModuleList(nn.ParameterDict(self._stored(blank)) for _ in range(frames))
+
+    @classmethod
+    def of(cls, residuals: Sequence[Residual]) -> Stream:
+        """The video of frames that were learned one after the other.
+
+        Raises:
+            ConfigError: none, or a scene with harmonics beyond the first.
+        """
+        if not residuals or residuals[0].before.sh_degree:
+            raise ConfigError("a stream has one later frame or more, of scenes of degree 0")
+        first = residuals[0].before
+        made = cls(len(first), len(residuals), first.background.tolist())
+        made.first.load_state_dict(first.state_dict())
+        made.frames = nn.ModuleList(nn.ParameterDict(cls._stored(one)) for one in residuals)
+        return made
+
+    @staticmethod
+    def _stored(residual: Residual) -> dict[str, Tensor]:
+        moved, latents = residual.steps()
+        matrices = {f"{name}_matrix": matrix for name, matrix in residual.matrices.items()}
+        return {k: v.detach().clone() for k, v in {"moves": moved, **latents, **matrices}.items()}
+
+    def changes(self) -> MaskSet:
+        """Which moves and latents are there: a Gaussian moves or stands still, other zeros lie anywhere."""
+        found = {}
+        for number, frame in enumerate(self.frames):
+            assert isinstance(frame, nn.ParameterDict)
+            for name in ("moves", *LATENTS):
+                keep = frame[name] != 0
+                found[f"frames.{number}.{name}"] = Mask(
+                    keep.any(1)[:, None] | keep if name == "moves" else keep
+                )
+        return MaskSet(found)
+
+    def scenes(self) -> list[GaussianScene]:
+        """The frames, the first one too, as scenes."""
+        found = [self.first]
+        for frame in self.frames:
+            assert isinstance(frame, nn.ParameterDict)
+            latents = {name: frame[name].detach() for name in LATENTS}
+            matrices = {name: frame[f"{name}_matrix"].detach() for name in LATENTS}
+            found.append(_scene(found[-1], _added(found[-1], frame["moves"].detach(), latents, matrices)))
+        return found
+
+    def forward(self, camera: Camera, frame: int = -1) -> Tensor:
+        """The colours [height, width, 3] that the camera sees in a frame, by default the last."""
+        found: Tensor = self.scenes()[frame](camera)
+        return found
 
 
 def gradient_difference(

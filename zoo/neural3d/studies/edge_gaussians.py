@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, TaskError
+from zoo.harness.tasks import Flops, Measure, Progress, Task, TaskResult
 from zoo.neural3d.edges import fitted, grown, kept_points, load_edges, precision_recall, tangents
-from zoo.neural3d.methods.edge_gaussians import EDGE, EdgeGaussians, edge_values, on_edges
+from zoo.neural3d.methods.edge_gaussians import EDGE, EdgeGaussians, EdgePoints, edge_values, on_edges
+from zoo.neural3d.tasks import drawing
 from zoo.neural3d.views import View
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Grid
@@ -67,6 +69,47 @@ def triangulated(views: list[View], count: int, seed: int) -> Tensor:
     return torch.stack(found)
 
 
+class EdgesOfABC(Task):
+    """Precision and recall, within 0.02 of the box's side, of points on the true edges of ABC-NEF 00004926,
+    and the mean cosine between their directions and the true ones."""
+
+    name, domain, primary = "neural3d/edges-abc", "neural3d", "precision"
+
+    def accepts(self, card: Any) -> bool:
+        """Points that were measured on this."""
+        return self.is_on(card)
+
+    def measured_on(self) -> Any:
+        return load_edges()[1]
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        """Measure points.
+
+        Raises:
+            TaskError: something else.
+        """
+        if not isinstance(model, EdgePoints):
+            raise TaskError(f"{self.name} takes EdgePoints; received {type(model).__name__}")
+        truth, means = load_edges()[1], model.means.detach()
+        precision, recall = precision_recall(means, truth)
+        cosine = float((model.directions().detach() * tangents(means, truth)).sum(1).abs().mean())
+        found = {"precision": precision, "recall": recall, "cosine": cosine}
+        return TaskResult({name: Measure(value) for name, value in found.items()}, n=len(means))
+
+    def flops(self, model: nn.Module) -> Flops | None:
+        """Operations of drawing the 50 maps."""
+        if not isinstance(model, EdgePoints):
+            return None
+        total = drawing(model, [view.camera for view in load_edges()[0]])
+        return Flops(total, total)
+
+
+def on_the_edges(points: EdgePoints) -> Tensor:
+    """Which of the points count: opaque, on the maps and no outliers, see `kept_points`."""
+    means = points.means.detach()
+    return kept_points(means, points.opacities.detach().sigmoid(), edge_values(means, load_edges()[0]))
+
+
 def measure(make: Any, options: EdgeOptions, case: Row, cells: CellCache) -> Row:
     """Precision and recall of the points, and of the curves through them; cosine to the true directions."""
     views, truth = load_edges()
@@ -78,9 +121,8 @@ def measure(make: Any, options: EdgeOptions, case: Row, cells: CellCache) -> Row
         return {"precision": precision, "recall": recall, "points": len(means)}
     method = replace(make, steps=options.steps, count=options.gaussians, seed=case["seed"])
     points = method.fit(views)
-    means, directions = points.means.detach(), points.directions().detach()
-    kept = kept_points(means, points.opacities.detach().sigmoid(), edge_values(means, views))
-    means, directions = means[kept], directions[kept]
+    kept = on_the_edges(points)
+    means, directions = points.means.detach()[kept], points.directions().detach()[kept]
     precision, recall = precision_recall(means, truth, options.reach)
     cosine = (directions * tangents(means, truth)).sum(1).abs().mean()
     curves = [fitted(means[group]) for group in grown(means, directions)]

@@ -5,10 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-
 from zoo.neural3d.methods.lm_gaussian import LMGaussian
-from zoo.neural3d.priors import affine, cloud
+from zoo.neural3d.priors import affine, noisy_cloud
 from zoo.neural3d.refine import scene_job
 from zoo.neural3d.studies import common
 from zoo.studies.cells import CellCache
@@ -16,19 +14,13 @@ from zoo.studies.study import Arm, Claim, Study
 from zoo.studies.view import Row
 
 PLAIN, DEPTH, NORMAL, ALL = "RGB only", "+ depth", "+ normals", "+ virtual views"
-NOISE = 0.03  # deviation of the cloud's points, in units of their mean depth
 
 
 def measure(make: Any, options: common.FewOptions, case: Row, cells: CellCache) -> Row:
     """One training from a noisy cloud of distorted depth, and what it shows of held-out views."""
     views, seed = common.few_views(case["views"]), case["seed"]
     prior = affine(views.train, seed)
-    scene = cloud(prior, options.count, seed, views.background)
-    generator = torch.Generator().manual_seed(seed)
-    known = torch.cat([view.depth[view.depth > 0] for view in prior if view.depth is not None])
-    with torch.no_grad():
-        noise = torch.randn(scene.means.shape, generator=generator)
-        scene.means.add_(NOISE * float(known.mean()) * noise)
+    scene = noisy_cloud(prior, options.count, seed, views.background)
     job = scene_job(prior, seed=seed, steps=options.steps)
     return common.quality(make().sparsify(scene, job).model, views.test)
 

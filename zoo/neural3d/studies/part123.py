@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.errors import ConfigError, DataError
+from zoo.harness.tasks import Measure, Progress, TaskResult
 from zoo.neural3d.cameras import Camera, orbit
 from zoo.neural3d.fields import RECIPE, field_job
 from zoo.neural3d.meshes import isosurface
-from zoo.neural3d.methods.part123 import Part123, cleaned, lifted, parts
-from zoo.neural3d.networks import fresh
+from zoo.neural3d.methods.part123 import Part123, PartScene, cleaned, lifted, parts
+from zoo.neural3d.networks import NetworkTask, fresh
 from zoo.neural3d.views import View
 from zoo.neural3d.weighed import WeighedField
 from zoo.shared.train import Recipe
@@ -42,6 +43,9 @@ COUNT, SIZE, GRID, LEVEL = (
     48,
     15.0,
 )  # views, their pixels, points of the volume, density of the surface
+
+
+FIELD: dict[str, Any] = {"half": 1.0, "levels": 6, "finest": 64, "hidden": 16, "samples": 32}
 
 
 @dataclass(frozen=True)
@@ -120,28 +124,83 @@ def masks_of(scene: Chair, seed: int) -> list[Tensor]:
 
 
 @cache
-def fitted(options: PartOptions, seed: int) -> tuple[WeighedField, Tensor, Tensor]:
-    """A field of the chair, points of its surface and their colours."""
-    model = fresh(WeighedField, seed, half=1.0, levels=6, finest=64, hidden=16, samples=32)
+def fitted(options: PartOptions, seed: int) -> WeighedField:
+    """A field of the chair."""
+    model = fresh(WeighedField, seed, **FIELD)
     recipe = Recipe(**{**RECIPE, "steps": options.steps})
     field_job(chair().views, recipe=recipe, seed=seed, batch=options.rays).fit(model, macs=lambda: 0.0).run()
+    return model.eval()
+
+
+def surface(model: WeighedField) -> tuple[Tensor, Tensor]:
+    """Points [n, 3] of a field's surface near the chair, and their colours [n, 3].
+
+    Raises:
+        DataError: there are none.
+    """
     line = torch.linspace(-0.95, 0.95, GRID)
     grid = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3)
     ahead = torch.tensor([0.0, 0.0, 1.0])
     with torch.no_grad():
-        model.eval()
         density = torch.cat([model.at(some, ahead.expand_as(some))[0] for some in grid.split(16384)])
         points, _ = isosurface(density.reshape(GRID, GRID, GRID), grid[0], grid[-1], LEVEL)
         points = points[distances(points).amin(1) < 0.1]  # floaters belong to no part
         if not len(points):
             raise DataError("the field has no surface near the chair: train it longer")
-        return model, points, model.at(points, ahead.expand_as(points))[1]
+        return points, model.at(points, ahead.expand_as(points))[1]
+
+
+def _agreement(points: Tensor, found: Tensor) -> float:
+    """Adjusted Rand index of parts of points with the true ones."""
+    return float(adjusted_rand_score(distances(points).argmin(1), found))
+
+
+class ChairParts(NetworkTask):
+    """Adjusted Rand index of the parts that are found on the surface of a chair, from its views and masks
+    numbered anew in each, and how far their number is from three."""
+
+    name, primary = "neural3d/chair-parts", "ari"
+    network = PartScene
+
+    def direction(self, metric: str) -> int:
+        """A number of parts that is off is worse."""
+        return 1 if metric == "ari" else -1
+
+    def measured_on(self) -> Any:
+        return [chair().labels, masks_of(chair(), 0)]
+
+    def example(self, model: PartScene) -> tuple[Any, ...]:
+        """A point."""
+        return (torch.zeros(1, 3),)
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        """Measure a field with features."""
+        own = self.fitting(model).eval()
+        points, scene = surface(own.field)[0], chair()
+        found = parts(own.field, own.head, scene.views, masks_of(scene, 0), points)
+        off = abs(len(found.unique()) - len(BOXES))
+        return TaskResult(
+            {"ari": Measure(_agreement(points, found)), "parts_off": Measure(off)}, n=len(points)
+        )
+
+
+def made(options: PartOptions, seed: int) -> PartScene:
+    """A field of the chair with features."""
+    model, scene = fitted(replace(options, seeds=1), seed), chair()
+    masks = masks_of(scene, seed)
+    rendered = [lifted(model, view, mask) for view, mask in zip(scene.views, masks, strict=True)]
+    out = PartScene(**FIELD)
+    out.field.load_state_dict(model.state_dict())
+    head = Part123(steps=options.head, rays=options.rays).fit(rendered, seed)
+    out.head.load_state_dict(head.state_dict())
+    return out.eval()
 
 
 def measure(make: Part123 | None, options: PartOptions, case: Row, cells: CellCache) -> Row:
     """Agreement of the parts found with the true ones, and their number."""
     scene, seed = chair(), case["seed"]
-    model, points, colours = fitted(replace(options, seeds=1), seed)
+    model = fitted(replace(options, seeds=1), seed)
+    points, colours = surface(model)
     if make is None:
         places = torch.cat([points / points.std(0), colours / colours.std(0)], 1).numpy()
         found = torch.from_numpy(KMeans(len(BOXES), n_init=5, random_state=seed).fit(places).labels_)
@@ -151,7 +210,7 @@ def measure(make: Part123 | None, options: PartOptions, case: Row, cells: CellCa
         trained = replace(make, steps=options.head if make.steps else 0, rays=options.rays)
         found = parts(model, trained.fit(rendered, seed), scene.views, masks, points)
     return {
-        "ari": float(adjusted_rand_score(distances(points).argmin(1), found)),
+        "ari": _agreement(points, found),
         "parts": len(found.unique()),
         "points": len(points),
     }

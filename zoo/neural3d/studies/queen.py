@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, TaskError
+from zoo.harness.tasks import Flops, Progress, Task, TaskResult
 from zoo.neural3d.cameras import orbit
-from zoo.neural3d.makers import start_of
-from zoo.neural3d.methods.queen import Queen, read_frame, write_frame
+from zoo.neural3d.methods.queen import Queen, Residual, Stream, read_frame, write_frame
+from zoo.neural3d.metrics import psnr, ssim
 from zoo.neural3d.packed import steps_for, write_packed
-from zoo.neural3d.refine import RATES, mean_psnr, refine, scene_job
+from zoo.neural3d.refine import RATES, mean_psnr, refine, scene_job, start_of
 from zoo.neural3d.scene import GaussianScene
 from zoo.neural3d.shapes import BALLS, FIELD, shapes, view_of
+from zoo.neural3d.tasks import drawing
 from zoo.neural3d.views import View
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Grid
@@ -55,6 +58,9 @@ class QueenOptions:
     def __post_init__(self) -> None:
         if min(self.seeds, self.frames - 1, self.gaussians, self.first, self.steps) < 1:
             raise ConfigError("give at least one seed, two frames, one Gaussian and one step")
+
+
+VIDEO = QueenOptions(frames=3, gaussians=800)  # of the bundles
 
 
 def ball_at(frame: int) -> Tensor:
@@ -107,6 +113,61 @@ def free(before: GaussianScene, views: list[View], steps: int, seed: int) -> Gau
     ]
     scene_job(views, seed=seed, steps=steps).fit(scene, parameters=groups, macs=lambda: 0.0).run()
     return scene
+
+
+class MovingBall(Task):
+    """PSNR and SSIM of four held-out views of each later frame of a ball that moves, and the share of the
+    Gaussians that do not move in that frame."""
+
+    name, domain, primary, unit = "neural3d/moving-ball", "neural3d", "psnr", "dB"
+
+    def accepts(self, card: Any) -> bool:
+        """Videos that were measured on this."""
+        return self.is_on(card)
+
+    def measured_on(self) -> Any:
+        return [[view.image for view in views] for views in video(VIDEO)[1]]
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        """Measure a video.
+
+        Raises:
+            TaskError: something else, or another number of frames.
+        """
+        if not isinstance(model, Stream) or len(model.frames) != VIDEO.frames - 1:
+            raise TaskError(f"{self.name} takes a Stream of {VIDEO.frames} frames")
+        samples: dict[str, list[float]] = {"psnr": [], "ssim": [], "at_rest": []}
+        found, views = model.scenes(), video(VIDEO)[1]
+        with torch.no_grad():
+            for number in range(1, len(found)):
+                at_rest = float((found[number].means == found[number - 1].means).all(1).float().mean())
+                for view in views[number]:
+                    seen = found[number](view.camera)
+                    samples["psnr"].append(psnr(seen, view.image))
+                    samples["ssim"].append(ssim(seen, view.image))
+                    samples["at_rest"].append(at_rest)
+        return TaskResult.from_samples(samples)
+
+    def flops(self, model: nn.Module) -> Flops | None:
+        """Operations of drawing the held-out views of the later frames."""
+        if not isinstance(model, Stream):
+            return None
+        views = video(VIDEO)[1]
+        pairs = zip(model.scenes()[1:], views[1:], strict=True)
+        total = sum(drawing(scene, [view.camera for view in own]) for scene, own in pairs)
+        return Flops(total, total)
+
+
+def streamed(make: Queen, options: QueenOptions, seed: int) -> Stream:
+    """A video whose frames are learned one after the other."""
+    train, _ = video(options)
+    scene = start_of(replace(shapes(8, 1, 1), train=train[0]), options.gaussians, 0, seed)
+    refine(scene, scene_job(train[0], seed=seed, steps=options.first))
+    found: list[Residual] = []
+    for old, new in itertools.pairwise(train):
+        found.append(replace(make, steps=options.steps).fit(scene, old, new, seed))
+        scene = found[-1].scene()
+    return Stream.of(found)
 
 
 def measure(make: Any, options: QueenOptions, case: Row, cells: CellCache) -> Row:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ConfigError
-from zoo.neural3d.makers import start_of
-from zoo.neural3d.refine import refine, scene_job
+from zoo.neural3d.refine import refine, scene_job, start_of
 from zoo.neural3d.spare import SceneSplit, evaluate, pack, read_submission, score
 from zoo.neural3d.views import Views, load_views
 from zoo.studies.cells import CellCache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, DataError
+from zoo.harness.tasks import Progress, TaskResult
 from zoo.neural3d.cameras import Camera, lens
 from zoo.neural3d.hull import cube, visual_hull
 from zoo.neural3d.meshes import is_watertight, isosurface, overlap
@@ -25,6 +26,7 @@ from zoo.neural3d.methods.sparp import (
     pose_of,
     random_turns,
 )
+from zoo.neural3d.networks import NetworkTask
 from zoo.neural3d.views import View
 from zoo.shared.structure.relatives import seeded
 from zoo.shared.train import Job, Recipe
@@ -202,26 +204,66 @@ def net_loss(model: nn.Module, seen: Seen) -> Tensor:
     return loss
 
 
-def learned(make: type[nn.Module], options: PoseOptions, seed: int) -> Row:
-    """Errors of poses on new pictures: from a learned map, or learned themselves."""
+def trained(make: Callable[[], nn.Module], options: PoseOptions, seed: int) -> nn.Module:
+    """A network that learned from new pictures at every step."""
     with seeded(seed):
         model = make()
     recipe = Recipe(lr=3e-3, epochs=1, optimizer="adam", weight_decay=0.0, warmup=0.05, decay="cosine")
     Job(Fresh(options), loss=net_loss, recipe=recipe, seed=seed).fit(model, macs=lambda: 0.0).run()
+    return model.eval()
+
+
+def held_out(count: int, seed: int) -> Seen:
+    """Pictures that no training sees."""
     generator = torch.Generator().manual_seed(10_000 + seed)
-    seen = _joined([pictures(balls, options.held // len(OBJECTS), 32, generator) for balls in OBJECTS])
+    return _joined([pictures(balls, count // len(OBJECTS), 32, generator) for balls in OBJECTS])
+
+
+def turn_errors(model: nn.Module, seen: Seen) -> list[float]:
+    """Angle between the found and the true rotation of each picture, in degrees."""
     with torch.no_grad():
-        found = model.eval()(seen.pictures)
+        found = model(seen.pictures)
     errors = []
     for number, camera in enumerate(seen.cameras):
         turn = found[number]
-        if make is CoordinateNet:
+        if isinstance(model, CoordinateNet):
             try:
                 mask = seen.pictures[number, 3] > 0.5
                 turn = pose_of(turn.permute(1, 2, 0), mask, LOW, HIGH, camera.intrinsics).viewmat[:3, :3]
             except DataError:
                 turn = torch.eye(3)  # no pose: counted as an error like any other
         errors.append(float(angle_between(turn, camera.viewmat[:3, :3])))
+    return errors
+
+
+class ToyCameras(NetworkTask):
+    """Cameras of 45 pictures of toy objects from a network's coordinates: mean angle to the true rotation in
+    degrees, and the share of pictures where it is below 15."""
+
+    name, primary, unit, higher_is_better = "neural3d/toy-cameras", "error", "degrees", False
+    network = CoordinateNet
+
+    def direction(self, metric: str) -> int:
+        """Less error is better, and a larger share below 15 degrees."""
+        return -1 if metric == "error" else 1
+
+    def measured_on(self) -> Any:
+        return list(held_out(45, 0)[:3])
+
+    def example(self, model: CoordinateNet) -> tuple[Any, ...]:
+        """A picture."""
+        return (held_out(3, 0).pictures[:1],)
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        """Measure a network."""
+        errors = turn_errors(self.fitting(model).eval(), held_out(45, 0))
+        return TaskResult.from_samples({"error": errors, "within_15": [float(one < 15) for one in errors]})
+
+
+def learned(make: type[nn.Module], options: PoseOptions, seed: int) -> Row:
+    """Errors of poses on new pictures: from a learned map, or learned themselves."""
+    model = trained(make, options, seed)
+    errors = turn_errors(model, held_out(options.held, seed))
     return {
         "error": median(errors),
         "worst": max(errors),

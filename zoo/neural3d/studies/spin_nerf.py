@@ -17,7 +17,7 @@ from zoo.neural3d.meshes import overlap
 from zoo.neural3d.methods.spin_nerf import SPInNeRF, dilated, harmonic, segmented
 from zoo.neural3d.metrics import psnr
 from zoo.neural3d.shapes import OVER, trace
-from zoo.neural3d.views import View
+from zoo.neural3d.views import View, Views
 from zoo.neural3d.weighed import WeighedField
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Columns, Curves
@@ -137,6 +137,18 @@ def whole(steps: int, rays: int, seed: int) -> tuple[WeighedField, list[Tensor],
         for name, some in (("given", given), ("rendered", masks))
     }
     return field, masks, agree
+
+
+def without_ball() -> Views:
+    """The training views, with the ball, and held-out ones without; masks are of where it is or was."""
+    train, test = arc(), arc(test=True)
+    masks = [dilated(mask, GROW).float() for mask in test.masks]
+    return Views(
+        "disc-without-ball",
+        [replace(view, mask=mask.float()) for view, mask in zip(train.views, train.masks, strict=True)],
+        [replace(view, mask=mask) for view, mask in zip(test.empty, masks, strict=True)],
+        (1.0, 1.0, 1.0),
+    )
 
 
 INPAINTERS = {SMOOTH: harmonic, OWN: imagined}
