@@ -220,6 +220,10 @@ def test_one_level_is_enough(on_dense, tiny_model, tiny_fields, dense: Path, tmp
             "mask of 'first.weight' is not one",
         ),
         (lambda record: record["tensors"].remove("first.bias"), "lack 'first.bias'"),
+        (lambda record: record.update(cut=["first.weight"]), "do not say what they take"),
+        (lambda record: record["cut"].update({"first.weight": 0}), "what 'first.weight' keeps of the base's"),
+        (lambda record: record["cut"].update({"first.weight": "0"}), "what 'first.weight' keeps"),
+        (lambda record: record["cut"].update({"nowhere": 0}), "what 'nowhere' keeps"),
     ],
 )
 def test_weights_that_contradict_their_card(on_dense, change, message: str) -> None:
@@ -258,6 +262,32 @@ def test_empty_and_scalar_tensors() -> None:
     assert own.tensors == {} and own.metadata["base"]["tensors"] == ["none", "one", "nan"]
     again = bases.restore(own, base)
     assert all(again.tensors[name] is value for name, value in base.tensors.items())
+
+
+def test_a_layer_that_lost_channels_is_slices_of_the_base() -> None:
+    """Rows and columns are found in their order, also beside equal ones; another order is no cut."""
+    base = {"rows": torch.arange(12.0).reshape(4, 3), "bias": torch.tensor([0.0, 1.0, 0.0, 1.0])}
+    base |= {"columns": torch.arange(24.0).reshape(2, 4, 3), "turned": torch.arange(6.0).reshape(3, 2)}
+    kept = torch.tensor([1, 3])
+    state = {"rows": base["rows"][kept], "bias": base["bias"][[2, 3]], "columns": base["columns"][:, kept]}
+    state |= {"turned": base["turned"][[2, 0]]}
+    there = bundles.PackedContents(base, MaskSet({}), {}, {})
+    own = bases.subtract(state, MaskSet({}), {}, there)
+    assert own.metadata["base"]["cut"] == {"rows": 0, "bias": 0, "columns": 1}
+    assert own.tensors["rows"].tolist() == own.tensors["columns"].tolist() == [False, True, False, True]
+    assert own.tensors["bias"].tolist() == [True, True, False, False], "the first that fit, in order"
+    assert torch.equal(own.tensors["turned"], state["turned"]), "another order is stored whole"
+    again = bases.restore(own, there)
+    assert all(torch.equal(again.tensors[name], value) for name, value in state.items())
+    assert all(value.is_contiguous() for value in again.tensors.values())
+
+
+def test_a_tensor_cut_along_two_axes_or_of_another_type_is_stored_whole() -> None:
+    base = {"both": torch.arange(16.0).reshape(4, 4), "half": torch.ones(4, 2)}
+    state = {"both": base["both"][:2, :2], "half": base["half"][:2].half(), "same": torch.ones(1)}
+    there = bundles.PackedContents(base | {"same": torch.ones(1)}, MaskSet({}), {}, {})
+    own = bases.subtract(state, MaskSet({}), {}, there)
+    assert own.metadata["base"]["cut"] == {} and set(own.tensors) == {"both", "half"}
 
 
 # -- commands

@@ -87,6 +87,19 @@ def test_weights_that_a_method_changes_are_stored_and_said(base, tmp_path, capsy
     assert load(tmp_path / "out") is not None
 
 
+def test_of_channels_that_were_cut_only_which_are_left_is_stored(base, tmp_path, capsys):
+    assert sparsify(tmp_path, "--method", "cfsp", "--ratio", "0.25") == 0
+    assert f"the rest is that of hf://acme/net@{COMMIT}" in capsys.readouterr().err
+    stored = load_packed(tmp_path / "out" / "weights.safetensors")
+    assert {name.split(".")[-2] for name in stored.tensors} == {"gate_proj", "up_proj", "down_proj"}
+    assert all(tensor.dtype == torch.bool and tensor.dim() == 1 for tensor in stored.tensors.values())
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype="auto").state_dict()
+    kept = stored.tensors["model.layers.0.mlp.down_proj.weight"]
+    down = load(tmp_path / "out").state_dict()["model.layers.0.mlp.down_proj.weight"]
+    assert 0 < kept.sum() < len(kept)
+    assert torch.equal(down, dense["model.layers.0.mlp.down_proj.weight"][:, kept])
+
+
 def test_bases_that_are_missing_or_others_are_refused(base, tmp_path, capsys):
     assert sparsify(tmp_path, "--method", "wanda", "--sparsity", "0.5") == 0
     moved = shutil.copytree(base, tmp_path / "files")
