@@ -1,8 +1,9 @@
 """Weights files that leave out what another bundle, the base, has already.
 
 A model with thresholds on its activations has every weight of its dense twin; one whose weights were only
-dropped has those that it kept, and one whose channels were cut has rows or columns of it. `subtract` finds out what need not be stored, `restore` puts it back; between
-them each tensor comes back bit for bit. The file's metadata say what it lacks:
+dropped has those that it kept, and one whose channels were cut has rows or columns of it. `subtract` finds
+out what need not be stored, `restore` puts it back; between them each tensor comes back bit for bit. The
+file's metadata say what it lacks:
 
     "base": {"name": ..., "version": ..., "sha256": ..., "tensors": [names taken whole],
              "masked": {name: pattern of the mask, or null}, "cut": {name: axis}, "extras": [names]}
@@ -107,7 +108,7 @@ def restore(contents: PackedContents, base: PackedContents) -> PackedContents:
 
 
 def _kept_of(tensor: Tensor, other: Tensor) -> tuple[int, Tensor] | None:
-    """The axis along which a tensor holds some of another's slices, in their order, and which; None if none."""
+    """The axis along which a tensor holds slices of another in their order, and which; None without one."""
     if tensor.dtype != other.dtype or tensor.dim() != other.dim() or not tensor.numel():
         return None
     shorter = [axis for axis in range(tensor.dim()) if tensor.shape[axis] < other.shape[axis]]
