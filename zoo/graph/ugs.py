@@ -8,9 +8,8 @@ and weights alone.
 
 Differs from the released code in: the two directions of an edge share one mask; a mask multiplies GIN's
 messages and its magnitude GAT's exp(.) before the softmax, so that 0 is exactly the removal of the edge and
-sums stay positive, as GCN's degrees do; self-loops are not cut; the cuts follow TEDDY's schedule (5 % of
-the remaining edges, 10 % of the remaining weights), counted as
-TEDDY counts.
+sums stay positive, as GCN's degrees do; self-loops are not cut; the cuts follow TEDDY's schedule (5 % of the
+remaining edges, 10 % of the remaining weights), counted as TEDDY counts.
 """
 
 from __future__ import annotations
