@@ -9,12 +9,13 @@ import torch
 
 from zoo.errors import ConfigError, DataError
 from zoo.llm.models import llama
-from zoo.llm.studies import common, vision_language
+from zoo.llm.studies import common, nm_training, vision_language
 from zoo.llm.studies.cfsp import CfspOptions
 from zoo.llm.studies.common import Protocol
 from zoo.llm.studies.ecoflap import EcoflapOptions
 from zoo.llm.studies.flash_llm import FlashOptions
 from zoo.llm.studies.gqsa import GqsaOptions
+from zoo.llm.studies.nm_training import NMOptions
 from zoo.llm.studies.pruning import STUDY, PruningOptions
 from zoo.studies.cells import CellCache
 from zoo.studies.runner import get_study
@@ -53,6 +54,38 @@ def test_cfsp(tmp_path):
     released = [row for row in result.rows if row["arm"] == "CFSP, released"]
     assert all(before > after for before, after in (row["parameters"] for row in released))
     assert sum(released[0]["widths"]) < 0.62 * 88
+
+
+def test_nm_training(tmp_path, monkeypatch):
+    """Every arm ends with the pattern; the accuracy is that of the loss's own predictions."""
+    text = common.corpus("embedded")
+    monkeypatch.setattr(nm_training, "corpus", lambda name: text)
+    nm_training.characters.cache_clear()
+    made = []
+    monkeypatch.setattr(nm_training, "accuracy", lambda model, *rest: made.append(model) or 0.5)
+    options = NMOptions(seeds=1, patterns=("1:16",), steps=2, batch=2, window=8, width=32, layers=1)
+    result = run("nm-training", options, tmp_path)
+    assert [row["arm"] for row in result.rows] == list(nm_training.ARMS) and len(result.verdicts) == 4
+    for model in made[1:]:
+        for name, weight in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                assert int((weight.view(len(weight), -1, 16) != 0).sum(2).max()) == 1, name
+    costs = {row["arm"]: row["flops"] for row in result.rows}
+    assert costs["BDWP"] < costs["SR-STE"] < costs["dense"]
+    nm_training.characters.cache_clear()
+
+
+def test_characters_that_are_right_are_counted_over_whole_windows(monkeypatch):
+    class Next(torch.nn.Module):
+        """Expects the number after the one it is given."""
+
+        def forward(self, input_ids):
+            return type("Out", (), {"logits": torch.nn.functional.one_hot(input_ids + 1, 8).float()})
+
+    tokens = torch.tensor(
+        [0, 1, 2, 3, 3, 4, 6, 1, 2]
+    )  # right: 1, 2, 3, 4 of the first six; 8 make no third window
+    assert nm_training.accuracy(Next(), tokens[:8], 3) == pytest.approx(4 / 6)
 
 
 def test_gqsa(tmp_path):
