@@ -208,7 +208,7 @@ def layer_outputs(
     keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (keys, values))
     y = torch.empty(weights.o.shape[0])
     wide, q, norm = _native.plain(x), _native.plain(q), _native.plain(weights.output_norm)
-    _native.function("zoo_decoder_outputs", "ppppipppiiiiiiiii")(
+    _native.function("zoo_decoder_outputs", "ppppippppiiiiiiiii")(
         wide.data_ptr(),
         q.data_ptr(),
         keys.data_ptr(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,22 @@ def test_unknown_instruction_set_is_refused() -> None:
     )
     assert "ZOO_ISA='mmx'" in done.stdout
     assert done.stderr.count("native kernels are off") == 1
+
+
+def test_calls_pass_the_arguments_that_the_kernels_take() -> None:
+    """ctypes takes arguments beyond a signature, as 32-bit numbers whose other half is left to chance."""
+    sources = "".join(path.read_text("utf-8") for path in sorted((ROOT / "native" / "src").glob("*.cpp")))
+    kinds = {"*": "p", "double": "d", "int64_t": "i"}
+    declared = {
+        name: "".join(next(k for mark, k in kinds.items() if mark in each) for each in taken.split(","))
+        for name, taken in re.findall(r"ZOO_EXPORT int64_t (zoo_\w+)\(([^)]+)\)", sources)
+    }
+    code = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "shared").rglob("*.py")))
+    called = re.findall(r'_native\.(?:function|value)\(\s*"(zoo_\w+)",\s*([pid"*+\s\d]+?),?\s*\)', code)
+    assert len(called) > 40
+    assert {name: eval(signature) for name, signature in called} == {
+        name: declared[name] for name, _ in called
+    }
 
 
 @needs_native
