@@ -119,4 +119,4 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    sys.exit(main("bundles of the zoo run faster packed", cells))
+    sys.exit(main("packed bundles against their dense twins", cells))

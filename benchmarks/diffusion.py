@@ -244,4 +244,4 @@ def _arguments(name: str) -> Any:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    sys.exit(main("cut diffusion models run faster by what was cut", cells))
+    sys.exit(main("cut diffusion models against their dense twins", cells))

@@ -193,7 +193,7 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
 if __name__ == "__main__":
     sys.exit(
         main(
-            "sets without padding beat padded ones, and finding them costs next to nothing",
+            "sets without padding against padded ones",
             cells,
             block_seconds=0.1,
         )

@@ -84,4 +84,4 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    sys.exit(main("gather_linear skips what sparse activations do not need", cells))
+    sys.exit(main("gather_linear against the dense product", cells))

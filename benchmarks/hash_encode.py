@@ -74,4 +74,4 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("a hash grid is encoded 30 times (small) and 10 times (large) as fast as in torch", cells))
+    sys.exit(main("hash grids against torch", cells))

@@ -437,8 +437,8 @@ if __name__ == "__main__":
     # A rival's time is another process's, whose threads spin on for a while when its turn ends.
     rivals = os.environ.get("LLM_DECODE", "").endswith("rival")
     clock, block_seconds = (time.perf_counter, 1.0) if rivals else (None, 0.02)
-    claim = "decoding skips what thresholds and masks spare"
-    status = main(claim, cells, clock=clock, block_seconds=block_seconds)
+    subject = "decoding of sparse language models against dense ones"
+    status = main(subject, cells, clock=clock, block_seconds=block_seconds)
     arguments = sys.argv[1:]
     write_profiles(arguments[arguments.index("--json") + 1] if "--json" in arguments else "")
     sys.exit(status)

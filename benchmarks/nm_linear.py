@@ -57,4 +57,4 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    sys.exit(main("nm_linear is faster than the best dense product", cells))
+    sys.exit(main("nm_linear against the best dense product", cells))

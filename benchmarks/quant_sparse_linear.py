@@ -54,4 +54,4 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    sys.exit(main("quant_sparse_linear reads a tenth of the bytes of a dense layer", cells))
+    sys.exit(main("quant_sparse_linear against the dense product", cells))

@@ -156,4 +156,4 @@ def cells(quick: bool, threads: int) -> Iterator[Cell | Later]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("drawing Gaussians and its gradients are at least 40 times faster than a pair list", cells))
+    sys.exit(main("drawing Gaussians and its gradients against a pair list", cells))

@@ -113,4 +113,4 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("selection over all weights runs at the speed of memory", cells))
+    sys.exit(main("selection over all weights against torch", cells))

@@ -110,4 +110,4 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
 if __name__ == "__main__":
     if not TIMM:
         print("timm is not installed: its networks are left out", file=sys.stderr)
-    sys.exit(main("training on visible sites is faster than dense training", cells))
+    sys.exit(main("training on visible sites against dense training", cells))

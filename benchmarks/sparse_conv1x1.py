@@ -85,4 +85,4 @@ if __name__ == "__main__":
         for pattern, goals in GOALS.items()
         for zeros, goal in goals.items()
     }
-    sys.exit(main("sparse pointwise convolutions are faster than dense ones", cells, group_goals=groups))
+    sys.exit(main("sparse pointwise convolutions against dense ones", cells, group_goals=groups))

@@ -82,4 +82,4 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="Sparse")
-    sys.exit(main("the square of a graph is made faster than by scipy and by MKL", cells))
+    sys.exit(main("the square of a graph against scipy and MKL", cells))

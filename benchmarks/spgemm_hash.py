@@ -57,4 +57,4 @@ def rows_of(crow: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main("the square of wide graphs: hash tables against dense accumulators", cells))
+    sys.exit(main("the square of wide graphs, hash tables against dense accumulators", cells))

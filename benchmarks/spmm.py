@@ -112,4 +112,4 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="Sparse")
-    sys.exit(main("spmm is faster than torch's CSR product and than gather-scatter", cells))
+    sys.exit(main("spmm against torch's CSR product and gather-scatter", cells))

@@ -182,4 +182,4 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
 if __name__ == "__main__":
     if not SPCONV:
         print("spconv is not installed: it is left out, with the goals that are about it", file=sys.stderr)
-    sys.exit(main("submanifold convolution is faster than dense and than spconv, also in training", cells))
+    sys.exit(main("submanifold convolution against dense and spconv, also in training", cells))

@@ -17,6 +17,7 @@ from zoo import demo, registry
 from zoo.bundles.catalog import select
 from zoo.cli import COMMANDS, main
 from zoo.report import numbers
+from zoo.shared.bench import report
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -150,6 +151,28 @@ def test_the_times_of_images_are_the_measured_ones() -> None:
     for network, ratios in found.items():
         cells = " | ".join(ratios[p, z] for p in ("unstructured", "block4x1") for z in ("70%", "80%", "90%"))
         assert f"| {network} | {cells} |" in pages()["docs/performance.md"], (network, cells)
+
+
+BENCHMARKS = re.compile(r"Made by `python -m zoo\.shared\.bench\.report ([^`]+)`")
+
+
+def pages_of_benchmarks() -> dict[str, list[Path]]:
+    texts = {path: path.read_text() for path in sorted((ROOT / "benchmarks/results").glob("*.md"))}
+    found = {path.name: BENCHMARKS.search(text) for path, text in texts.items()}
+    return {name: [Path(file) for file in made[1].split()] for name, made in found.items() if made}
+
+
+@pytest.mark.parametrize("name", pages_of_benchmarks())
+def test_a_page_of_benchmarks_is_that_of_its_files(name: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    made = report.page(pages_of_benchmarks()[name])
+    assert (ROOT / "benchmarks/results" / name).read_text() == f"{made}\n"
+
+
+def test_every_page_of_benchmarks_says_how_it_is_made() -> None:
+    texts = [path.read_text() for path in (ROOT / "benchmarks/results").glob("*.md")]
+    assert all(BENCHMARKS.search(text) for text in texts if text.startswith("# Results of the benchmark"))
+    assert len(pages_of_benchmarks()) >= 4
 
 
 def test_the_site_has_every_page_that_its_menu_names(tmp_path) -> None:

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..store.io import read_json
-from .runner import verdict
+from .runner import heading, verdict
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """One benchmark run: its claim, the machine, a row per cell, the goals.
+    """One benchmark run: its heading, the machine, a row per cell, the goals.
 
     Args:
         results: what a script wrote with --json.
     """
     limits, machine = results["limits"], results["machine"]
-    text = [f"## {results['claim'][0].upper()}{results['claim'][1:]}", ""]
+    groups = [group["met"] for group in results["groups"].values()]
+    text = [f"## {heading(results['subject'], results['rows'], groups)}", ""]
     text.append(
         f"{machine['cpu']}, {results['threads']} thread(s), torch {machine['torch']}; measured "
         f"{limits['bytes_per_second'] / 1e9:.1f} GB/s and {limits['flops_per_second'] / 1e9:.0f} GFLOP/s"
@@ -59,12 +60,18 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def page(files: Sequence[Path]) -> str:
+    """The tables of some files below a line that tells how to make them again."""
+    command = f"python -m zoo.shared.bench.report {' '.join(file.as_posix() for file in files)}"
+    tables = [markdown(read_json(file)) for file in files]
+    return "\n".join(["# Results of the benchmark scripts", "", f"Made by `{command}`.", "", *tables])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables of all files that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="what scripts of benchmarks/ wrote with --json")
-    tables = [markdown(read_json(file)) for file in parser.parse_args(argv).files]
-    print("\n".join(["# Results of the benchmark scripts", "", *tables]))
+    print(page(parser.parse_args(argv).files))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Cell:
 
     Attributes:
         labels: what the line is about, such as {"zeros": "90%", "batch": 8}.
-        ours: the function that the claim is about.
+        ours: the function that the benchmark is about.
         peers: name -> another program doing the same job; at least one.
         bound: work that nobody can avoid.
         goal: what `ours` must reach in this cell.
@@ -139,6 +139,25 @@ def _plain(labels: Mapping[str, object]) -> dict[str, int | float | str]:
     return {key: value if isinstance(value, int | float) else str(value) for key, value in labels.items()}
 
 
+def heading(subject: str, rows: Sequence[Mapping[str, Any]], groups: Sequence[bool] = ()) -> str:
+    """What was measured against what, by which factors it is faster, and how many of its goals are met.
+
+    Args:
+        subject: what against what.
+        rows: as `Row.to_dict` makes them.
+        groups: whether the goal of each group is met.
+    """
+    factors = [row["goal"]["reached"] if "goal" in row else row["ratio"]["value"] for row in rows]
+    goals = [row["goal"]["met"] for row in rows if "goal" in row] + list(groups)
+    text = f"{subject[0].upper()}{subject[1:]}"
+    if factors:
+        few = len({f"{factor:.2f}" for factor in factors}) == 1
+        text += f": {min(factors):.2f}" + ("x" if few else f" to {max(factors):.2f}x")
+    if goals:
+        text += f", {sum(goals)} of {len(goals)} goals met"
+    return text
+
+
 def verdict(goal: Mapping[str, Any] | None) -> str:
     """What a goal of a record came to: met, missed, or bounded where the measured bound rules it out."""
     if goal is None:
@@ -152,9 +171,9 @@ def verdict(goal: Mapping[str, Any] | None) -> str:
 
 @dataclass
 class Table:
-    """All rows of a claim, with the goals of its groups; earlier rows as `Row.to_dict` made them."""
+    """All rows of a benchmark, with the goals of its groups; earlier rows as `Row.to_dict` made them."""
 
-    claim: str
+    subject: str
     group_goals: Mapping[str, Goal] = field(default_factory=dict)
     rows: list[Row | dict[str, Any]] = field(default_factory=list)
 
@@ -179,6 +198,11 @@ class Table:
         goals = [row["goal"] for row in self.records if "goal" in row]
         cells = sum(not goal["met"] and not goal.get("bounded", False) for goal in goals)
         return cells + sum(not met for _, met in self.group_results().values())
+
+    @property
+    def heading(self) -> str:
+        """The subject and what came of it."""
+        return heading(self.subject, self.records, [met for _, met in self.group_results().values()])
 
     def __str__(self) -> str:
         records = self.records
@@ -216,7 +240,7 @@ class Table:
                 ]
             )
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [self.claim]
+        text = [self.heading]
         text += ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
         for name, (mean, met) in self.group_results().items():
             goal = self.group_goals[name]
@@ -232,13 +256,13 @@ def _reached(row: Mapping[str, Any], over: Sequence[str]) -> float:
     return best / row["seconds"]["ours"]["median"]
 
 
-def _arguments(claim: str, argv: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(subject: str, argv: Sequence[str] | None) -> argparse.Namespace:
     def count(text: str) -> int:
         if not text.isdigit() or int(text) < 1:
             raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
         return int(text)
 
-    parser = argparse.ArgumentParser(description=claim)
+    parser = argparse.ArgumentParser(description=subject)
     parser.add_argument("--quick", action="store_true", help="fewer cells and shorter blocks")
     parser.add_argument("--threads", type=count, default=1, help="threads of every program (default 1)")
     parser.add_argument(
@@ -264,7 +288,7 @@ def _arguments(claim: str, argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(
-    claim: str,
+    subject: str,
     cells: Callable[[bool, int], Iterable[Cell | Later]],
     *,
     group_goals: Mapping[str, Goal] | None = None,
@@ -279,7 +303,7 @@ def main(
     time.
 
     Args:
-        claim: the sentence that the script is to show.
+        subject: what is measured against what, for the heading, which adds what came of it.
         cells: (quick, threads) -> cells, best as a generator, so that the data of one cell is freed before
             the next; `Later` where data take long to make.
         group_goals: goals for geometric means over the cells of a group.
@@ -288,17 +312,17 @@ def main(
         block_seconds: about how long one program runs in one of the 30 rounds (fewer for long calls). Short
             ones, as others slow a shared machine down for tenths of a second.
     """
-    options = _arguments(claim, argv)
+    options = _arguments(subject, argv)
     tick = clock or (time.process_time if options.threads == 1 else time.perf_counter)
     before, busy, start = machine(), others_busy(), time.perf_counter()
     earlier = read_json(options.json) if options.resume and Path(options.json).exists() else {"rows": []}
-    table = Table(claim, group_goals or {}, list(earlier["rows"]))
+    table = Table(subject, group_goals or {}, list(earlier["rows"]))
     done, left = [row["labels"] for row in earlier["rows"]], 0
 
     def report(left: int) -> dict[str, Any]:
         others = (others_busy() - busy) / (time.perf_counter() - start)
         return {
-            "claim": claim,
+            "subject": subject,
             "machine": before,
             "threads": options.threads,
             "quick": options.quick,

@@ -266,7 +266,7 @@ def test_script_that_meets_its_goals(tmp_path, capsys, known_limits) -> None:
     output = capsys.readouterr()
     assert "2.00x" in output.out and "MISSED" not in output.out and "size 2" in output.err
     record = json.loads(file.read_text())
-    assert record["claim"] == "twice as fast" and record["missed"] == 0 and len(record["rows"]) == 2
+    assert record["subject"] == "twice as fast" and record["missed"] == 0 and len(record["rows"]) == 2
     first = record["rows"][0]
     assert first["labels"] == {"size": 1, "threads": 1} and first["goal"]["met"] is True
     assert first["seconds"]["ours"]["median"] == pytest.approx(0.01)
@@ -290,7 +290,7 @@ def test_script_goes_on_where_it_stopped(tmp_path, capsys, known_limits) -> None
     assert main("in slices", script(clock, 1.9), argv=argv, clock=clock) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["labels"]["size"] for row in rows] == [2, 1]
-    assert len(clock.calls) == 2 * once and capsys.readouterr().out.count("2.00x") == 1 + 2
+    assert len(clock.calls) == 2 * once and capsys.readouterr().out.count("2.00x [") == 1 + 2
     with pytest.raises(SystemExit):
         main("in slices", script(clock, 1.9), argv=["--resume"], clock=clock)
     assert "--resume needs the --json FILE" in capsys.readouterr().err
@@ -313,8 +313,15 @@ def test_time_limit_leaves_cells_unbuilt(tmp_path, capsys, known_limits) -> None
 def test_goal_beyond_the_bound_is_marked_and_not_missed() -> None:
     table = Table("bound", {}, [row(0.02, {"torch": 0.03}, Goal(4))])  # the bound is 0.01 s: 3x at most
     assert table.missed == 0 and ">= 4x bounded: the bound allows 3.00x" in str(table)
+    assert table.heading == "Bound: 1.50x, 0 of 1 goals met", "a bound excuses a goal, and does not meet it"
     again = Table("bound", {}, table.records)
     assert str(again) == str(table) and again.records == table.records
+
+
+def test_a_heading_says_what_came_of_it() -> None:
+    two = [row(0.02, {"torch": 0.03}, Goal(1.2)), row(0.02, {"torch": 0.05}, None)]
+    assert Table("a against b", {}, two).heading == "A against b: 1.50 to 2.50x, 1 of 1 goals met"
+    assert Table("a", {}, two[1:]).heading == "A: 2.50x" and Table("none", {}).heading == "None"
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two"])
@@ -349,5 +356,6 @@ def test_results_as_markdown(tmp_path, capsys, known_limits) -> None:
     capsys.readouterr()
     report.main([str(file)])
     text = capsys.readouterr().out
-    assert "## Twice as fast" in text and "1.0 GB/s and 1 GFLOP/s" in text
+    assert "## Twice as fast: 2.00x, 0 of 2 goals met" in text and f"report {file}`" in text
+    assert "1.0 GB/s and 1 GFLOP/s" in text
     assert "| 1 | 1 | 10.000 | torch | 20.000 | 2.00x | 1.000 | 10% | >= 3x MISSED |" in text
