@@ -219,8 +219,6 @@ ZOO_INLINE Whole zeros_of(__m256i eight) {
                                                      n, b, n, b, n, b, n, b, n));
 }
 
-constexpr int kAhead = 4096;  // bytes: the prefetchers of a processor stop at the end of a page
-
 ZOO_INLINE __m256i words_at(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 // What `check` does, row by row, just before a row is used: a pass over the whole index would read it twice from memory.
@@ -265,8 +263,6 @@ void few_rounded(const Groups& w, const int16_t* xs, const float* steps, const f
     int64_t j = 0;
     if constexpr (kGroup != 0) {
       for (; j + 8 <= count; j += 8, codes += 4 * kGroup) {
-        for (int line = 0; line < 4 * kGroup; line += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(codes) + kAhead + line, _MM_HINT_T0);
         int64_t bytes;
         std::memcpy(&bytes, w.zeros + first + j, 8);
         const __m256i zeros = _mm256_set1_epi64x(bytes);
