@@ -41,6 +41,9 @@ class Again:
     add: Path | None = None
     """Another NAME.json of the study, measured later: its rows of further arms or seeds are added."""
 
+    replace: bool = False
+    """With `--add`: rows of the same arm, level and seed take the place of the earlier ones."""
+
     json: bool = False
     """Print the result as JSON."""
 
@@ -112,7 +115,7 @@ def _again(argv: Sequence[str]) -> int:
     from zoo.studies.runner import judge_again
 
     options = parse(Again, argv, "reproduce")
-    done = judge_again(options.from_results, more=options.add)
+    done = judge_again(options.from_results, more=options.add, replace=options.replace)
     if options.json:
         print_json(dataclasses.asdict(done.result))
     else:

@@ -81,7 +81,10 @@ def reproduce(
 
 
 def judge_again(
-    results: str | Path, out: str | Path | None = None, more: str | Path | None = None
+    results: str | Path,
+    out: str | Path | None = None,
+    more: str | Path | None = None,
+    replace: bool = False,
 ) -> Reproduction:
     """Make tables, verdicts and plots anew from the rows of a result file, without measuring anything.
 
@@ -92,10 +95,12 @@ def judge_again(
         out: folder of the new files; by default they replace those beside the file.
         more: another one of the same study, whose rows are added: further arms or seeds, measured later. The
             result names both origins.
+        replace: let rows of `more` take the place of those of the same arm, level and seed, which were
+            measured with code that was wrong, say.
 
     Raises:
         DataError: a file is no result of a study; or `more` is of another study or of other options, or
-            measured a case that is there already.
+            measured a case that is there already and is not to replace it.
         UnknownNameError: of a study that nobody registered.
     """
     path = Path(results)
@@ -106,7 +111,7 @@ def judge_again(
     if more is not None:
         other, added, further = _stored(Path(more))
         options = _joined(study, options, other, further, Path(more))
-        rows = [*rows, *_new(study, rows, added["result"]["rows"], Path(more))]
+        rows = _united(study, rows, added["result"]["rows"], None if replace else Path(more))
         origin = {key: added[key] for key in ("command", *kept) if key in added}
         made["added"] = [*made.get("added", []), origin]
     result = study.report(rows, options)
@@ -152,16 +157,18 @@ def _joined(study: Study, first: Any, other: Study, second: Any, path: Path) -> 
     return dataclasses.replace(first, **changed)
 
 
-def _new(study: Study, rows: Sequence[Row], more: Sequence[Row], path: Path) -> Sequence[Row]:
-    """The further rows; none is of an arm, level and seed that was measured already."""
+def _united(study: Study, rows: Sequence[Row], more: Sequence[Row], path: Path | None) -> list[Row]:
+    """All rows; a further one replaces one of its arm, level and seed, or with a `path` is refused."""
 
     def case(row: Row) -> tuple[str, ...]:
         return tuple(str(row.get(name)) for name in (*study.by, "arm", "level", "seed"))
 
-    there = {case(row) for row in rows}
-    if double := next((case(row) for row in more if case(row) in there), None):
-        raise DataError(f"{path} measured {', '.join(double)} again: run it without that arm or seed")
-    return more
+    further = {case(row) for row in more}
+    if path is not None and (double := next((case(row) for row in rows if case(row) in further), None)):
+        raise DataError(
+            f"{path} measured {', '.join(double)} again: run it without that arm or seed, or add --replace"
+        )
+    return [*(row for row in rows if case(row) not in further), *more]
 
 
 def write_result(

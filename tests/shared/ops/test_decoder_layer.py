@@ -70,6 +70,19 @@ def test_the_kernels_are_the_definition(count: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, expected, **close)
 
 
+@needs_native
+def test_keys_and_values_may_have_another_precision_than_the_token() -> None:
+    torch.manual_seed(0)
+    weights = layer()
+    x, cosine, sine, keys, values = token(weights)
+    q = layer_inputs(x, weights, cosine, sine)[0]
+    cache = keys.half(), values.half()
+    with ops.backend("reference"):
+        expected = layer_outputs(x, q, *cache, weights)
+    with ops.backend("native"):
+        torch.testing.assert_close(layer_outputs(x, q, *cache, weights), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_by_hand() -> None:
     """One head of two channels: the norm of (3, 4, 0 ...) is 5 / 4, a quarter turn swaps and negates."""
     torch.manual_seed(0)

@@ -17,12 +17,13 @@ from zoo.bundles.store import info, load, save
 from zoo.cli import main
 from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
 from zoo.methods.conformance import images_job, plain_network
-from zoo.methods.nested import Inside, Nested
+from zoo.methods.nested import Inside, Nested, _Joint
 from zoo.registry import ARCHITECTURES
 from zoo.shared.errors import MaskError
 from zoo.shared.masks import Mask, MaskSet, masks_of
 from zoo.shared.masks.nested import at_level, count_levels, to_extras
 from zoo.shared.store.formats import load_packed
+from zoo.shared.train import Job
 
 
 def masks(*bits: int) -> MaskSet:
@@ -72,6 +73,18 @@ def test_each_level_trains_what_it_keeps():
     assert model.weight.grad.tolist() == [[2.0, 2.0, 8.0]], (
         "the dropped one learns from the outer level alone"
     )
+
+
+def test_the_loss_is_the_mean_over_the_levels():
+    """7 with all three weights, 5 without the second, 1 with the first alone."""
+    model = nn.Linear(3, 1, bias=False)
+    nn.init.ones_(model.weight)
+    further = [
+        MaskSet({"weight": Mask(torch.tensor([bits]))})
+        for bits in ([True, False, True], [True, False, False])
+    ]
+    job = Job([torch.zeros(1, 3)], lambda trained, batch: trained(batch).sum())
+    assert _Joint(job, further)(model, torch.tensor([[1.0, 2.0, 4.0]])).item() == pytest.approx(13 / 3)
 
 
 @pytest.fixture(scope="module")

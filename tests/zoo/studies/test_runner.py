@@ -91,6 +91,14 @@ def test_rows_that_were_measured_later_are_added(study_of_arithmetic, tmp_path):
     with pytest.raises(DataError, match="measured dense, 0.9, 0 again"):
         judge_again(first, more=later)
     assert json.loads(first.read_text()) == written
+    changed = json.loads(later.read_text())
+    for row in changed["result"]["rows"]:
+        row["accuracy"] += 1.0
+    later.write_text(json.dumps(changed))
+    rows = judge_again(first, more=later, replace=True).result.rows
+    new = {row["accuracy"] for row in changed["result"]["rows"]}
+    assert len(rows) == len(whole.result.rows)
+    assert {row["accuracy"] for row in rows if row["level"] == 0.9 and row["arm"] != "dense"} <= new
 
 
 def test_wrong_requests(study_of_arithmetic, tmp_path, monkeypatch):
