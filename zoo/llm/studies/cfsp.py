@@ -99,5 +99,7 @@ STUDY = Study(
         "zoo/llm/methods/cfsp.py).",
         "The paper's tables could not be had; its claim is that CFSP is better than the compared methods "
         "across models and budgets. No recovery training is done here.",
+        "Magnitude looks at the down projections alone. On llm/dense-shakespeare it is worse than random "
+        "channels and so no control; the comparisons with random channels and with Wanda-sp count.",
     ],
 )

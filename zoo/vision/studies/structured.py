@@ -228,6 +228,7 @@ STUDY = Study(
         "Accuracy is that of the test images in percent, mean ± sample standard deviation over seeds. What "
         "is left counts the whole network, in percent.",
         "The two claims against weight norms were added when both arms that rank by scales without a marked "
-        "penalty had turned out below random channels, which makes them no controls.",
+        "penalty had turned out below random channels, which makes them no controls: scales that no mask "
+        "shaped do not tell here which channels matter, with any penalty of the grid.",
     ],
 )
