@@ -389,6 +389,9 @@ STUDY = Study(
         "A linear probe is a ridge regression of the classes on frozen features; from scratch on those of "
         "fresh weights.",
         "Fine-tuning has neither the paper's layer-wise decay of the rate nor its mixup.",
+        "Not run: `zoo reproduce spark --dataset cifar10-jpeg --arms scratch SparK --pretrain-epochs 6 "
+        "--few 1000 --few-epochs 100 --all-epochs 2 --batch 64 --lrs 0.03 0.1 0.3 --depth 8 --width 32 "
+        "--decoder 64`; by the seconds of width 16 it takes some 11 hours on one thread.",
         "Occupancy is the share of non-zero sites after each convolution of a fresh network in eval mode.",
     ],
 )
