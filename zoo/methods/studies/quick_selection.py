@@ -286,7 +286,7 @@ STUDY = Study(
         "tests them. No labels are seen in choosing, and nothing was tuned. 20 features are chosen of tables "
         "with noise, 50 of Isolet (a fifth of it) and COIL-20. The dense autoencoder has the same loop, "
         "without dropped connections.",
-        "Of Isolet and COIL-20, 50 features drawn at random do as well as any arm's, as many features say the "
-        "same: these two tables cannot tell with so many.",
+        "Of Isolet and COIL-20, 50 features drawn at random do as well as any arm's, as many features say "
+        "the same: these two tables cannot tell with so many.",
     ],
 )
