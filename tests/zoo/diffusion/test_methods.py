@@ -266,10 +266,40 @@ def test_all_attention_does_not_go_silently(model, job) -> None:
 
 
 def test_schedulers_without_gradients_are_refused(model) -> None:
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     with pytest.raises(ConfigError, match="DDIMScheduler"):
         require_differentiable(DDPMScheduler())
+    drawn = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(ConfigError, match="stochastic_sampling=False"):
+        require_differentiable(drawn)
     clipped = type(model.scheduler).from_config(model.scheduler.config, clip_sample=True)
     with pytest.raises(ConfigError, match="clip_sample=False"):
         require_differentiable(clipped)
+
+
+def test_networks_with_nothing_to_prune_and_too_few_prompts_are_refused(job) -> None:
+    bare = torch.nn.Module()
+    bare.unet = torch.nn.Sequential(torch.nn.SiLU())
+    with pytest.raises(ConfigError, match="no linear layer or convolution"):
+        PruneParts().sparsify(bare)
+    with pytest.raises(ConfigError, match="no attention heads and no feed-forward neurons"):
+        EcoDiff(score="norm").sparsify(bare)
+    with pytest.raises(ConfigError, match="at least two prompts are needed; received 1"):
+        prompts_of(job.sample(1), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_heads": 2}, "shares keys and values among heads"),
+        ({"kv_heads": 4, "qk_norm": "layer_norm_across_heads"}, "over all"),
+    ],
+)
+def test_heads_that_hang_together_are_refused(options: dict[str, object], message: str) -> None:
+    from diffusers.models.attention_processor import Attention
+
+    holder = torch.nn.Module()
+    holder.attn = Attention(16, heads=4, dim_head=4, **options)
+    with pytest.raises(ConfigError, match=message):
+        unit_groups(holder)
