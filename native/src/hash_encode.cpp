@@ -95,6 +95,19 @@ ZOO_INLINE int64_t load_points(const float* points, const int64_t* rows, int64_t
 
 ZOO_INLINE void store_words(uint32_t* to, Words words) { std::memcpy(to, &words, sizeof words); }
 
+// Where the corners of the cells of kWidth points lie in a table of `features` per entry, and what each weighs.
+struct Corners {
+  float weights[8][kWidth];
+  uint32_t entries[8][kWidth];
+
+  ZOO_INLINE Corners(const Cells& cells, int64_t features) {
+    for (int corner = 0; corner < 8; ++corner) {
+      store_vec(weights[corner], cells.share(0, corner) * cells.share(1, corner) * cells.share(2, corner));
+      store_words(entries[corner], cells.entry(corner) * static_cast<uint32_t>(features));
+    }
+  }
+};
+
 constexpr int64_t kMostFeatures = 64;
 
 // kFeatures: their number, or 0 where only the grid tells.
@@ -108,18 +121,31 @@ void encode(const Grid& grid, const float* points, const float* table, const int
     for (int64_t level = 0; level < grid.levels; ++level) {
       const Cells cells(grid, level, point);
       const float* own = table + features * grid.offset[level];
-      Vec sums[kFeatures > 0 ? kFeatures : kMostFeatures];
-      for (int64_t f = 0; f < features; ++f) sums[f] = Vec{};
-      for (int corner = 0; corner < 8; ++corner) {
-        const Vec weight = cells.share(0, corner) * cells.share(1, corner) * cells.share(2, corner);
-        const Words entry = cells.entry(corner) * static_cast<uint32_t>(features);
-        for (int64_t f = 0; f < features; ++f) sums[f] += weight * gather_floats(own + f, entry);
-      }
-      float lanes[kFeatures > 0 ? kFeatures : kMostFeatures][kWidth];
-      for (int64_t f = 0; f < features; ++f) store_vec(lanes[f], sums[f]);
-      for (int64_t i = 0; i < count; ++i) {
-        float* to = out + width * rows[at + i] + features * level;
-        for (int64_t f = 0; f < features; ++f) to[f] = lanes[f][i];
+      if constexpr (kFeatures == 2) {  // both at once, point by point: a gather costs more than its loads
+        const Corners corners(cells, features);
+        for (int64_t i = 0; i < count; ++i) {
+          Pair sum{};
+          for (int corner = 0; corner < 8; ++corner) {
+            Pair value;
+            std::memcpy(&value, own + corners.entries[corner][i], sizeof value);
+            sum += corners.weights[corner][i] * value;
+          }
+          std::memcpy(out + width * rows[at + i] + features * level, &sum, sizeof sum);
+        }
+      } else {
+        Vec sums[kMostFeatures];
+        for (int64_t f = 0; f < features; ++f) sums[f] = Vec{};
+        for (int corner = 0; corner < 8; ++corner) {
+          const Vec weight = cells.share(0, corner) * cells.share(1, corner) * cells.share(2, corner);
+          const Words entry = cells.entry(corner) * static_cast<uint32_t>(features);
+          for (int64_t f = 0; f < features; ++f) sums[f] += weight * gather_floats(own + f, entry);
+        }
+        float lanes[kMostFeatures][kWidth];
+        for (int64_t f = 0; f < features; ++f) store_vec(lanes[f], sums[f]);
+        for (int64_t i = 0; i < count; ++i) {
+          float* to = out + width * rows[at + i] + features * level;
+          for (int64_t f = 0; f < features; ++f) to[f] = lanes[f][i];
+        }
       }
     }
   }
@@ -169,17 +195,12 @@ void to_table(const Grid& grid, int64_t level, const float* points, const int64_
     Vec point[3];
     const int64_t here = load_points(points, rows, at, count, point);
     const Cells cells(grid, level, point);
-    float weights[8][kWidth];
-    uint32_t entries[8][kWidth];
-    for (int corner = 0; corner < 8; ++corner) {
-      store_vec(weights[corner], cells.share(0, corner) * cells.share(1, corner) * cells.share(2, corner));
-      store_words(entries[corner], cells.entry(corner) * static_cast<uint32_t>(features));
-    }
+    const Corners corners(cells, features);
     for (int64_t i = 0; i < here; ++i) {
       const float* g = flow + width * rows[at + i] + features * level;
       for (int corner = 0; corner < 8; ++corner) {
-        float* to = own + entries[corner][i];
-        const float weight = weights[corner][i];
+        float* to = own + corners.entries[corner][i];
+        const float weight = corners.weights[corner][i];
         if constexpr (kFeatures == 2) {  // both at once: reading back what was just written is what limits this
           Pair sum, flow_here;
           std::memcpy(&sum, to, sizeof sum);
