@@ -60,19 +60,23 @@ def test_streams_hold_what_changes_and_show_what_was_learned() -> None:
         residual.latents["scales"][3, 0] = 1.6  # rounds to 2
         assert residual.gate is not None
         residual.gate.logits[7] = 5.0  # the only gate that is open
-    video = Stream.of([residual])
+    after = Residual(residual.scene(), None)
+    with torch.no_grad():
+        after.moves[9] = 0.1
+    video = Stream.of([residual, after])
     masks = video.changes()
     assert masks["frames.0.moves"].keep.nonzero()[:, 0].unique().tolist() == [7]
     assert masks["frames.0.scales"].kept == 1 and masks["frames.0.quats"].kept == 0
-    first, second = video.scenes()
+    first, second, third = video.scenes()
     assert all(map(torch.equal, second.splats.tensors, residual.scene().splats.tensors))
     moved = (second.means - first.means)[7]
     torch.testing.assert_close(moved, torch.full((3,), 0.3), atol=GRID, rtol=0)
-    assert torch.equal(video(arc().test[0].camera), second(arc().test[0].camera))
+    assert all(map(torch.equal, third.splats.tensors, after.scene().splats.tensors))
+    assert torch.equal(video(arc().test[0].camera), third(arc().test[0].camera))
     with pytest.raises(ConfigError, match="one later frame or more"):
         Stream.of([])
     with pytest.raises(TaskError, match="takes a Stream of 3 frames"):
-        MovingBall().evaluate(video)
+        MovingBall().evaluate(Stream.of([residual]))
 
 
 def test_a_stream_is_made_with_masks_of_its_zeros() -> None:
