@@ -9,6 +9,7 @@ from zoo.errors import DataError
 from zoo.neural3d.methods.sparp import (
     CoordinateNet,
     PoseNet,
+    _scaled,
     agreed,
     angle_between,
     decode,
@@ -49,6 +50,26 @@ def test_outliers_spoil_least_squares_and_not_ransac() -> None:
     assert float(angle_between(pose[:3, :3], camera.viewmat[:3, :3])) < 0.5
     assert float((inside == ~wrong).float().mean()) > 0.95
     assert float(angle_between(pnp(points, pixels, camera.intrinsics)[:3, :3], camera.viewmat[:3, :3])) > 2
+
+
+def test_the_scaled_start_by_itself() -> None:
+    """Of exact pairs POSIT is nearly exact without any refinement."""
+    points, pixels, camera = pairs()
+    flat = (pixels.double() - camera.intrinsics[:2, 2]) / camera.intrinsics.diagonal()[:2]
+    turn, move = _scaled(points.double()[None], flat[None])
+    assert float(angle_between(turn[0], camera.viewmat[:3, :3])) < 0.2
+    torch.testing.assert_close(move[0].float(), camera.viewmat[:3, 3], atol=0.02, rtol=0)
+
+
+def test_noise_on_a_far_object() -> None:
+    """Noise of 0.18 on every point, all pairs wrong by a little: what a learned map is. The direct linear
+    transform ends anywhere, scaled orthography near the truth."""
+    points, pixels, camera = pairs()
+    points = points + 0.18 * torch.randn(points.shape, generator=torch.Generator().manual_seed(0))
+    truth = camera.viewmat[:3, :3]
+    assert float(angle_between(pnp(points, pixels, camera.intrinsics)[:3, :3], truth)) < 15
+    pose, inside = pnp_ransac(points, pixels, camera.intrinsics, reach=4.0)
+    assert float(angle_between(pose[:3, :3], truth)) < 15 and float(inside.float().mean()) > 0.5
 
 
 def test_angles_and_votes_by_hand() -> None:

@@ -41,10 +41,11 @@ def pnp(
     if len(points) < LEAST:
         raise DataError(f"a pose needs {LEAST} pixels of the object; received {len(points)}")
     points, flat = points.double()[None], _rays(pixels, intrinsics)[None]
-    turn, move = (part[0] for part in _refined(points, flat, *_linear(points, flat), rounds))
-    out = torch.eye(4, dtype=torch.float64)
-    out[:3, :3], out[:3, 3] = turn, move
-    return out
+    turns, moves, errors = _refined(
+        points.expand(2, -1, -1), flat.expand(2, -1, -1), *_starts(points, flat), rounds
+    )
+    best = int(errors.argmin())
+    return _pose(turns[best], moves[best])
 
 
 def pnp_ransac(
@@ -66,16 +67,17 @@ def pnp_ransac(
     flat = _rays(pixels, intrinsics)
     rows = torch.stack([torch.randperm(len(points), generator=generator)[:LEAST] for _ in range(tries)])
     some = points.double()[rows], flat[rows]
-    turns, moves = _refined(*some, *_linear(*some), 5)
+    twice = (part.repeat(2, 1, 1) for part in some)
+    turns, moves, _ = _refined(*twice, *_starts(*some), 5)
     good = _near(points.double(), flat, turns, moves, reach / float(intrinsics[0, 0]))
-    inside = good[int(good.sum(1).argmax())]
+    best = int(good.sum(1).argmax())
+    inside, turn, move = good[best], turns[best][None], moves[best][None]
     for _ in range(3):
         if int(inside.sum()) < LEAST:
             raise DataError(f"no pose that {LEAST} of {len(points)} pixels agree with to {reach} pixels")
-        pose = pnp(points[inside], pixels[inside], intrinsics)
-        limit = reach / float(intrinsics[0, 0])
-        inside = _near(points.double(), flat, pose[None, :3, :3], pose[None, :3, 3], limit)[0]
-    return pose, inside
+        turn, move, _ = _refined(points.double()[inside][None], flat[inside][None], turn, move, 10)
+        inside = _near(points.double(), flat, turn, move, reach / float(intrinsics[0, 0]))[0]
+    return _pose(turn[0], move[0]), inside
 
 
 def agreed(turns: Sequence[Float[Tensor, "3 3"]]) -> int:
@@ -117,8 +119,9 @@ def pose_of(
     low: Tensor,
     high: Tensor,
     intrinsics: Tensor,
+    reach: float = 2.0,
 ) -> Camera:
-    """The camera that took a picture, from its map of object coordinates.
+    """The camera that took a picture, from its map of object coordinates; `reach` as for `pnp_ransac`.
 
     Raises:
         DataError: as for `decode` and `pnp_ransac`.
@@ -126,7 +129,7 @@ def pose_of(
     row, column = mask.nonzero(as_tuple=True)
     pixels = torch.stack([column, row], 1) + 0.5
     points = decode(coordinates[row, column], low, high)
-    pose, _ = pnp_ransac(points, pixels, intrinsics)
+    pose, _ = pnp_ransac(points, pixels, intrinsics, reach)
     return Camera(pose.float(), intrinsics, mask.shape[1], mask.shape[0])
 
 
@@ -195,6 +198,37 @@ def _rays(pixels: Tensor, intrinsics: Tensor) -> Tensor:
     return (pixels.double() - k[:2, 2]) / k.diagonal()[:2]
 
 
+def _pose(turn: Tensor, move: Tensor) -> Tensor:
+    out = torch.eye(4, dtype=torch.float64)
+    out[:3, :3], out[:3, 3] = turn, move
+    return out
+
+
+def _starts(points: Float[Tensor, "b n 3"], flat: Float[Tensor, "b n 2"]) -> tuple[Tensor, Tensor]:
+    """Rotations [2 b, 3, 3] and translations [2 b, 3] of both linear solutions: the first has no preference,
+    the second one stands noise where the object is far away for its size."""
+    pairs = zip(_linear(points, flat), _scaled(points, flat), strict=True)
+    turn, move = (torch.cat(pair) for pair in pairs)
+    return turn, move
+
+
+def _scaled(points: Float[Tensor, "b n 3"], flat: Float[Tensor, "b n 2"]) -> tuple[Tensor, Tensor]:
+    """Rotations [b, 3, 3] and translations [b, 3] by scaled orthography, four times with the perspective of
+    the time before put back (POSIT, DeMenthon and Davis 1995)."""
+    middle = points.mean(1, keepdim=True)
+    own = torch.cat([points - middle, torch.ones_like(points[..., :1])], 2)
+    inverse, deeper = torch.linalg.pinv(own), torch.ones_like(points[..., :1])
+    for _ in range(4):
+        rows = (inverse @ (flat * deeper)).mT
+        scale = rows[:, :, :3].norm(dim=2).mean(1)[:, None, None].clamp_min(1e-12)
+        u, _, vh = torch.linalg.svd(rows[:, :, :3], full_matrices=False)
+        two = u @ vh
+        turn = torch.cat([two, torch.linalg.cross(two[:, :1], two[:, 1:])], 1)
+        deeper = (1 + scale * ((points - middle) @ turn[:, 2:].mT)).clamp_min(0.1)
+    move = torch.cat([rows[:, :, 3] / scale[:, 0], 1 / scale[:, 0]], 1)
+    return turn, move - (turn @ middle.mT)[:, :, 0]
+
+
 def _linear(points: Float[Tensor, "b n 3"], flat: Float[Tensor, "b n 2"]) -> tuple[Tensor, Tensor]:
     """Rotations [b, 3, 3] and translations [b, 3] by the direct linear transform."""
     middle = points.mean(1, keepdim=True)
@@ -217,9 +251,9 @@ def _refined(
     turn: Float[Tensor, "b 3 3"],
     move: Float[Tensor, "b 3"],
     rounds: int,
-) -> tuple[Tensor, Tensor]:
-    """Poses after Levenberg-Marquardt steps on distances on the screen; a step that does not help is not
-    taken, and the next one is shorter."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Poses and their squared distances [b] after Levenberg-Marquardt steps on distances on the screen; a
+    step that does not help is not taken, and the next one is shorter."""
 
     def off(turn: Tensor, move: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rotated = points @ turn.mT
@@ -247,7 +281,7 @@ def _refined(
             torch.where(good, new, old) for new, old in zip(tried, (rotated, seen, wrong), strict=True)
         )
         damping = torch.where(good, damping / 10, damping * 10)
-    return turn, move
+    return turn, move, wrong.square().sum((1, 2))
 
 
 def _near(points: Tensor, flat: Tensor, turns: Tensor, moves: Tensor, limit: float) -> Tensor:
