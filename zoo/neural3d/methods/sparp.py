@@ -67,8 +67,7 @@ def pnp_ransac(
     flat = _rays(pixels, intrinsics)
     rows = torch.stack([torch.randperm(len(points), generator=generator)[:LEAST] for _ in range(tries)])
     some = points.double()[rows], flat[rows]
-    twice = (part.repeat(2, 1, 1) for part in some)
-    turns, moves, _ = _refined(*twice, *_starts(*some), 5)
+    turns, moves, _ = _refined(some[0].repeat(2, 1, 1), some[1].repeat(2, 1, 1), *_starts(*some), 5)
     good = _near(points.double(), flat, turns, moves, reach / float(intrinsics[0, 0]))
     best = int(good.sum(1).argmax())
     inside, turn, move = good[best], turns[best][None], moves[best][None]
