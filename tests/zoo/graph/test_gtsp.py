@@ -91,6 +91,10 @@ def test_every_axis_leaves_half_out_and_comes_back_from_its_arguments(axis) -> N
     same = zoo.sparsify(net, method="gtsp", job=job(), axis=axis)
     found = graphs()
     assert torch.equal(run(made.model, found), run(same.model, found))
+    heads = [sum(one.heads for one in m.attentions()) for m in (made.model, net)]
+    assert [(part["kept"], part["total"]) for part in made.parts.values()] == (
+        [tuple(heads)] if axis in ("heads", "layers") else []
+    )
     again = GraphTransformer(**made.arguments)
     again.load_state_dict(made.model.state_dict())
     torch.testing.assert_close(run(again, found), run(made.model, found))

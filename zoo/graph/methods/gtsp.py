@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from zoo.bundles.card import share_dropped
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, required, stated_options
 from zoo.shared.masks import MaskSet, masks_of
@@ -182,6 +183,17 @@ class GraphTransformer(nn.Module):
         return {**self.arguments, "heads": heads, "share": share}
 
 
+def _heads_left(before: nn.Module, made: nn.Module) -> dict[str, dict[str, Any]]:
+    """The part of the sparsity that heads are, where some are gone."""
+    if not (isinstance(before, GraphTransformer) and isinstance(made, GraphTransformer)):
+        return {}
+    total, kept = (sum(one.heads for one in model.attentions()) for model in (before, made))
+    if kept == total:
+        return {}
+    part = {"kept": kept, "total": total, "sparsity": share_dropped(kept, total), "pattern": "channel"}
+    return {"heads": part}
+
+
 @dataclass
 class GTSP:
     """Train a graph transformer with a share of its tokens, heads, layers' attention or weights left out."""
@@ -227,6 +239,7 @@ class GTSP:
             made,
             masks_of(made) or MaskSet({}),
             hyperparameters=stated_options(self, job),
+            parts=_heads_left(model, made),
             arguments=arguments() if callable(arguments) else None,
         )
 
