@@ -482,7 +482,8 @@ STUDY = Study(
         "UGS runs with the rates released for GCN, whatever the architecture, and is not distilled; 'ugs, "
         "distilled' has TEDDY's rates and its distillation in every training, and is the rival that counts.",
         "No arm was tuned here: rates and decays are those that the papers released.",
-        "UGS does not beat random edges of equal number: what TEDDY is above it says little of TEDDY's edges. Of "
-        "these the comparisons with random edges tell, whose smallest visible difference is 0.6 to 2 points.",
+        "UGS does not beat random edges of equal number: what TEDDY is above it says little of TEDDY's "
+        "edges. Of these the comparisons with random edges tell, whose smallest visible difference is 0.6 to "
+        "2 points.",
     ],
 )
