@@ -26,7 +26,7 @@ from zoo.shared.pruning.sparsifier import sparsify
 from zoo.shared.structure.relatives import reinitialised
 from zoo.shared.train import Job
 from zoo.studies.cells import CellCache
-from zoo.studies.figures import Curves, Grid
+from zoo.studies.figures import Curves, Grid, when
 from zoo.studies.options import StudyOptions
 from zoo.studies.study import Arm, Claim, Study, grid
 from zoo.studies.view import Row, Value
@@ -174,14 +174,17 @@ STUDY = Study(
         Grid("TFLOPs of training, counted", value=Value("flops", 1e-12, 2), arms=tuple(ARMS)),
     ],
     plots=[
-        Curves(
-            "loss",
-            "Character model: loss against the share of zeros",
-            "zeros [%]",
-            "test loss [nats per character]",
-            x=lambda level: 100 * (1 - parsed_nm(level).n / parsed_nm(level).m),
-            levels=lambda view: view.options.patterns,
-            references=(DENSE,),
+        when(
+            lambda view: len(view.options.patterns) > 1,
+            Curves(
+                "loss",
+                "Character model: loss against the share of zeros",
+                "zeros [%]",
+                "test loss [nats per character]",
+                x=lambda level: 100 * (1 - parsed_nm(level).n / parsed_nm(level).m),
+                levels=lambda view: view.options.patterns,
+                references=(DENSE,),
+            ),
         )
     ],
     notes=lambda options: [
