@@ -64,7 +64,7 @@ $(NERF)/.installed: $(VENV)/.installed-test requirements-nerfstudio.txt
 	$(PYTHON) -m venv $(NERF)
 	$(BIN)/python -c "import sysconfig as s; print('import site; site.addsitedir(\"%s\")' % s.get_path('purelib'))" \
 	  > $$($(NERF)/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/over.pth
-	$(NERF)/bin/pip install --quiet --no-deps --requirement requirements-nerfstudio.txt
+	$(NERF)/bin/pip install --quiet --no-deps --ignore-installed --requirement requirements-nerfstudio.txt
 	@touch $@
 
 test-nerfstudio: $(NERF)/.installed $(VENV)/.kernels
