@@ -9,13 +9,15 @@ export ZOO_DATA
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-nerfstudio test-extras bench attack sanitize lint docs clean
+.PHONY: help setup demo test test-nerfstudio test-extras wheel test-wheel bench attack sanitize lint docs clean
 
 help:
 	@echo "make demo   install into $(VENV) and run the main job on embedded data (no download)"
 	@echo "make test   install into $(VENV) and run the tests, the linter and the type checker"
 	@echo "make test-nerfstudio   install nerfstudio into build/nerfstudio and run its plug-ins by ns-train"
 	@echo "make test-extras   resolve every extra of pyproject.toml against the package index"
+	@echo "make wheel  a wheel for this kind of machine, into dist"
+	@echo "make test-wheel   the README's lines with that wheel, from an empty folder, at 80 columns"
 	@echo "make bench  install into $(VENV) and run every benchmark (quietest on an idle machine)"
 	@echo "make attack  hostile files, bundles and hubs, kills and flipped bits, for ATTACK_SECONDS (240)"
 	@echo "make sanitize   the tests of the ops on kernels built with the address and the thread sanitizer"
@@ -73,6 +75,14 @@ test-nerfstudio: $(NERF)/.installed $(VENV)/.kernels
 test-extras: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet uv
 	ZOO_RESOLVE=1 $(BIN)/python -m pytest tests/test_extras.py
+
+WHEEL := build/wheel
+wheel: $(BIN)/python
+	rm -rf dist && $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+test-wheel: wheel $(VENV)/.installed-test
+	rm -rf $(WHEEL) && $(BIN)/pip install --quiet --no-deps --target $(WHEEL) dist/*.whl
+	$(BIN)/python -m tests.wheel $(WHEEL)
 
 bench: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/zoo bench all
