@@ -126,10 +126,23 @@ def train_seeds(row: Row, target: Target, note: Note | None = None) -> dict[int,
             note(f"{row.name}: seed {seed}")
         kept[seed] = train(row, seed, target)
         if row.dtype is not None:
-            model = kept[seed].made.model.to(getattr(torch, row.dtype))
-            if getattr(model, "full_precision", False):
-                model.float()  # rounded to what is stored, which it computes on in float32
+            round_to(kept[seed].made.model, getattr(torch, row.dtype))
     return kept
+
+
+def round_to(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round a model's weights in place to what a bundle stores.
+
+    One of full precision goes on computing in float32, and what is not stored, such as constants in
+    buffers, stays as it is: loading makes it anew.
+    """
+    if not getattr(model, "full_precision", False):
+        model.to(dtype)
+        return
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(dtype))
 
 
 def train(row: Row, seed: int, target: Target) -> Kept:

@@ -7,11 +7,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from zoo.bundles import make as making
 from zoo.bundles.card import Card, mean_and_spread, read_card
 from zoo.bundles.catalog import select
-from zoo.bundles.make import Target, make, train
+from zoo.bundles.make import Target, make, round_to, train
 from zoo.bundles.publish import cost_beside
 from zoo.bundles.recipes import Row, depth, find_row, read_rows, rows, select_rows
 from zoo.bundles.store import load, save
@@ -234,3 +235,26 @@ def test_fields_of_a_group_and_of_a_row(tmp_path):
 def test_rows_that_lack_something_are_refused(toy, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         make(dataclasses.replace(find_row("toy/dense-made"), **changes), Target(tmp_path))
+
+
+class Whole(nn.Module):
+    full_precision = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.1, 1.0]))
+        self.register_buffer("mean", torch.tensor(0.3))
+        self.register_buffer("grid", torch.tensor([0.1, 0.7]), persistent=False)
+
+
+def test_rounding_leaves_alone_what_is_not_stored() -> None:
+    model = Whole()
+    round_to(model, torch.float16)
+    assert (
+        model.weight.dtype == torch.float32
+        and model.weight.tolist() == torch.tensor([0.1, 1.0]).half().tolist()
+    )
+    assert model.mean == torch.tensor(0.3).half() and torch.equal(model.grid, torch.tensor([0.1, 0.7]))
+    plain = nn.Linear(2, 1)
+    round_to(plain, torch.bfloat16)
+    assert plain.weight.dtype == torch.bfloat16
