@@ -9,7 +9,7 @@ from torch import nn
 
 from zoo.diffusion.data import CaptionedNoise, load_pictures
 from zoo.diffusion.flows import Flow, Noised, velocity_loss
-from zoo.diffusion.models import TextToImage, noise_loss
+from zoo.diffusion.models import TextToImage, denoising_loss
 from zoo.errors import ConfigError
 from zoo.shared.train import Job, Recipe
 
@@ -43,7 +43,7 @@ def make_job(
     device: str | torch.device = "cpu",
     model: nn.Module | None = None,
 ) -> Job:
-    """The job of predicting noise on a captioned picture set, or a flow's velocity; an epoch is 50 steps.
+    """The job of predicting noise or velocity on a captioned picture set, or a flow's; an epoch is 50 steps.
 
     Args:
         dataset: see `zoo.diffusion.data.load_pictures`.
@@ -69,4 +69,4 @@ def make_job(
         raise ConfigError(f"{type(owner).__name__} is no text-to-image model and no flow of zoo.diffusion")
     times = int(owner.scheduler.config.num_train_timesteps)
     captioned = CaptionedNoise(load_pictures(dataset), owner.tokenise, times, used.batch)
-    return Job(captioned, loss=noise_loss, recipe=used, seed=seed, device=device)
+    return Job(captioned, loss=denoising_loss, recipe=used, seed=seed, device=device)

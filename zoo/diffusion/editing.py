@@ -68,7 +68,7 @@ class Edit:
 
         Raises:
             ConfigError: masks that overlap, are empty or of another size or number, an image whose size the
-                network cannot halve, or a scheduler that draws noise or clips.
+                network cannot halve, a scheduler that draws noise or clips, or another prediction than noise.
         """
         self._check(model, image, masks, prompts)
         network = model.unet
@@ -153,6 +153,8 @@ class Edit:
                 f"an image is inverted by a deterministic sampler that does not clip; received a "
                 f"{type(scheduler).__name__}. Use DDIMScheduler with clip_sample=False."
             )
+        if (kind := scheduler.config.prediction_type) != "epsilon":
+            raise ConfigError(f"editing inverts a model that predicts noise (epsilon); this one: {kind}")
         if masks.dtype != torch.bool or masks.dim() != 3 or masks.shape[1:] != image.shape[1:]:
             raise ConfigError(f"masks are boolean [K, {image.shape[1]}, {image.shape[2]}], one per prompt")
         if len(masks) != len(prompts) or not len(masks):

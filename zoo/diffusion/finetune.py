@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from zoo.training.finetune import FineTuner, Plan
 
 @dataclass
 class Finetune(FineTuner):
-    """Fine-tune a text-to-image model to predict noise, or a flow its velocity; zeros stay zero.
+    """Fine-tune a text-to-image model to predict noise or velocity, or a flow its own; zeros stay zero.
 
     What was cut stays cut: a network without some of its heads, neurons or layers is trained as it is.
     """
@@ -34,6 +34,10 @@ class Finetune(FineTuner):
 
     dataset: str | None = None
     """Pictures to train on: digits or mnist; by default those that the model's card names."""
+
+    prediction: str | None = None
+    """What a text-to-image model learns to predict, epsilon (the noise) or v_prediction (the velocity); by
+    default what it predicts now. A change takes many more steps."""
 
     steps: int = 200
     """Optimizer steps."""
@@ -60,6 +64,7 @@ class Finetune(FineTuner):
                 f"{source.card.name} is a {type(loaded).__name__}; this command trains text-to-image models "
                 "and flows"
             )
+        arguments = self._predicting(source, loaded, twin)
         dataset = self.dataset or source.card.metrics[0].task.rpartition("-")[2]
         recipe = Recipe(
             steps=self.steps,
@@ -80,7 +85,31 @@ class Finetune(FineTuner):
             )
         origin = SOURCES[dataset]
         words = {"name": origin.title, "source": origin.origin, "licence": origin.licence}
-        return Plan(model, job, dataset, data=words, identity={"dataset": dataset})
+        return Plan(model, job, dataset, arguments=arguments, data=words, identity={"dataset": dataset})
+
+    def _predicting(self, source: Bundle, model: TextToImage | Flow, twin: Bundle | None) -> dict[str, Any]:
+        """The arguments on the new card, after the model was told what to predict.
+
+        Raises:
+            ConfigError: a flow, an unknown prediction, or a teacher that predicts something else.
+        """
+        arguments = dict(source.card.architecture.args)
+        if isinstance(model, Flow):
+            if self.prediction is not None:
+                raise ConfigError(
+                    f"{source.card.name} is a flow, which predicts its velocity; leave out prediction"
+                )
+            return arguments
+        if self.prediction is not None:
+            model.predict(self.prediction)
+            arguments["prediction"] = self.prediction
+        taught = twin.card.architecture.args.get("prediction", "epsilon") if twin else model.prediction
+        if self.distillation and taught != model.prediction:
+            raise ConfigError(
+                f"the dense twin predicts {taught} and cannot teach what predicts {model.prediction}: "
+                "leave out distillation, or name a --twin that predicts the same"
+            )
+        return arguments
 
     def taught(self, job: Job, twin: Bundle) -> Job:
         """The job with the dense twin's prediction as a second target."""

@@ -23,6 +23,7 @@ from zoo.errors import ConfigError
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unknown>")
 TOKENS = 10
+PREDICTIONS = ("epsilon", "v_prediction")
 
 
 def vocabulary() -> list[str]:
@@ -63,6 +64,7 @@ class TextToImage(nn.Module):
         heads: of every attention.
         words: the vocabulary; by default that of the captions of `zoo.diffusion.data`.
         pruning_plan: what was cut from the UNet, see `zoo.diffusion.plan.Plan`.
+        prediction: what the UNet predicts, one of `PREDICTIONS`; the scheduler's `prediction_type`.
 
     Attributes:
         full_precision: that it computes in float32, also on weights stored in float16.
@@ -81,6 +83,7 @@ class TextToImage(nn.Module):
         heads: int = 4,
         words: Sequence[str] | None = None,
         pruning_plan: Mapping[str, Any] | None = None,
+        prediction: str = "epsilon",
     ) -> None:
         super().__init__()
         self._words = list(words) if words is not None else vocabulary()
@@ -127,10 +130,26 @@ class TextToImage(nn.Module):
         self.scheduler = DDIMScheduler(
             num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=False
         )
+        self.predict(prediction)
+
+    def predict(self, prediction: str) -> None:
+        """Let the UNet's output count as another prediction, in training and in sampling.
+
+        Raises:
+            ConfigError: none of `PREDICTIONS`.
+        """
+        if prediction not in PREDICTIONS:
+            raise ConfigError(f"prediction is one of {', '.join(PREDICTIONS)}; received {prediction!r}")
+        self.scheduler = DDIMScheduler.from_config(self.scheduler.config, prediction_type=prediction)
+
+    @property
+    def prediction(self) -> str:
+        """What the UNet predicts, one of `PREDICTIONS`."""
+        return str(self.scheduler.config.prediction_type)
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that predicts the noise."""
+        """The network that predicts the noise or the velocity."""
         return self.unet
 
     @property
@@ -141,8 +160,12 @@ class TextToImage(nn.Module):
 
     def current_arguments(self) -> dict[str, Any]:
         """The arguments that build this network as it is now, for the card."""
-        plan = plan_of(self.unet)
-        return {**self._arguments, **({"pruning_plan": plan.to_dict()} if plan is not None else {})}
+        arguments, plan = dict(self._arguments), plan_of(self.unet)
+        if plan is not None:
+            arguments["pruning_plan"] = plan.to_dict()
+        if self.prediction != "epsilon":
+            arguments["prediction"] = self.prediction
+        return arguments
 
     def cut(self, plan: Plan) -> None:
         """Cut the UNet in place, see `zoo.diffusion.pruned.prune`."""
@@ -174,14 +197,14 @@ class TextToImage(nn.Module):
     def denoise(
         self, x: Float[Tensor, "n C H W"], times: Tensor, condition: Float[Tensor, "n tokens width"]
     ) -> Float[Tensor, "n C H W"]:
-        """The noise in noisy images, given the encoded captions."""
+        """The prediction at noisy images, given the encoded captions."""
         out: Tensor = self.unet(x, times, encoder_hidden_states=condition).sample
         return out
 
     def forward(
         self, x: Float[Tensor, "n C H W"], times: Int[Tensor, " n"], ids: Int[Tensor, "n tokens"]
     ) -> Float[Tensor, "n C H W"]:
-        """The noise in noisy images, given the token ids of their captions."""
+        """The prediction at noisy images, given the token ids of their captions."""
         return self.denoise(x, times, self.encode(ids))
 
     def pipeline(self) -> Any:
@@ -198,8 +221,32 @@ class TextToImage(nn.Module):
         return copy
 
 
-def noise_loss(model: nn.Module, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """Mean squared error of the predicted noise on a batch (images, noise, time steps, token ids)."""
+def denoising_target(
+    scheduler: Any,
+    images: Float[Tensor, "n C H W"],
+    noise: Float[Tensor, "n C H W"],
+    times: Int[Tensor, " n"],
+) -> Float[Tensor, "n C H W"]:
+    """What a network should predict of noisy images: the scheduler's `prediction_type` decides.
+
+    With x = alpha images + sigma noise that is the noise (`epsilon`), or the velocity alpha noise - sigma
+    images (`v_prediction`; Salimans and Ho, ICLR 2022).
+
+    Raises:
+        ConfigError: another `prediction_type`.
+    """
+    prediction = scheduler.config.prediction_type
+    if prediction not in PREDICTIONS:
+        raise ConfigError(f"prediction_type is one of {', '.join(PREDICTIONS)}; received {prediction!r}")
+    if prediction == "epsilon":
+        return noise
+    velocity: Tensor = scheduler.get_velocity(images, noise, times)
+    return velocity
+
+
+def denoising_loss(model: nn.Module, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Mean squared error of the prediction on a batch (images, noise, time steps, token ids)."""
     images, noise, times, ids = batch
     scheduler: Any = getattr(model, "module", model).scheduler
-    return F.mse_loss(model(scheduler.add_noise(images, noise, times), times, ids), noise)
+    made = model(scheduler.add_noise(images, noise, times), times, ids)
+    return F.mse_loss(made, denoising_target(scheduler, images, noise, times))

@@ -27,7 +27,7 @@ class TextToImagePipeline(DiffusionPipeline):
         self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
 
     def denoise(self, x: Tensor, times: Tensor, condition: Tensor) -> Tensor:
-        """The noise in noisy images, given the encoded prompts."""
+        """The prediction at noisy images, given the encoded prompts."""
         out: Tensor = self.unet(x, times, encoder_hidden_states=condition).sample
         return out
 

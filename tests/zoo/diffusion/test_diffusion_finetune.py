@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,13 @@ import torch
 
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
 
+from diffusers import DDIMScheduler  # noqa: E402
+
 from zoo.bundles.catalog import find  # noqa: E402
 from zoo.bundles.store import load  # noqa: E402
 from zoo.diffusion.finetune import Finetune  # noqa: E402
+from zoo.diffusion.models import TextToImage, denoising_loss, denoising_target  # noqa: E402
+from zoo.diffusion.sampling import sample  # noqa: E402
 from zoo.diffusion.tasks import TextToImageTask  # noqa: E402
 from zoo.errors import ConfigError  # noqa: E402
 from zoo.shared.masks import masks_of  # noqa: E402
@@ -68,6 +73,54 @@ def test_what_was_cut_stays_cut(tmp_path) -> None:
     assert before.cost.parameters == after.cost.parameters
 
 
+def test_the_target_is_what_the_scheduler_says_by_hand() -> None:
+    schedule = DDIMScheduler(num_train_timesteps=2, trained_betas=[0.36, 0.5])  # kept: 0.64, then 0.32
+    images, noise = torch.tensor([3.0, 2.0]).view(2, 1, 1, 1), torch.tensor([5.0, 1.0]).view(2, 1, 1, 1)
+    times = torch.tensor([0, 1])
+    assert denoising_target(schedule, images, noise, times) is noise
+    schedule.register_to_config(prediction_type="v_prediction")
+    velocity = torch.tensor([0.8 * 5 - 0.6 * 3, 0.32**0.5 - 0.68**0.5 * 2]).view(2, 1, 1, 1)
+    torch.testing.assert_close(denoising_target(schedule, images, noise, times), velocity)
+
+    class Knows(torch.nn.Module):
+        scheduler = schedule
+
+        def forward(self, x, times, ids):
+            torch.testing.assert_close(x[0].item(), 0.8 * 3 + 0.6 * 5)
+            return ids * velocity
+
+    batch = images, noise, times
+    assert float(denoising_loss(Knows(), (*batch, torch.tensor(1.0)))) < 1e-12
+    assert float(denoising_loss(Knows(), (*batch, torch.tensor(-1.0)))) > 1
+    schedule.register_to_config(prediction_type="sample")
+    with pytest.raises(ConfigError, match="epsilon, v_prediction; received 'sample'"):
+        denoising_target(schedule, images, noise, times)
+
+
+def planned(name: str, **options):
+    """The plan of a fine-tuning, without training."""
+    tuner = Finetune(name, Path("unwritten"), steps=2, batch=4, **options)
+    return tuner.plan(find(name), load(name), None, torch.device("cpu"))
+
+
+def test_a_model_told_to_predict_velocity_keeps_that_and_samples_back_to_an_image() -> None:
+    plan = planned(SPARSE, prediction="v_prediction")
+    model = TextToImage(**plan.arguments)
+    assert model.prediction == plan.model.prediction == copy.deepcopy(model).prediction == "v_prediction"
+    assert TextToImage(**model.current_arguments()).scheduler.config.prediction_type == "v_prediction"
+    assert "prediction" not in planned(SPARSE).arguments
+    image, kept = torch.full((1, 1, 8, 8), 0.5), model.scheduler.alphas_cumprod
+
+    def velocity(x, times, condition):
+        alpha, sigma = kept[times[0]].sqrt(), (1 - kept[times[0]]).sqrt()
+        return alpha * (x - alpha * image) / sigma - sigma * image
+
+    model.denoise = velocity
+    torch.testing.assert_close(
+        sample(model, torch.randn(1, 1, 8, 8), None, steps=4), image, atol=1e-3, rtol=0
+    )
+
+
 def test_what_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"makes images of \(1, 8, 8\)"):
         tuned(tmp_path / "tuned", dataset="digit-triples")
@@ -75,4 +128,10 @@ def test_what_is_refused(tmp_path) -> None:
         Finetune(SPARSE, tmp_path / "tuned").plan(
             find(SPARSE), torch.nn.Linear(1, 1), None, torch.device("cpu")
         )
+    with pytest.raises(ConfigError, match="epsilon, v_prediction; received 'noise'"):
+        tuned(tmp_path / "tuned", prediction="noise")
+    with pytest.raises(ConfigError, match="twin predicts epsilon and cannot teach"):
+        tuned(tmp_path / "tuned", prediction="v_prediction", distillation=1.0)
+    with pytest.raises(ConfigError, match="is a flow, which predicts its velocity"):
+        tuned(tmp_path / "tuned", "diffusion/slimflow-digits-w48", prediction="epsilon")
     assert not list(tmp_path.iterdir())

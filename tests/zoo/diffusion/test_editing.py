@@ -117,3 +117,6 @@ def test_what_is_refused(model) -> None:
     other = fresh()
     other.scheduler = DDPMScheduler()
     refused("DDIMScheduler", owner=other)
+    other = fresh()
+    other.predict("v_prediction")
+    refused("predicts noise", owner=other)
