@@ -13,6 +13,7 @@ from zoo.bundles.store import load_bundle
 from zoo.diffusion.data import SOURCES
 from zoo.diffusion.domain import make_job
 from zoo.diffusion.flows import Flow
+from zoo.diffusion.lora import attach_lora
 from zoo.diffusion.models import TextToImage
 from zoo.errors import ConfigError
 from zoo.shared.train import Distillation, Job, Recipe
@@ -23,7 +24,9 @@ from zoo.training.finetune import FineTuner, Plan
 class Finetune(FineTuner):
     """Fine-tune a text-to-image model to predict noise or velocity, or a flow its own; zeros stay zero.
 
-    What was cut stays cut: a network without some of its heads, neurons or layers is trained as it is.
+    What was cut stays cut: a network without some of its heads, neurons or layers is trained as it is. With a
+    rank, low-rank updates of the denoiser's linear layers are trained by peft, masked like the weights, and
+    merged at the end.
     """
 
     domain: ClassVar[str] = "diffusion"
@@ -54,6 +57,12 @@ class Finetune(FineTuner):
     ema: float = 0.98
     """Decay per step of the average of the weights that is kept; 0 for the last weights."""
 
+    lora_rank: int = 0
+    """Rank of the updates (needs the extra peft); 0 trains all weights."""
+
+    lora_alpha: float | None = None
+    """Scale of the updates times the rank; by default twice the rank."""
+
     checkpoint_every: int = 25
     """Steps between checkpoints."""
 
@@ -64,6 +73,8 @@ class Finetune(FineTuner):
                 f"{source.card.name} is a {type(loaded).__name__}; this command trains text-to-image models "
                 "and flows"
             )
+        if self.lora_rank < 0:
+            raise ConfigError(f"lora_rank must not be negative. Received: {self.lora_rank}.")
         arguments = self._predicting(source, loaded, twin)
         dataset = self.dataset or source.card.metrics[0].task.rpartition("-")[2]
         recipe = Recipe(
@@ -85,7 +96,11 @@ class Finetune(FineTuner):
             )
         origin = SOURCES[dataset]
         words = {"name": origin.title, "source": origin.origin, "licence": origin.licence}
-        return Plan(model, job, dataset, arguments=arguments, data=words, identity={"dataset": dataset})
+        how, merge = "", None
+        if self.lora_rank:
+            how, merge = "by LoRA", attach_lora(model, self.lora_rank, self.lora_alpha, self.seed)
+        known = {"dataset": dataset}
+        return Plan(model, job, dataset, how, arguments, data=words, identity=known, finish=merge)
 
     def _predicting(self, source: Bundle, model: TextToImage | Flow, twin: Bundle | None) -> dict[str, Any]:
         """The arguments on the new card, after the model was told what to predict.

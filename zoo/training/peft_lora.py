@@ -87,8 +87,7 @@ def hold_masks(model: PeftModel, masks: MaskSet | None = None) -> list[str]:
         raise ConfigError(f"this {type(base).__name__} carries no masks; give those of the model: masks=...")
     found = []
     for name, module in base.named_modules():
-        mask = held.get(f"{name}.weight")
-        if mask is None or not hasattr(module, "base_layer"):
+        if not hasattr(module, "base_layer") or f"{name}.weight" not in held:
             continue
         plain = isinstance(module, LoraLayer) and type(module) in (Linear, MaskedLoraLinear)
         if not plain or module.lora_variant:
@@ -99,7 +98,7 @@ def hold_masks(model: PeftModel, masks: MaskSet | None = None) -> list[str]:
             )
         if module.merged:
             raise ConfigError(f"{name} is merged already: call unmerge_adapter() first")
-        found.append((name, module, mask))
+        found.append((name, module, held[f"{name}.weight"]))
     if not found:
         raise ConfigError("none of the weights that LoRA adapts is masked: merge as usual")
     MaskSet({f"{name}.base_layer.weight": mask for name, _, mask in found}).check(base)
