@@ -93,6 +93,16 @@ def made():
     return method.sparsify(plain_network(0), images_job(method))
 
 
+def test_a_level_is_cut_inside_the_last_one_by_hand():
+    model = nn.Linear(4, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2, 9, 8]]))
+    levels = [
+        MaskSet({"weight": Mask(torch.tensor([bits], dtype=torch.bool))}) for bits in ([1] * 4, [1, 1, 0, 0])
+    ]
+    assert Nested()._cut(model, 0.75, levels)["weight"].keep.tolist() == [[False, True, False, False]]
+
+
 def test_a_loss_may_ask_the_model_behind_the_masks():
     model = nn.Sequential(nn.Linear(2, 2))
     model.config = {"kind": "toy"}
