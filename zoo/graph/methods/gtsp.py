@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from zoo.bundles.card import share_dropped
+from zoo.bundles.store import PART_MASK
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, required, stated_options
 from zoo.shared.masks import MaskSet, masks_of
@@ -183,17 +183,6 @@ class GraphTransformer(nn.Module):
         return {**self.arguments, "heads": heads, "share": share}
 
 
-def _heads_left(before: nn.Module, made: nn.Module) -> dict[str, dict[str, Any]]:
-    """The part of the sparsity that heads are, where some are gone."""
-    if not (isinstance(before, GraphTransformer) and isinstance(made, GraphTransformer)):
-        return {}
-    total, kept = (sum(one.heads for one in model.attentions()) for model in (before, made))
-    if kept == total:
-        return {}
-    part = {"kept": kept, "total": total, "sparsity": share_dropped(kept, total), "pattern": "channel"}
-    return {"heads": part}
-
-
 @dataclass
 class GTSP:
     """Train a graph transformer with a share of its tokens, heads, layers' attention or weights left out."""
@@ -232,14 +221,15 @@ class GTSP:
         check_finite(model)
         made: Any = copied(model).to(job.device)
         with seeded(job.seed):
-            getattr(self, f"_{self.axis}")(made, job)
+            left = getattr(self, f"_{self.axis}")(made, job)
         made = brought_back(made, device_of(model)).eval()
         arguments = getattr(made, "current_arguments", None)
         return Sparsified(
             made,
             masks_of(made) or MaskSet({}),
+            extras={} if left is None else {f"heads{PART_MASK}": left},
             hyperparameters=stated_options(self, job),
-            parts=_heads_left(model, made),
+            parts={} if left is None else {"heads": {"pattern": "channel"}},
             arguments=arguments() if callable(arguments) else None,
         )
 
@@ -260,7 +250,7 @@ class GTSP:
             attention.by_chance = self.by_chance
         job.fit(model, macs=lambda: 0.0).run()
 
-    def _heads(self, model: GraphTransformer, job: Job) -> None:
+    def _heads(self, model: GraphTransformer, job: Job) -> Bool[Tensor, " heads"]:
         attentions = model.attentions()
         kept = [max(1, round(a.heads * (1 - self.share))) for a in attentions]
         importance = [torch.zeros(a.heads) for a in attentions]
@@ -285,12 +275,16 @@ class GTSP:
                     total.zero_()
 
         fit.run(step)
+        left = []
         for attention in attentions:
             assert attention.gates is not None
+            left.append(attention.gates.detach() > 0)
             attention.cut(attention.gates.nonzero().flatten().tolist())
+        return torch.cat(left)
 
-    def _layers(self, model: GraphTransformer, job: Job) -> None:
+    def _layers(self, model: GraphTransformer, job: Job) -> Bool[Tensor, " heads"]:
         layers: list[Any] = [layer for layer in model.layers if layer.attention is not None]
+        heads = [layer.attention.heads for layer in layers]
         for layer in layers:
             layer.skipped = self.share
         fit = job.fit(model, macs=lambda: 0.0)
@@ -303,6 +297,8 @@ class GTSP:
         for layer in layers:
             layer.skipped = 0.0
         fit.run()
+        there = torch.tensor([layer.attention is not None for layer in layers])
+        return there.repeat_interleave(torch.tensor(heads))
 
 
 def swapped(gates: Float[Tensor, " heads"], importance: Float[Tensor, " heads"], count: int) -> Tensor:
