@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -87,13 +86,3 @@ def require_differentiable(scheduler: Any) -> None:
         raise ConfigError("the scheduler clips samples, which stops gradients. Set clip_sample=False.")
     if getattr(scheduler.config, "stochastic_sampling", False):
         raise ConfigError("the scheduler draws noise in its steps. Set stochastic_sampling=False.")
-
-
-@torch.no_grad()
-def drift(
-    model: Denoiser, dense: Denoiser, noise: Tensor, condition: Any, dense_condition: Any, steps: int
-) -> Tensor:
-    """Mean squared difference of two models' images from the same noise, per image, [n]."""
-    own = sample(model, noise, condition, steps=steps)
-    theirs = sample(dense, noise, dense_condition, steps=steps)
-    return (own - theirs).square().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""Text-to-image tasks: does the image show what the prompt says, and are the images like real ones?"""
+"""Tasks: do images show the prompt, are they like real ones, how far are they from the dense model's?"""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from zoo.bundles.catalog import find
+from zoo.bundles.store import load_bundle
 from zoo.diffusion.classifier import frechet_distance, load_judge
-from zoo.diffusion.data import captions, load_pictures
+from zoo.diffusion.data import load_pictures
 from zoo.diffusion.flows import Flow
 from zoo.diffusion.models import TextToImage
-from zoo.diffusion.sampling import sample
+from zoo.diffusion.paired import drift, images_of
 from zoo.errors import TaskError
 from zoo.harness.tasks import Flops, Measure, Progress, Task, TaskResult, register_task
 from zoo.shared.measure.account import count
@@ -20,6 +22,7 @@ from zoo.shared.measure.account import count
 IMAGES = 500
 STEPS = 10
 BATCH = 100
+DRIFTS = 200
 
 
 class TextToImageTask(Task):
@@ -57,16 +60,7 @@ class TextToImageTask(Task):
         """(images [500, C, H, W], classes) that the model makes of the fixed noise."""
         network = self._fitting(model)
         noise, labels = self.noise()
-        made = []
-        with torch.no_grad():
-            for start in range(0, IMAGES, BATCH):
-                if progress is not None:
-                    progress(start, IMAGES, "sampling")
-                ids = network.tokenise(captions(labels[start : start + BATCH]))
-                condition = network.encode(ids)
-                x = noise[start : start + BATCH].to(condition.dtype)
-                made.append(sample(network, x, condition, steps=STEPS).float())
-        return torch.cat(made), labels
+        return images_of(network, noise, steps=STEPS, batch=BATCH, progress=progress), labels
 
     def noise(self) -> tuple[Tensor, Tensor]:
         """The fixed starting noise, and the class of each prompt."""
@@ -149,6 +143,54 @@ class FlowDigits(Task):
         if not isinstance(model, Flow) or model.sample_shape != load_pictures("digits").shape:
             raise TaskError(f"{self.name} takes flows of 8x8 images; received {type(model).__name__}")
         return model
+
+
+class Drift(Task):
+    """How far the images of 200 noises are from those that the dense model makes of the same noises.
+
+    Metric: `drift`, the mean squared difference of an image in [-1, 1], with a value per image (lower is
+    better; the dense model has none).
+    """
+
+    domain, primary, higher_is_better = "diffusion", "drift", False
+    dense: ClassVar[str]
+
+    def accepts(self, card: Any) -> bool:
+        """The dense model, and those that stand beside it."""
+        return card.domain == self.domain and self.dense in (card.name, card.dense_twin)
+
+    def measured_on(self) -> str:
+        """The digest of the dense model's weights."""
+        return find(self.dense).card.weights.sha256
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        """Sample both and compare image by image."""
+        dense = load_bundle(find(self.dense)).eval()
+        if not isinstance(dense, TextToImage | Flow):
+            raise TaskError(f"{self.dense} is a {type(dense).__name__}, which makes no images of noise")
+        kind, shape = TextToImage if isinstance(dense, TextToImage) else Flow, dense.sample_shape
+        if not isinstance(model, kind) or model.sample_shape != shape:
+            raise TaskError(
+                f"{self.name} takes a {kind.__name__} of images of {shape}; received {type(model).__name__}"
+            )
+        noise = torch.randn((DRIFTS, *shape), generator=torch.Generator().manual_seed(0))
+        own = images_of(model, noise, steps=STEPS, batch=BATCH, progress=progress)
+        distances = drift(own, images_of(dense, noise, steps=STEPS, batch=BATCH))
+        return TaskResult.from_samples({"drift": distances.tolist()}, f"{DRIFTS}/{STEPS}/0")
+
+
+@register_task
+class DriftDigits(Drift):
+    """Drift from the dense text-to-image model of the digits, the digits in turn."""
+
+    name, dense = "diffusion/drift-t2i-digits", "diffusion/dense-t2i-digits"
+
+
+@register_task
+class DriftFlow(Drift):
+    """Drift from the dense flow of the digits; each flow takes its own number of steps."""
+
+    name, dense = "diffusion/drift-flow-digits", "diffusion/dense-flow-digits"
 
 
 def flow_distances(made: Tensor, pictures: str) -> dict[str, float]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from zoo.bundles.catalog import find
 from zoo.bundles.store import load_bundle
 from zoo.diffusion.classifier import accuracy, frechet_distance, load_judge
-from zoo.diffusion.data import captions, load_pictures
+from zoo.diffusion.data import load_pictures
 from zoo.diffusion.models import TextToImage
-from zoo.diffusion.sampling import sample
+from zoo.diffusion.paired import drift, images_of
 from zoo.errors import ConfigError
 from zoo.studies.view import Row, Value
 
@@ -58,16 +58,10 @@ def data(options: Any, where: Mapping[str, Any]) -> str:
     return find(DENSE).card.weights.sha256
 
 
-@torch.no_grad()
 def images(model: TextToImage, seed: int, count: int) -> Tensor:
     """Images of the digits in turn, from the noise of a seed, [count, C, H, W]."""
     noise = torch.randn((count, *model.sample_shape), generator=torch.Generator().manual_seed(1000 + seed))
-    labels = torch.arange(count) % 10
-    made = []
-    for at in range(0, count, BATCH):
-        condition = model.encode(model.tokenise(captions(labels[at : at + BATCH])))
-        made.append(sample(model, noise[at : at + BATCH], condition, steps=STEPS))
-    return torch.cat(made)
+    return images_of(model, noise, steps=STEPS, batch=BATCH)
 
 
 @functools.lru_cache(maxsize=4)
@@ -78,7 +72,7 @@ def _dense_images(seed: int, count: int) -> Tensor:
 def figures(model: TextToImage, seed: int, count: int) -> Row:
     """Accuracy, Frechet distance and drift of a model's images."""
     own = images(model.eval(), seed, count)
-    return {**quality(own), "drift": float((own - _dense_images(seed, count)).square().mean())}
+    return {**quality(own), "drift": float(drift(own, _dense_images(seed, count)).mean())}
 
 
 def quality(made: Tensor) -> Row:
