@@ -1,8 +1,10 @@
-"""Tasks: do images show the prompt, are they like real ones, how far are they from the dense model's?"""
+"""Tasks: do images show the prompt, are they like real ones, how far from the dense model's, at what cost?"""
 
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 from typing import Any, ClassVar
 
 import torch
@@ -18,11 +20,14 @@ from zoo.diffusion.paired import drift, images_of
 from zoo.errors import TaskError
 from zoo.harness.tasks import Flops, Measure, Progress, Task, TaskResult, register_task
 from zoo.shared.measure.account import count
+from zoo.shared.measure.peak import peak_bytes
 
 IMAGES = 500
 STEPS = 10
 BATCH = 100
 DRIFTS = 200
+ROUNDS = 5
+SAMPLED = ("diffusion/text-to-image", "diffusion/mlp-flow", "diffusion/unet-flow")
 
 
 class TextToImageTask(Task):
@@ -191,6 +196,41 @@ class DriftFlow(Drift):
     """Drift from the dense flow of the digits; each flow takes its own number of steps."""
 
     name, dense = "diffusion/drift-flow-digits", "diffusion/dense-flow-digits"
+
+
+@register_task
+class SamplingCost(Task):
+    """Time and memory of sampling ten images at once: ten steps of a text-to-image model, a flow's own steps.
+
+    Metrics: `seconds` of a run on this machine, each of five after a first one, and `peak_bytes`, the most
+    that the tensors of a run take at once beside the weights, which is the same each time (lower is better).
+    """
+
+    name, domain, primary, higher_is_better = "diffusion/sampling-cost", "diffusion", "seconds", False
+
+    def accepts(self, card: Any) -> bool:
+        """Text-to-image models and flows."""
+        return card.domain == self.domain and card.architecture.name in SAMPLED
+
+    def measured_on(self) -> Any:
+        """This process: time that another took is not found again."""
+        return threading.Lock()
+
+    def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
+        """Run once for the memory, then for the time."""
+        if not isinstance(model, TextToImage | Flow):
+            raise TaskError(f"{self.name} takes text-to-image models and flows; got a {type(model).__name__}")
+        noise = torch.randn((10, *model.sample_shape), generator=torch.Generator().manual_seed(0))
+        peak, seconds = peak_bytes(lambda: images_of(model, noise, steps=STEPS)), []
+        for done in range(ROUNDS):
+            if progress is not None:
+                progress(done, ROUNDS, "sampling")
+            start = time.perf_counter()
+            images_of(model, noise, steps=STEPS)
+            seconds.append(time.perf_counter() - start)
+        result = TaskResult.from_samples({"seconds": seconds})
+        result.metrics["peak_bytes"] = Measure(float(peak))
+        return result
 
 
 def flow_distances(made: Tensor, pictures: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Tasks on the same noise in two models: drift from the dense model's images, image by image."""
+"""Drift from the dense model's images, image by image, and what sampling costs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from zoo.diffusion.paired import drift, images_of  # noqa: E402
 from zoo.errors import TaskError  # noqa: E402
 from zoo.harness.conformance import check_task  # noqa: E402
 from zoo.harness.tasks import get_task  # noqa: E402
+from zoo.shared.store.identity import data_digest  # noqa: E402
 
 T2I, FLOW = "diffusion/drift-t2i-digits", "diffusion/drift-flow-digits"
 
@@ -47,3 +48,17 @@ def test_flows_drift_too_and_others_are_refused() -> None:
     check_task(FLOW, load("diffusion/slimflow-digits-w48").eval())
     with pytest.raises(TaskError, match="takes a TextToImage of images of .1, 8, 8.; received MLPFlow"):
         get_task(T2I).evaluate(load("diffusion/slimflow-digits-w48").eval())
+
+
+def test_the_cost_of_sampling_is_timed_anew_and_its_memory_grows_with_the_network() -> None:
+    task = get_task("diffusion/sampling-cost")
+    wide, narrow = (load(f"diffusion/slimflow-digits-w{width}").eval() for width in (96, 48))
+    big, small = task.evaluate(wide), task.evaluate(narrow)
+    assert small.n == 5 and min(small.samples["seconds"]) > 0
+    assert big.metrics["peak_bytes"].value > small.metrics["peak_bytes"].value
+    assert task.evaluate(narrow).metrics["peak_bytes"] == small.metrics["peak_bytes"]
+    assert data_digest(task.measured_on()) == ""  # so that no record is found again
+    assert task.accepts(find("diffusion/dense-t2i-digits").card)
+    assert not task.accepts(find("diffusion/iter-digits").card)
+    with pytest.raises(TaskError, match="text-to-image models and flows; got a Linear"):
+        task.evaluate(torch.nn.Linear(1, 1))
