@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zoo.bundles import cardfile
 from zoo.bundles.card import mean_and_spread, parse_card, read_card
 from zoo.bundles.cardfile import MAX_BYTES, dump_yaml, load_yaml, read_yaml
+from zoo.bundles.catalog import select
 from zoo.errors import CardError
 
 
@@ -388,3 +393,42 @@ plain = st.recursive(
 def test_what_is_written_is_read_back(value: dict[str, Any]) -> None:
     again = load_yaml(dump_yaml(value), "x")
     assert again == value and repr(again) == repr(value)
+
+
+def test_a_text_that_is_read_without_a_first_walk_has_nothing_to_find_there() -> None:
+    """Random texts of the signs that matter: what `_is_harmless` lets through, the walk would, too."""
+    signs = [
+        "a",
+        "- ",
+        "? ",
+        ": ",
+        "\n",
+        " ",
+        "  ",
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        "a: ",
+        "&x ",
+        "*x",
+        "!t ",
+        "'",
+        "#",
+        "|",
+    ]
+    signs += ["'", "#", "|", "\r", "\t", "\x85", "\u2028", "---", "%"]
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(signs, k=draw.randint(1, 60))) for _ in range(4000)]
+    for depth in range(1, 30):
+        texts.append("".join(f"{' ' * level}a:\n" for level in range(depth)) + " " * depth + "b: 1")
+        beside = [f"{' ' * 2 * level}a:\n{' ' * 2 * level}- b:\n" for level in range(depth)]
+        texts.append("".join(beside) + " " * (2 * depth + 2) + "c: 1")
+    passed = [text for text in texts if cardfile._is_harmless(text)]
+    assert 100 < len(passed) < len(texts) / 2
+    for text in passed:
+        with contextlib.suppress(yaml.YAMLError):  # reading says so
+            cardfile._refuse_dangerous(text, "x")
+    cards = [bundle.card.to_yaml() for bundle in select("vision/*digits*")]
+    assert sum(map(cardfile._is_harmless, cards)) > 0.9 * len(cards), "else nothing is gained"

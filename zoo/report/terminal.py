@@ -11,6 +11,7 @@ from zoo.studies.tables import Result, Table
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
+    from rich.text import Text
 
 GOOD, BAD = ("ok", "holds", "better"), ("failed", "does not hold", "invalid", "worse")
 
@@ -21,6 +22,7 @@ def show_table(console: Console, table: Table) -> None:
     Where the screen is too narrow, the table's optional columns go first, and the note says which. Names of
     rows are not broken, unless they would take more than half of it: what is said of them counts more.
     """
+    from rich.cells import cell_len
     from rich.measure import Measurement
     from rich.text import Text
 
@@ -37,10 +39,10 @@ def show_table(console: Console, table: Table) -> None:
         left_out.append(column)
         table, widest = table.without(column), widest.without(column)
     names = max((len(str(row[0])) for row in table.rows), default=0)
-    if too_wide():
+    if too_wide() or cell_len(table.title or "") > sum(_widths(widest)) or not table.rows:
         console.print(_drawn(table, broken_names=names > console.width / 2))
-    else:  # widths that are known need not be measured cell by cell, which takes longer than all else
-        console.print(_drawn(table, widths=_widths(widest)))
+    else:  # what fits need not be measured and folded cell by cell, which takes longer than all else
+        console.print(_lines(table, _widths(widest)), no_wrap=True, overflow="ignore", crop=False)
     if table.note:
         console.print(Text(table.note, style="dim"))
     if left_out:
@@ -64,7 +66,40 @@ def _widths(widest: Table) -> list[int]:
     return [max(map(cell_len, map(str, column))) for column in zip(widest.columns, *widest.rows, strict=True)]
 
 
-def _drawn(table: Table, broken_names: bool = False, widths: Sequence[int] | None = None) -> RichTable:
+def _lines(table: Table, widths: Sequence[int]) -> Text:
+    """What `_drawn` makes of a table whose columns all fit."""
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    right = _numeric_columns(table)
+    whole = sum(widths) + 3 * len(widths) - 1
+    text = Text()
+    if table.title:
+        text.append(f"{table.title}{' ' * (whole - cell_len(table.title))}\n", "bold")
+    text.append(f"{' ' * whole}\n")
+
+    def add(cells: Sequence[object], style: str = "") -> None:
+        columns = [str(cell).split("\n") for cell in cells]
+        for line in range(max(map(len, columns))):
+            for index, (cell, lines) in enumerate(zip(cells, columns, strict=True)):
+                shown = lines[line] if line < len(lines) else ""
+                fill = " " * (widths[index] - cell_len(shown))
+                text.append("   " if index else " ")
+                text.append(fill + shown if right[index] else shown + fill, style or _style(cell))
+            text.append(" \n")
+
+    add(table.columns, "bold")
+    text.append(f" {'─' * (whole - 2)} \n")
+    for row in table.rows:
+        add(row)
+    return text.append(" " * whole)
+
+
+def _numeric_columns(table: Table) -> list[bool]:
+    return [all(_numeric(row[index]) for row in table.rows) for index in range(len(table.columns))]
+
+
+def _drawn(table: Table, broken_names: bool = False) -> RichTable:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -72,14 +107,12 @@ def _drawn(table: Table, broken_names: bool = False, widths: Sequence[int] | Non
     shown = RichTable(
         box=box.SIMPLE_HEAD, title=table.title, title_justify="left", title_style="bold", pad_edge=False
     )
-    for index, column in enumerate(table.columns):
-        numeric = all(_numeric(row[index]) for row in table.rows)
+    for index, (column, numeric) in enumerate(zip(table.columns, _numeric_columns(table), strict=True)):
         shown.add_column(
             Text(column),
             justify="right" if numeric else "left",
             overflow="fold",
             no_wrap=index == 0 and not broken_names,
-            width=widths[index] if widths else None,
         )
     for row in table.rows:
         shown.add_row(*(Text(str(cell), style=_style(cell)) for cell in row))

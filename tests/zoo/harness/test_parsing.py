@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from zoo.cli.parsing import Positional, metavar, parse, parse_with
 from zoo.errors import ConfigError
+from zoo.report import terminal
 from zoo.report.terminal import show_table
 from zoo.studies.tables import Table
 
@@ -80,3 +82,23 @@ def test_long_names_of_rows_do_not_starve_what_is_said_of_them():
     shown = console.file.getvalue()
     assert all(shown.count(value) == 2 for value in ("0.9779", "0.9781", "FAILED", "compared"))
     assert "accuracy" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("title", ["", "a title"])
+def test_tables_that_fit_look_like_those_that_do_not(title):
+    """Lines of known widths are what rich draws, also with wide signs and several lines."""
+    rows = [
+        ["graph/a", "1.5", "ok", "日本"],
+        ["graph/bb", "± 20", "failed", "two\nlines here"],
+        ["c", "", "x", "käse"],
+    ]
+    table = Table(title, ["model", "figure", "", "note"], rows, "")
+    lines = terminal._lines(table, terminal._widths(terminal._widest(table)))
+    shown = []
+    for text, options in ((terminal._drawn(table), {}), (lines, {"no_wrap": True, "crop": False})):
+        console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
+        console.print(text, **options)
+        shown.append(console.file.getvalue())
+    plain = [re.sub(r"\x1b\[[0-9;]*m", "", text) for text in shown]
+    assert plain[0] == plain[1]
+    assert all("\x1b[32mok    \x1b[0m" in text and "\x1b[31mfailed\x1b[0m" in text for text in shown)
