@@ -133,6 +133,17 @@ class SparsityReport:
         )
 
 
+class _NoMask(KeyError):
+    """A name without a mask. Near misses are looked for by whoever reads the message: `get` never does."""
+
+    def __init__(self, name: str, names: Iterable[str]) -> None:
+        super().__init__(name)
+        self._names = names
+
+    def __str__(self) -> str:
+        return f"no mask named {self.args[0]!r}{near_misses(self.args[0], self._names)}"
+
+
 class MaskSet(Mapping[str, Mask]):
     """The named masks of one model, an immutable mapping.
 
@@ -149,7 +160,7 @@ class MaskSet(Mapping[str, Mask]):
         try:
             return self._masks[name]
         except KeyError:
-            raise KeyError(f"no mask named {name!r}{near_misses(name, self._masks)}") from None
+            raise _NoMask(name, self._masks) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._masks
