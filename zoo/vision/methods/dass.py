@@ -119,7 +119,7 @@ class CellNet(nn.Module):
             for kind in ("normal", "reduction"):
                 self.alphas[kind] = nn.Parameter(1e-3 * torch.randn(len(EDGES), len(OPERATIONS)))
 
-    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
+    def forward(self, x: Float[Tensor, "b channels h w"]) -> Float[Tensor, "b classes"]:
         first = second = self.stem(x)
         for kind, cell in zip(self.kinds, self.cells, strict=True):
             mix = self.alphas[kind].softmax(1) if kind in self.alphas else None
