@@ -129,7 +129,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch) -> None:
     camera = Camera(torch.eye(4), lens(4, 4, 1.0), 4, 4)
     with pytest.raises(DataError, match=r"mask of \(3, 4\), the camera has \(4, 4\)"):
         View(camera, torch.zeros(4, 4, 3), torch.zeros(3, 4))
-    with pytest.raises(DataError, match="unknown views 'nothing'; there are dtu24"):
+    with pytest.raises(DataError, match="unknown views 'nothing'; there are disc-without-ball, dtu24"):
         load_views("nothing")
     monkeypatch.delenv("ZOO_DATA", raising=False)
     with pytest.raises(DataError, match="'shapes' are embedded"):

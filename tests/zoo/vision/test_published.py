@@ -168,7 +168,7 @@ def test_each_kind_of_zeros_has_a_column() -> None:
     cards = [bundle.card for bundle in select() if bundle.card.domain != "toy"]
     parts = dropped_parts(cards)
     assert parts[:2] == ["weights", "edges"] and {"channels", "gaussians", "heads"} <= set(parts)
-    assert dropped_parts([card for card in cards if card.domain == "graph"]) == ["weights", "edges"]
+    assert dropped_parts([card for card in cards if card.domain == "graph"]) == ["weights", "edges", "heads"]
     [ticket] = [card for card in cards if card.name == "graph/teddy-gcn-digits-g30-w80"]
     cells = [_dropped(ticket, part) for part in ("weights", "edges", "channels")]
     assert cells == ["80.0 %", "30.0 %", ""]

@@ -17,6 +17,7 @@ from zoo.diffusion.domain import make_job
 from zoo.diffusion.editing import Edit, invert, schedule, step
 from zoo.diffusion.methods.stable_diffusion import PruneParts
 from zoo.diffusion.models import TextToImage
+from zoo.diffusion.sampling import sample
 from zoo.diffusion.studies import common
 from zoo.errors import ConfigError
 from zoo.shared.masks import masks_of
@@ -154,7 +155,7 @@ def pasted(edit: Edit, model: TextToImage, image: Tensor, own: list[int], to: li
     single = common.victim()
     condition = single.encode(single.tokenise([prompt(to[0]), prompt(to[2])]))
     noise = torch.randn((2, 1, SIDE, SIDE), generator=torch.Generator().manual_seed(seed))
-    left, right = common.sample(single, noise, condition, steps=common.STEPS)
+    left, right = sample(single, noise, condition, steps=common.STEPS)
     return torch.cat([left, image[..., SIDE : 2 * SIDE], right], dim=-1)
 
 
@@ -166,9 +167,7 @@ def unmasked(model: TextToImage, targets: Tensor, edit: Edit, seed: int) -> Tens
     )
     condition = model.encode(model.tokenise(captions(targets)))
     empty = model.encode(model.tokenise([""] * len(targets)))
-    return common.sample(
-        model, noise, condition, steps=edit.steps, guidance=edit.guidance, unconditional=empty
-    )
+    return sample(model, noise, condition, steps=edit.steps, guidance=edit.guidance, unconditional=empty)
 
 
 def inversion_error(model: TextToImage, image: Tensor, own: list[int], edit: Edit) -> float:
