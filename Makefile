@@ -80,9 +80,13 @@ WHEEL := build/wheel
 wheel: $(BIN)/python
 	rm -rf dist && $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
+# Laid over $(VENV), whose packages it sees, but not the checkout that is installed there.
 test-wheel: wheel $(VENV)/.installed-test
-	rm -rf $(WHEEL) && $(BIN)/pip install --quiet --no-deps --target $(WHEEL) dist/*.whl
-	$(BIN)/python -m tests.wheel $(WHEEL)
+	rm -rf $(WHEEL) && $(PYTHON) -m venv $(WHEEL)
+	$(BIN)/python -c "import sysconfig as s; print(s.get_path('purelib'))" \
+	  > $$($(WHEEL)/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/over.pth
+	$(WHEEL)/bin/pip install --quiet --no-deps dist/*.whl
+	$(WHEEL)/bin/python -m tests.wheel
 
 bench: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/zoo bench all
