@@ -10,6 +10,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -49,8 +50,8 @@ def run(line: str, folder: Path) -> str:
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
     start = time.perf_counter()
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"ZOO_OFFLINE": "1"}
-    command = f"{sys.executable} -m {line}"
-    done = subprocess.Popen(command, shell=True, cwd=folder, env=env, stdin=end, stdout=end, stderr=end)
+    command = [sys.executable, "-m", *shlex.split(line, comments=True)]
+    done = subprocess.Popen(command, cwd=folder, env=env, stdin=end, stdout=end, stderr=end)
     os.close(end)
     shown = b""
     with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from typing import Any, ClassVar
 
@@ -207,14 +206,11 @@ class SamplingCost(Task):
     """
 
     name, domain, primary, higher_is_better = "diffusion/sampling-cost", "diffusion", "seconds", False
+    repeatable = False
 
     def accepts(self, card: Any) -> bool:
         """Text-to-image models and flows."""
         return card.domain == self.domain and card.architecture.name in SAMPLED
-
-    def measured_on(self) -> Any:
-        """This process: time that another took is not found again."""
-        return threading.Lock()
 
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Run once for the memory, then for the time."""

@@ -58,11 +58,14 @@ class Cell:
         return code_digest(self.task, run_cell)
 
     def key(self) -> str:
-        """Digest of all that decides the result; "" where some of it is unknown, and nothing may be kept.
+        """Digest of all that decides the result; "" where some of it is unknown, or another run may
+        give another result, and nothing may be kept.
 
         That is: the model (`Subject.identity`), the task with its state, version, code and data, the
         execution, the seed, and the versions of the libraries. Not the machine: back-ends agree within 1e-5.
         """
+        if not self.task.repeatable:
+            return ""
         parts = (
             self.subject.identity(),
             state_digest(self.task),

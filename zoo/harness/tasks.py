@@ -96,6 +96,8 @@ class Task(ABC):
         primary: the metric that tables, plots and comparisons use unless told otherwise.
         unit: unit of the primary metric for the axes of plots, e.g. `%` or `nats`; empty for a plain share.
         higher_is_better: direction of the metrics; see `direction` where they differ.
+        repeatable: whether a run gives again what an earlier one gave, whose record then stands for it; False
+            for times.
     """
 
     name: str
@@ -104,11 +106,12 @@ class Task(ABC):
     primary: str
     unit: str = ""
     higher_is_better: bool = True
+    repeatable: bool = True
 
     @abstractmethod
     def evaluate(self, model: nn.Module, *, progress: Progress | None = None) -> TaskResult:
         """Measure `model`, which is in eval mode. Must give the same result on each call (seed what is
-        random).
+        random) if the task is `repeatable`.
 
         Raises:
             TaskError: the model does not fit the task.
