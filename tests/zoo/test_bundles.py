@@ -327,3 +327,29 @@ def test_packaged_bundles_lie_where_their_names_say() -> None:
 def test_the_weights_are_packed(tiny_bundle) -> None:
     contents = load_packed(tiny_bundle / "weights.safetensors")
     assert contents.metadata["architecture"] == {"name": "test/tiny", "args": {"width": 8, "scale": 0.5}}
+
+
+def test_a_former_name_goes_on_finding_its_bundle(shelf: Path, save_tiny, caplog) -> None:
+    save_tiny(shelf / "newer", name="graph/tiny-renamed", version="2.0.0", formerly=["graph/tiny-before"])
+
+    assert catalog.find("graph/tiny-before").card.name == "graph/tiny-renamed"
+    assert "graph/tiny-before is called graph/tiny-renamed now" in caplog.text
+    assert catalog.find("graph/tiny-before@2.0.0").card.version == "2.0.0"
+    assert catalog.list_models("graph/tiny-before") == ["graph/tiny-renamed"]
+    with pytest.raises(UnknownNameError, match=r"'graph/tiny-renamed' has no version '1\.0\.0'"):
+        catalog.find("graph/tiny-before@1.0.0")
+    # A bundle that has the name itself is never replaced by one that had it.
+    save_tiny(shelf / "claims", name="graph/claims", formerly=["graph/tiny-test"])
+    assert catalog.find("graph/tiny-test").card.name == "graph/tiny-test"
+
+
+def test_a_former_name_of_several_bundles_is_refused(shelf: Path, save_tiny) -> None:
+    for name in ("graph/one", "graph/two"):
+        save_tiny(shelf / name[-3:], name=name, formerly=["graph/both"])
+    with pytest.raises(UnknownNameError, match="was the name of graph/one and of graph/two"):
+        catalog.find("graph/both")
+
+
+def test_a_card_that_had_its_own_name_before_is_refused(tiny_bundle, save_tiny) -> None:
+    with pytest.raises(CardError, match="formerly has the name that the bundle has now"):
+        save_tiny(tiny_bundle.parent / "again", formerly=["graph/tiny-test"])

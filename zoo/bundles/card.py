@@ -356,7 +356,7 @@ class Card(_Part):
 
     A model of the domain `own` was saved by somebody who measured nothing: its card may lack figures, twin,
     FLOPs, seed and time. No other card may, but that of a model that was imported sparse, whose dense twin
-    its makers may have kept.
+    its makers may have kept. Names that it had before stand under `formerly` and go on finding it.
     """
 
     schema_version: Literal[1, 2, 3]
@@ -380,6 +380,7 @@ class Card(_Part):
     imported: Imported | None = None
     levels: list[Level] = []
     evidence: InsidePath | None = None
+    formerly: list[ModelName] = []
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Card:
@@ -394,6 +395,8 @@ class Card(_Part):
             raise ValueError("a card with a public_base has schema_version 3, one without has 1 or 2")
         if self.base is not None and self.base.name == self.name:
             raise ValueError("base names the bundle itself")
+        if self.name in self.formerly:
+            raise ValueError("formerly has the name that the bundle has now")
         keys = [(metric.task, metric.metric, metric.split, metric.protocol) for metric in self.metrics]
         for key in keys:
             if keys.count(key) > 1:
@@ -480,7 +483,7 @@ class Card(_Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the order of the fields; without those that most cards have not."""
-        rare = ("base", "public_base", "imported", "levels")
+        rare = ("base", "public_base", "imported", "levels", "formerly")
         return self.model_dump(exclude={key for key in rare if not getattr(self, key)})
 
     def to_yaml(self) -> str:

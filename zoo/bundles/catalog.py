@@ -2,7 +2,8 @@
 
 A name is looked for, in this order, as a path, in what ships with the package (`zoo/<domain>/cards/<slug>/`),
 in the folders of `ZOO_PATH`, in the local cache, and, as `hf://owner/name@revision`, on the hub. The first
-place that has the name decides; within it the newest version wins, unless `name@1.2.0` pins one.
+place that has the name decides; within it the newest version wins, unless `name@1.2.0` pins one. A name that
+nothing has is looked for among those that bundles had before (`formerly` on their cards).
 """
 
 from __future__ import annotations
@@ -272,6 +273,8 @@ def select(
         matching = [bundle for bundle in everything if fnmatchcase(bundle.card.reference, glob)]
     else:
         matching = _newest(bundle for bundle in everything if fnmatchcase(bundle.card.name, glob))
+    if not matching and (name := _present_name(glob, everything)) is not None:
+        matching = _newest(bundle for bundle in everything if bundle.card.name == name)
     if not matching and glob != "*":
         names = {bundle.card.reference if "@" in glob else bundle.card.name for bundle in everything}
         raise UnknownNameError(f"No model matches {glob!r}. {suggestion(glob, names)}")
@@ -412,8 +415,30 @@ def _find_by_name(name: str, version: str | None) -> Bundle:
     if others:
         there = ", ".join(sorted(others, key=version_key))
         raise UnknownNameError(f"Model {name!r} has no version {version!r} here. There is {there}.")
-    names = {bundle.card.name for bundle in _installed()}
+    everything = list(_installed())
+    if (present := _present_name(name, everything)) is not None:
+        return _find_by_name(present, version)
+    names = {bundle.card.name for bundle in everything}
     raise UnknownNameError(f"Unknown model {name!r}. {suggestion(name, names)}")
+
+
+def _present_name(former: str, everything: Iterable[Bundle]) -> str | None:
+    """What the bundle that was once called `former` is called now; the user is told. None if none was.
+
+    Raises:
+        UnknownNameError: several bundles had this name.
+    """
+    found = {
+        bundle.card.name
+        for bundle in everything
+        if former in bundle.card.formerly and may_use(former, bundle.folder, cache_folder())
+    }
+    if len(found) > 1:
+        raise UnknownNameError(f"{former!r} was the name of {' and of '.join(sorted(found))}. Say which one.")
+    for name in found:
+        _log.warning("%s is called %s now. The old name still works; write the new one.", former, name)
+        return name
+    return None
 
 
 def _one_repository(name: str, found: list[Bundle]) -> None:

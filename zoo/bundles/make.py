@@ -94,7 +94,16 @@ def make(row: Row, target: Target, note: Note | None = None) -> Path:
         raise ConfigError(f"the recipe of {row.name} names no figures, and it has no twin that has some")
     data = row.data or (twin.card.data.model_dump() if twin is not None else {})
     command = f"zoo make {row.name}"
-    about = About(row.name, row.summary, command, row.citation, data, row.license, imported=row.imported)
+    about = About(
+        row.name,
+        row.summary,
+        command,
+        row.citation,
+        data,
+        row.license,
+        imported=row.imported,
+        formerly=row.formerly,
+    )
     evidence = None
     if target.repository is not None and row.evidence is not None:
         evidence = Evidence(target.repository, row.evidence)

@@ -111,6 +111,7 @@ class About:
         license: of the weights.
         version: of the bundle.
         imported: the published file that they were read from (`zoo.bundles.card.Imported`), if any.
+        formerly: names that the bundle had before.
     """
 
     name: str
@@ -121,6 +122,7 @@ class About:
     license: str = "Apache-2.0"
     version: str = "1.0.0"
     imported: Mapping[str, str] | None = None
+    formerly: tuple[str, ...] = ()
 
     @classmethod
     def like(cls, card: Card, name: str, summary: str, command: str) -> About:
@@ -237,6 +239,7 @@ def publish(
         "citation": about.citation,
         "evidence": evidence.path if evidence is not None else None,
         "imported": dict(about.imported) if about.imported is not None else None,
+        "formerly": list(about.formerly),
     }
     team = workers()
     if team.index == 0:

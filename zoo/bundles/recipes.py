@@ -56,6 +56,7 @@ class Row:
         share: whether only what differs from the source is stored.
         imported: the published file from which the weights are read (`zoo.bundles.card.Imported`).
         evidence: file of this repository that collects the values of every seed.
+        formerly: slugs that the bundle had before; they go on finding it.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Row:
     share: bool = False
     imported: Mapping[str, str] | None = None
     evidence: str | None = None
+    formerly: tuple[str, ...] = ()
 
     @property
     def domain(self) -> str:
@@ -116,15 +118,18 @@ def rows() -> dict[str, Row]:
 
 
 def find_row(name: str) -> Row:
-    """The row of a bundle.
+    """The row of a bundle, by the name that it has or had.
 
     Raises:
         UnknownNameError: there is none.
     """
     known = rows()
-    if name not in known:
-        raise UnknownNameError(f"No recipe makes {name!r}. {suggestion(name, known)}")
-    return known[name]
+    if name in known:
+        return known[name]
+    for row in known.values():
+        if name in row.formerly:
+            return row
+    raise UnknownNameError(f"No recipe makes {name!r}. {suggestion(name, known)}")
 
 
 def select_rows(globs: tuple[str, ...]) -> list[Row]:
@@ -136,10 +141,10 @@ def select_rows(globs: tuple[str, ...]) -> list[Row]:
     known = rows()
     names: list[str] = []
     for glob in globs:
-        matched = match(known, glob)
-        if not matched:
-            raise UnknownNameError(f"No recipe makes {glob!r}. {suggestion(glob, known)}")
-        names.extend(matched)
+        if matched := match(known, glob):
+            names.extend(matched)
+        else:
+            names.append(find_row(glob).name)
     chosen = [known[name] for name in dict.fromkeys(names)]
     return sorted(chosen, key=depth)
 
@@ -193,6 +198,7 @@ def _row(name: str, fields: dict[str, Any], path: Path) -> Row:
         raise ConfigError(f"{path}: {name} lacks {missing[0]!r}")
     if "figures" in fields:
         fields["figures"] = tuple(fields["figures"])
+    fields["formerly"] = tuple(f"{domain}/{slug}" for slug in fields.get("formerly", ()))
     return Row(name=name, **fields)
 
 

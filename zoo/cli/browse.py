@@ -175,6 +175,7 @@ def show_command(argv: Sequence[str]) -> int:
         f"{card.imported.sha256}"
         if card.imported
         else "",
+        "Formerly": ", ".join(card.formerly),
         "Citation": card.citation.strip(),
         "Evidence": card.evidence or "",
         "Weights": f"{bundle.weights}, sha256 {card.weights.sha256}",
