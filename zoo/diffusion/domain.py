@@ -18,7 +18,7 @@ RECIPE = Recipe(
 )
 SIZES: dict[str, dict[str, Any]] = {
     "digits": {"side": 8, "widths": (24, 48), "attention": (True, True), "text_width": 48, "text_layers": 2},
-    "mnist": {"side": 16, "widths": (24, 48, 48), "text_width": 48, "text_layers": 2},
+    "mnist": {"side": 16, "widths": (16, 32, 32), "text_width": 32, "text_layers": 2},
 }
 
 
