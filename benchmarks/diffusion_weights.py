@@ -24,6 +24,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
+from zoo.diffusion.latents import codec
 from zoo.diffusion.methods.stable_diffusion import PruneParts
 from zoo.diffusion.sampling import sample
 from zoo.errors import DataError
@@ -172,52 +173,6 @@ class AttentionUNet(nn.Module):
         h = self.up1(self.dec2(torch.cat([h, inner], 1), time))
         made: Tensor = self.final(self.dec1(torch.cat([h, outer], 1), time))
         return made
-
-
-class CodecBlock(nn.Module):
-    """Three convolutions beside a shortcut, after a branch of normed features if `pooled`."""
-
-    def __init__(self, pooled: bool) -> None:
-        super().__init__()
-        layers = [layer for _ in range(3) for layer in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())]
-        self.conv = nn.Sequential(*layers[:-1])
-        if pooled:
-            wide, back = nn.Conv2d(64, 256, 1, bias=False), nn.Conv2d(256, 64, 1, bias=False)
-            self.pool = nn.Sequential(wide, nn.GroupNorm(4, 256), nn.ReLU(), back)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if hasattr(self, "pool"):
-            x = x + self.pool(x)
-        return F.relu(self.conv(x) + x)
-
-
-class Bounded(nn.Module):
-    """Latents brought softly into [-3, 3]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 3 * torch.tanh(x / 3)
-
-
-def codec() -> tuple[nn.Module, nn.Module]:
-    """TAEF2's encoder (images [n, 3, 8 h, 8 w] in [0, 1] -> latents [n, 32, h, w]) and decoder."""
-
-    def conv(inner: int, outer: int, stride: int = 1, bias: bool = True) -> nn.Module:
-        return nn.Conv2d(inner, outer, 3, stride, 1, bias=bias)
-
-    def three(pooled: bool = False) -> list[nn.Module]:
-        return [CodecBlock(pooled) for _ in range(3)]
-
-    down = [layer for deep in (0, 0, 1) for layer in (conv(64, 64, 2, False), *three(bool(deep)))]
-    up = [
-        layer for _ in range(2) for layer in (nn.Upsample(scale_factor=2), conv(64, 64, 1, False), *three())
-    ]
-    encoder = nn.Sequential(conv(3, 64), CodecBlock(False), *down, conv(64, 32))
-    first = [Bounded(), conv(32, 64), nn.ReLU(), *three(True)]
-    last = [nn.Upsample(scale_factor=2), conv(64, 64, 1, False), CodecBlock(False), conv(64, 3)]
-    decoder = nn.Sequential(*first, *up, *last)
-    encoder.load_state_dict(read("taef2/taef2_encoder.pth"))
-    decoder.load_state_dict(read("taef2/taef2_decoder.pth"))
-    return encoder.float().eval(), decoder.float().eval()
 
 
 def conv_denoiser() -> Unprompted:

@@ -1,4 +1,4 @@
-"""Pictures with captions: scikit-learn's digits, embedded, and MNIST below $ZOO_DATA/mnist.
+"""Pictures with captions: scikit-learn's digits, embedded, and MNIST below $ZOO_DATA, in pixels or latents.
 
 A caption is a template filled with the word of a class; the vocabulary is that of the templates.
 """
@@ -20,6 +20,7 @@ from zoo.errors import DataError
 from zoo.mnist import read_mnist
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ENCODED, ENCODED_TEST = 6_000, 100
 TEMPLATES = ("a photo of a {}", "the digit {}", "a {}", "a drawing of the number {}", "{}")
 SOURCES = {
     "digits": Source(
@@ -28,6 +29,11 @@ SOURCES = {
         "CC BY 4.0",
     ),
     "mnist": Source("MNIST, 16x16 (padded to 32, 2x2 mean)", "LeCun, Cortes and Burges", "not stated"),
+    "latents": Source(
+        "the first 6,000 images of MNIST, 32x32, in TAEF2's latent space",
+        "LeCun, Cortes and Burges",
+        "not stated",
+    ),
     "digit-triples": Source(
         "three scikit-learn digits side by side (8x24)",
         "UCI Optical Recognition of Handwritten Digits, through scikit-learn",
@@ -78,6 +84,8 @@ def load_pictures(name: str) -> Pictures:
         return _triples(load_pictures("digits"))
     if name == "mnist":
         return Pictures(name, *_mnist("train"), *_mnist("t10k"))
+    if name == "latents":
+        return Pictures(name, *_latents("train", ENCODED), *_latents("t10k", ENCODED_TEST))
     raise DataError(f"Unknown picture set {name!r}. There are: {', '.join(SOURCES)}.")
 
 
@@ -98,9 +106,22 @@ def _triples(digits: Pictures) -> Pictures:
 
 
 def _mnist(part: str) -> tuple[Tensor, Tensor]:
+    padded, labels = _padded(part)
+    return F.avg_pool2d(padded, 2), labels
+
+
+def _padded(part: str) -> tuple[Tensor, Tensor]:
+    """MNIST with a border of two pixels, 32x32."""
     images, labels = read_mnist(part)
     padded = F.pad(torch.from_numpy(images).float()[:, None] / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
-    return F.avg_pool2d(padded, 2), torch.from_numpy(labels)
+    return padded, torch.from_numpy(labels)
+
+
+def _latents(part: str, count: int) -> tuple[Tensor, Tensor]:
+    from zoo.diffusion.latents import encode  # which needs models, and they this module
+
+    images, labels = _padded(part)
+    return encode(images[:count]), labels[:count]
 
 
 def captions(labels: Int[Tensor, " n"], generator: torch.Generator | None = None) -> list[str]:

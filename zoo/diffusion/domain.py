@@ -9,6 +9,7 @@ from torch import nn
 
 from zoo.diffusion.data import CaptionedNoise, load_pictures
 from zoo.diffusion.flows import Flow, Noised, velocity_loss
+from zoo.diffusion.latents import LatentTextToImage
 from zoo.diffusion.models import TextToImage, denoising_loss
 from zoo.errors import ConfigError
 from zoo.shared.train import Job, Recipe
@@ -19,6 +20,14 @@ RECIPE = Recipe(
 SIZES: dict[str, dict[str, Any]] = {
     "digits": {"side": 8, "widths": (24, 48), "attention": (True, True), "text_width": 48, "text_layers": 2},
     "mnist": {"side": 16, "widths": (16, 32, 32), "text_width": 32, "text_layers": 2},
+    "latents": {
+        "side": 4,
+        "channels": 32,
+        "widths": (40,),
+        "attention": (True,),
+        "text_width": 32,
+        "text_layers": 2,
+    },
 }
 
 
@@ -32,7 +41,7 @@ def dense_model(dataset: str, seed: int) -> TextToImage:
         raise ConfigError(f"No network is set up for {dataset!r}. There are: {', '.join(SIZES)}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TextToImage(**SIZES[dataset])
+        return (LatentTextToImage if dataset == "latents" else TextToImage)(**SIZES[dataset])
 
 
 def make_job(

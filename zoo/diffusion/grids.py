@@ -31,25 +31,26 @@ def sample_grid(models: Sequence[TextToImage | Flow], steps: int = 10, seed: int
     """Grey values of ten samples per model; all models start from the same noise.
 
     Args:
-        models: one per row, with images of one shape and one channel; text-to-image models show one sample
-            of each digit, flows what they make of the noise in their own number of steps.
+        models: one per row, with grey images of one shape; text-to-image models show one sample of each
+            digit (those in a latent space decoded), flows what they make of the noise in their own number of
+            steps.
         steps: of the sampler of text-to-image models.
         seed: of the noise.
 
     Raises:
-        ConfigError: no model, or models of different shapes.
+        ConfigError: no model, models of different shapes, or images that are not grey.
     """
     shapes = {model.sample_shape for model in models}
-    if len(shapes) != 1 or next(iter(shapes))[0] != 1:
-        raise ConfigError(
-            f"a grid needs grey images of one shape; received {sorted(shapes) or 'no model at all'}"
-        )
+    if len(shapes) != 1:
+        raise ConfigError(f"a grid needs models of one shape; received {sorted(shapes) or 'no model at all'}")
     (shape,) = shapes
     noise = torch.randn((len(WORDS), *shape), generator=torch.Generator().manual_seed(seed))
     rows = []
     for model in models:
         with torch.no_grad():
             made = model.images(noise) if isinstance(model, Flow) else _from_text(model, noise, steps)
+        if made.shape[1] != 1:
+            raise ConfigError(f"a grid shows grey images; received {made.shape[1]} channels")
         padded = torch.nn.functional.pad(made[:, 0].float(), (GAP, GAP, GAP, GAP), value=0.0)
         rows.append(torch.cat(list(padded), dim=1))
     grey = (torch.cat(rows).clamp(-1, 1) + 1) * 127.5
@@ -58,7 +59,7 @@ def sample_grid(models: Sequence[TextToImage | Flow], steps: int = 10, seed: int
 
 def _from_text(model: TextToImage, noise: Tensor, steps: int) -> Tensor:
     condition = model.encode(model.tokenise(captions(torch.arange(len(WORDS)))))
-    return sample(model, noise.to(condition.dtype), condition, steps=steps)
+    return model.decoded(sample(model, noise.to(condition.dtype), condition, steps=steps))
 
 
 def png(grid: UInt8[Tensor, "H W"]) -> bytes:

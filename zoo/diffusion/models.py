@@ -207,6 +207,10 @@ class TextToImage(nn.Module):
         """The prediction at noisy images, given the token ids of their captions."""
         return self.denoise(x, times, self.encode(ids))
 
+    def decoded(self, made: Float[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
+        """What is to be seen of sampled values, in [-1, 1]: here they are the pixels."""
+        return made
+
     def pipeline(self) -> Any:
         """The same parts as a `DiffusionPipeline`, which shares the weights."""
         from zoo.diffusion.pipelines import TextToImagePipeline

@@ -1,4 +1,4 @@
-"""Pipelines in pixel space, in the form that diffusers saves and loads."""
+"""Pipelines in pixel space and in a latent space, in the form that diffusers saves and loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo.diffusion.sampling import sample
 from zoo.errors import ConfigError
 
-__all__ = ["ModelMixin", "TextToImagePipeline"]
+__all__ = ["LatentTextToImagePipeline", "ModelMixin", "TextToImagePipeline"]
 
 
 class TextToImagePipeline(DiffusionPipeline):
@@ -45,6 +45,10 @@ class TextToImagePipeline(DiffusionPipeline):
             )
         states: Tensor = self.text_encoder(ids.to(self.device)).last_hidden_state
         return states
+
+    def decode(self, made: Tensor) -> Tensor:
+        """Images of what was sampled: here the pixels themselves."""
+        return made
 
     @torch.no_grad()
     def __call__(
@@ -85,9 +89,19 @@ class TextToImagePipeline(DiffusionPipeline):
             guidance=guidance_scale,
             unconditional=self.encode([""] * len(prompts)) if guidance_scale != 1.0 else None,
         )
-        images: Any = made
+        images: Any = self.decode(made)
         if output_type != "pt":
-            images = (made.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().float().numpy()
+            images = (images.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().float().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class LatentTextToImagePipeline(TextToImagePipeline):
+    """Text to image in TAEF2's latent space; the decoder is read below $ZOO_DATA, not saved with the rest."""
+
+    def decode(self, made: Tensor) -> Tensor:
+        """Grey images of the latents, see `zoo.diffusion.latents.decode`."""
+        from zoo.diffusion.latents import decode
+
+        return decode(made)

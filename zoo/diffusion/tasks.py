@@ -7,6 +7,7 @@ import time
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.bundles.catalog import find
@@ -14,6 +15,7 @@ from zoo.bundles.store import load_bundle
 from zoo.diffusion.classifier import frechet_distance, load_judge
 from zoo.diffusion.data import load_pictures
 from zoo.diffusion.flows import Flow
+from zoo.diffusion.latents import LATENT_SHAPE
 from zoo.diffusion.models import TextToImage
 from zoo.diffusion.paired import drift, images_of
 from zoo.errors import TaskError
@@ -64,13 +66,17 @@ class TextToImageTask(Task):
         """(images [500, C, H, W], classes) that the model makes of the fixed noise."""
         network = self._fitting(model)
         noise, labels = self.noise()
-        return images_of(network, noise, steps=STEPS, batch=BATCH, progress=progress), labels
+        made = network.decoded(images_of(network, noise, steps=STEPS, batch=BATCH, progress=progress))
+        return F.adaptive_avg_pool2d(made, load_pictures(self.pictures).shape[-2:]), labels
 
     def noise(self) -> tuple[Tensor, Tensor]:
         """The fixed starting noise, and the class of each prompt."""
-        shape = load_pictures(self.pictures).shape
         generator = torch.Generator().manual_seed(0)
-        return torch.randn((IMAGES, *shape), generator=generator), torch.arange(IMAGES) % 10
+        return torch.randn((IMAGES, *self.sampled_shape()), generator=generator), torch.arange(IMAGES) % 10
+
+    def sampled_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what a model samples."""
+        return load_pictures(self.pictures).shape
 
     def floor(self) -> float:
         """The Frechet distance of as many other real images (of the training set) to the test images."""
@@ -93,9 +99,9 @@ class TextToImageTask(Task):
     def _fitting(self, model: nn.Module) -> TextToImage:
         if not isinstance(model, TextToImage):
             raise TaskError(f"{self.name} takes text-to-image models; received {type(model).__name__}")
-        shape = load_pictures(self.pictures).shape
+        shape = self.sampled_shape()
         if model.sample_shape != shape:
-            raise TaskError(f"{self.name} has images of {shape}; this model makes {model.sample_shape}")
+            raise TaskError(f"{self.name} samples values of {shape}; this model makes {model.sample_shape}")
         return model
 
 
@@ -111,6 +117,17 @@ class Mnist(TextToImageTask):
     """Prompts of the digits, judged on MNIST at 16x16."""
 
     name, pictures = "diffusion/t2i-mnist", "mnist"
+
+
+@register_task
+class MnistLatents(TextToImageTask):
+    """Prompts of the digits, drawn in TAEF2's latent space, decoded, brought to 16x16 and judged on MNIST."""
+
+    name, pictures = "diffusion/t2i-latents", "mnist"
+
+    def sampled_shape(self) -> tuple[int, int, int]:
+        """Of the latents of 32x32 images."""
+        return LATENT_SHAPE
 
 
 @register_task
