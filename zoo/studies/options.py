@@ -18,15 +18,22 @@ class StudyOptions:
 
     Args:
         seeds: how many, from 0.
+        from_seed: leave out those below, which another run has; `--from-results ... --add` joins them.
 
     Raises:
-        ConfigError: an empty list, or a count below 1.
+        ConfigError: an empty list, a count below 1, or no seed left.
     """
 
     may_be_none: ClassVar[tuple[str, ...]] = ()
     seeds: int = 3
+    from_seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.from_seed < max(self.seeds, 1):
+            raise ConfigError(
+                f"from seed {self.from_seed} on there is none of {self.seeds} seeds; give more --seeds, or "
+                "--from-seed below them"
+            )
         for one in dataclasses.fields(self):
             default: Any = one.default
             given, least = getattr(self, one.name), int(one.name not in self.may_be_none)

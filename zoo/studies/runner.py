@@ -140,15 +140,18 @@ def _stored(path: Path) -> tuple[Study, dict[str, Any], Any]:
 
 
 def _joined(study: Study, first: Any, other: Study, second: Any, path: Path) -> Any:
-    """The options of the first run, with the lists that decide no cell joined; the rows tell how many seeds
-    there are, all else must be alike."""
+    """The options of the first run, with the lists that decide no cell joined, and as many seeds as the
+    longer; all else must be alike."""
     if other is not study:
         raise DataError(f"{path} is a result of {other.name!r}, not of {study.name!r}")
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(first):
         ours: Any = getattr(first, field.name)
         theirs: Any = getattr(second, field.name)
-        if ours == theirs:
+        if ours == theirs or field.name == "from_seed":
+            continue
+        if field.name == "seeds":
+            changed[field.name] = max(ours, theirs)
             continue
         if field.name not in study.varies:
             raise DataError(f"{path} was run with {field.name}={theirs!r}, the rows here with {ours!r}")

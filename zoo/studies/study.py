@@ -204,7 +204,8 @@ class Study:
         Raises:
             ConfigError: an option or coordinate with the name of one of the digests, which would hide it.
         """
-        own = {k: v for k, v in dataclasses.asdict(options).items() if k not in self.varies}
+        decides_none = (*self.varies, "from_seed")
+        own = {k: v for k, v in dataclasses.asdict(options).items() if k not in decides_none}
         if clash := sorted({"code", "data"} & {*own, *case}):
             raise ConfigError(f"study {self.name}: {clash[0]!r} is the name of a digest; name it otherwise")
         where = {name: case[name] for name in self.by if name in case}
@@ -224,9 +225,11 @@ class Study:
             found = cells.cell(self.key(options, case), lambda: self.measure(make, options, case, cells))
             return [{**case, **one} for one in (found if isinstance(found, list) else [found])]
 
+        first = getattr(options, "from_seed", 0)  # what has no seed belongs to the run that began with 0
         work = [
             (" ".join(str(value) for value in case.values()), functools.partial(measured, case))
             for case in self.cases(options)
+            if case.get("seed", 0) >= first
         ]
         rows = [row for found in share(work, cells, progress) for row in found]
         return self.report(rows, options)

@@ -29,6 +29,12 @@ def test_nothing_where_something_is_needed_is_refused(wrong):
         Options(**wrong)
 
 
+@pytest.mark.parametrize("first", [-1, 3, 4])
+def test_a_first_seed_that_leaves_none_is_refused(first):
+    with pytest.raises(ConfigError, match=f"from seed {first} on there is none of 3 seeds; give more"):
+        Options(from_seed=first)
+
+
 def test_what_may_be_none_may_be_none():
     made = Options(documents=0, more=(), flag=False, rate=-1.0)
     assert made.documents == 0 and made.seeds == 3

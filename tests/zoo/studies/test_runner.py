@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from PIL import Image
 from zoo.errors import ConfigError, DataError, UnknownNameError
 from zoo.registry import STUDIES
 from zoo.report.plots import in_palette, png
+from zoo.studies.options import StudyOptions
 from zoo.studies.runner import command_of, get_study, judge_again, reproduce
 from zoo.studies.tables import Plot, Series, Table
 
@@ -99,6 +102,27 @@ def test_rows_that_were_measured_later_are_added(study_of_arithmetic, tmp_path):
     new = {row["accuracy"] for row in changed["result"]["rows"]}
     assert len(rows) == len(whole.result.rows)
     assert {row["accuracy"] for row in rows if row["level"] == 0.9 and row["arm"] != "dense"} <= new
+
+
+@dataclass(frozen=True)
+class MoreSeeds(StudyOptions):
+    levels: tuple[float, ...] = (0.5,)
+
+
+def test_further_seeds_are_measured_alone_and_joined(study_of_arithmetic, tmp_path, monkeypatch):
+    study = dataclasses.replace(study_of_arithmetic, options=MoreSeeds)
+    monkeypatch.setitem(STUDIES._entries, "arithmetic", study)
+    first = reproduce("arithmetic", out=tmp_path / "a", seeds=2).files[0]
+    later = reproduce("arithmetic", out=tmp_path / "b", seeds=4, from_seed=2, cells=tmp_path / "other")
+    assert {row["seed"] for row in later.result.rows} == {2, 3}
+    done = judge_again(first, more=later.files[0])
+    whole = reproduce("arithmetic", out=tmp_path / "c", seeds=4)
+    assert done.options == whole.options == MoreSeeds(seeds=4)
+    assert done.result.verdicts == whole.result.verdicts
+    assert json.loads((tmp_path / "c" / "arithmetic.json").read_text())["cells"]["from_cache"] == 6
+    written = json.loads(first.read_text())
+    assert written["command"] == "zoo reproduce arithmetic --seeds 4"
+    assert written["added"][0]["command"] == "zoo reproduce arithmetic --seeds 4 --from-seed 2"
 
 
 def test_wrong_requests(study_of_arithmetic, tmp_path, monkeypatch):
