@@ -105,13 +105,17 @@ class Adapter:
 
 
 def attach_lora(
-    model: nn.Module, rank: int, alpha: float | None = None, names: Sequence[str] = (), seed: int = 0
+    model: nn.Module,
+    rank: int | Mapping[str, int],
+    alpha: float | None = None,
+    names: Sequence[str] = (),
+    seed: int = 0,
 ) -> list[str]:
     """Freeze a model and give the projections of its blocks low-rank updates with their masks.
 
     Args:
         model: its masks (`zoo.shared.masks.masks_of`) say which zeros stay.
-        rank: r.
+        rank: r, the same everywhere or by the name of the block.
         alpha: by default 2 r.
         names: globs over the names of weights; by default all seven projections of every block.
         seed: of A.
@@ -133,15 +137,16 @@ def attach_lora(
                 raise ConfigError(
                     f"{name} is a {type(linear).__name__}: only a plain nn.Linear takes a low-rank update."
                 )
-            chosen.append((f"{name}.weight", linear))
+            own = rank if isinstance(rank, int) else rank[block.name]
+            chosen.append((f"{name}.weight", linear, own))
     if not chosen:
         raise ConfigError(f"No projection matches {', '.join(names)}.")
     model.requires_grad_(False)
-    for name, linear in chosen:
+    for name, linear, own in chosen:
         keep = masks[name].keep.to(linear.weight.device) if name in masks else None
-        low_rank = MaskedLowRank(linear.weight.detach(), rank, float(alpha or 2 * rank), keep, generator)
+        low_rank = MaskedLowRank(linear.weight.detach(), own, float(alpha or 2 * own), keep, generator)
         parametrize.register_parametrization(linear, "weight", low_rank)
-    return [name for name, _ in chosen]
+    return [name for name, *_ in chosen]
 
 
 def detach_lora(model: nn.Module, merge: bool) -> Adapter:

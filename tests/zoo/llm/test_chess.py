@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from zoo.errors import ConfigError, DataError
 from zoo.llm.data.tokenization import remember
 from zoo.llm.gate_statistics import channel_spread, gate_statistics
+from zoo.llm.methods import teal
 from zoo.llm.methods.cats import Cats, cats_thresholds
 from zoo.llm.methods.chess import Chess, chess_thresholds
 from zoo.llm.methods.teal import Teal, greedy_thresholds, input_histograms, uniform_thresholds
@@ -137,6 +139,30 @@ def test_the_gate_error_falls_from_cats_over_chess_to_the_oracle(llama):
         detach_oracle(llama)
         assert torch.equal(block.mlp(held), dense)
     assert errors[0] > 1.1 * errors[1] > 1.1 * errors[2] > 0
+
+
+def test_teal_raises_the_projection_that_harms_least_by_hand():
+    """A threshold of 1 changes the output by 1 through q and by 3 through k: q is raised until it is full."""
+    layers = {
+        name: SimpleNamespace(weight=torch.zeros(10), threshold=SimpleNamespace(threshold=torch.zeros(())))
+        for name in ("k_proj", "q_proj")
+    }
+
+    def run(batch):
+        k, q = (float(layers[name].threshold.threshold) for name in ("k_proj", "q_proj"))
+        return torch.full((1, 4, 1), 3 * k + q)
+
+    block = SimpleNamespace(inputs=[None], run=run)
+    histogram = SimpleNamespace(count=100, kth=float)  # a share of s lies below 100 s
+    path = teal._greedy(block, layers, dict.fromkeys(layers, histogram), 0.6, 0.25)
+    most = teal._MOST
+    assert [(shares["q_proj"], shares["k_proj"]) for _, shares in path][:4] == [
+        (0.25, 0.0),
+        (0.5, 0.0),
+        (0.75, 0.0),
+        (most, 0.0),
+    ]
+    assert path[-1][0] >= 0.6 and path[-1][1]["k_proj"] == 0.25
 
 
 def test_teal_shares_out_its_budget(llama):

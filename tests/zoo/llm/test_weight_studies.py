@@ -49,8 +49,11 @@ def test_pruning(tmp_path):
 
 
 def test_cfsp(tmp_path):
-    result = run("cfsp", CfspOptions(**SMALL, ratios=(0.4,)), tmp_path)
-    assert len(result.rows) == 1 + 5 * 2 + 1 and len(result.verdicts) == 5
+    result = run("cfsp", CfspOptions(**SMALL, ratios=(0.4,), steps=2), tmp_path)
+    assert len(result.rows) == 1 + 8 * 2 + 1 and len(result.verdicts) == 8
+    mended = [row for row in result.rows if "recovered" in row["arm"]]
+    assert len(mended) == 6 and all(sum(row["ranks"]) == 2 * 4 for row in mended)
+    assert all(row["ranks"] == [4, 4] for row in mended if row["arm"] != "CFSP, repaired, recovered")
     released = [row for row in result.rows if row["arm"] == "CFSP, released"]
     assert all(before > after for before, after in (row["parameters"] for row in released))
     assert sum(released[0]["widths"]) < 0.62 * 88

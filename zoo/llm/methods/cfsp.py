@@ -10,6 +10,10 @@ where N divides by sums. `released` takes them over r, the axis that the mean is
 every term is 1/d and the score is 3/d n_c: no weight enters. `repaired` takes them over the channels c, as
 RIA does.
 All blocks are scored on the dense model and cut at the end: gate and up lose rows, down loses columns.
+
+Recovery, if asked for: low-rank updates of all projections are trained and merged. Their ranks follow the
+coarse score, as the abstract says; the rule, shares as for the channels, is this zoo's, since no code of it
+was released.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from zoo.bundles.store import PART_MASK
 from zoo.errors import ConfigError, DataError
 from zoo.harness.workers import workers
 from zoo.llm.data.calibration import Calibrated, extras_of
+from zoo.llm.lora import attach_lora, detach_lora
 from zoo.llm.loss import language_forward
 from zoo.llm.models import architecture_of
 from zoo.llm.models.blocks import Block, find_blocks
@@ -37,6 +42,7 @@ from zoo.shared.blocks import Forward, RunningBlock, measure_inputs, walk_blocks
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.masks.topk import topk_mask
 from zoo.shared.measure.modes import float32
+from zoo.shared.pruning.allocation import make_slot, proportional
 from zoo.shared.structure.groups import GroupMap
 from zoo.shared.structure.surgery import cut
 from zoo.shared.train import Job
@@ -107,12 +113,47 @@ def keep_shares(angles: Sequence[float], ratio: float, steepness: float = 1.0) -
     """
     if not 0 <= ratio < 1:
         raise ConfigError(f"ratio is the share of FFN channels to cut, from 0 up to 1; received {ratio}")
-    values = torch.tensor(angles, dtype=torch.float64)
-    weights = torch.sigmoid(steepness * _ANGLE_SCALE * (values - values.mean()))
+    weights = _weights(angles, steepness)
     mean, most = float(weights.mean()), float(weights.max())
     if most / mean * (1 - ratio) >= 1 and most > mean:
         weights = mean + (weights - mean) * (mean * (1 / (1 - ratio) - 1) / (most - mean) / 1.05)
     return [float(value) for value in weights / mean * (1 - ratio)]
+
+
+def _weights(angles: Sequence[float], steepness: float) -> Tensor:
+    values = torch.tensor(angles, dtype=torch.float64)
+    return torch.sigmoid(steepness * _ANGLE_SCALE * (values - values.mean()))
+
+
+def recovery_ranks(angles: Sequence[float], rank: int, steepness: float = 1.0) -> list[int]:
+    """The rank of each block's low-rank updates, more where the block turns the residual stream more.
+
+    r_i is one and w_i / sum(w) of what the others leave of `rank` times the number of blocks, in whole units.
+
+    Args:
+        angles: mean angle of each block.
+        rank: mean over the blocks, at least 1.
+        steepness: a.
+
+    Raises:
+        ConfigError: a rank below 1.
+    """
+    if rank < 1:
+        raise ConfigError(f"low-rank updates have a rank of at least 1; received {rank}")
+    left = len(angles) * (rank - 1)
+    names = [str(index) for index in range(len(angles))]
+    weights = dict(zip(names, _weights(angles, steepness).tolist(), strict=True))
+    more = proportional({name: make_slot(name, (left,), None) for name in names}, left, weights)
+    return [1 + more[name] for name in names]
+
+
+def recover(model: nn.Module, job: Job, ranks: Sequence[int]) -> None:
+    """Train low-rank updates of all projections with one rank for each block, and merge them, in place."""
+    blocks = [block.name for block in find_blocks(model)]
+    attach_lora(model, dict(zip(blocks, ranks, strict=True)), seed=job.seed)
+    job.fit(model).run()
+    detach_lora(model, merge=True)
+    model.requires_grad_(True).eval()
 
 
 def kept_width(width: int, share: float, multiple: int = 1) -> int:
@@ -231,7 +272,7 @@ def cut_channels(model: nn.Module, keep: Mapping[str, Bool[Tensor, " channels"]]
 
 @dataclasses.dataclass
 class CFSP(Calibrated):
-    """Cut FFN channels, so that the model is physically smaller, without training."""
+    """Cut FFN channels, so that the model is physically smaller; trains only if a rank is given."""
 
     ratio: float = 0.2
     """Share of the FFN channels to cut, from 0 up to 1; attention stays whole."""
@@ -245,14 +286,23 @@ class CFSP(Calibrated):
     multiple: int = 1
     """Round each width to a multiple of this (the released code: 128)."""
 
+    rank: int = 0
+    """Mean rank of low-rank updates that are trained on the job's data after the cut and merged, more where a
+    block turns the residual stream more; 0 trains nothing."""
+
     def sparsify(self, model: nn.Module, job: Job | None = None) -> Sparsified:
         """Cut `model` in place.
 
         Raises:
-            ConfigError: options that are not possible, an FFN that is not gated, or unequal widths in an
-                architecture that has but one.
+            ConfigError: options that are not possible, an FFN that is not gated, unequal widths in an
+                architecture that has but one, or a rank without a job.
             DataError: too little text, or activations that are not finite.
         """
+        if self.rank and job is None:
+            raise ConfigError(
+                f"rank {self.rank} is of updates that are trained: pass job=zoo.Job(loader, loss) from "
+                "Python, or cut without a rank and train on by `zoo finetune llm MODEL --lora-rank`"
+            )
         before = [block.up.out_features for block in find_blocks(model)]
         with float32(model):
             statistics = ffn_statistics(model, self.tokens(model, job, size=8))
@@ -273,6 +323,8 @@ class CFSP(Calibrated):
                 "use the option coarse=uniform"
             )
         cut_channels(model, keep)
+        if self.rank and job is not None:
+            recover(model, job, recovery_ranks([one.angle for one in statistics], self.rank))
         part = {"kept": sum(widths), "total": sum(before), "pattern": "channel0"}
         part["sparsity"] = share_dropped(sum(widths), sum(before))
         mask = {f"ffn channels{PART_MASK}": torch.cat([kept.cpu() for kept in keep.values()])}

@@ -97,8 +97,12 @@ def text_of(subject: str) -> str:
 
 def windows(subject: str, count: int, length: int, seed: int, batch: int = _BATCH) -> list[Tensor]:
     """Calibration windows of a seed, in batches."""
-    tokens = token_stream(corpus(text_of(subject)).train, tokenizer_of(dense_model(subject)))
-    return list(random_windows(tokens, count, length, seed).split(batch))
+    return list(random_windows(tokens(subject), count, length, seed).split(batch))
+
+
+def tokens(subject: str) -> Tensor:
+    """The training documents of a subject's text."""
+    return token_stream(corpus(text_of(subject)).train, tokenizer_of(dense_model(subject)))
 
 
 def perplexity(model: PreTrainedModel, subject: str, count: int) -> float:
