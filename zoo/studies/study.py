@@ -139,9 +139,13 @@ def _cap(claim: Claim, view: View, levels: Sequence[Any], value: Value) -> tuple
         if not chance or chance in (claim.first, claim.second):
             continue
         above = view.difference(name, chance, levels, value)
-        if above is not None and above.value <= 0:
+        if above is None:
+            if value == study.value:  # of a time, say, chance has none
+                return "cannot be told", f"{chance}, which the control {name} must beat, was not run"
+            continue
+        if above.value <= 0:
             return "invalid", f"the control {name} does not beat {chance}"
-        if above is not None and above.low <= 0:
+        if above.low <= 0:
             return "cannot be told", f"the control {name} is not shown to beat {chance}"
     return "", ""
 

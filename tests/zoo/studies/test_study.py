@@ -78,6 +78,9 @@ def test_a_control_must_beat_chance():
     claim = [Claim("x", "", "good", "bad", at=(0.5,))]
     (worse,) = outcomes(claim, good=0.9, bad=0.2, chance=0.3)
     assert worse.verdict == "invalid" and worse.note == "the control bad does not beat chance"
+    (alone,) = outcomes(claim, good=0.9, bad=0.2)
+    assert alone.verdict == "cannot be told"
+    assert alone.note == "chance, which the control bad must beat, was not run"
     noisy = rows(good=0.9, bad=0.31, chance=0.3)
     for row in noisy:
         if row["arm"] == "chance":
@@ -115,7 +118,7 @@ def test_logarithms_and_lower_is_better():
     value = Value("perplexity", 1.0, 2, "nats", 3, lower=True, log=True)
     data = [
         {"arm": arm, "level": 0.5, "seed": seed, "perplexity": base * 2.718281828**seed}
-        for arm, base in (("good", 10.0), ("bad", 20.0))
+        for arm, base in (("good", 10.0), ("bad", 20.0), ("chance", 40.0))
         for seed in range(3)
     ]
     (verdict,) = study([Claim("x", "", "good", "bad")], value=value).report(data, Options()).verdicts

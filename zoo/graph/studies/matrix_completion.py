@@ -213,9 +213,7 @@ def measure(make: Any, options: CompletionOptions, case: Row, cells: CellCache) 
 def cases(options: CompletionOptions) -> Iterator[Row]:
     """All arms of a seed before the next seed."""
     for part in options.parts:
-        arms = {"ratings": list(ARMS), "noisy": [SKETCHED, WARM, EXACT, SOFT]}.get(
-            part, [SKETCHED, WARM, EXACT]
-        )
+        arms = list(ARMS) if part in ("ratings", "noisy") else [SKETCHED, WARM, EXACT]
         for level in options.samples if part == "noisy" else (part,):
             for seed in range(options.seeds):
                 yield from ({"part": part, "arm": arm, "level": level, "seed": seed} for arm in arms)
