@@ -18,12 +18,21 @@ class TextToImagePipeline(DiffusionPipeline):
     """Text to image in pixel space: `pipe("a photo of a seven", num_inference_steps=10).images`.
 
     `save_pretrained` writes a folder that `TextToImagePipeline.from_pretrained` loads, cut as it is.
+
+    Raises:
+        ConfigError: a text encoder of another width than the UNet attends to.
     """
 
     model_cpu_offload_seq = "text_encoder->unet"
 
     def __init__(self, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> None:
         super().__init__()
+        made, wanted = text_encoder.config.hidden_size, unet.config.cross_attention_dim
+        if made != wanted:
+            raise ConfigError(
+                f"the text encoder's states are {made} wide, and the UNet attends to {wanted}: take the text "
+                "encoder that the UNet was trained with"
+            )
         self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
 
     def denoise(self, x: Tensor, times: Tensor, condition: Tensor) -> Tensor:

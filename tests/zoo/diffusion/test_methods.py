@@ -22,7 +22,7 @@ from zoo.diffusion.plan import Plan  # noqa: E402
 from zoo.diffusion.sampling import require_differentiable, sample  # noqa: E402
 from zoo.diffusion.units import layers, unit_groups  # noqa: E402
 from zoo.errors import ConfigError  # noqa: E402
-from zoo.shared.errors import BudgetError  # noqa: E402
+from zoo.shared.errors import BudgetError, SparseError  # noqa: E402
 from zoo.shared.train import Recipe  # noqa: E402
 
 
@@ -303,3 +303,48 @@ def test_heads_that_hang_together_are_refused(options: dict[str, object], messag
     holder.attn = Attention(16, heads=4, dim_head=4, **options)
     with pytest.raises(ConfigError, match=message):
         unit_groups(holder)
+
+
+def test_scores_without_measurements_or_that_are_no_numbers_are_refused(model, job, monkeypatch) -> None:
+    """A layer whose inputs were never seen, and inputs that overflowed: nothing is pruned by them."""
+    true, net = PruneParts._norms, copy.deepcopy(model)
+    name = "unet.mid_block.attentions.0.proj_in.weight"
+    method = PruneParts(score="wanda", prompts=2, sampling_steps=1)
+
+    def unseen(self, model, job):
+        return {key: norm for key, norm in true(self, model, job).items() if key != name}
+
+    def spoilt(self, model, job):
+        return {
+            key: norm * torch.nan if key == name else norm for key, norm in true(self, model, job).items()
+        }
+
+    for norms, message in ((unseen, name), (spoilt, "NaN")):
+        monkeypatch.setattr(PruneParts, "_norms", norms)
+        with pytest.raises(SparseError, match=message):
+            method.sparsify(net, job)
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), model.parameters(), strict=True))
+
+
+def test_layers_are_scored_over_the_whole_noise_schedule(model, job) -> None:
+    _, times, ids = noisy_images(model, job, 24)
+    assert (int(times[0]), int(times[-1])) == (0, 999) and len(times) == len(ids) == 24
+    assert int(times.diff().min()) >= 43 and int(times.diff().max()) <= 44
+
+
+def test_a_text_encoder_of_another_width_is_refused(model) -> None:
+    other = TextToImage(side=8, widths=(16, 16), attention=(True, True), text_width=32, text_layers=1)
+    with pytest.raises(ConfigError, match="32 wide, and the UNet attends to 16"):
+        type(model.pipeline())(other.text_encoder, model.tokenizer, model.unet, model.scheduler)
+
+
+def test_flows_are_sampled_in_steps_of_one_length(model) -> None:
+    """The scheduler's own sigmas of 4 steps end in one of 0.001; these are 1, 3/4, 1/2, 1/4."""
+    from zoo.diffusion.flows import MLPFlow
+
+    flow, seen = MLPFlow(width=8, blocks=1), []
+    flow.denoise = lambda x, times, condition=None: seen.append(float(times[0])) or torch.ones_like(x)
+    made = sample(flow, torch.zeros(1, 1, 8, 8), None, steps=4)
+    assert seen == pytest.approx([1000, 750, 500, 250]) and torch.allclose(made, -torch.ones(1, 1, 8, 8))
+    with pytest.raises(ConfigError, match="at least 1; received 0"):
+        sample(flow, torch.zeros(1, 1, 8, 8), None, steps=0)
