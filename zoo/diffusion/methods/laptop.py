@@ -38,7 +38,10 @@ class Laptop:
     """Share of the denoiser's parameters, or of its time, to remove, at least."""
 
     budget: Literal["parameters", "latency"] = "parameters"
-    """What that share is of: parameters, or the time of a call as measured here, one image at a time."""
+    """What that share is of: parameters, or the time of a call as measured here."""
+
+    timed: int = 1
+    """Images in the call whose time is measured: as many as will be sampled at once."""
 
     score: Literal["output", "guided", "magnitude", "random"] = "output"
     """What a layer costs: the squared change of the output without it; the same for the output and for the
@@ -71,6 +74,8 @@ class Laptop:
         """
         if not 0 < self.remove < 1:
             raise BudgetError(f"remove is between 0 and 1; received {self.remove}")
+        if self.timed < 1:
+            raise BudgetError(f"timed is at least one image; received {self.timed}")
         if job is None and (self.distil or self.score in ("output", "guided")):
             raise ConfigError("layers are scored on noisy images with prompts: give a job")
         require_plain(model)
@@ -103,7 +108,8 @@ class Laptop:
         if self.budget == "latency":
             if job is None:
                 raise ConfigError("a latency is measured on an image of a job: give one")
-            x, times, ids = (values[:1] for values in noisy_images(model, job, 2))
+            inputs = noisy_images(model, job, max(2, self.timed))
+            x, times, ids = (values[: self.timed] for values in inputs)
             freed, total = latencies(
                 network, [layer.name for layer in removable], lambda: model(x, times, ids)
             )
