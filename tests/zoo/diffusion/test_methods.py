@@ -4,6 +4,7 @@ refusals."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 
 import pytest
@@ -247,6 +248,12 @@ def test_a_budget_of_time_takes_the_slow_layer_where_costs_are_equal(model, job,
     assert not net.unet._forward_hooks and not net.unet._forward_pre_hooks
     made = method.sparsify(net, job)
     assert made.hyperparameters["dropped"] == [slow.name]
+    seen: list[int] = []
+    net.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    dataclasses.replace(method, timed=5).freed(net, removable, job)
+    assert seen and {*seen} == {5}
+    with pytest.raises(BudgetError, match="at least one image; received 0"):
+        Laptop(timed=0).sparsify(net, job)
     with pytest.raises(ConfigError, match="an image of a job"):
         Laptop(score="magnitude", budget="latency").sparsify(net)
     with pytest.raises(BudgetError, match="latency cannot be removed"):
