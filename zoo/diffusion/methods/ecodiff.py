@@ -62,8 +62,8 @@ class EcoDiff:
     beta: float = 0.02
     """Weight of the regulariser, the mean of sigmoid(0.4 lambda + 1)."""
 
-    start: float = 3.0
-    """Mask variables at the start."""
+    start: float = 1.5
+    """Mask variables at the start; at the authors' 3 the gates are saturated and pass hardly any gradient."""
 
     epsilon: float = 0.5
     """How much the noise of the gates is tamed: log(u + epsilon) - log(1 - u + epsilon)."""
