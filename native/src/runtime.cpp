@@ -158,7 +158,7 @@ void run_team(int64_t threads, TeamTask task, void* context) {
 }
 
 void* scratch(int64_t bytes, int slot) {
-  thread_local Buffer buffers[4];
+  thread_local Buffer buffers[5];
   Buffer& buffer = buffers[slot];
   if (bytes < 0) throw std::bad_alloc();
   if (buffer.bytes < bytes) {
@@ -190,7 +190,7 @@ void expect_large(void* memory, int64_t bytes) {
 }  // namespace zoo
 
 // Number of the interface between the libraries and shared/ops/_native.py; both must agree.
-ZOO_EXPORT int64_t zoo_abi_version() { return 7; }
+ZOO_EXPORT int64_t zoo_abi_version() { return 8; }
 
 // Hands over GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch uses.
 ZOO_EXPORT void zoo_set_openmp(void* parallel, void* thread_number, void* team_size) {

@@ -22,6 +22,7 @@ from .gather_linear import gather_linear, gather_linear_rows
 from .modules import DepthwiseConv, SparseConv1x1, SparseConv2d, SparseLinear
 from .nm_linear import NMWeight, nm_linear, pack_nm
 from .quant_sparse_linear import QuantGroups, quant_sparse_linear, quantise_groups
+from .separable_conv import separable_conv
 from .sparse_conv1x1 import sparse_conv1x1
 from .sparse_conv2d import sparse_conv2d
 from .sparse_linear import sparse_linear
@@ -48,6 +49,7 @@ __all__ = [
     "pack_nm",
     "quant_sparse_linear",
     "quantise_groups",
+    "separable_conv",
     "sparse_conv1x1",
     "sparse_conv2d",
     "sparse_linear",

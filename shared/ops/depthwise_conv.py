@@ -35,6 +35,14 @@ def depthwise_conv(
     Raises:
         OpError: a weight that is not [channels, 1, size, size], or a map that is smaller than the kernel.
     """
+    check(x, weight, bias, stride, padding)
+    if x.numel() and dispatch.direct(x, weight, bias) and plan(x, weight).backend == "native":
+        return _native_forward(x, weight, bias, stride, padding, relu)
+    return reference(x, weight, bias, stride=stride, padding=padding, relu=relu)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
+    """Raise OpError where `depthwise_conv` refuses these."""
     if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
         raise OpError(f"the weight must be [channels, 1, size, size], received {tuple(weight.shape)}")
     if x.dim() != 4 or x.shape[1] != weight.shape[0]:
@@ -46,9 +54,6 @@ def depthwise_conv(
         raise OpError(f"a kernel of {size} does not fit into a map of {tuple(x.shape[2:])}")
     if bias is not None and bias.shape != (len(weight),):
         raise OpError(f"bias must be [{len(weight)}], received {tuple(bias.shape)}")
-    if x.numel() and dispatch.direct(x, weight, bias) and plan(x, weight).backend == "native":
-        return _native_forward(x, weight, bias, stride, padding, relu)
-    return reference(x, weight, bias, stride=stride, padding=padding, relu=relu)
 
 
 @dispatch.in_own_precision

@@ -13,6 +13,7 @@ from . import dispatch
 from .cache import Derived
 from .dense_linear import WIDENED, widened_linear
 from .depthwise_conv import depthwise_conv
+from .separable_conv import Depthwise, Pointwise, separable_conv
 from .sparse_conv1x1 import activated, sparse_conv1x1
 from .sparse_conv2d import sizes_after, sparse_conv2d
 from .sparse_linear import case, sparse_linear
@@ -215,12 +216,31 @@ class SparseConv1x1(SparseLinear):
     relu = 0
     """1 if it returns the positive part, 6 for that up to 6."""
 
+    before: tuple[SparseConv1x1 | None, DepthwiseConv] | None = None
+    """A 1x1 and a depthwise convolution, parts of another module, that x goes through first: all three run in
+    one pass."""
+
     def forward(
         self, x: Float[Tensor, "batch in *map"], residual: Tensor | None = None
     ) -> Float[Tensor, "batch out *map"]:
+        if self.before is not None:
+            expand, between = self.before
+            hooked = between._forward_hooks or between._forward_pre_hooks
+            if expand is not None:
+                hooked = hooked or expand._forward_hooks or expand._forward_pre_hooks
+            if not hooked:
+                first = None if expand is None else expand.pointwise
+                return separable_conv(x, first, between.depthwise, self.pointwise, residual)
+            x = between(x if expand is None else expand(x))
         if residual is not None and residual.shape != (x.shape[0], self.out_features, *x.shape[2:]):
             return activated(sparse_conv1x1(x, self.weight, self.bias) + residual, self.relu)
         return sparse_conv1x1(x, self.weight, self.bias, relu=self.relu, residual=residual)
+
+
+    @property
+    def pointwise(self) -> Pointwise:
+        """Its weight, bias and activation, for `separable_conv`."""
+        return Pointwise(self.weight, self._parameters["bias"], self.relu)
 
 
 class SparseConv2d(SparseLinear):
@@ -288,6 +308,13 @@ class DepthwiseConv(nn.Module):
         return depthwise_conv(
             x, self.weight, self.bias, stride=self.stride, padding=self.padding, relu=self.relu
         )
+
+    @property
+    def depthwise(self) -> Depthwise:
+        """Its weight, bias and form, for `separable_conv`."""
+        parameters = self._parameters
+        weight = cast(Tensor, parameters["weight"])
+        return Depthwise(weight, parameters["bias"], self.stride, self.padding, self.relu)
 
     def extra_repr(self) -> str:
         channels, _, size, _ = self.weight.shape

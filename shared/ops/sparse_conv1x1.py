@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -167,20 +167,23 @@ def _run(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: int) -> Run
     if plan(x, weight, bias).backend != "native" or not x.numel() or not weight.kept:
         return None
     shape = x.shape
-    if _in_narrow_panels(x, weight):
-        return narrow_run(
-            weight, NARROW, lambda held, parts: _conv_run(shape, held, "csr", parts, NARROW, relu)
-        )
+    return in_form(weight, math.prod(shape[2:]), lambda *form: _conv_run(shape, *form, relu))
+
+
+# A weight, and the layout, parts and panel of the form in which the kernel reads it.
+Formed = Callable[[SparseWeight, str, Parts, int], Run]
+
+
+def in_form(weight: SparseWeight, pixels: int, make: Formed) -> Run:
+    """`make` for the form of a weight that the kernel is fastest with on maps of so many pixels."""
+    wide = weight.layout in ("csr", "bitmask") and weight.shape[1] > 3 * NARROW // 2
+    if wide and pixels >= NARROW_PIXELS and not weight.values.requires_grad:
+        return narrow_run(weight, NARROW, lambda held, parts: make(held, "csr", parts, NARROW))
     if weight.layout == "bitmask":
         return weight.by_columns_run(
-            lambda held, index: _conv_run(shape, held, "csr", (held.values, index, held.pointer), PANEL, relu)
+            lambda held, index: make(held, "csr", (held.values, index, held.pointer), PANEL)
         )
-    return _conv_run(shape, weight, weight.layout, weight.parts, PANEL, relu)
-
-
-def _in_narrow_panels(x: Tensor, weight: SparseWeight) -> bool:
-    wide = weight.layout in ("csr", "bitmask") and weight.shape[1] > 3 * NARROW // 2
-    return wide and math.prod(x.shape[2:]) >= NARROW_PIXELS and not weight.values.requires_grad
+    return make(weight, weight.layout, weight.parts, PANEL)
 
 
 def _conv_run(

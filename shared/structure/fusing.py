@@ -127,7 +127,37 @@ def _rewrite(module: nn.Module, graph: Graph, once: set[str]) -> bool:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             changed = True
-    return changed
+    return _join(module, graph, once) or changed
+
+
+def _join(module: nn.Module, graph: Graph, once: set[str]) -> bool:
+    """Let 1x1 convolutions run in one pass with the depthwise ones before them, and with 1x1 ones before
+    those; returns whether any does."""
+
+    def single(node: object, kind: type[nn.Module]) -> Any:
+        """The convolution that a node calls with one input, and that nothing else calls."""
+        if not isinstance(node, Node) or node.op != "call_module" or str(node.target) not in once:
+            return None
+        found = module.get_submodule(str(node.target))
+        return found if isinstance(found, kind) and getattr(found, "before", None) is None else None
+
+    joined = False
+    for node in list(graph.nodes):
+        last, middle = single(node, SparseConv1x1), node.args[0] if node.args else None
+        between = single(middle, DepthwiseConv)
+        if last is None or between is None or len(middle.users) > 1:
+            continue
+        first, expand, taken = middle.args[0], None, [middle]
+        if isinstance(first, Node) and len(first.users) == 1 and len(first.args) == 1:
+            expand = single(first, SparseConv1x1)
+        if expand is not None:
+            taken, first = [middle, first], first.args[0]
+        last.before = (expand, between)
+        node.args = (first, *node.args[1:])
+        for each in taken:
+            graph.erase_node(each)
+        joined = True
+    return joined
 
 
 def _relu_of(module: nn.Module, node: Node) -> int:
