@@ -15,7 +15,7 @@ namespace zoo {
 namespace {
 
 constexpr int64_t kKept = 256 << 10;      // bytes of results of the depthwise convolution that stay in a near cache
-constexpr int64_t kExpanded = 96 << 10;   // bytes of results of the first one at a time
+constexpr int64_t kExpanded = 192 << 10;   // bytes of results of the first one at a time
 constexpr int64_t kLeastRows = 7;         // of a band that is made for the sake of threads
 
 // A packed weight and its bias as ten numbers: addresses of values, index, pointer and bias, then entries, rows, cols, panel,
@@ -123,7 +123,9 @@ template <class T>
 void run(const Work<T>& work, const float* x, const float* residual, float* y, int64_t images, int64_t threads) {
   const depthwise::Shape& s = work.whole;
   const int64_t image_x = work.inputs() * work.pixels(), image_y = work.project.w.rows * work.results();
-  const int64_t bytes = work.hidden * work.results() * static_cast<int64_t>(sizeof(float));
+  int64_t floats = work.hidden * work.results();
+  if (work.expand != nullptr) floats = std::max(floats, work.hidden * work.pixels() / 2);
+  const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
   // Three vectors at least, see pointwise.hpp.
   const int64_t most = std::max<int64_t>(1, s.out_height / ((2 * kLanes + s.out_width) / s.out_width));
   int64_t bands = std::clamp<int64_t>((bytes + kKept - 1) / kKept, 1, most);
