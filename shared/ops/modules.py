@@ -236,7 +236,6 @@ class SparseConv1x1(SparseLinear):
             return activated(sparse_conv1x1(x, self.weight, self.bias) + residual, self.relu)
         return sparse_conv1x1(x, self.weight, self.bias, relu=self.relu, residual=residual)
 
-
     @property
     def pointwise(self) -> Pointwise:
         """Its weight, bias and activation, for `separable_conv`."""

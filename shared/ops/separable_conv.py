@@ -127,7 +127,11 @@ def _fits(x: Tensor, expand: Pointwise | None, between: Depthwise, project: Poin
     for each in (x, kernels, *(bias for bias in biases if bias is not None)):
         if each.dtype != torch.float32 or each.device != x.device or not each.is_contiguous():
             return False
-    if kernels.shape[1] != 1 or kernels.shape[2] != kernels.shape[3] or 2 * between.padding >= kernels.shape[2]:
+    if (
+        kernels.shape[1] != 1
+        or kernels.shape[2] != kernels.shape[3]
+        or 2 * between.padding >= kernels.shape[2]
+    ):
         return False
     if any(w.layout == "columns" or not w.kept or w.values.requires_grad for w in weights):
         return False
@@ -183,9 +187,7 @@ def _check(
     check_residual(residual, (len(x), project.weight.shape[0], height, width), x)
 
 
-def _native_run(
-    shape: torch.Size, expand: Pointwise | None, between: Depthwise, project: Pointwise
-) -> Run:
+def _native_run(shape: torch.Size, expand: Pointwise | None, between: Depthwise, project: Pointwise) -> Run:
     """One pass over maps of this shape; the run reads the weights where they lie."""
     height, width = between.sizes(torch.empty(shape, device="meta"))
     kernels, first = between.weight, expand

@@ -27,6 +27,7 @@ from zoo.shared.ops.hash_encode import HashGrid, hash_encode
 from zoo.shared.ops.quant_sparse_linear import quant_sparse_linear, quantise_groups
 from zoo.shared.ops.rasterize import rasterize
 from zoo.shared.ops.rulebook import conv_rulebook, submanifold_rulebook
+from zoo.shared.ops.separable_conv import Depthwise, Pointwise, separable_conv
 from zoo.shared.ops.sparse_conv import sparse_conv, sparse_max_pool, subm_conv
 from zoo.shared.ops.sparse_conv1x1 import sparse_conv1x1
 from zoo.shared.ops.sparse_conv2d import sparse_conv2d
@@ -82,6 +83,13 @@ def packed(layout: str, batch: int, trains: bool) -> Target:
 def pointwise(layout: str) -> Target:
     weight, x = pack(torch.randn(8, 200), torch.rand(8, 200) < 0.3, layout), torch.randn(2, 200, 6, 7)
     return [weight.index, weight.pointer], lambda: sparse_conv1x1(x, weight)
+
+
+def separable(layout: str) -> Target:
+    weights = [pack(torch.randn(n, m), torch.rand(n, m) < 0.3, layout) for n, m in ((200, 9), (8, 200))]
+    between, x = Depthwise(torch.randn(200, 1, 3, 3), padding=1), torch.randn(2, 9, 6, 7)
+    index = [part for weight in weights for part in (weight.index, weight.pointer)]
+    return index, lambda: separable_conv(x, Pointwise(weights[0]), between, Pointwise(weights[1]))
 
 
 def spatial(layout: str) -> Target:
@@ -174,6 +182,7 @@ def targets() -> Iterator[tuple[str, Callable[[], Target]]]:
         yield f"{layout}-trains", lambda layout=layout: packed(layout, 7, True)
     for layout in ("bitmask", "csr", "rows4"):
         yield f"conv1x1-{layout}", lambda layout=layout: pointwise(layout)
+        yield f"separable-{layout}", lambda layout=layout: separable(layout)
         yield f"conv2d-{layout}", lambda layout=layout: spatial(layout)
     for batch in (1, 9):
         yield f"groups-{batch}", lambda batch=batch: grouped(batch)

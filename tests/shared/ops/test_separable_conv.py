@@ -54,9 +54,7 @@ def test_its_bits_are_those_of_the_three(
 ) -> None:
     torch.manual_seed(seed)
     size, stride, padding = form
-    three = block(
-        inputs, hidden, 9, layout, expands=expands, size=size, stride=stride, padding=padding
-    )
+    three = block(inputs, hidden, 9, layout, expands=expands, size=size, stride=stride, padding=padding)
     x = torch.randn(batch, inputs, height, width)
     if min(height, width) + 2 * padding < size:
         with pytest.raises(OpError, match="does not fit into a map"):
@@ -176,7 +174,12 @@ def test_what_others_read_is_not_joined() -> None:
             return self.project(wide).mean() + wide.mean()
 
     net = Read(8, 24).eval()
-    masks = MaskSet({f"{name}.weight": torch.rand(net.get_submodule(name).weight.shape) < 0.3 for name in ("expand", "project")})
+    masks = MaskSet(
+        {
+            f"{name}.weight": torch.rand(net.get_submodule(name).weight.shape) < 0.3
+            for name in ("expand", "project")
+        }
+    )
     masks.apply_(net)
     packed, x = packing.pack(copy.deepcopy(net), masks).requires_grad_(False), torch.randn(1, 8, 9, 9)
     assert packed.project.before is None
