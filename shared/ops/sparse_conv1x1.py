@@ -167,7 +167,11 @@ def _run(x: Tensor, weight: SparseWeight, bias: Tensor | None, relu: int) -> Run
     if plan(x, weight, bias).backend != "native" or not x.numel() or not weight.kept:
         return None
     shape = x.shape
-    return in_form(weight, math.prod(shape[2:]), lambda *form: _conv_run(shape, *form, relu))
+
+    def make(held: SparseWeight, layout: str, parts: Parts, panel: int) -> Run:
+        return _conv_run(shape, held, layout, parts, panel, relu)
+
+    return in_form(weight, math.prod(shape[2:]), make)
 
 
 # A weight, and the layout, parts and panel of the form in which the kernel reads it.

@@ -145,7 +145,7 @@ def _join(module: nn.Module, graph: Graph, once: set[str]) -> bool:
     for node in list(graph.nodes):
         last, middle = single(node, SparseConv1x1), node.args[0] if node.args else None
         between = single(middle, DepthwiseConv)
-        if last is None or between is None or len(middle.users) > 1:
+        if not isinstance(middle, Node) or last is None or between is None or len(middle.users) > 1:
             continue
         first, expand, taken = middle.args[0], None, [middle]
         if isinstance(first, Node) and len(first.users) == 1 and len(first.args) == 1:
