@@ -143,15 +143,16 @@ def _join(module: nn.Module, graph: Graph, once: set[str]) -> bool:
 
     joined = False
     for node in list(graph.nodes):
-        last, middle = single(node, SparseConv1x1), node.args[0] if node.args else None
-        between = single(middle, DepthwiseConv)
-        if not isinstance(middle, Node) or last is None or between is None or len(middle.users) > 1:
+        middle: Any = node.args[0] if node.args else None
+        last, between = single(node, SparseConv1x1), single(middle, DepthwiseConv)
+        if last is None or between is None or len(middle.users) > 1:
             continue
         first, expand, taken = middle.args[0], None, [middle]
         if isinstance(first, Node) and len(first.users) == 1 and len(first.args) == 1:
             expand = single(first, SparseConv1x1)
         if expand is not None:
-            taken, first = [middle, first], first.args[0]
+            taken.append(first)
+            first = first.args[0]
         last.before = (expand, between)
         node.args = (first, *node.args[1:])
         for each in taken:
