@@ -12,6 +12,7 @@ from torch import nn
 import zoo
 from zoo.errors import DataError
 from zoo.methods.conformance import check_method, images_job
+from zoo.shared.errors import PatternError
 from zoo.shared.ops import SparseConv1x1, packing
 from zoo.shared.pruning.inventory import pointwise_weights
 from zoo.studies.benchmarks import outcome, rows_of
@@ -85,6 +86,11 @@ def test_a_network_that_cannot_be_traced_is_taken_without_an_order() -> None:
         model, method="sparse-byte-nn", job=images_job(KernelGroups), sparsity=0.5, rearranged=False
     )
     assert made.masks.sparsity() == 0.5
+    six = nn.Sequential(nn.Conv2d(3, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    with pytest.raises(PatternError, match="needs the matrix view 6x3"):  # no whole groups of 4
+        zoo.sparsify(
+            six, method="sparse-byte-nn", job=images_job(KernelGroups), sparsity=0.5, rearranged=False
+        )
 
 
 def test_committed_speeds_are_read_and_judged(tmp_path) -> None:

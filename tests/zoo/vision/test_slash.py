@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zoo.errors import ConfigError, TaskError
+from zoo.errors import ConfigError, DataError, TaskError
 from zoo.vision.methods.slash import SlotAttention, SlotModel, Smoothing, matched
 from zoo.vision.slots import Batch, Shepherded, SpriteSlots, indices, judged, seen, slot_loss
 from zoo.vision.sprites import MOST, sprites
@@ -90,6 +90,8 @@ def test_sprites_lie_where_their_centres_say() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be odd; received 4"):
         Smoothing(4)
+    with pytest.raises(DataError, match="picture 1 has 2 objects and the model 1 slots"):
+        matched(torch.zeros(2, 1, 2), torch.tensor([[[0.0, 0], [torch.nan, 0]], [[0, 0], [0, 1]]]))
     model = SlotModel(8)
     with pytest.raises(ConfigError, match=r"takes pictures of \(8, 8\) pixels; received \(8, 9\)"):
         model(torch.zeros(1, 3, 8, 9), torch.zeros(1, 4, 24))

@@ -21,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, DataError
 
 
 class Smoothing(nn.Module):
@@ -61,10 +61,17 @@ def matched(
 
     Returns:
         Targets [batch, slots, 2] and whether a slot has one [batch, slots].
+
+    Raises:
+        DataError: a picture with more objects than there are slots.
     """
     targets, known = torch.zeros_like(points), torch.zeros(points.shape[:2], dtype=torch.bool)
     for number, (found, true) in enumerate(zip(points.detach(), centres, strict=True)):
         true = true[true.isfinite().all(1)]
+        if len(true) > len(found):
+            raise DataError(
+                f"picture {number} has {len(true)} objects and the model {len(found)} slots: give it as many"
+            )
         slots, objects = linear_sum_assignment(torch.cdist(found, true).square().numpy())
         targets[number, slots] = true[objects]
         known[number, slots] = True
