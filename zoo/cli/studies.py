@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.cli import OK
+from zoo.cli import CHECK_FAILED, OK
 from zoo.cli.console import note, print_json, stdout
 from zoo.cli.parsing import command_line, is_help, parse, parse_with
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, DataError
 from zoo.progress import progress_bar
+from zoo.shared.errors import SparseError
 
 
 @dataclass
@@ -65,10 +67,20 @@ class Overview:
     """Print it as JSON."""
 
 
+@dataclass
+class Queue:
+    """Run studies one after another; what is finished is kept, so that a queue that was stopped goes on."""
+
+    queue: Path
+    """File with a line for each: NAME and options, as after `zoo reproduce`; # begins a comment."""
+
+
 def reproduce_command(argv: Sequence[str]) -> int:
-    """`zoo reproduce NAME ...`, `zoo reproduce --from-results FILE`, `zoo reproduce --list`."""
+    """`zoo reproduce NAME ...`, or with `--queue FILE`, `--from-results FILE` or `--list`."""
     from zoo.registry import STUDIES
 
+    if any(word.partition("=")[0] == "--queue" for word in argv[:1]):
+        return _queue(argv)
     if "--list" in argv:
         return _list(argv)
     if any(word.partition("=")[0] == "--from-results" for word in argv):
@@ -78,6 +90,7 @@ def reproduce_command(argv: Sequence[str]) -> int:
     if not argv or argv[0].startswith("-"):
         usage = (
             f"usage: zoo reproduce NAME ...   with NAME one of: {', '.join(STUDIES.names()) or 'none'}\n"
+            "       zoo reproduce --queue FILE          (run studies one after another)\n"
             "       zoo reproduce --from-results FILE   (judge measured rows again)\n"
             "       zoo reproduce --list                (one table over all papers)"
         )
@@ -108,6 +121,22 @@ def reproduce_command(argv: Sequence[str]) -> int:
         files.append(atomic_write(options.report, page.encode()))
     note(f"{done.seconds:.0f} s; written: {', '.join(str(file) for file in files)}")
     return OK
+
+
+def _queue(argv: Sequence[str]) -> int:
+    path = parse(Queue, argv, "reproduce").queue
+    if not path.is_file():
+        raise DataError(f"{path} is no file of studies; give one with a line NAME --OPTION ... for each")
+    lines = [words for line in path.read_text().splitlines() if (words := shlex.split(line, comments=True))]
+    failed = 0
+    for number, words in enumerate(lines, 1):
+        note(f"{number} of {len(lines)}: zoo reproduce {shlex.join(words)}")
+        try:
+            reproduce_command(words)
+        except SparseError as error:  # the others do not wait for it
+            failed += 1
+            note(f"not run: {error}")
+    return CHECK_FAILED if failed else OK
 
 
 def _again(argv: Sequence[str]) -> int:

@@ -84,8 +84,18 @@ PAPERS = {
     63: "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling",
     64: "Shepherding Slots to Objects: Towards Stable and Robust Object-Centric Learning",
 }
-COLUMNS = ("paper", "claim", "published", "measured", "verdict", "smallest visible", "command", "date")
-NOT_YET = "not yet"
+COLUMNS = (
+    "paper",
+    "claim",
+    "published",
+    "measured",
+    "verdict",
+    "smallest visible",
+    "command",
+    "date",
+    "tuned",
+)
+NOT_YET, TUNED = "not yet", "What was tuned"
 
 
 def results(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -116,12 +126,18 @@ def overview(folder: Path) -> Table:
         for verdict in content["result"]["verdicts"]:
             cells = [verdict[name] for name in ("claim", "published", "measured", "verdict", "visible")]
             date = str(content.get("created", ""))[:10]
+            date += "" if content.get("provenance") else ", no commit kept"
             for number in verdict["paper"] or [0]:
                 name = f"{number}. {PAPERS[number]}" if number else content["paper"]
-                rows.append((number or len(PAPERS) + 1, [name, *cells, content["command"], date]))
+                rows.append(
+                    (
+                        number or len(PAPERS) + 1,
+                        [name, *cells, content["command"], date, _tuned(content, verdict)],
+                    )
+                )
     seen = {number for number, _ in rows}
     rows += [
-        (len(PAPERS) + 1 + number, [f"{number}. {title}", *[""] * 3, NOT_YET, *[""] * 3])
+        (len(PAPERS) + 1 + number, [f"{number}. {title}", *[""] * 3, NOT_YET, *[""] * 4])
         for number, title in PAPERS.items()
         if number not in seen
     ]
@@ -131,6 +147,14 @@ def overview(folder: Path) -> Table:
     }
     note = "; ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
     return Table("What the papers claim and what came out here", list(COLUMNS), body, note)
+
+
+def _tuned(content: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
+    """What was chosen for the arms that a claim names, or for any if it names none of them."""
+    tables = [table for table in content["result"]["tables"] if table["title"] == TUNED]
+    rows = [row for table in tables for row in table["rows"]]
+    own = [row for row in rows if row[0] in verdict["claim"]] or rows
+    return "; ".join(f"{arm}: {option} on {on}" for arm, option, on, _ in own) or "nothing"
 
 
 def links(folder: Path, page: Path) -> dict[str, str]:
@@ -178,5 +202,6 @@ def page(short: str, table: str) -> str:
         "the bar after Holm's correction over the claims of its group; else it cannot be told, and the "
         "smallest difference that the study could have seen says why. It is invalid if its control does not "
         "beat chance, or if an arm was tuned on test data. Rows without a visible difference are counts and "
-        "ratios. The pages beside the files have p-values, tuning and the machine.\n\n" + short + "\n" + table
+        "ratios. Rows without a commit were measured before results kept theirs. The pages beside the files "
+        "have p-values, the grids of what was tuned, and the machine.\n\n" + short + "\n" + table
     )

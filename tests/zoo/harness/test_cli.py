@@ -269,6 +269,19 @@ def test_reproduce_judges_again_and_lists(capsys, toy, tmp_path):
     assert run(capsys, "reproduce", "--from-results", page)[0] == 2
 
 
+def test_a_queue_of_studies_goes_on_past_what_fails_and_from_where_it_stopped(capsys, toy, tmp_path):
+    queue, folder = tmp_path / "queue.txt", tmp_path / "r"
+    lines = ["# by value", "", "toy --seed 1", f"toy --seeds 1 --results {folder}  # short"]
+    queue.write_text("\n".join(lines))
+    code, _, err = run(capsys, "reproduce", "--queue", queue)
+    assert code == 1 and "1 of 2: zoo reproduce toy --seed 1" in err and "not run: " in err
+    assert json.loads((folder / "toy.json").read_text())["cells"]["computed"] > 0
+    queue.write_text(lines[-1])
+    assert run(capsys, "reproduce", "--queue", queue)[0] == 0
+    assert json.loads((folder / "toy.json").read_text())["cells"]["computed"] == 0
+    assert run(capsys, "reproduce", "--queue", tmp_path / "none")[0] == 2
+
+
 def test_export_writes_what_any_program_reads(capsys, toy_zoo, tmp_path):
     file = tmp_path / "dense.safetensors"
     assert run(capsys, "export", "toy/tenth-mlp", "--to", file)[0] == 0

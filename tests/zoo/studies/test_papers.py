@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
+from zoo.cli.parsing import parse_with
+from zoo.cli.studies import Reproduce
 from zoo.report import markdown
 from zoo.shared.store.io import read_json
 from zoo.studies.papers import NOT_YET, PAPERS, in_short, links, overview, page, results
@@ -72,12 +75,30 @@ def test_every_paper_has_a_row():
     assert all(row[6].startswith("zoo reproduce") for row in rows if row[4] != NOT_YET)
 
 
+def test_each_row_says_what_was_tuned_and_whether_its_commit_was_kept():
+    rows = overview(FOLDER).rows
+    (bip,) = (row for row in rows if "'BiP 95%' is above 'gradual 95%'" in row[1])
+    assert bip[8] and bip[7] == "2026-11-23, no commit kept"
+    (noisy,) = (row for row in rows if "noise 0.5: 'sketched' is above 'SoftImpute'" in row[1])
+    assert "sketched: rank, ridge on entries held back; SoftImpute: penalty" in noisy[8]
+    assert noisy[7] == "2026-11-30"
+    assert {row[8] for row in rows if row[1].startswith("'half the tokens'")} == {"nothing"}
+
+
 def test_claims_are_counted_by_paper_and_verdict():
     rows = [["1. A", "c", "", "", verdict, "", "", ""] for verdict in ("holds", "invalid", "holds")]
     rows += [["2. B", "c", "", "", "does not hold", "", "", ""], ["3. C", "", "", "", NOT_YET, "", "", ""]]
     short = in_short(Table("all", [*"abcdefgh"], rows))
     assert short.columns == ["paper", "holds", "does not hold", "invalid"]
     assert short.rows == [["1. A", 2, "", 1], ["2. B", "", 1, ""], ["3. C", NOT_YET, "", ""]]
+
+
+def test_the_queue_is_of_studies_with_options_that_they_have():
+    lines = (ROOT / "benchmarks/queue.txt").read_text(encoding="utf-8").splitlines()
+    queued = [words for line in lines if (words := shlex.split(line, comments=True))]
+    assert len(queued) > 10
+    for name, *words in queued:
+        parse_with(Reproduce, get_study(name).options, words, f"reproduce {name}", "")
 
 
 def test_readme_figures_of_decoding_are_those_of_the_files():
