@@ -20,7 +20,7 @@ from zoo.errors import DataError
 from zoo.mnist import read_mnist
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-ENCODED, ENCODED_TEST = 6_000, 100
+ENCODED = {"latents": 6_000, "few-latents": 320}  # images: to train on, to calibrate on
 TEMPLATES = ("a photo of a {}", "the digit {}", "a {}", "a drawing of the number {}", "{}")
 SOURCES = {
     "digits": Source(
@@ -31,6 +31,11 @@ SOURCES = {
     "mnist": Source("MNIST, 16x16 (padded to 32, 2x2 mean)", "LeCun, Cortes and Burges", "not stated"),
     "latents": Source(
         "the first 6,000 images of MNIST, 32x32, in TAEF2's latent space",
+        "LeCun, Cortes and Burges",
+        "not stated",
+    ),
+    "few-latents": Source(
+        "the first 320 images of MNIST, 32x32, in TAEF2's latent space",
         "LeCun, Cortes and Burges",
         "not stated",
     ),
@@ -84,8 +89,8 @@ def load_pictures(name: str) -> Pictures:
         return _triples(load_pictures("digits"))
     if name == "mnist":
         return Pictures(name, *_mnist("train"), *_mnist("t10k"))
-    if name == "latents":
-        return Pictures(name, *_latents("train", ENCODED), *_latents("t10k", ENCODED_TEST))
+    if name in ENCODED:
+        return Pictures(name, *_latents("train", ENCODED[name]), *_latents("t10k", 100))
     raise DataError(f"Unknown picture set {name!r}. There are: {', '.join(SOURCES)}.")
 
 

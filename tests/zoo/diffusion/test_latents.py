@@ -26,12 +26,12 @@ from zoo.errors import DataError, TaskError  # noqa: E402
 
 @pytest.fixture(scope="module")
 def few():
-    """The latent set with few images, so that encoding takes no time."""
-    before = data.ENCODED, data.ENCODED_TEST
-    data.ENCODED, data.ENCODED_TEST = 40, 10
+    """The latent set with fewer images yet, so that encoding takes no time."""
+    before = dict(data.ENCODED)
+    data.ENCODED["latents"] = 40
     data.load_pictures.cache_clear()
     yield data.load_pictures("latents")
-    data.ENCODED, data.ENCODED_TEST = before
+    data.ENCODED |= before
     data.load_pictures.cache_clear()
 
 
