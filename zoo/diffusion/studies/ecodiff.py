@@ -39,7 +39,7 @@ class EcoDiffOptions:
     seeds: int = 3
     levels: tuple[float, ...] = (0.6, 0.4)
     images: int = 60
-    updates: int = 45
+    updates: int = 30
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or not self.levels:
@@ -95,11 +95,13 @@ def exact(view: View) -> list[Verdict]:
     return [Verdict(claim, BAR, text, "holds" if most < 1e-6 else "does not hold", paper=(25,))]
 
 
-START = Tuned("start", "drift on other noise, masks of another seed", (1.5, 3.0))
+EARLY = "learned, start at 1.5"
+START = Tuned("start", "other noise, with masks of another seed", (1.5,))
 LEFT = Value("left", 100.0, 1)
 ARMS = {
-    "learned": Arm(functools.partial(EcoDiff, recompute=False), tuned=START),
-    "learned, one step": Arm(functools.partial(EcoDiff, recompute=False, sampling_steps=1), tuned=START),
+    "learned": Arm(functools.partial(EcoDiff, recompute=False, start=3.0)),
+    EARLY: Arm(functools.partial(EcoDiff, recompute=False), tuned=START),
+    "learned, one step": Arm(functools.partial(EcoDiff, recompute=False, start=3.0, sampling_steps=1)),
     "norm": Arm(functools.partial(EcoDiff, score="norm"), control="random"),
     "norm, per module": Arm(functools.partial(EcoDiff, score="norm", scope="local"), control="random"),
     "random": Arm(functools.partial(EcoDiff, score="random")),
@@ -137,6 +139,29 @@ STUDY = Study(
             "random",
             2.996,
             (0.6,),
+        ),
+        Claim(
+            "masks that start at 1.5: drift with {level} of the units kept is 5 times below that by the norm",
+            BAR,
+            EARLY,
+            "norm",
+            1.609,
+            (0.6,),
+        ),
+        Claim(
+            "masks that start at 1.5: drift with {level} of the units kept is 20 times below random units",
+            BAR,
+            EARLY,
+            "random",
+            2.996,
+            (0.6,),
+        ),
+        Claim(
+            "masks that start at 1.5 give less drift than those that start at 3, {level} kept",
+            "not the paper's, whose masks start at 3",
+            EARLY,
+            "learned",
+            at=(0.6,),
         ),
         Claim(
             "through eight steps drift is below that of masks learned on one, {level} kept",
@@ -177,9 +202,12 @@ STUDY = Study(
     notes=lambda options: [
         common.NOTE,
         "Steps are not recomputed here, where memory is no matter; the gradients are equal (a test). Masks "
-        "are learned with this zoo's settings (start at 1.5, rate 0.15, beta 0.02, eight steps, 16 "
-        f"prompts per update, {options.updates} updates); the start was chosen on other noise and another "
-        "seed of learning than the figures': at the authors' 3 the gates pass hardly any gradient at first. "
-        "The norm has nothing to tune but its scope, of which both are shown.",
+        "are learned with this zoo's settings (start at 3 as by the authors, rate 0.15, beta 0.02, eight "
+        f"steps, 16 prompts per update, {options.updates} updates); the norm has nothing to tune but its "
+        "scope, of which both are shown.",
+        "At a start of 3 the gates are saturated and pass hardly any gradient of the images, so that the "
+        "first updates are the regulariser's. Tried against it: a start of 1.5 at the same cost, the only "
+        "other value that was tried, first on other noise with masks of another seed; it is the method's "
+        "default now.",
     ],
 )
