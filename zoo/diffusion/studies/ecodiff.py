@@ -20,7 +20,7 @@ from zoo.diffusion.units import unit_groups
 from zoo.errors import ConfigError
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Curves, Grid
-from zoo.studies.study import BAR, Arm, Claim, Study, Tuned
+from zoo.studies.study import BAR, Arm, Claim, Study
 from zoo.studies.tables import Verdict
 from zoo.studies.view import Row, Value, View
 
@@ -95,12 +95,9 @@ def exact(view: View) -> list[Verdict]:
     return [Verdict(claim, BAR, text, "holds" if most < 1e-6 else "does not hold", paper=(25,))]
 
 
-EARLY = "learned, start at 1.5"
-START = Tuned("start", "other noise, with masks of another seed", (1.5,))
 LEFT = Value("left", 100.0, 1)
 ARMS = {
     "learned": Arm(functools.partial(EcoDiff, recompute=False, start=3.0)),
-    EARLY: Arm(functools.partial(EcoDiff, recompute=False), tuned=START),
     "learned, one step": Arm(functools.partial(EcoDiff, recompute=False, start=3.0, sampling_steps=1)),
     "norm": Arm(functools.partial(EcoDiff, score="norm"), control="random"),
     "norm, per module": Arm(functools.partial(EcoDiff, score="norm", scope="local"), control="random"),
@@ -139,29 +136,6 @@ STUDY = Study(
             "random",
             2.996,
             (0.6,),
-        ),
-        Claim(
-            "masks that start at 1.5: drift with {level} of the units kept is 5 times below that by the norm",
-            BAR,
-            EARLY,
-            "norm",
-            1.609,
-            (0.6,),
-        ),
-        Claim(
-            "masks that start at 1.5: drift with {level} of the units kept is 20 times below random units",
-            BAR,
-            EARLY,
-            "random",
-            2.996,
-            (0.6,),
-        ),
-        Claim(
-            "masks that start at 1.5 give less drift than those that start at 3, {level} kept",
-            "not the paper's, whose masks start at 3",
-            EARLY,
-            "learned",
-            at=(0.6,),
         ),
         Claim(
             "through eight steps drift is below that of masks learned on one, {level} kept",
@@ -206,8 +180,7 @@ STUDY = Study(
         f"steps, 16 prompts per update, {options.updates} updates); the norm has nothing to tune but its "
         "scope, of which both are shown.",
         "At a start of 3 the gates are saturated and pass hardly any gradient of the images, so that the "
-        "first updates are the regulariser's. Tried against it: a start of 1.5 at the same cost, the only "
-        "other value that was tried, first on other noise with masks of another seed; it is the method's "
-        "default now.",
+        "first updates are the regulariser's: thirty are few. The method itself starts at 1.5 now, which this "
+        "study has not measured yet.",
     ],
 )
