@@ -177,10 +177,9 @@ STUDY = Study(
         common.NOTE,
         "Steps are not recomputed here, where memory is no matter; the gradients are equal (a test). Masks "
         "are learned with this zoo's settings (start at 3 as by the authors, rate 0.15, beta 0.02, eight "
-        f"steps, 16 prompts per update, {options.updates} updates); the norm has nothing to tune but its "
-        "scope, of which both are shown.",
+        f"steps, 16 prompts per update, {options.updates} updates); nothing was tuned on these figures, and "
+        "the norm has nothing to tune but its scope, of which both are shown.",
         "At a start of 3 the gates are saturated and pass hardly any gradient of the images, so that the "
-        "first updates are the regulariser's: thirty are few. The method itself starts at 1.5 now, which this "
-        "study has not measured yet.",
+        "first updates are the regulariser's. The method itself starts at 1.5, which is not measured here.",
     ],
 )
