@@ -41,6 +41,12 @@ Span tile_columns(const Splat& splat, int64_t tile_row, int64_t width) {
   return {first / kTile, last / kTile + 1};
 }
 
+std::vector<int64_t> first_entries(const int32_t* tiles, int64_t count) {
+  std::vector<int64_t> first(static_cast<size_t>(count + 1));
+  for (int64_t i = 0; i < count; ++i) first[static_cast<size_t>(i + 1)] = first[static_cast<size_t>(i)] + tiles[i];
+  return first;
+}
+
 namespace {
 
 // The camera as Python lays it out: 22 doubles.
@@ -160,7 +166,7 @@ double direction(const Scene& scene, const View& view, int64_t i, double* unit) 
 }
 
 // Number of tiles that Gaussian i touches; writes its record.
-int64_t emit(const Scene& scene, const View& view, int64_t i, float* record, double& depth) {
+int64_t emit(const Scene& scene, const View& view, int64_t i, float* record, double& depth, Cover& cover) {
   Projection seen;
   if (scene.opacities[i] < kAlphaMin || !project(scene, view, i, seen)) return 0;
   const double opacity = scene.opacities[i] * seen.compensation;
@@ -181,9 +187,15 @@ int64_t emit(const Scene& scene, const View& view, int64_t i, float* record, dou
   if (!(splat.extent_y > 0)) return 0;  // the contour is a point
   int64_t tiles = 0;
   const Span rows = tile_rows(splat, scene.height);
+  const bool kept = rows.end - rows.begin <= Cover::kRows && std::max(scene.width, scene.height) <= Cover::kMost * kTile;
+  cover.row = static_cast<uint16_t>(rows.begin);
+  cover.rows = static_cast<uint16_t>(kept ? rows.end - rows.begin : Cover::kRows + 1);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const Span columns = tile_columns(splat, row, scene.width);
     tiles += columns.end - columns.begin;
+    if (!kept) continue;
+    cover.columns[row - rows.begin][0] = static_cast<uint16_t>(columns.begin);
+    cover.columns[row - rows.begin][1] = static_cast<uint16_t>(columns.end);
   }
   if (tiles == 0) return 0;
   float* channel = record + kSplatFloats;
@@ -207,6 +219,14 @@ int64_t emit(const Scene& scene, const View& view, int64_t i, float* record, dou
 
 struct Gradients {
   float *means, *quats, *scales, *opacities, *sh, *values, *shift;
+
+  void clear(const Scene& scene, int64_t i) const {
+    const auto zero = [i](float* rows, int64_t width) {
+      if (rows != nullptr) std::fill_n(rows + width * i, width, 0.0f);
+    };
+    zero(means, 3), zero(quats, 4), zero(scales, 3), zero(opacities, 1), zero(sh, 3 * scene.bases);
+    zero(values, scene.channels), zero(shift, 2);
+  }
 };
 
 // Adds to `point`, a gradient for the mean, what the colour's dependence on the direction brings.
@@ -317,12 +337,12 @@ Scene scene_of(const float* means, const float* quats, const float* scales, cons
 
 using namespace zoo;
 
-// sizes: count, bases, channels, width, height, antialiased. Writes a record, a depth and a number of tiles per Gaussian;
-// result: {status, index of the first Gaussian at fault}.
+// sizes: count, bases, channels, width, height, antialiased. Writes a record, a depth, a number of tiles and which they are
+// per Gaussian; result: {status, index of the first Gaussian at fault, tiles of all}.
 ZOO_EXPORT int64_t zoo_rasterize_project(const float* means, const float* quats, const float* scales,
                                          const float* opacities, const float* sh, const float* values,
                                          const float* shift, const double* camera, const int64_t* sizes, float* records, double* depths,
-                                      int32_t* tiles, int64_t* result, int64_t threads) try {
+                                         int32_t* tiles, uint16_t* covers, int64_t* result, int64_t threads) try {
   const Scene scene = scene_of(means, quats, scales, opacities, sh, values, shift, sizes);
   const View& view = *reinterpret_cast<const View*>(camera);
   const int64_t stride = record_floats(scene.drawn());
@@ -336,12 +356,14 @@ ZOO_EXPORT int64_t zoo_rasterize_project(const float* means, const float* quats,
         tiles[i] = 0;
         continue;
       }
-      tiles[i] = static_cast<int32_t>(emit(scene, view, i, records + stride * i, depths[i]));
+      tiles[i] = static_cast<int32_t>(emit(scene, view, i, records + stride * i, depths[i],
+                                           reinterpret_cast<Cover*>(covers)[i]));
     }
   });
   const bool good = fault.load() == scene.count;
   result[0] = good ? kDone : check(scene, fault.load());
-  result[1] = fault.load();
+  result[1] = fault.load(), result[2] = 0;
+  for (int64_t i = 0; i < scene.count; ++i) result[2] += tiles[i];
   return kOk;
 } ZOO_CATCH
 
@@ -349,7 +371,7 @@ ZOO_EXPORT int64_t zoo_rasterize_project(const float* means, const float* quats,
 ZOO_EXPORT int64_t zoo_rasterize_pull_back(const float* means, const float* quats, const float* scales,
                                         const float* opacities, const float* sh, const float* values,
                                         const float* shift, const double* camera, const int64_t* sizes,
-                                        const int32_t* tiles, const int64_t* first, const float* partial,
+                                        const int32_t* tiles, const float* partial,
                                         float* grad_means, float* grad_quats, float* grad_scales, float* grad_opacities,
                                         float* grad_sh, float* grad_values, float* grad_shift, int64_t threads) try {
   const Scene scene = scene_of(means, quats, scales, opacities, sh, values, shift, sizes);
@@ -357,13 +379,17 @@ ZOO_EXPORT int64_t zoo_rasterize_pull_back(const float* means, const float* quat
   const Gradients grad{grad_means, grad_quats, grad_scales, grad_opacities, grad_sh, grad_values, grad_shift};
   const int64_t width = kMoments + scene.drawn(), team = worthwhile(threads, 64 * scene.count);
   std::vector<double> sums(static_cast<size_t>(width * team));  // before any thread starts: it may throw
+  const std::vector<int64_t> first = first_entries(tiles, scene.count);
   parallel_for(team, team, [&](int64_t from, int64_t to) {
     for (int64_t part = from; part < to; ++part) {
       double* sum = sums.data() + width * part;
       for (int64_t i = scene.count * part / team; i < scene.count * (part + 1) / team; ++i) {
-        if (tiles[i] == 0) continue;  // its gradients are zero, as they were when this was called
+        if (tiles[i] == 0) {
+          grad.clear(scene, i);
+          continue;
+        }
         for (int64_t k = 0; k < width; ++k) sum[k] = 0;
-        for (int64_t e = first[i]; e < first[i + 1]; ++e)
+        for (int64_t e = first[static_cast<size_t>(i)]; e < first[static_cast<size_t>(i + 1)]; ++e)
           for (int64_t k = 0; k < width; ++k) sum[k] += static_cast<double>(partial[e * width + k]);
         pull_back(scene, view, i, sum, grad);
       }

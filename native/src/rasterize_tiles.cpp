@@ -23,7 +23,6 @@ constexpr int64_t kWidth = Lanes<float>::kCount;
 constexpr int64_t kVectorRows = kWidth / kTile;        // pixel rows in one vector
 constexpr int64_t kVectors = kTile / kVectorRows;      // vectors in a tile
 constexpr int64_t kPrefetchSplats = 6;
-constexpr int64_t kLookUp = 8;  // splats after which a tile looks whether any light is left
 
 ZOO_INLINE bool any(Bits bits) {
 #if defined(__AVX512F__)
@@ -87,6 +86,19 @@ struct Entry {
   int32_t owner, slot;
 };
 
+// One channel of an image, and the floats from a pixel to the next and from a row to the next; null where all is zero.
+struct Plane {
+  const float* values;
+  int64_t along, down;
+};
+
+// Where the gradients for some channels of an image lie, as rasterize_native.py says it.
+struct Flow {
+  const float* values;                    // null where they are zero
+  int64_t channels, down, along, across;  // floats from a row, a pixel and a channel to the next
+};
+static_assert(sizeof(Flow) == 5 * sizeof(int64_t), "the layout is shared with Python");
+
 struct Tile {
   int64_t x, y;  // its first pixel
   int64_t width, height;
@@ -98,14 +110,14 @@ struct Tile {
   }
 
   // Vector v of a plane of the image, zero outside of it; and back.
-  ZOO_INLINE Vec load(const float* plane, int64_t row_floats, int64_t v) const {
+  ZOO_INLINE Vec load(const Plane& plane, int64_t v) const {
     float values[kWidth] = {};
     for (int64_t part = 0; part < kVectorRows; ++part) {
       const int64_t row = v * kVectorRows + part;
-      const float* from = plane + (y + row) * row_floats + x;
+      const float* from = plane.values + (y + row) * plane.down + x * plane.along;
       if (row >= height) break;
-      if (width == kTile) std::memcpy(values + part * kTile, from, kTile * sizeof(float));
-      else std::copy(from, from + width, values + part * kTile);
+      if (plane.along == 1 && width == kTile) std::memcpy(values + part * kTile, from, kTile * sizeof(float));
+      else for (int64_t i = 0; i < width; ++i) values[part * kTile + i] = from[i * plane.along];
     }
     return load_vec(values);
   }
@@ -122,12 +134,12 @@ struct Tile {
   }
 };
 
-struct Pixels {  // offsets of the lanes of the first vector of a tile
-  Vec x, y;
+struct Pixels {  // offsets of the lanes of a tile from its first pixel
+  Vec x, y[kVectors];
   Pixels() {
     for (int64_t lane = 0; lane < kWidth; ++lane) {
       x[lane] = static_cast<float>(lane % kTile);
-      y[lane] = static_cast<float>(lane / kTile);
+      for (int64_t v = 0; v < kVectors; ++v) y[v][lane] = static_cast<float>(v * kVectorRows + lane / kTile);
     }
   }
 };
@@ -135,10 +147,11 @@ struct Pixels {  // offsets of the lanes of the first vector of a tile
 // A splat in the coordinates of a tile: log2 of its alpha at pixel (x, y) is flat(x) + y (skew(x) + bend y).
 struct Local {
   Vec flat, skew;
-  float x, y, bend;    // the centre of the splat, from that of the first pixel
-  int64_t begin, end;  // vectors that its contour may touch
+  float x, y, bend;      // the centre of the splat, from that of the first pixel
+  int32_t begin, end;    // vectors that its contour may touch
+  const float* channel;  // its channels
 
-  ZOO_INLINE Local(const Splat& splat, const Tile& tile, const Pixels& pixels, int64_t first, int64_t last) {
+  ZOO_INLINE void place(const Splat& splat, const Tile& tile, const Pixels& pixels, int32_t first, int32_t last) {
     const double dx = static_cast<double>(tile.x) + 0.5 - splat.u, dy = static_cast<double>(tile.y) + 0.5 - splat.v;
     x = static_cast<float>(-dx), y = static_cast<float>(-dy);
     const auto level = static_cast<float>(splat.level + dx * (splat.a * dx + splat.b * dy) + splat.c * dy * dy);
@@ -148,17 +161,19 @@ struct Local {
     skew = down + static_cast<float>(splat.b) * pixels.x;
     bend = static_cast<float>(splat.c);
     constexpr auto kMost = static_cast<float>(kTile);
+    constexpr auto kRows = static_cast<int32_t>(kVectorRows);
     const float low = std::min(std::max(y - splat.extent_y, -1.0f), kMost);
     const float high = std::min(std::max(y + splat.extent_y, -1.0f), kMost);
-    begin = std::max(static_cast<int64_t>(low + 0.999f) / kVectorRows, first);
-    end = std::min((static_cast<int64_t>(high + 1.001f) + kVectorRows - 1) / kVectorRows, last);
+    begin = std::max(static_cast<int32_t>(low + 0.999f) / kRows, first);
+    end = std::max(std::min((static_cast<int32_t>(high + 1.001f) + kRows - 1) / kRows, last), begin);
+    channel = reinterpret_cast<const float*>(&splat + 1);
   }
 };
 
 // The vectors of a tile that light still reaches, and the light per pixel.
 struct Light {
   Vec left[kVectors];
-  int64_t begin = 0, end = kVectors;
+  int32_t begin = 0, end = kVectors;
 
   explicit Light(const Tile& tile) {
     const Vec full = splat_vec(1.0f);
@@ -181,12 +196,32 @@ ZOO_INLINE const Splat& splat_of(const float* records, int64_t stride, Entry ent
   return *reinterpret_cast<const Splat*>(records + stride * entry.owner);
 }
 
-ZOO_INLINE void prefetch_splat(const float* records, int64_t stride, const Entry* entry, const Entry* end) {
-  if (entry + kPrefetchSplats >= end) return;
-  const char* next = reinterpret_cast<const char*>(records + stride * entry[kPrefetchSplats].owner);
-  __builtin_prefetch(next);
-  __builtin_prefetch(next + 64);
-}
+// Splats that are placed in a tile together, and what is to be computed of them: whatever waits for a splat's place, or for
+// how many vectors it touches, waits once for all of them.
+struct Block {
+  static constexpr int64_t kMost = 8;
+  Local splats[kMost];
+  int64_t count, pairs;
+  uint8_t pair[kMost * kVectors + 8];  // a splat and one of its vectors: kVectors * splat + vector
+
+  ZOO_INLINE void place(const float* records, int64_t stride, const Entry* begin, const Entry* end, const Tile& tile,
+                        const Pixels& pixels, const Light& light) {
+    count = std::min(kMost, end - begin), pairs = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      if (begin + k + kMost < end) {
+        const char* next = reinterpret_cast<const char*>(records + stride * begin[k + kMost].owner);
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + 64);
+      }
+      Local& local = splats[k];
+      local.place(splat_of(records, stride, begin[k]), tile, pixels, light.begin, light.end);
+      const uint64_t from = static_cast<uint64_t>(kVectors * k + local.begin);
+      const uint64_t run = 0x0706050403020100u + 0x0101010101010101u * from;  // little endian: from, from + 1 ...
+      std::memcpy(pair + pairs, &run, sizeof run);
+      pairs += local.end - local.begin;
+    }
+  }
+};
 
 // kChannels: their number, or 0 where only `image` tells. sums: [channels, kVectors].
 template <int64_t kChannels>
@@ -196,27 +231,19 @@ void draw_tile(const Image& image, const Tile& tile, const float* records, const
   const Pixels pixels;
   Light light(tile);
   for (int64_t k = 0; k < channels * kVectors; ++k) sums[k] = Vec{};
-  int64_t until_look = kLookUp;
-  for (const Entry* entry = begin; entry < end; ++entry) {
-    prefetch_splat(records, stride, entry, end);
-    if (--until_look == 0) {
-      until_look = kLookUp;
-      if (!light.look()) break;
-    }
-    const Splat& splat = splat_of(records, stride, *entry);
-    const float* channel = reinterpret_cast<const float*>(&splat + 1);
-    const Local local(splat, tile, pixels, light.begin, light.end);
-    for (int64_t v = local.begin; v < local.end; ++v) {
-      const Vec y = pixels.y + static_cast<float>(v * kVectorRows);
-      const Vec level = local.flat + y * (local.skew + local.bend * y);
-      const Bits inside = level >= kLevelMin;
-      if (!any(inside)) continue;
+  Block block;
+  for (const Entry* entry = begin; entry < end && light.look(); entry += block.count) {
+    block.place(records, stride, entry, end, tile, pixels, light);
+    for (int64_t at = 0; at < block.pairs; ++at) {
+      const Local& local = block.splats[block.pair[at] / kVectors];
+      const int64_t v = block.pair[at] % kVectors;
+      const Vec y = pixels.y[v], level = local.flat + y * (local.skew + local.bend * y);
       Vec alpha = exp2_of(level);
       alpha = alpha < kAlphaMax ? alpha : splat_vec(kAlphaMax);
-      alpha = inside ? alpha : Vec{};
+      alpha = level >= kLevelMin ? alpha : Vec{};
       const Vec weight = alpha * light.left[v];
       light.left[v] = light.left[v] - weight;
-      for (int64_t k = 0; k < channels; ++k) sums[k * kVectors + v] += weight * channel[k];
+      for (int64_t k = 0; k < channels; ++k) sums[k * kVectors + v] += weight * local.channel[k];
     }
   }
   const int64_t plane = image.width * image.height;
@@ -226,10 +253,11 @@ void draw_tile(const Image& image, const Tile& tile, const float* records, const
   }
 }
 
-// work: channels + 2 rows of kVectors, and a vector per channel. partial: [entries, kMoments + channels].
+// flow: [channels + 1]; work: channels + 2 rows of kVectors, and a vector per channel.
+// partial: [entries, kMoments + channels].
 template <int64_t kChannels>
 void trace_tile(const Image& image, const Tile& tile, const float* records, const Entry* begin, const Entry* end,
-                const float* out, const float* flow, Vec* work, float* partial) {
+                const float* out, const Plane* flow, Vec* work, float* partial) {
   const int64_t channels = kChannels > 0 ? kChannels : image.channels, stride = record_floats(channels);
   const int64_t sums = kMoments + channels, plane = image.width * image.height;
   const Pixels pixels;
@@ -239,70 +267,62 @@ void trace_tile(const Image& image, const Tile& tile, const float* records, cons
   Vec* behind = covered + kVectors;                 // what lies behind, weighed by its gradients
   Vec few[kChannels > 0 ? kChannels : 1];           // in registers where their number is known
   Vec* sum = kChannels > 0 ? few : behind + kVectors;  // [channels], of one splat
-  for (int64_t v = 0; v < kVectors; ++v) {
-    behind[v] = Vec{};
-    for (int64_t k = 0; k <= channels; ++k) {
-      const Vec g = tile.load(flow + k * plane, image.width, v);
-      const Vec value = tile.load(out + k * plane, image.width, v);
-      behind[v] += g * value;
+  for (int64_t v = 0; v < kVectors; ++v) behind[v] = Vec{};
+  for (int64_t k = 0; k <= channels; ++k) {
+    const Plane seen{out + k * plane, 1, image.width};
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const Vec g = flow[k].values == nullptr ? Vec{} : tile.load(flow[k], v);
+      if (flow[k].values != nullptr) behind[v] += g * tile.load(seen, v);
       grad[k * kVectors + v] = g;  // the last plane is `covered`
     }
   }
-  int64_t until_look = kLookUp;
-  for (const Entry* entry = begin; entry < end; ++entry) {
-    prefetch_splat(records, stride, entry, end);
-    if (--until_look == 0) {
-      until_look = kLookUp;
-      if (!light.look()) {
-        for (; entry < end; ++entry) std::fill_n(partial + sums * entry->slot, sums, 0.0f);
-        break;
+  Block block;
+  const Entry* entry = begin;
+  for (; entry < end && light.look(); entry += block.count) {
+    block.place(records, stride, entry, end, tile, pixels, light);
+    for (int64_t n = 0; n < block.count; ++n) {
+      const Local& local = block.splats[n];
+      Vec mass{}, mass_y{}, mass_yy{};
+      for (int64_t k = 0; k < channels; ++k) sum[k] = Vec{};
+      for (int64_t v = local.begin; v < local.end; ++v) {
+        const Vec y = pixels.y[v], level = local.flat + y * (local.skew + local.bend * y);
+        Vec alpha = exp2_of(level);
+        const Bits cut = alpha >= kAlphaMax;
+        alpha = cut ? splat_vec(kAlphaMax) : alpha;
+        alpha = level >= kLevelMin ? alpha : Vec{};
+        const Vec weight = alpha * light.left[v];
+        light.left[v] = light.left[v] - weight;
+        Vec value = covered[v];
+        for (int64_t k = 0; k < channels; ++k) {
+          const Vec g = grad[k * kVectors + v];
+          value += g * local.channel[k];
+          sum[k] += weight * g;
+        }
+        value *= weight;
+        const Vec rest = behind[v] - value;
+        behind[v] = rest;
+        Vec change = value - rest * alpha / (1.0f - alpha);
+        change = cut ? Vec{} : change;
+        mass += change;
+        const Vec dy = y - local.y, change_y = change * dy;
+        mass_y += change_y;
+        mass_yy += change_y * dy;
       }
-    }
-    const Splat& splat = splat_of(records, stride, *entry);
-    const float* channel = reinterpret_cast<const float*>(&splat + 1);
-    const Local local(splat, tile, pixels, light.begin, light.end);
-    Vec mass{}, mass_y{}, mass_yy{};
-    for (int64_t k = 0; k < channels; ++k) sum[k] = Vec{};
-    for (int64_t v = local.begin; v < local.end; ++v) {
-      const Vec y = pixels.y + static_cast<float>(v * kVectorRows);
-      const Vec level = local.flat + y * (local.skew + local.bend * y);
-      const Bits inside = level >= kLevelMin;
-      if (!any(inside)) continue;
-      Vec alpha = exp2_of(level);
-      const Bits cut = alpha >= kAlphaMax;
-      alpha = cut ? splat_vec(kAlphaMax) : alpha;
-      alpha = inside ? alpha : Vec{};
-      const Vec weight = alpha * light.left[v];
-      light.left[v] = light.left[v] - weight;
-      Vec value = covered[v];
-      for (int64_t k = 0; k < channels; ++k) {
-        const Vec g = grad[k * kVectors + v];
-        value += g * channel[k];
-        sum[k] += weight * g;
+      float* to = partial + sums * entry[n].slot;
+      const Vec dx = pixels.x - local.x, mass_x = mass * dx;
+      const Vec moments[kMoments] = {mass, mass_x, mass_y, mass_x * dx, mass_y * dx, mass_yy};
+      if constexpr (kChannels > 0) {
+        Vec all[kMoments + kChannels];
+        for (int64_t k = 0; k < kMoments; ++k) all[k] = moments[k];
+        for (int64_t k = 0; k < kChannels; ++k) all[kMoments + k] = sum[k];
+        store_sums<kMoments + kChannels>(all, to);
+      } else {
+        store_sums<kMoments>(moments, to);
+        for (int64_t k = 0; k < channels; ++k) store_sums<1>(sum + k, to + kMoments + k);
       }
-      value *= weight;
-      const Vec rest = behind[v] - value;
-      behind[v] = rest;
-      Vec change = value - rest * alpha / (1.0f - alpha);
-      change = cut ? Vec{} : change;
-      mass += change;
-      const Vec dy = y - local.y, change_y = change * dy;
-      mass_y += change_y;
-      mass_yy += change_y * dy;
-    }
-    float* to = partial + sums * entry->slot;
-    const Vec dx = pixels.x - local.x, mass_x = mass * dx;
-    const Vec moments[kMoments] = {mass, mass_x, mass_y, mass_x * dx, mass_y * dx, mass_yy};
-    if constexpr (kChannels > 0) {
-      Vec all[kMoments + kChannels];
-      for (int64_t k = 0; k < kMoments; ++k) all[k] = moments[k];
-      for (int64_t k = 0; k < kChannels; ++k) all[kMoments + k] = sum[k];
-      store_sums<kMoments + kChannels>(all, to);
-    } else {
-      store_sums<kMoments>(moments, to);
-      for (int64_t k = 0; k < channels; ++k) store_sums<1>(sum + k, to + kMoments + k);
     }
   }
+  for (; entry < end; ++entry) std::fill_n(partial + sums * entry->slot, sums, 0.0f);
 }
 
 // The Gaussians that are drawn, nearest first; of two at the same depth that of the lower index.
@@ -346,8 +366,8 @@ std::vector<int32_t> by_depth(const double* depths, const int32_t* tiles, int64_
 
 // Lists the splats of every tile, nearest first. Threads share `order`; what a thread lists comes after what the threads
 // before it do, whatever their number.
-void fill_tiles(const Image& image, const float* records, const std::vector<int32_t>& order, const int64_t* first,
-                int64_t* pointer, Entry* entries, int64_t threads) {
+void fill_tiles(const Image& image, const float* records, const Cover* covers, const int32_t* tiles,
+                const std::vector<int32_t>& order, int64_t gaussians, int64_t* pointer, Entry* entries, int64_t threads) {
   const TileGrid grid(image.width, image.height);
   const int64_t stride = record_floats(image.channels), count = static_cast<int64_t>(order.size());
   const int64_t team = worthwhile(threads, 16 * count);
@@ -355,11 +375,10 @@ void fill_tiles(const Image& image, const float* records, const std::vector<int3
     int32_t tile;
     Entry entry;
   };
+  const std::vector<int64_t> first = first_entries(tiles, gaussians);
   std::vector<int64_t> starts(static_cast<size_t>(count + 1)), next(static_cast<size_t>(team * grid.count()));
-  for (int64_t k = 0; k < count; ++k) {
-    const int32_t owner = order[static_cast<size_t>(k)];
-    starts[static_cast<size_t>(k + 1)] = starts[static_cast<size_t>(k)] + first[owner + 1] - first[owner];
-  }
+  for (int64_t k = 0; k < count; ++k)
+    starts[static_cast<size_t>(k + 1)] = starts[static_cast<size_t>(k)] + tiles[order[static_cast<size_t>(k)]];
   const std::unique_ptr<Listed[]> lists(new Listed[static_cast<size_t>(starts.back())]);  // in the order of depth
   const auto parts = [&](auto&& body) {
     parallel_for(team, team, [&](int64_t begin, int64_t end) {
@@ -370,19 +389,15 @@ void fill_tiles(const Image& image, const float* records, const std::vector<int3
   parts([&](int64_t* here, int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int32_t owner = order[static_cast<size_t>(k)];
-      if (k + kPrefetchSplats < end)
-        __builtin_prefetch(records + stride * order[static_cast<size_t>(k + kPrefetchSplats)]);
-      const Splat& splat = splat_of(records, stride, {owner, 0});
+      if (k + kPrefetchSplats < end) __builtin_prefetch(covers + order[static_cast<size_t>(k + kPrefetchSplats)]);
       Listed* to = lists.get() + starts[static_cast<size_t>(k)];
-      auto slot = static_cast<int32_t>(first[owner]);
-      const Span rows = tile_rows(splat, image.height);
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        const Span columns = tile_columns(splat, row, image.width);
+      auto slot = static_cast<int32_t>(first[static_cast<size_t>(owner)]);
+      covers[owner].each(splat_of(records, stride, {owner, 0}), image.width, image.height, [&](int64_t row, Span columns) {
         for (int64_t tile = row * grid.columns + columns.begin; tile < row * grid.columns + columns.end; ++tile) {
           ++here[tile];
           *to++ = {static_cast<int32_t>(tile), {owner, slot++}};
         }
-      }
+      });
     }
   });
   int64_t total = 0;
@@ -435,15 +450,15 @@ void over_tiles(const Image& image, const int64_t* pointer, int64_t vectors, int
 
 using namespace zoo;
 
-// sizes: count, width, height, channels (depth included). first: [count + 1], the first entry of each Gaussian in their
-// order; pointer: [tiles + 1], filled here; entries: 2 int32 for each; image: [channels + 1, height, width], the last
-// plane alpha.
+// sizes: count, width, height, channels (depth included). pointer: [tiles + 1], filled here; entries: 2 int32 for each;
+// image: [channels + 1, height, width], the last plane alpha.
 ZOO_EXPORT int64_t zoo_rasterize_draw(const float* records, const double* depths, const int32_t* tiles,
-                                   const int64_t* first, const int64_t* sizes, int64_t* pointer, int32_t* entries,
+                                   const uint16_t* covers, const int64_t* sizes, int64_t* pointer, int32_t* entries,
                                    float* image, int64_t threads) try {
   const Image size{sizes[1], sizes[2], sizes[3]};
   auto* list = reinterpret_cast<Entry*>(entries);
-  fill_tiles(size, records, by_depth(depths, tiles, sizes[0]), first, pointer, list, threads);
+  fill_tiles(size, records, reinterpret_cast<const Cover*>(covers), tiles, by_depth(depths, tiles, sizes[0]), sizes[0],
+             pointer, list, threads);
   over_tiles(size, pointer, size.channels * kVectors, threads, [&](int64_t index, Vec* work) {
     const Tile tile(size, index);
     const auto draw = size.channels == 4 ? draw_tile<4> : draw_tile<0>;
@@ -452,17 +467,23 @@ ZOO_EXPORT int64_t zoo_rasterize_draw(const float* records, const double* depths
   return kOk;
 } ZOO_CATCH
 
-// flow: the gradient for `image`; partial: [entries, kMoments + channels], written whole.
+// flows: `parts` of them, for all channels in their order, alpha last. partial: [entries, kMoments + channels], written
+// whole.
 ZOO_EXPORT int64_t zoo_rasterize_trace(const float* records, const int64_t* sizes, const int64_t* pointer,
-                                    const int32_t* entries, const float* image, const float* flow, float* partial,
-                                    int64_t threads) try {
+                                    const int32_t* entries, const float* image, const void* flows, int64_t parts,
+                                    float* partial, int64_t threads) try {
   const Image size{sizes[1], sizes[2], sizes[3]};
   const auto* list = reinterpret_cast<const Entry*>(entries);
   const int64_t vectors = (size.channels + 2) * kVectors + size.channels;
+  std::vector<Plane> planes;
+  for (const Flow* flow = static_cast<const Flow*>(flows); parts > 0; ++flow, --parts)
+    for (int64_t k = 0; k < flow->channels; ++k)
+      planes.push_back({flow->values == nullptr ? nullptr : flow->values + k * flow->across, flow->along, flow->down});
   over_tiles(size, pointer, vectors, threads, [&](int64_t index, Vec* work) {
+    if (pointer[index] == pointer[index + 1]) return;
     const Tile tile(size, index);
     const auto trace = size.channels == 4 ? trace_tile<4> : trace_tile<0>;
-    trace(size, tile, records, list + pointer[index], list + pointer[index + 1], image, flow, work, partial);
+    trace(size, tile, records, list + pointer[index], list + pointer[index + 1], image, planes.data(), work, partial);
   });
   return kOk;
 } ZOO_CATCH

@@ -116,21 +116,19 @@ def rasterize(
     dispatch.refuse_transforms("rasterize")
     dispatch.refuse_tangents(*scene, viewmat, intrinsics)
     backend = _plan(means, viewmat, intrinsics, width * height).backend
+    drawn = 3 if sh is not None else colours.shape[1]
     if backend == "native":
-        image = _native_image(scene, camera)
+        seen = _native_rendering(scene, camera, drawn)
     elif backend == "vendor":
         from .rasterize_gsplat import rasterize_gsplat
 
-        image = rasterize_gsplat(scene, camera)
+        seen = _rendering(rasterize_gsplat(scene, camera), drawn)
     else:
-        image = _reference(scene, camera)
-    drawn = 3 if sh is not None else colours.shape[1]
-    planes = image.split([drawn, len(image) - drawn - 2, 1, 1])
-    colour, seen = (part.permute(1, 2, 0) for part in planes[:2])
-    depth, alpha = (part.squeeze(0) for part in planes[2:])
+        seen = _rendering(_reference(scene, camera), drawn)
+    colour, depth, alpha, blended = seen
     if background is not None:
         colour = colour + (1 - alpha)[..., None] * background
-    return Rendering(colour, depth, alpha, None if features is None else seen)
+    return Rendering(colour, depth, alpha, None if features is None else blended)
 
 
 def reference(*args: Any, **kwargs: Any) -> Rendering:
@@ -179,21 +177,32 @@ def _explain(means: Tensor, *args: Any, **kwargs: Any) -> dispatch.Plan:
     return _plan(means, viewmat, intrinsics, width * height)
 
 
-def _native_image(scene: Scene, camera: Camera) -> Tensor:
-    """The image, past torch's dispatcher where that would add nothing: it takes longer than a small image."""
+def _rendering(image: Tensor, drawn: int) -> Rendering:
+    """An image [channels + depth + alpha, height, width], of which the first `drawn` channels are colours."""
+    features = image[drawn:-2].permute(1, 2, 0) if len(image) > drawn + 2 else image.new_empty(*image.shape[1:], 0)
+    return Rendering(image[:drawn].permute(1, 2, 0), image[-2], image[-1], features)
+
+
+def _native_rendering(scene: Scene, camera: Camera, drawn: int) -> Rendering:
+    """What is seen, past torch's dispatcher where that would add nothing: it takes longer than a small image."""
     tensors = [None if tensor is None else tensor.resolve_neg() for tensor in (*scene, *camera[:2])]
     inputs: Any = (*tensors, *camera[2:])
     if dispatch.direct(*inputs[:_TENSORS]):
-        return _forward(*inputs)[0]
-    image: Tensor = _Eager.apply(*inputs) if dispatch.eager() else _rasterize(*inputs)[0]
-    return image
+        return _rendering(_forward(*inputs)[0], drawn)
+    if dispatch.eager():
+        return Rendering(*_Eager.apply(drawn, *inputs))  # type: ignore[no-untyped-call]
+    return _rendering(_rasterize(*inputs)[0], drawn)
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, ...]:
     """The image [channels + depth + alpha, height, width] of a scene and a camera, and what the way back
     needs."""
     scene, camera = _scene_and_camera(inputs)
-    status, row, drawn = rasterize_native.forward(scene, camera, MOST_PAIRS)
+    return _draw(scene, camera, camera.packed())
+
+
+def _draw(scene: Scene, camera: Camera, view: rasterize_native.View) -> rasterize_native.Drawn:
+    status, row, drawn = rasterize_native.forward(scene, camera, view, MOST_PAIRS)
     if status == rasterize_native.TOO_MANY:
         raise too_many(row, "tiles", len(scene.means), camera.width, camera.height, MOST_PAIRS)
     if status != rasterize_native.DONE:
@@ -228,10 +237,11 @@ def _gradients(
     grad: Tensor, image: Tensor, records: Tensor, tiles: Tensor, pointer: Tensor, entries: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     """Gradients for means, quats, scales, opacities, sh, values and shift (empty where there is none)."""
-    height, width = image.shape[1:]
+    channels, height, width = image.shape
     scene, camera = _scene_and_camera((*rest[:_TENSORS], width, height, *rest[_TENSORS:]))
-    drawn = (image, records, tiles, pointer, entries)
-    return rasterize_native.backward(scene, camera, drawn, grad.resolve_neg())
+    drawn, flow = (image, records, tiles, pointer, entries), grad.resolve_neg().permute(1, 2, 0)
+    found = rasterize_native.backward(scene, camera, camera.packed(), drawn, [(flow, channels)])
+    return tuple(grad.new_empty(0) if one is None else one for one in found)
 
 
 _rasterize_backward = torch.library.custom_op(
@@ -255,32 +265,38 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*output, *tensors)
 
 
-def _wanted(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def _wanted(needed: Sequence[bool], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Gradients where they are asked for; none for the camera and the options."""
-    return (
-        *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)),
-        *(None,) * 8,
-    )
+    return *(g if need else None for g, need in zip(grads, needed, strict=False)), *(None,) * 8
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return _wanted(ctx, _rasterize_backward(grad, *ctx.saved_tensors, *ctx.options))
+    return _wanted(ctx.needs_input_grad, _rasterize_backward(grad, *ctx.saved_tensors, *ctx.options))
 
 
 class _Eager(torch.autograd.Function):
     """`zoo::rasterize` for eager calls on plain tensors."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        drawn = _forward(*inputs)
-        ctx.options = inputs[_TENSORS + 2 :]
+    def forward(ctx: Any, colours: int, *inputs: Any) -> tuple[Tensor, ...]:
+        scene, camera = _scene_and_camera(inputs)
+        view = camera.packed()
+        drawn = _draw(scene, camera, view)
+        seen = _rendering(drawn[0], colours)
+        ctx.set_materialize_grads(False)
+        ctx.view, ctx.rules, ctx.channels = view, camera[2:], colours
         ctx.save_for_backward(*drawn, *inputs[:_TENSORS])
-        return drawn[0]
+        return tuple(seen)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _wanted(ctx, _gradients(grad, *ctx.saved_tensors, *ctx.options))
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        scene, camera = _scene_and_camera((*saved[5:], *ctx.rules))
+        colour, depth, alpha, features = (None if grad is None else grad.resolve_neg() for grad in grads)
+        more = len(saved[0]) - ctx.channels - 2
+        flows = [(colour, ctx.channels), (features, more), (depth, 1), (alpha, 1)]
+        return None, *_wanted(ctx.needs_input_grad[1:], rasterize_native.backward(scene, camera, ctx.view, saved[:5], flows))
 
 
 _rasterize.register_autograd(_backward, setup_context=_save)

@@ -21,17 +21,22 @@ def check_arguments(
     height: int,
 ) -> None:
     """Refuse shapes, dtypes and devices that do not fit, and cameras that are none."""
-    n = len(means)
-    wanted = {"means": (n, 3), "quats": (n, 4), "scales": (n, 3), "opacities": (n,)}
-    wanted |= {"viewmat": (4, 4), "intrinsics": (3, 3)}
-    given = dict(zip(wanted, (means, quats, scales, opacities, viewmat, intrinsics), strict=True))
-    for name, tensor in given.items():
-        if tuple(tensor.shape) != wanted[name] or not tensor.is_floating_point():
+    n, dtype, device = len(means), means.dtype, means.device
+    given = (
+        ("means", means, (n, 3)),
+        ("quats", quats, (n, 4)),
+        ("scales", scales, (n, 3)),
+        ("opacities", opacities, (n,)),
+        ("viewmat", viewmat, (4, 4)),
+        ("intrinsics", intrinsics, (3, 3)),
+    )
+    for name, tensor, wanted in given:
+        if tensor.shape != wanted or not tensor.is_floating_point():
             raise OpError(
-                f"{name} must be {wanted[name]} and floating-point. "
+                f"{name} must be {wanted} and floating-point. "
                 f"Received: {tuple(tensor.shape)}, {tensor.dtype}."
             )
-        if tensor.dtype != means.dtype or tensor.device != means.device:
+        if tensor.dtype != dtype or tensor.device != device:
             raise OpError(
                 f"{name} must be {means.dtype} on {means.device}, as means are. "
                 f"Received: {tensor.dtype} on {tensor.device}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ DONE, NOT_FINITE, NO_ROTATION, TOO_MANY = range(4)
 TILE = 8
 MOMENTS = 6
 SPLAT_FLOATS = 16
+COVER_BYTES = 16
 
 
 class Scene(NamedTuple):
@@ -41,7 +43,7 @@ class Camera(NamedTuple):
     eps2d: float
     antialiased: bool
 
-    def packed(self) -> ctypes.Array[ctypes.c_double]:
+    def packed(self) -> View:
         """`View` of rasterize_project.cpp."""
         (a, b, c, x), (d, e, f, y), (g, h, i, z) = self.viewmat.tolist()[:3]
         k = self.intrinsics.tolist()
@@ -52,6 +54,10 @@ class Camera(NamedTuple):
 
 
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # image, records, tiles, pointer, entries
+View = ctypes.Array[ctypes.c_double]
+# Gradients for the channels of an image, alpha last: each for so many of them, [height, width, channels] or
+# [height, width], with any strides; None where they are zero.
+Flows = Sequence[tuple[Tensor | None, int]]
 
 
 def tile_count(width: int, height: int) -> int:
@@ -72,13 +78,13 @@ def _plain(scene: Scene) -> Scene:
     return Scene(*(None if tensor is None else tensor.contiguous() for tensor in scene))  # type: ignore[arg-type]
 
 
-def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
+def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _scene_sizes(scene: Scene, camera: Camera) -> ctypes.Array[ctypes.c_int64]:
     bases = 0 if scene.sh is None else scene.sh.shape[1]
-    n, channels = len(scene.means), scene.values.shape[1]
+    n, channels = scene.values.shape
     return _sizes(n, bases, channels, camera.width, camera.height, int(camera.antialiased))
 
 
@@ -86,42 +92,40 @@ def _channels(scene: Scene) -> int:
     return (0 if scene.sh is None else 3) + scene.values.shape[1] + 1
 
 
-def _first(tiles: Tensor) -> Tensor:
-    """The first entry of each Gaussian, and the number of all."""
-    first = torch.zeros(len(tiles) + 1, dtype=torch.int64)
-    torch.cumsum(tiles, 0, out=first[1:])
-    return first
+def forward(scene: Scene, camera: Camera, view: View, most_pairs: int) -> tuple[int, int, Drawn]:
+    """Draw float32 Gaussians: outcome, the culprit's row or the number of pairs, and what was drawn.
 
-
-def forward(scene: Scene, camera: Camera, most_pairs: int) -> tuple[int, int, Drawn]:
-    """Draw float32 Gaussians: outcome, the culprit's row or the number of pairs, and what was drawn."""
+    `view` is `camera.packed()`.
+    """
     scene = _plain(scene)
-    count, channels, threads = len(scene.means), _channels(scene), _native.threads()
-    view, result = camera.packed(), (ctypes.c_int64 * 2)()
+    count, channels, threads = scene.means.shape[0], _channels(scene), _native.threads()
+    result = (ctypes.c_int64 * 3)()
     records = torch.empty(count, record_floats(channels))
-    depths, tiles = torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.int32)
-    image = torch.empty(channels + 1, camera.height, camera.width)
-    pointer = torch.empty(tile_count(camera.width, camera.height) + 1, dtype=torch.int64)
-    _native.function("zoo_rasterize_project", "p" * 13 + "i")(
+    tiles = torch.empty(count, dtype=torch.int32)
+    depths, covers = torch.empty(count, dtype=torch.float64), torch.empty(count, COVER_BYTES, dtype=torch.uint8)
+    _native.function("zoo_rasterize_project", "p" * 14 + "i")(
         *_addresses(scene),
         view,
         _scene_sizes(scene, camera),
         records.data_ptr(),
         depths.data_ptr(),
         tiles.data_ptr(),
+        covers.data_ptr(),
         result,
         threads,
     )
-    first = _first(tiles)
-    pairs = int(first[-1])
-    status, row = (TOO_MANY, pairs) if pairs > most_pairs else (result[0], result[1])
+    status, row, pairs = result
+    if pairs > most_pairs:
+        status, row = TOO_MANY, pairs
+    image = torch.empty(channels + 1, camera.height, camera.width)
+    pointer = torch.empty(tile_count(camera.width, camera.height) + 1, dtype=torch.int64)
     entries = torch.empty(0 if status != DONE else pairs, 2, dtype=torch.int32)
     if status == DONE:
         _native.function("zoo_rasterize_draw", "p" * 8 + "i")(
             records.data_ptr(),
             depths.data_ptr(),
             tiles.data_ptr(),
-            first.data_ptr(),
+            covers.data_ptr(),
             _sizes(count, camera.width, camera.height, channels),
             pointer.data_ptr(),
             entries.data_ptr(),
@@ -131,32 +135,37 @@ def forward(scene: Scene, camera: Camera, most_pairs: int) -> tuple[int, int, Dr
     return status, row, (image, records, tiles, pointer, entries)
 
 
-def backward(scene: Scene, camera: Camera, drawn: Drawn, grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of a drawn image for the tensors of the scene, empty where it has none."""
+def backward(
+    scene: Scene, camera: Camera, view: View, drawn: Drawn, flows: Flows
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a drawn image for the tensors of the scene, None where it has none."""
     image, records, tiles, pointer, entries = drawn
-    scene, grad = _plain(scene), grad.contiguous()
-    count, channels, threads = len(scene.means), _channels(scene), _native.threads()
-    partial = torch.empty(len(entries), MOMENTS + channels)
-    _native.function("zoo_rasterize_trace", "p" * 7 + "i")(
+    scene = _plain(scene)
+    count, channels, threads = scene.means.shape[0], _channels(scene), _native.threads()
+    partial = torch.empty(entries.shape[0], MOMENTS + channels)
+    places: list[int] = []
+    for flow, planes in flows:
+        address, strides = (0, (0, 0)) if flow is None else (flow.data_ptr(), flow.stride())
+        places += [address, planes, *strides, 0][:5]
+    _native.function("zoo_rasterize_trace", "p" * 6 + "ipi")(
         records.data_ptr(),
         _sizes(count, camera.width, camera.height, channels),
         pointer.data_ptr(),
         entries.data_ptr(),
         image.data_ptr(),
-        grad.data_ptr(),
+        _sizes(*places),
+        len(flows),
         partial.data_ptr(),
         threads,
     )
-    first = _first(tiles)
-    grads = [torch.zeros(0 if tensor is None else tensor.shape) for tensor in scene]
-    _native.function("zoo_rasterize_pull_back", "p" * 19 + "i")(
+    grads = [None if tensor is None else torch.empty(tensor.shape) for tensor in scene]
+    _native.function("zoo_rasterize_pull_back", "p" * 18 + "i")(
         *_addresses(scene),
-        camera.packed(),
+        view,
         _scene_sizes(scene, camera),
         tiles.data_ptr(),
-        first.data_ptr(),
         partial.data_ptr(),
-        *_addresses(tuple(g if t is not None else None for g, t in zip(grads, scene, strict=True))),
+        *_addresses(grads),
         threads,
     )
     return tuple(grads)

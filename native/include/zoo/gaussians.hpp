@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace zoo {
 
@@ -41,6 +42,28 @@ struct Span {
 };
 Span tile_rows(const Splat& splat, int64_t height);
 Span tile_columns(const Splat& splat, int64_t tile_row, int64_t width);
+
+// The tiles of a splat, so that they are found once; of one that reaches over more than kRows rows they are found again.
+struct Cover {
+  static constexpr int64_t kRows = 3, kMost = 65535;
+  uint16_t row, rows;  // rows > kRows: not kept
+  uint16_t columns[kRows][2];
+
+  // body(row of tiles, its columns).
+  template <class Body>
+  void each(const Splat& splat, int64_t width, int64_t height, Body&& body) const {
+    if (rows <= kRows) {
+      for (int64_t k = 0; k < rows; ++k) body(row + k, Span{columns[k][0], columns[k][1]});
+      return;
+    }
+    const Span all = tile_rows(splat, height);
+    for (int64_t at = all.begin; at < all.end; ++at) body(at, tile_columns(splat, at, width));
+  }
+};
+static_assert(sizeof(Cover) == 16, "rasterize_native.py makes room for them");
+
+// The first entry of each Gaussian in their order, and the number of all.
+std::vector<int64_t> first_entries(const int32_t* tiles, int64_t count);
 
 // What is wrong with a Gaussian; shared/ops/rasterize_native.py has the same numbers.
 enum Status : int64_t { kDone = 0, kNotFinite = 1, kNoRotation = 2 };
