@@ -137,11 +137,24 @@ def _run(points: Tensor, table: Tensor, grid: HashGrid, saliency: Tensor | None,
             return found
         return found.new_zeros(len(points), found.shape[1]).index_copy(0, rows, found * saliency[rows, None])
     if rows is None:
-        rows = torch.arange(len(points))
+        rows = _every(points.shape[0])
     shape = (grid.levels, grid.features, grid.log2_size, grid.coarsest, grid.finest)
     run = _Eager.apply if dispatch.eager() else _hash_encode
     out: Tensor = run(points.resolve_neg(), table.resolve_neg(), rows, *shape)
     return out if saliency is None else out * saliency[:, None]
+
+
+def _every(count: int) -> Tensor:
+    """The rows of all points; kept for a small batch, which takes little longer itself, and where nothing
+    traces, which must see how they are made."""
+    small = count <= 1 << 14 and dispatch.eager()
+    return _kept_every(count) if small else torch.arange(count, device="cpu")
+
+
+@functools.lru_cache(maxsize=4)
+def _kept_every(count: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(count, device="cpu")
 
 
 def _interpolate(points: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
@@ -193,7 +206,10 @@ def _explain(points: Tensor, table: Tensor, grid: HashGrid, saliency: Tensor | N
 Integers = ctypes.Array[ctypes.c_int64]
 
 
-def _shape_of(grid: HashGrid) -> tuple[Integers, Integers, int, int]:
+@functools.lru_cache(maxsize=64)
+def _shape_of(*numbers: int) -> tuple[Integers, Integers, int, int]:
+    """Resolutions, offsets, levels and features of `HashGrid(*numbers)`, as the kernels take them."""
+    grid = HashGrid(*numbers)
     resolutions = (ctypes.c_int64 * grid.levels)(*grid.resolutions)
     return resolutions, (ctypes.c_int64 * (grid.levels + 1))(*grid.offsets), grid.levels, grid.features
 
@@ -209,16 +225,16 @@ def _forward(
     finest: int,
 ) -> Tensor:
     """Features [n, levels * features] of the points that `rows` names, zeros for the others."""
-    grid = HashGrid(levels, features, log2_size, coarsest, finest)
+    shape = _shape_of(levels, features, log2_size, coarsest, finest)
     points, table = points.contiguous(), table.contiguous()
-    every = len(rows) == len(points)
-    out = (torch.empty if every else torch.zeros)(len(points), levels * features)
+    count, kept = points.shape[0], rows.shape[0]
+    out = (torch.empty if kept == count else torch.zeros)(count, levels * features)
     _native.function("zoo_hash_encode", "pppippiipi")(
         points.data_ptr(),
         table.data_ptr(),
         rows.data_ptr(),
-        len(rows),
-        *_shape_of(grid),
+        kept,
+        *shape,
         out.data_ptr(),
         _native.threads(),
     )
@@ -253,7 +269,7 @@ def _gradients(
     of_table: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients for points and table, empty where they are not wanted."""
-    grid = HashGrid(levels, features, log2_size, coarsest, finest)
+    shape = _shape_of(levels, features, log2_size, coarsest, finest)
     points, table, grad = points.contiguous(), table.contiguous(), grad.resolve_neg().contiguous()
     to_points = torch.zeros_like(points) if of_points else points.new_empty(0)
     to_table = torch.zeros_like(table) if of_table else table.new_empty(0)
@@ -261,8 +277,8 @@ def _gradients(
         points.data_ptr(),
         table.data_ptr(),
         rows.data_ptr(),
-        len(rows),
-        *_shape_of(grid),
+        rows.shape[0],
+        *shape,
         grad.data_ptr(),
         to_points.data_ptr() if of_points else 0,
         to_table.data_ptr() if of_table else 0,

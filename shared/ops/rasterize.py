@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -179,18 +179,18 @@ def _explain(means: Tensor, *args: Any, **kwargs: Any) -> dispatch.Plan:
 
 def _rendering(image: Tensor, drawn: int) -> Rendering:
     """An image [channels + depth + alpha, height, width], of which the first `drawn` channels are colours."""
-    features = image[drawn:-2].permute(1, 2, 0) if len(image) > drawn + 2 else image.new_empty(*image.shape[1:], 0)
-    return Rendering(image[:drawn].permute(1, 2, 0), image[-2], image[-1], features)
+    colour, features = image[:drawn].permute(1, 2, 0), image[drawn:-2].permute(1, 2, 0)
+    return Rendering(colour, image[-2], image[-1], features)
 
 
 def _native_rendering(scene: Scene, camera: Camera, drawn: int) -> Rendering:
-    """What is seen, past torch's dispatcher where that would add nothing: it takes longer than a small image."""
+    """What is seen, past torch's dispatcher where that adds nothing: it takes longer than a small image."""
     tensors = [None if tensor is None else tensor.resolve_neg() for tensor in (*scene, *camera[:2])]
     inputs: Any = (*tensors, *camera[2:])
     if dispatch.direct(*inputs[:_TENSORS]):
         return _rendering(_forward(*inputs)[0], drawn)
     if dispatch.eager():
-        return Rendering(*_Eager.apply(drawn, *inputs))  # type: ignore[no-untyped-call]
+        return Rendering(*_Eager.apply(drawn, *inputs))
     return _rendering(_rasterize(*inputs)[0], drawn)
 
 
@@ -286,7 +286,7 @@ class _Eager(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.view, ctx.rules, ctx.channels = view, camera[2:], colours
         ctx.save_for_backward(*drawn, *inputs[:_TENSORS])
-        return tuple(seen)
+        return seen.colour, seen.depth, seen.alpha, cast(Tensor, seen.features)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -296,7 +296,8 @@ class _Eager(torch.autograd.Function):
         colour, depth, alpha, features = (None if grad is None else grad.resolve_neg() for grad in grads)
         more = len(saved[0]) - ctx.channels - 2
         flows = [(colour, ctx.channels), (features, more), (depth, 1), (alpha, 1)]
-        return None, *_wanted(ctx.needs_input_grad[1:], rasterize_native.backward(scene, camera, ctx.view, saved[:5], flows))
+        found = rasterize_native.backward(scene, camera, ctx.view, saved[:5], flows)
+        return None, *_wanted(ctx.needs_input_grad[1:], found)
 
 
 _rasterize.register_autograd(_backward, setup_context=_save)

@@ -102,7 +102,8 @@ def forward(scene: Scene, camera: Camera, view: View, most_pairs: int) -> tuple[
     result = (ctypes.c_int64 * 3)()
     records = torch.empty(count, record_floats(channels))
     tiles = torch.empty(count, dtype=torch.int32)
-    depths, covers = torch.empty(count, dtype=torch.float64), torch.empty(count, COVER_BYTES, dtype=torch.uint8)
+    depths = torch.empty(count, dtype=torch.float64)
+    covers = torch.empty(count, COVER_BYTES, dtype=torch.uint8)
     _native.function("zoo_rasterize_project", "p" * 14 + "i")(
         *_addresses(scene),
         view,
