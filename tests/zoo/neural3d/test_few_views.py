@@ -222,6 +222,11 @@ def test_what_methods_of_few_views_refuse(views: list[View], start: GaussianScen
         LMGaussian(normal=-1.0).sparsify(start, job)
     with pytest.raises(ConfigError, match="between two views"):
         cloud_pictures(start, views[:1], 3)
+    away = start.like(start.splats)
+    with torch.no_grad():
+        away.means.add_(1e4)
+    with pytest.raises(ConfigError, match="no virtual view sees a point"):
+        cloud_pictures(away, views, 3)
     with pytest.raises(ConfigError, match="every >= 1"):
         GaussianObject(every=0).sparsify(start, job)
     with pytest.raises(ConfigError, match="flow from view 0 to 1"):

@@ -326,6 +326,6 @@ STUDY = Study(
         f"Three toy objects of four balls; {options.poses} poses at 64 pixels with noise of {options.noise} "
         f"and {100 * options.outliers:g} % outliers; networks of {options.steps} steps of {options.batch} "
         f"new pictures of 32 pixels, measured on {options.held} others. The diffusion model is not built.",
-        "Both networks are hardly trained: two rotations drawn at random are 126 degrees apart on average.",
+        "The learned rotation is at chance: two that are drawn at random are 126 degrees apart on average.",
     ],
 )
