@@ -1,8 +1,8 @@
 """What `auto` picks is never slower than a dense product: layers of many shapes, densities and batches,
 against torch and, in fp32, against onnxruntime and OpenVINO where they are installed.
 
-On two threads the pools of three engines wait for each other: times by turns are longer there than those of
-one engine alone.
+On two threads the pools of three engines would wait for each other: each turn begins with a rest and a call
+that is not timed.
 
 Both sides run the same weights again and again (a hot loop), which favours the dense side: a small sparse
 weight gains more where no cache holds it.
@@ -69,4 +69,4 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
     subject = "auto dispatch against the dense product"
-    sys.exit(main(subject, cells, block_seconds=0.008))
+    sys.exit(main(subject, cells, block_seconds=0.008, settle=0.01))

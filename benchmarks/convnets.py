@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-import time
 from collections.abc import Iterator
 
 import torch
@@ -107,5 +106,4 @@ def cells(quick: bool, threads: int) -> Iterator[Later]:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    # Other engines work in threads of their own, which the processor time of one thread does not show.
-    sys.exit(main("sparse convnets against dense ones", cells, clock=time.perf_counter))
+    sys.exit(main("sparse convnets against dense ones", cells, settle=0.01))

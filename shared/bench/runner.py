@@ -295,6 +295,7 @@ def main(
     argv: Sequence[str] | None = None,
     clock: Clock | None = None,
     block_seconds: float = 0.02,
+    settle: float = 0.0,
 ) -> int:
     """Run a benchmark script: measure each cell, print the table, write JSON; 0 if every goal is met, else 1.
 
@@ -311,6 +312,7 @@ def main(
         clock: another clock.
         block_seconds: about how long one program runs in one of the 30 rounds (fewer for long calls). Short
             ones, as others slow a shared machine down for tenths of a second.
+        settle: seconds of rest before each block where there are several threads, see `compare`.
     """
     options = _arguments(subject, argv)
     tick = clock or (time.process_time if options.threads == 1 else time.perf_counter)
@@ -358,6 +360,7 @@ def main(
                 rounds=3 if options.quick else 30,
                 block_seconds=0.03 if options.quick else block_seconds,
                 clock=tick,
+                settle=settle if options.threads > 1 else 0.0,
             )
             row = Row(cell, timings, ceiling)
             table.rows.append(row)

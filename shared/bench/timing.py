@@ -79,6 +79,7 @@ def compare(
     rounds: int = 5,
     block_seconds: float | int = 0.2,
     clock: Clock = time.perf_counter,
+    settle: float | int = 0,
 ) -> dict[str, Timing]:
     """Time functions side by side: in each round a block of calls of each, in an order swapped every round.
 
@@ -88,6 +89,8 @@ def compare(
             to six of them where a call is longer than a block.
         block_seconds: about how long one function runs in one round.
         clock: `time.perf_counter`, or `time.process_time` for one thread on a machine that others use too.
+        settle: seconds of rest, and then a call that is not timed, before each block: the threads of the
+            program before spin on for a while, and so would take part in the next one's time.
 
     Returns:
         For each name its samples; every sample is one call, or the mean of several very short ones.
@@ -109,6 +112,9 @@ def compare(
     for turn in range(rounds):
         for name in list(functions)[:: 1 if turn % 2 == 0 else -1]:
             calls, samples = plan[name]
+            if settle:
+                time.sleep(settle)
+                functions[name]()
             blocks[name].append(tuple(_sample(functions[name], calls, clock) for _ in range(samples)))
     return {name: Timing(tuple(each)) for name, each in blocks.items()}
 

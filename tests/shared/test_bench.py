@@ -67,6 +67,20 @@ def test_blocks_alternate_and_swap() -> None:
     assert "".join(clock.calls) == "aabb" + "aabb" + "bbaa" + "aabb" + "bbaa"
 
 
+def test_a_turn_may_begin_with_a_rest_and_a_call_that_is_not_timed() -> None:
+    clock, seen = FakeClock(), {"b": 0}
+
+    def after_a() -> None:  # which is slow after the other's turn
+        seen["b"] += 1
+        clock.now += 0.3 if clock.calls[-1] == "a" else 0.1
+        clock.calls.append("b")
+
+    options = {"rounds": 4, "clock": clock, "block_seconds": 0.2, "settle": 1e-3}
+    timings = compare({"a": clock.job("a", 0.1), "b": after_a}, **options)
+    assert timings["b"].samples == pytest.approx([0.1] * len(timings["b"].samples))
+    assert seen["b"] == 2 + 4 + len(timings["b"].samples)
+
+
 def test_a_slow_phase_of_the_machine_hits_both() -> None:
     """The machine slows down by 3x from the third round on: the ratio does not move, the spread shows it."""
     clock = FakeClock()

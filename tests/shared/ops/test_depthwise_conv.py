@@ -15,6 +15,7 @@ from zoo.shared import ops
 from zoo.shared.errors import OpError
 from zoo.shared.masks import MaskSet
 from zoo.shared.ops import DepthwiseConv, SparseConv1x1, _native, depthwise_conv, packing
+from zoo.shared.ops.modules import MaxPool
 
 needs_native = pytest.mark.skipif(not _native.available(), reason=f"no native library: {_native.missing()}")
 
@@ -144,3 +145,25 @@ def test_packing_leaves_norms_that_train_or_are_masked() -> None:
     assert isinstance(packed[7], nn.BatchNorm2d) and type(packed[4]) is nn.Identity
     x = torch.randn(1, 3, 12, 12)
     torch.testing.assert_close(packed(x), net(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, (3, 2), 5])
+@pytest.mark.parametrize("stride", [1, 2, 3, (2, 1)])
+@pytest.mark.parametrize("padding", [0, 1, (1, 0), 2])
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_maxima_are_torchs(kernel, stride, padding, ceil_mode) -> None:
+    pool = nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil_mode)
+    for size in ((2, 3, 9, 11), (1, 2, 12, 8), (1, 1, 5, 6)):
+        x = torch.randn(size)
+        x[0, 0, 2, 3] = torch.nan
+        try:
+            wanted = pool(x)
+        except RuntimeError:
+            with pytest.raises((RuntimeError, OpError)):
+                MaxPool(pool)(x)
+            continue
+        found = MaxPool(pool)(x)
+        assert found.is_contiguous() and torch.equal(found.isnan(), wanted.isnan())
+        assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+        last = MaxPool(pool)(x.to(memory_format=torch.channels_last))
+        assert torch.equal(last.nan_to_num(), wanted.nan_to_num())
