@@ -321,8 +321,8 @@ class DepthwiseConv(nn.Module):
 
 
 class MaxPool(nn.MaxPool2d):
-    """The same for channel-major maps: maxima of whole rows, then of columns. For windows of 3 x 3 they take a
-    tenth to a sixth of torch's time on a CPU, and a fifth to two fifths of that by way of channels-last maps.
+    """The same for channel-major maps: maxima of whole rows, then of columns. For windows of 3 x 3 they take
+    a tenth to a sixth of torch's time on a CPU, a fifth to two fifths of that by way of channels-last maps.
     """
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
