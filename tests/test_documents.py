@@ -144,6 +144,8 @@ def test_the_times_of_images_are_the_measured_ones() -> None:
     found: dict[str, dict[tuple[str, str], str]] = {}
     for row in rows:
         labels = row["labels"]
+        if labels["batch"] != 1:  # the text has these
+            continue
         found.setdefault(labels["network"], {})[labels["pattern"], labels["zeros"]] = (
             f"{row['ratio']['value']:.2f}"
         )
