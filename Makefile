@@ -9,11 +9,12 @@ export ZOO_DATA
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-nerfstudio test-extras wheel test-wheel bench attack sanitize lint docs clean
+.PHONY: help setup demo test test-pythons test-nerfstudio test-extras wheel test-wheel bench attack sanitize lint docs clean
 
 help:
 	@echo "make demo   install into $(VENV) and run the main job on embedded data (no download)"
 	@echo "make test   install into $(VENV) and run the tests, the linter and the type checker"
+	@echo "make test-pythons   the same with python3.10, python3.12, python3.13, those of them that are at hand"
 	@echo "make test-nerfstudio   install nerfstudio into build/nerfstudio and run its plug-ins by ns-train"
 	@echo "make test-extras   resolve every extra of pyproject.toml against the package index"
 	@echo "make wheel  a wheel for this kind of machine, into dist"
@@ -59,6 +60,14 @@ demo: setup
 
 test: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/python -m pytest -n 2
+
+# Each in an environment of its own, from `make test-pythons PYTHONS="python3.10 /opt/python3.13/bin/python3"`.
+PYTHONS ?= python3.10 python3.12 python3.13
+test-pythons:
+	@for python in $(PYTHONS); do \
+	   if found=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
+	   then $(MAKE) test PYTHON=$$python VENV=build/python$$found || exit 1; \
+	   else echo "$$python: not at hand, nothing was tested"; fi; done
 
 NERF := build/nerfstudio
 # Laid over $(VENV), whose packages it sees, and pinned in full: nothing is resolved.
