@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import re
@@ -237,3 +238,16 @@ def test_the_readme_runs_as_python(monkeypatch, tmp_path) -> None:
     assert space["masks_of"](space["model"]).sparsity() == 0.5
     exec(blocks[5], space)
     assert set(space["state"]) == {"weight", "bias"} and space["masks"].sparsity() == 0.5
+
+
+def test_the_recording_shows_what_the_first_of_its_commands_prints_now(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("record", ROOT / "docs" / "record.py")
+    assert spec is not None and spec.loader is not None
+    record = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(record)
+    shown = (ROOT / "docs" / "terminal.svg").read_text(encoding="utf-8")
+    first = record.COMMANDS[0]
+    assert record.drawing(first, record.output(first, tmp_path), 0) in shown, (
+        "record it again: python docs/record.py docs/terminal.svg"
+    )
+    assert all(html.escape(command) in shown for command in record.COMMANDS)
