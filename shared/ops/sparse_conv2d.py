@@ -27,7 +27,7 @@ from .memory import on_huge_pages
 from .sparse_conv1x1 import activated, check_residual
 from .sparse_linear import Parts, entries_of
 from .sparse_linear import reference as linear_reference
-from .weights import SparseWeight, pack
+from .weights import SparseWeight, pack, whole_blocks
 
 __all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_conv2d"]
 
@@ -359,8 +359,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = conv_gradients.conv2d_input(x.shape, dense, wide_grad, stride, padding).to(x.dtype)
     if need_values:
         taken = conv_gradients.conv2d_weight(x.to(wide), dense.shape, wide_grad, stride, padding).flatten(1)
-        # The padding rows of 4x1 blocks have no gradient.
-        taken = torch.nn.functional.pad(taken, (0, 0, 0, -rows % 4))[weight.coordinates()]
+        taken = whole_blocks(taken)[weight.coordinates()]
         grad_values = torch.nn.functional.pad(taken, (0, OVERREAD)).to(values.dtype)
     if need_bias:
         grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)

@@ -23,7 +23,7 @@ from . import _native, dispatch, triton
 from .cache import Derived, Run, dense_run, native_run, owned_run
 from .dense_linear import fastest_product
 from .layout import LAYOUTS, OVERREAD, PANEL, VALUE_TYPES, block_of
-from .weights import SparseWeight, pack
+from .weights import SparseWeight, pack, whole_blocks
 
 __all__ = ["SparseWeight", "pack", "plan", "reference", "sparse_linear"]
 
@@ -292,9 +292,7 @@ def _backward(
         if need_values:
             at_rows, at_cols = weight.coordinates()
             grad_dense = flat_grad.to(wide).t() @ flat.to(wide)
-            # The padding rows of 4x1 blocks have no gradient.
-            grad_dense = torch.nn.functional.pad(grad_dense, (0, 0, 0, -rows % 4))
-            grad_values = torch.nn.functional.pad(grad_dense[at_rows, at_cols], (0, OVERREAD))
+            grad_values = torch.nn.functional.pad(whole_blocks(grad_dense)[at_rows, at_cols], (0, OVERREAD))
     return grad_x.to(x.dtype).reshape(x.shape if need_x else 0), grad_values.to(weight.values.dtype)
 
 

@@ -245,6 +245,14 @@ def _uniform(grouped: Tensor, dim: int) -> bool:
     return bool((grouped.any(dim) == grouped.all(dim)).all())
 
 
+def whole_blocks(x: Tensor) -> Tensor:
+    """[rows, cols] with rows of zeros up to a multiple of four, such as the padding of 4x1 blocks: it has no
+    gradient."""
+    missing = -x.shape[0] % 4
+    # Older versions of torch (2.7) refuse to add no rows to none.
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+
 def _blocks(x: Tensor, panel: int, block: tuple[int, int]) -> Tensor:
     """[rows, cols] as [panels, block rows, blocks per panel, entries], padded with zeros."""
     rows, cols = x.shape
