@@ -29,6 +29,10 @@ class DataError(ZooError, ValueError):
     """Data that are missing or not fit for the job."""
 
 
+class MissingDataError(DataError):
+    """Data that are not on this machine: nothing to mend in the command, but in the environment."""
+
+
 class TaskError(ZooError, ValueError):
     """A task that cannot be run on the model it was given."""
 

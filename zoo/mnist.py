@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from zoo.errors import DataError
+from zoo.errors import DataError, MissingDataError
 
 
 def read_mnist(part: str) -> tuple[UInt8[np.ndarray, "n 28 28"], Int[np.ndarray, " n"]]:
@@ -21,7 +21,7 @@ def read_mnist(part: str) -> tuple[UInt8[np.ndarray, "n 28 28"], Int[np.ndarray,
     root = os.environ.get("ZOO_DATA")
     folder = Path(root) / "mnist" if root else None
     if folder is None or not folder.is_dir():
-        raise DataError(
+        raise MissingDataError(
             f"MNIST is not at {folder or '$ZOO_DATA/mnist'}. Set ZOO_DATA to the folder with mnist/."
         )
     images = _idx(folder / f"{part}-images-idx3-ubyte.gz", 3)

@@ -20,6 +20,7 @@ _NAME = re.compile(rf"{_WORD}/{_WORD}")
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
 _VERSION = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}")
 _MAX_LENGTH = 128
+_LIKELY, _SURE = 0.65, 0.9  # resemblance from which a name is suggested, and of one that has the typed word
 
 
 def is_model_name(text: str) -> bool:
@@ -66,14 +67,14 @@ def near_misses(wanted: str, names: Iterable[str], limit: int = 3) -> list[str]:
     """Up to `limit` of `names` that someone who typed `wanted` probably meant, likeliest first.
 
     A glob is compared by its literal text. A forgotten or wrong domain does not hide the slug that was
-    meant, and the beginning of a name is enough.
+    meant, and the beginning of a name, or one of its words ("squeezenet"), is enough.
     """
     pool = sorted(set(names), key=natural_key)
     literal = re.sub(r"[*?\[\]]+", "", wanted).lower()
     if not literal:
         return pool[:limit]
     likely = [(_resemblance(literal, name.lower()), -rank, name) for rank, name in enumerate(pool)]
-    return [name for score, _, name in sorted(likely, reverse=True)[:limit] if score >= 0.65]
+    return [name for score, _, name in sorted(likely, reverse=True)[:limit] if score >= _LIKELY]
 
 
 def _resemblance(typed: str, name: str) -> float:
@@ -81,7 +82,8 @@ def _resemblance(typed: str, name: str) -> float:
     slug, own = typed.rpartition("/")[2], name.rpartition("/")[2]
     if not slug:
         return _ratio(typed, name)
-    return max(_ratio(typed, name), _ratio(slug, own), 0.95 * _ratio(slug, own[: len(slug)]))
+    word = _SURE if f"-{slug}-" in f"-{own}-" else 0.0
+    return max(_ratio(typed, name), _ratio(slug, own), 0.95 * _ratio(slug, own[: len(slug)]), word)
 
 
 def _ratio(a: str, b: str) -> float:
@@ -93,12 +95,23 @@ def suggestion(wanted: str, names: Iterable[str]) -> str:
     pool = list(names)
     if not pool:
         return "None is registered."
+    if glob := _glob_of_near_domain(wanted, pool):
+        return f"Did you mean {glob!r}?"
     close = near_misses(wanted, pool)
     if close:
         return "Did you mean " + " or ".join(repr(name) for name in close) + "?"
     some = sorted(pool, key=natural_key)
     shown = ", ".join(repr(name) for name in some[:5])
     return f"There are {len(some)}: {shown}, ..." if len(some) > 5 else f"Known: {shown}."
+
+
+def _glob_of_near_domain(wanted: str, pool: list[str]) -> str:
+    """The glob `wanted` with the domain that was probably meant, if names match it then."""
+    domain, _, rest = wanted.partition("/")
+    known = {name.partition("/")[0] for name in pool if "/" in name}
+    close = difflib.get_close_matches(domain, known, n=1) if rest and is_glob(rest) else []
+    glob = f"{close[0]}/{rest}" if close else ""
+    return glob if match(pool, glob) else ""
 
 
 def check_known(kind: str, wanted: Iterable[str], names: Iterable[str]) -> None:

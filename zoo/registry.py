@@ -227,6 +227,9 @@ MEASURED: Registry[Callable[[str], Any]] = Registry("measure of data", "zoo.meas
 FINETUNERS: Registry[Any] = Registry("fine-tuner", "zoo.finetuners", needs=("run",))
 #: domain -> `make_job(dataset, *, recipe, seed, device, model) -> zoo.Job`, behind `zoo sparsify`
 JOBS: Registry[Callable[..., Any]] = Registry("maker of jobs", "zoo.jobs")
+#: domain -> function of a model: a sample of noise of the size that its data have, where the data are not at
+#: hand; None where that size is not known
+EXAMPLES: Registry[Callable[..., Any]] = Registry("maker of examples")
 #: domain -> dataclass with `run() -> Path`, behind `zoo pretrain`
 PRETRAINERS: Registry[Any] = Registry("pre-trainer", "zoo.pretrainers", needs=("run",))
 #: how the model of a recipe row is made: function of row, seed, start and place, see `zoo.bundles.make`

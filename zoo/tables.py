@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from zoo.errors import DataError
+from zoo.errors import MissingDataError
 
 NUMERIC = ("age", "fnlwgt", "education-num", "capital-gain", "capital-loss", "hours-per-week")
 ADULT_TRAIN = 32_561  # the usual training part comes first
@@ -54,7 +54,7 @@ def table_file(place: str) -> Path:
     """
     path = Path(os.environ.get("ZOO_DATA", ""), place)
     if not os.environ.get("ZOO_DATA") or not path.is_file():
-        raise DataError(f"{place} is not in ZOO_DATA: put it there, and set ZOO_DATA to the folder")
+        raise MissingDataError(f"{place} is not in ZOO_DATA: put it there, and set ZOO_DATA to the folder")
     return path
 
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -50,6 +51,8 @@ from .choose import (
 from .regrow import Regrow
 from .schedules import OneShot, Schedule
 from .scores import Score, ScoreContext
+
+_log = logging.getLogger("zoo")
 
 __all__ = ["Sparsifier", "choose_masks", "prunable_parameters", "sparsify"]
 
@@ -299,7 +302,14 @@ def sparsify(
         context = replace(context, generator=torch.Generator().manual_seed(seed))
     before = masks_of(core) or MaskSet({})
     scores = score_tensors(weights, chosen, context, before, before)
-    return tighten(core, choose_masks(scores, goal, patterns, resolve_budget(budget, patterns)))
+    masks = choose_masks(scores, goal, patterns, resolve_budget(budget, patterns))
+    if whole := [name for name, mask in masks.items() if not mask.kept and mask.numel]:
+        _log.warning(
+            "nothing is left of %s: what passes through it is lost. budget='uniform' takes the same share of "
+            "each tensor, names=... leaves tensors out",
+            ", ".join(whole),
+        )
+    return tighten(core, masks)
 
 
 def _measure(

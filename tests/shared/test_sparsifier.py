@@ -559,3 +559,14 @@ def test_nothing_grows_outside_of_what_it_may() -> None:
     within = torch.tensor([True, True, False, True])
     moved = RigL(end=10, fraction=1.0).update("w", mask, torch.ones(4), context, 0, within)
     assert moved.keep.tolist() == [False, True, False, False]
+
+
+def test_a_tensor_of_which_nothing_is_left_is_named(caplog):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+    sparsify(model, sparsity=0.5)
+    assert "nothing is left of 1.weight" in caplog.text and "0.weight" not in caplog.text
+    caplog.clear()
+    sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), sparsity=0.5, budget="uniform")
+    assert not caplog.text

@@ -11,7 +11,7 @@ from torch import nn
 import zoo
 from zoo.bundles.interchange import ExportOnnx, ExportProgram, example_inputs
 from zoo.cli import main
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, MissingDataError
 from zoo.shared.masks import masks_of
 
 SPARSE = "vision/bip-convnet-digits-s90"
@@ -128,3 +128,16 @@ def test_language_models_are_shown_token_ids():
     model = zoo.load("llm/dense-shakespeare")
     (ids,) = example_inputs(model, "llm")
     assert ids.shape == (2, 16) and int(ids.max()) < model.config.vocab_size
+
+
+def test_noise_of_their_size_stands_for_images_that_are_not_at_hand(monkeypatch):
+    from zoo.vision import data
+
+    monkeypatch.delenv("ZOO_DATA", raising=False)
+    data._own.cache_clear()
+    (images,) = example_inputs(zoo.load("vision/magnitude-resnet20-cifar10-s80"), "vision")
+    assert images.shape == (2, 3, 32, 32) and images.std() > 0.5
+    (photos,) = example_inputs(zoo.load("vision/deep-compression-squeezenet-imagenet"), "vision")
+    assert photos.shape == (2, 3, 227, 227)
+    with pytest.raises(MissingDataError):
+        example_inputs(zoo.load("vision/dense-edsr-x2"), "vision")

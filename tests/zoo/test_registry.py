@@ -233,3 +233,20 @@ def test_near_misses() -> None:
     assert names.near_misses("zzz", pool) == []
     assert names.suggestion("x", []) == "None is registered."
     assert "There are 6" in names.suggestion("zzz", "abcdef")
+
+
+def test_a_word_of_a_name_is_enough() -> None:
+    pool = [
+        "vision/deep-compression-squeezenet-imagenet",
+        "vision/dense-resnet20-cifar10",
+        "graph/dense-squash",
+    ]
+    assert names.near_misses("squeezenet", pool) == [pool[0]]
+    assert names.near_misses("vision/squeezenet", pool)[0] == pool[0]
+    assert names.near_misses("*resnet20*", pool)[0] == pool[1]
+
+
+def test_a_glob_over_a_mistyped_domain_is_suggested_with_the_right_one() -> None:
+    pool = ["vision/dense-resnet20-cifar10", "graph/dense-gcn-cora"]
+    assert names.suggestion("vison/*resnet*", pool) == "Did you mean 'vision/*resnet*'?"
+    assert "vision/*zzz" not in names.suggestion("vison/*zzz", pool), "it would match nothing"

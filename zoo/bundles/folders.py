@@ -26,7 +26,7 @@ def publish_folder(folder: Path, write: Callable[[Path], object], overwrite: boo
             cannot be written. What `write` raises is passed on. In each case the old folder is intact.
     """
     folder = Path(os.path.abspath(folder))
-    _refuse(folder, overwrite)
+    refuse_folder(folder, overwrite)
     return put_folder(folder, write)
 
 
@@ -78,7 +78,12 @@ def put_folder(folder: Path, write: Callable[[Path], object]) -> Path:
     return folder
 
 
-def _refuse(folder: Path, overwrite: bool) -> None:
+def refuse_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder for a bundle, before any work is done for it.
+
+    Raises:
+        BundleError: it has files that are no bundle's, or a bundle that may not be replaced.
+    """
     if not os.path.lexists(folder):
         return
     if not folder.is_dir() or folder.is_symlink():
@@ -88,7 +93,10 @@ def _refuse(folder: Path, overwrite: bool) -> None:
     if foreign:
         raise BundleError(f"{folder}: holds {foreign[0]!r}, no part of a bundle. Choose another folder.")
     if names and not overwrite:
-        raise BundleError(f"{folder}: holds a bundle already. Pass overwrite=True or choose another folder.")
+        raise BundleError(
+            f"{folder}: holds a bundle already. Choose another folder, or replace it (--overwrite, in Python "
+            "overwrite=True)."
+        )
 
 
 def _flush(folder: Path) -> None:

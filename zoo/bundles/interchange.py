@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from zoo.bundles.catalog import find
 from zoo.bundles.store import load_bundle
 from zoo.cli.parsing import Positional, metavar
-from zoo.errors import ConfigError
-from zoo.registry import JOBS
+from zoo.errors import ConfigError, MissingDataError
+from zoo.registry import EXAMPLES, JOBS
 from zoo.shared.masks import masks_of
 
 BATCH = 2  # of the example: exporters take a size of one for a constant
@@ -80,16 +80,23 @@ def _is_language_model(model: nn.Module) -> bool:
 
 
 def example_inputs(model: nn.Module, domain: str) -> tuple[Tensor, ...]:
-    """A batch of two samples: token ids, or of the data that a model of a domain is made for.
+    """A batch of two samples: token ids, or of the data that a model of a domain is made for, or noise of
+    their size.
 
     Raises:
         ConfigError: its inputs are not tensors that are stacked by sample.
-        DataError: data that are not at hand.
+        MissingDataError: data that are not at hand, and whose size is not known.
     """
     if _is_language_model(model):
         config: Any = model.config
         return (torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % config.vocab_size,)
-    given = JOBS.get(domain)(None, model=model).batches.example()
+    try:
+        given = JOBS.get(domain)(None, model=model).batches.example()
+    except MissingDataError:
+        noise = EXAMPLES.get(domain)(model) if domain in EXAMPLES else None
+        if noise is None:
+            raise
+        given = (noise,)
     if not all(isinstance(one, Tensor) and one.dim() and len(one) == 1 for one in given):
         kinds = ", ".join(type(one).__name__ for one in given)
         raise ConfigError(

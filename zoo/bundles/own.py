@@ -80,7 +80,7 @@ def handed(card: Card, into: nn.Module | type[nn.Module] | None, tensors: Mappin
     if into is None:
         raise BundleError(
             f"{card.name}: its class {stated.removeprefix(PYTHON)} is not the zoo's; hand it over: "
-            f"zoo.load({card.name!r}, into={kind}), or into=a model of it"
+            f"zoo.load(..., into={kind}), or into=a model of it"
         )
     if isinstance(into, nn.Module):
         model = into

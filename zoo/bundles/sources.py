@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, DataError, MissingDataError
 from zoo.shared.store.io import sha256_file
 
 
@@ -36,7 +36,7 @@ def published_file(imported: Mapping[str, str] | None) -> Path:
     place, address, root = imported["file"], imported["address"], os.environ.get("ZOO_DATA")
     path = Path(root or "ZOO_DATA", place)
     if not root or not path.is_file():
-        raise DataError(
+        raise MissingDataError(
             f"{path} is not there. Get it from {address}, put it at {place} below a folder of your own, and "
             "set ZOO_DATA to that folder."
         )

@@ -107,8 +107,9 @@ def _overview() -> str:
             *lines,
             "",
             "Everywhere: --json for machines, --debug for a traceback. zoo --version prints the version.",
-            "Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 3 disk, network or memory,",
-            "            70 an error inside the zoo, 130 interrupted.",
+            "Exit codes: 0 done, 1 a check failed, 2 bad usage or input,",
+            "            3 disk, network, memory or missing data, 70 an error inside the zoo,",
+            "            130 interrupted.",
             "",
             "Try: zoo list",
         ]
@@ -127,10 +128,10 @@ def _report(error: Exception, *, as_json: bool) -> int:
 
 
 def _classify(error: Exception) -> tuple[int, str]:
-    from zoo.errors import HubError
+    from zoo.errors import HubError, MissingDataError
     from zoo.shared.errors import SparseError, StorageError
 
-    if isinstance(error, (HubError, StorageError)):
+    if isinstance(error, (HubError, MissingDataError, StorageError)):
         return ENVIRONMENT, str(error)
     if isinstance(error, SparseError):
         return USAGE, str(error)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -162,10 +163,10 @@ def show_command(argv: Sequence[str]) -> int:
     console.print(card.summary, markup=False)
     for table in _card_tables(card):
         show_table(console, table)
-    took, seed = card.training.seconds, "" if card.method.seed is None else f" seed={card.method.seed}"
+    took, seed = card.training.seconds, {} if card.method.seed is None else {"seed": card.method.seed}
     facts = {
         "Architecture": f"{card.architecture.name} {_arguments(card.architecture.args)}",
-        "Method": f"{card.method.name} {_arguments(card.method.hyperparameters)}{seed}",
+        "Method": f"{card.method.name} {_arguments(card.method.hyperparameters | seed)}",
         "Dense twin": card.dense_twin or ("it is dense itself" if card.method.name == "dense" else "none"),
         "Made by": card.training.command + ("" if took is None else f"  ({numbers.seconds(took)})"),
         "With": " ".join(f"{name} {value}" for name, value in (card.training.environment or {}).items()),
@@ -183,8 +184,19 @@ def show_command(argv: Sequence[str]) -> int:
     }
     for name, text in facts.items():
         if text:
-            console.print(f"{name + ':':<14}{text}", markup=False, soft_wrap=True)
+            line = _fact(name, text, console.width if console.is_terminal else None)
+            console.print(line, markup=False, soft_wrap=True)
     return 0
+
+
+def _fact(name: str, text: str, width: int | None) -> str:
+    """A line with its label; on a terminal folded between words, under the text's beginning."""
+    line = f"{name + ':':<14}{text}"
+    if width is None:
+        return line
+    return textwrap.fill(
+        line, width, subsequent_indent=" " * 14, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _draw(bundle: Bundle, path: Path) -> None:
@@ -192,7 +204,8 @@ def _draw(bundle: Bundle, path: Path) -> None:
 
     domain = bundle.card.domain
     if domain not in PICTURES:
-        raise ConfigError(f"--picture: models of {domain} have none; those of {PICTURES.names()} have")
+        others = " and ".join(PICTURES.names())
+        raise ConfigError(f"--picture: models of {domain} have none; those of {others} have")
     note(f"{PICTURES.get(domain)(bundle, path)}: {path}")
 
 
@@ -279,6 +292,12 @@ def _card_tables(card: Card) -> list[Any]:
             ]
         )
     columns = ["task", "metric", "this model", "dense twin", "mean ± spread (seeds)", "dense twin's"]
+    measured = Table("Measured", columns, metrics)
+    figures = [figure for metric in card.metrics for figure in (metric, metric.dense) if figure]
+    if all(len(figure.per_seed) == 1 for figure in figures):  # the mean of one is the figure itself
+        measured = replace(measured.without(columns[4]).without(columns[5]), note="One seed.")
+    if not any(metric.dense for metric in card.metrics):
+        measured = measured.without(columns[3]).without(columns[5])
     cost, flops = card.cost, card.cost.flops
     costs = [
         ["parameters", numbers.count(cost.parameters.dense), numbers.count(cost.parameters.kept)],
@@ -288,7 +307,7 @@ def _card_tables(card: Card) -> list[Any]:
     ]
     if card.stands_on is not None:
         costs.append(["its base's files", "", numbers.size(card.stands_on.bytes)])
-    tables = [Table("Measured", columns, metrics)] if metrics else []
+    tables = [measured] if metrics else []
     tables.append(Table("Cost", ["", "dense", "sparse"], costs))
     if card.sparsity.parts:
         parts = [

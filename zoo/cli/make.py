@@ -182,8 +182,10 @@ def sparsify_command(argv: Sequence[str]) -> int:
     source = find(options.model)
     name = options.name or f"{source.card.domain}/{options.out.name}"
     origin = Origin(name, method_name, command_line("sparsify", argv))
+    from zoo.bundles.folders import refuse_folder
     from zoo.harness.workers import workers
 
+    refuse_folder(options.out, options.overwrite)
     first = workers().index == 0
     with progress_bar(quiet=not first) as progress:
         path = make_bundle(

@@ -167,12 +167,30 @@ def _condense(box: str) -> str:
         else:
             parts[-1].append(line)
     filled = [part for part in parts if part]
+    if filled and (missing := _missing(filled[0], box)):
+        return missing
     message = " ".join(filled[0]).replace("{None}|", "").rstrip(":.") if filled else "wrong usage"
     for part in filled[1:]:
         options = [line.split()[0] for line in part[1:] if line.startswith("--")]
         if part[0].startswith("Perhaps you meant") and options:
             message += f"; did you mean {' or '.join(options[:2])}?"
     return message
+
+
+def _missing(part: Sequence[str], box: str) -> str:
+    """What a command needs and was not given, each with its help; nothing if nothing is missing."""
+    found = re.match(r"Missing from (.*):$", part[0])
+    if found is None:
+        return ""
+    needed: dict[str, list[str]] = {}
+    for line in part[1:]:
+        if re.search(rf"^│ {{5}}{re.escape(line)}", box, re.MULTILINE):  # not as deep as its help
+            name = line
+            needed[name] = []
+        else:
+            needed[name].append(line)
+    helps = {name: " ".join(lines).removesuffix("(required)").rstrip(" .") for name, lines in needed.items()}
+    return f"{found[1]} needs " + " and ".join(f"{name} ({text})" for name, text in helps.items())
 
 
 def _readable(text: str) -> str:

@@ -20,9 +20,8 @@ PREFIX = "hf://"
 
 @dataclass
 class Pull:
-    """Fetch a model from a hub into the local cache and check it against its card; of another library's
-    model the
-    safetensors and texts, for `zoo sparsify` and for bundles that stand on it."""
+    """Fetch a model from a hub into the local cache and check it against its card; of another library's model
+    the safetensors and texts, for `zoo sparsify` and for bundles that stand on it."""
 
     reference: Annotated[str, Positional, metavar("hf://OWNER/NAME[@REVISION]")]
     """Where it is; the revision is a branch, tag or commit."""
@@ -131,6 +130,8 @@ def export_command(argv: Sequence[str]) -> int:
         report = other.run()
         print_json(report) if other.json else print(other.describe(report))
         return OK
+    if to and any(word.partition("=")[0] == "--out" for word in rest):  # only formats of the registry have it
+        EXPORTERS.get(to)
     options = parse(Export, argv, "export")
     is_file = options.to.suffix == ".safetensors"
     if not is_file and options.to.suffix:

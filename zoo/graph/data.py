@@ -33,7 +33,7 @@ from torch_geometric.transforms import NormalizeFeatures
 
 from zoo.bundles.catalog import cache_folder
 from zoo.bundles.sources import Source
-from zoo.errors import DataError
+from zoo.errors import DataError, MissingDataError
 from zoo.graph.digits import digits_graph
 from zoo.graph.files import checked_graph, is_file, read_graph, source_of
 from zoo.graph.splits import split_per_class
@@ -214,7 +214,7 @@ def _build(name: str, folder: Path) -> None:
     try:
         copied = _copy_raw(name, scratch)
         if not copied and os.environ.get("ZOO_OFFLINE") == "1":
-            raise DataError(
+            raise MissingDataError(
                 f"The raw files of {name} are not in ZOO_DATA, and ZOO_OFFLINE=1 forbids the download."
             )
         try:
@@ -222,7 +222,7 @@ def _build(name: str, folder: Path) -> None:
         except (OSError, aiohttp.ClientError, asyncio.TimeoutError) as error:  # what the download may raise
             if copied:
                 raise
-            raise DataError(
+            raise MissingDataError(
                 f"The raw files of {name} are not in ZOO_DATA and could not be downloaded "
                 f"({type(error).__name__}: {error}). Put them into $ZOO_DATA/{_PLACES[name].source}."
             ) from error
@@ -238,7 +238,7 @@ def _copy_raw(name: str, target: Path) -> bool:
     if not root:
         return False
     if not Path(root).is_dir():
-        raise DataError(f"ZOO_DATA names a folder that is not there: {root}.")
+        raise MissingDataError(f"ZOO_DATA names a folder that is not there: {root}.")
     place = _PLACES[name]
     source = Path(root) / place.source
     if not all((source / file).is_file() for file in place.files):

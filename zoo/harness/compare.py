@@ -188,7 +188,8 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         "samples, else from the paired t test. A difference smaller than `detectable` would have been missed "
         "more than one time in five."
     )
-    return Table("Comparison", columns, rows, note)
+    optional = ("detectable", "metric", "reference's", "model's", "p", "reference", "task")
+    return Table("Comparison", columns, rows, note, optional)
 
 
 def _common_tasks(items: Sequence[str | Path | nn.Module], twins: bool) -> list[Task]:

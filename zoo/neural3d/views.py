@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zoo.errors import DataError
+from zoo.errors import DataError, MissingDataError
 from zoo.neural3d.cameras import Camera, from_opengl, from_world, lens
 from zoo.shared.store.io import read_json
 
@@ -162,7 +162,7 @@ def load_views(name: str, *, longest: int | None = None) -> Views:
 def data_folder(name: str) -> Path:
     root = os.environ.get("ZOO_DATA")
     if root is None or not (Path(root) / name).is_dir():
-        raise DataError(
+        raise MissingDataError(
             f"the views {name!r} are not in the folder that ZOO_DATA names ({root}); 'shapes' are embedded"
         )
     return Path(root) / name

@@ -96,7 +96,9 @@ def _table(task: str, records: Sequence[Record]) -> Table:
     arrow = "higher" if first.direction > 0 else "lower"
     samples = " to ".join(sorted({str(record.n) for record in records}))
     note = f"n = {samples} samples; {arrow} is better; ± is the standard error over samples."
-    return Table(task, columns, rows, note)
+    # On a narrow screen: which model, how good, how sparse.
+    optional = ("time", "#", "FLOPs", "parameters", "on disk", "against dense")
+    return Table(task, columns, rows, note, optional)
 
 
 def _plots(task: str, records: Sequence[Record]) -> list[Plot]:

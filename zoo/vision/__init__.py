@@ -11,6 +11,7 @@ from typing import Any
 from zoo.registry import (
     ARCHITECTURES,
     DATASETS,
+    EXAMPLES,
     FINETUNERS,
     FOLDERS,
     JOBS,
@@ -39,6 +40,7 @@ METHODS.register("ofb", "zoo.vision.methods.ofb:OFB")
 METHODS.register("sparse-byte-nn", "zoo.vision.methods.kernel_groups:KernelGroups")
 RECIPE_CHECKS.register("timm", "zoo.vision.recipe_check:Timm")
 JOBS.register("vision", "zoo.vision.domain:make_job")
+EXAMPLES.register("vision", "zoo.vision.domain:example_of")
 FOLDERS.register("vision/config.json:pretrained_cfg", "zoo.vision.timm_folders:sparsify_folder")
 TASKS.register("vision/digits", "zoo.vision.tasks:Digits")
 TASKS.register("vision/cifar10-jpeg", "zoo.vision.tasks:CifarJpeg")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from zoo.bundles.catalog import cache_folder
 from zoo.bundles.sources import Source
-from zoo.errors import DataError
+from zoo.errors import DataError, MissingDataError
 from zoo.registry import DATASETS
 from zoo.shared.measure.modes import eval_mode
 from zoo.shared.store.io import atomic_write
@@ -99,6 +99,13 @@ class Images:
         return replace(self, train=self.train.take(torch.arange(count)))
 
 
+#: channels, height and width of the images that are not embedded
+SHAPES = {
+    "cifar10-jpeg": (3, 32, 32),
+    "cifar10-true": (3, 32, 32),
+    "cifar10-mixed": (3, 32, 32),
+    "imagenet-one-per-class": (3, 227, 227),
+}
 SOURCES = {
     "digits": Source(
         "scikit-learn digits (1,797 images of 8x8)",
@@ -201,7 +208,7 @@ def _folder(title: str, name: str, file: str) -> Path:
     root = os.environ.get("ZOO_DATA")
     folder = Path(root) / name if root else None
     if folder is None or not (folder / file).exists():
-        raise DataError(
+        raise MissingDataError(
             f"{title} is not at {folder or '$ZOO_DATA/' + name}. Set ZOO_DATA to the folder with {name}/."
         )
     return folder

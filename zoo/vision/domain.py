@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.bundles.sources import Source
 from zoo.errors import ConfigError
@@ -90,6 +90,13 @@ def dataset_of(model: nn.Module | None) -> str:
         raise ConfigError("This model has no card that names its images: give the option dataset.")
     task = str(known.card.metrics[0].task)
     return task.removeprefix("images:") if task.startswith("images:") else task.partition("/")[2]
+
+
+def example_of(model: nn.Module) -> Tensor | None:
+    """An image of noise of the size that a model is made for; None where the name of its data does not tell
+    that size."""
+    shape = data.SHAPES.get(dataset_of(model))
+    return None if shape is None else torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def source_of(dataset: str) -> Source:

@@ -5,7 +5,8 @@
     LIST.csv                                columns `file` (from the list's folder) and `label`, maybe `split`
 
 `FOLDER@32` resizes to 32x32, `FOLDER@32L` to grey ones, `FOLDER@32RGB` to three channels; without it images
-stay as they are, and must all have one size. Only Pillow reads the files.
+stay as they are, and must all have one size. Grey ones among coloured ones get three channels. Only Pillow
+reads the files.
 """
 
 from __future__ import annotations
@@ -84,22 +85,25 @@ def read_images(name: str, state: tuple[tuple[str, int, int], ...] = ()) -> Imag
         raise DataError(
             f"{spec.path}: {len(classes)} classes of images; a folder for each of two or more is needed."
         )
-    images, shape = [], None
+    images: list[Any] = []
+    shape = None
     for file, _, _ in listed:
         array = _decoded(file, spec)
         if shape is None:
-            shape = array.shape
+            shape = array.shape[1:]
             if len(listed) * array.nbytes > MOST_BYTES:
                 raise DataError(
                     f"{spec.path}: {len(listed)} images of {array.nbytes} bytes do not fit; resize them: "
                     f"{spec.path}@64."
                 )
-        if array.shape != shape:
+        if array.shape[1:] != shape:
             raise DataError(
-                f"{file} is {_words(array.shape)}, the first image {_words(shape)}: give one size, "
-                f"{spec.path}@32RGB say."
+                f"{file} is {array.shape[2]}x{array.shape[1]}, the first image {shape[1]}x{shape[0]}: "
+                f"give one size, {spec}@32 say."
             )
         images.append(array)
+    if len({len(array) for array in images}) > 1:
+        images = [np.repeat(array, 3, axis=0) if len(array) == 1 else array for array in images]
     numbers = {label: number for number, label in enumerate(classes)}
     whole = Split(
         torch.from_numpy(np.stack(images)), torch.tensor([numbers[label] for _, label, _ in listed])
@@ -161,10 +165,6 @@ def _decoded(file: Path, spec: Spec) -> Any:
         raise DataError(f"{file}: cannot be read as an image: {error}.") from error
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def _words(shape: tuple[int, ...]) -> str:
-    return f"{shape[2]}x{shape[1]} in {shape[0]} channels"
 
 
 def _parts(whole: Split, stated: list[str], path: Path) -> dict[str, Split]:

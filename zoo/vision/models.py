@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, MissingDataError
 from zoo.shared.structure.relatives import seeded
 from zoo.shared.train.device import device_of
 
@@ -402,7 +402,7 @@ def pretrained_resnet(depth: int = 20) -> ResNet:
     root = os.environ.get("ZOO_DATA")
     files = sorted(Path(root, "weights", "resnet-cifar10").glob(f"resnet{depth}-*.th")) if root else []
     if not files:
-        raise DataError(
+        raise MissingDataError(
             f"no weights resnet{depth}-*.th at {root or '$ZOO_DATA'}/weights/resnet-cifar10: set ZOO_DATA, "
             "or choose depth 20, 32, 44 or 56"
         )

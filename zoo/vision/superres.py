@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from zoo.bundles.sources import Source
-from zoo.errors import ConfigError, DataError, TaskError
+from zoo.errors import ConfigError, DataError, MissingDataError, TaskError
 from zoo.harness.tasks import Flops, Progress, Task, TaskResult, register_task
 from zoo.shared.measure.account import count
 from zoo.vision.upscalers import Upscaler
@@ -42,7 +42,7 @@ def superres_folder() -> Path:
     root = os.environ.get("ZOO_DATA")
     folder = Path(root) / "superres" if root else None
     if folder is None or not (folder / "T91").is_dir():
-        raise DataError(
+        raise MissingDataError(
             f"Super-resolution images are not at {folder or '$ZOO_DATA/superres'}. Set ZOO_DATA to the "
             "folder with superres/."
         )

@@ -420,3 +420,52 @@ def test_a_long_argument_of_a_card_is_cut_and_said_to_be():
     assert _arguments({"width": 8}) == "width=8"
     shown = _arguments({"plan": list(range(1000))})
     assert len(shown) < 150 and shown.endswith("characters, whole by --json)")
+
+
+def test_missing_data_is_the_environments_fault(capsys, monkeypatch):
+    monkeypatch.delenv("ZOO_DATA", raising=False)
+    monkeypatch.setenv("ZOO_OFFLINE", "1")
+    code, _, err = run(capsys, "eval", "vision/deep-compression-squeezenet-imagenet", "--fresh")
+    assert code == 3 and "Set ZOO_DATA" in err
+    assert "missing data" in run(capsys, "--help")[1]
+
+
+def test_a_card_of_one_seed_shows_each_figure_once(capsys):
+    _, out, _ = run(capsys, "show", "vision/magnitude-resnet20-cifar10-s80")
+    assert "dense twin" in out and "One seed." in out
+    assert "± -" not in out and "spread" not in out
+    assert out.count(" seed=0") == 1
+    _, out, _ = run(capsys, "show", "vision/deep-compression-squeezenet-imagenet")
+    assert "dense twin" not in out, "there is none"
+    assert "mean ± spread (seeds)" in run(capsys, "show", "graph/teddy-gcn-cora-g30-w80")[1]
+
+
+def test_facts_of_a_card_are_folded_between_words_on_a_terminal():
+    from zoo.cli.browse import _fact
+
+    text = "width=16 shortcut=pad /a/very/long/path-to/weights.safetensors"
+    assert _fact("Method", text, None) == f"Method:       {text}"
+    folded = _fact("Method", text, 40).splitlines()
+    assert folded[0] == "Method:       width=16 shortcut=pad"
+    assert folded[1] == " " * 14 + "/a/very/long/path-to/weights.safetensors"
+
+
+def test_a_mistyped_format_of_export_is_named(capsys):
+    code, _, err = run(capsys, "export", "vision/dense-convnet-digits", "--to", "onxx", "--out", "x.onnx")
+    assert code == 2 and "Unknown export 'onxx'. Did you mean 'onnx'?" in err
+
+
+def test_the_domains_that_have_pictures_are_named(capsys):
+    code, _, err = run(capsys, "show", "vision/dense-convnet-digits", "--picture", "x.png")
+    assert code == 2 and "those of diffusion and neural3d have" in err
+
+
+def test_a_folder_that_is_taken_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    from zoo.harness import making
+
+    (tmp_path / "card.yaml").write_text("kept")
+    monkeypatch.setattr(making, "make_bundle", lambda *_, **__: pytest.fail("it worked all the same"))
+    code, _, err = run(
+        capsys, "sparsify", "vision/dense-convnet-digits", "--method", "prune", "--out", tmp_path
+    )
+    assert code == 2 and "--overwrite" in err

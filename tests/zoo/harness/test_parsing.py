@@ -62,6 +62,26 @@ def test_an_option_of_one_value_is_given_once(argv):
         parse_with(Own, Part, ["m", *argv], "toy")
 
 
+@dataclass
+class Needy:
+    model: Annotated[str, Positional, metavar("MODEL")]
+    """A name."""
+    out: Path
+    """A folder for what is made, which is long enough to be folded into two lines of the message of the
+    parser."""
+
+
+def test_what_is_missing_is_named_with_its_help():
+    with pytest.raises(ConfigError) as refused:
+        parse(Needy, [], "try")
+    assert str(refused.value) == (
+        "zoo try needs MODEL (A name) and --out PATH (A folder for what is made, which is long enough to be "
+        "folded into two lines of the message of the parser); see `zoo try --help`"
+    )
+    with pytest.raises(ConfigError, match=r"zoo try needs --out PATH \(A folder .*\); see"):
+        parse(Needy, ["x", "--oat", "y"], "try")
+
+
 def test_names_stay_whole_on_a_narrow_screen():
     name = "vision/fast-sparse-convnet-mobilenet-digits-s90"
     table = Table("", ["model", "method", "bytes"], [[name, "fast-convnets", "10 kB"]], "", ("method",))
@@ -102,3 +122,19 @@ def test_tables_that_fit_look_like_those_that_do_not(title):
     plain = [re.sub(r"\x1b\[[0-9;]*m", "", text) for text in shown]
     assert plain[0] == plain[1]
     assert all("\x1b[32mok    \x1b[0m" in text and "\x1b[31mfailed\x1b[0m" in text for text in shown)
+
+
+def test_figures_and_comparisons_keep_their_names_whole_at_80_columns():
+    from zoo.harness.compare import Comparison, comparison_table
+    from zoo.studies.stats import Difference
+
+    names = [f"vision/{kind}-resnet20-cifar10-s80" for kind in ("magnitude", "dense")]
+    difference = Difference(-0.01, -0.02, 0.001, 0.03, 0.02, 0.95, 500, 0.005)
+    table = comparison_table(
+        [Comparison("vision/cifar10-true", "accuracy", *names, 0.9, 0.91, difference, 1, None)]
+    )
+    out = io.StringIO()
+    show_table(Console(file=out, width=80), table)
+    text = out.getvalue()
+    assert "verdict" in text and "difference" in text and "95% interval" in text
+    assert "Left out at 80 columns" in text

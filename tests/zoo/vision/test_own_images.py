@@ -74,6 +74,17 @@ def test_folders_that_are_refused(tmp_path, spoil, message):
         load_images(str(tmp_path / "mine"))
 
 
+def test_a_grey_image_among_coloured_ones_gets_three_channels(tmp_path):
+    draw(tmp_path / "mine")
+    pixels = np.arange(120, dtype=np.uint8).reshape(12, 10)
+    for number in range(10):
+        Image.fromarray(pixels).save(tmp_path / "mine" / "cat" / f"{number}.png")
+    images = load_images(str(tmp_path / "mine"))
+    assert images.train.images.shape[1:] == (3, 12, 10)
+    cats = images.train.images[images.train.labels == 0]
+    assert (cats == torch.from_numpy(pixels)).all()
+
+
 def test_names_of_nothing(tmp_path):
     assert not is_folder("imagenet")
     with pytest.raises(DataError, match="Unknown image set 'imagenet'. There are: digits.*a folder with one"):

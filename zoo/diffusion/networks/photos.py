@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from zoo.diffusion.networks.base import Draw
-from zoo.errors import DataError
+from zoo.errors import MissingDataError
 
 
 def _folder(name: str) -> Path:
     root = os.environ.get("ZOO_DATA")
     folder = Path(root) / "superres" / name if root else None
     if folder is None or not folder.is_dir():
-        raise DataError(
+        raise MissingDataError(
             f"{name} is not at {folder or '$ZOO_DATA/superres/' + name}. Set ZOO_DATA to the folder with "
             "superres/."
         )

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.errors import DataError, UnknownNameError
+from zoo.errors import DataError, MissingDataError, UnknownNameError
 from zoo.names import suggestion
 from zoo.shared.store.io import sha256_file
 
@@ -225,7 +225,7 @@ def _read(file: str) -> str:
     root = os.environ.get("ZOO_DATA")
     path = Path(root or "ZOO_DATA") / "text" / file
     if not root or not path.is_file():
-        raise DataError(
+        raise MissingDataError(
             f"{path} is not there. Set ZOO_DATA to the folder of the data; the text `embedded` needs no file."
         )
     if (found := sha256_file(path)) != _SHA256[file]:

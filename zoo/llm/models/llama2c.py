@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, DataError, MissingDataError
 from zoo.llm.data.tokenization import remember, score_bpe
 from zoo.llm.models import llama
 
@@ -138,6 +138,6 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(
+        raise MissingDataError(
             f"{path} cannot be read: {error.strerror}. Set ZOO_DATA to the folder of the data."
         ) from error

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from zoo.bundles.sources import Source
-from zoo.errors import DataError
+from zoo.errors import DataError, MissingDataError
 from zoo.vision.lidar.boxes import wrapped
 from zoo.vision.lidar.scenes import CLASSES, SceneConfig, make_scene
 
@@ -95,7 +95,7 @@ def real_frame(folder: str, name: str) -> Frame:
     root = os.environ.get("ZOO_DATA")
     path = Path(root or "ZOO_DATA") / folder / f"{name}.npz"
     if not path.is_file():
-        raise DataError(f"there is no {path}; set ZOO_DATA to the folder of the data sets")
+        raise MissingDataError(f"there is no {path}; set ZOO_DATA to the folder of the data sets")
     with np.load(path, allow_pickle=False) as file:
         stored = dict(file)
     xyz = torch.from_numpy(stored["xyz_q"].astype(np.float64) * stored["quantum_m"]).float()
