@@ -94,8 +94,8 @@ def refuse_folder(folder: Path, overwrite: bool) -> None:
         raise BundleError(f"{folder}: holds {foreign[0]!r}, no part of a bundle. Choose another folder.")
     if names and not overwrite:
         raise BundleError(
-            f"{folder}: holds a bundle already. Choose another folder, or replace it (--overwrite, in Python "
-            "overwrite=True)."
+            f"{folder}: holds a bundle already. Pass overwrite=True, in the shell --overwrite, or choose "
+            "another folder."
         )
 
 
