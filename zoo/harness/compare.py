@@ -188,7 +188,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         "samples, else from the paired t test. A difference smaller than `detectable` would have been missed "
         "more than one time in five."
     )
-    optional = ("detectable", "metric", "reference's", "model's", "p", "reference", "task")
+    optional = ("detectable", "metric", "reference's", "model's", "p", "reference", "task", "difference")
     return Table("Comparison", columns, rows, note, optional)
 
 

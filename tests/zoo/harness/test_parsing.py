@@ -136,5 +136,5 @@ def test_figures_and_comparisons_keep_their_names_whole_at_80_columns():
     out = io.StringIO()
     show_table(Console(file=out, width=80), table)
     text = out.getvalue()
-    assert "verdict" in text and "difference" in text and "95% interval" in text
+    assert " verdict" in text and "95% interval" in text and names[0] in text
     assert "Left out at 80 columns" in text
