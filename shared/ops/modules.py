@@ -225,10 +225,10 @@ class SparseConv1x1(SparseLinear):
     ) -> Float[Tensor, "batch out *map"]:
         if self.before is not None:
             expand, between = self.before
-            hooked = between._forward_hooks or between._forward_pre_hooks
+            apart = torch.compiler.is_compiling() or between._forward_hooks or between._forward_pre_hooks
             if expand is not None:
-                hooked = hooked or expand._forward_hooks or expand._forward_pre_hooks
-            if not hooked:
+                apart = apart or expand._forward_hooks or expand._forward_pre_hooks
+            if not apart:
                 first = None if expand is None else expand.pointwise
                 return separable_conv(x, first, between.depthwise, self.pointwise, residual)
             x = between(x if expand is None else expand(x))
