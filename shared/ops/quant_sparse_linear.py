@@ -57,9 +57,10 @@ class QuantGroups:
     pointer: Integer[Tensor, " rows_and_end"]
     shape: tuple[int, int]
     group: int
-    calls: Calls = field(default_factory=Calls, init=False, repr=False)
+    calls: Calls = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "calls", Calls())  # not by a default factory, which dynamo cannot trace
         self.check()
 
     def check(self) -> None:

@@ -71,9 +71,10 @@ class SparseWeight:
     layout: str
     shape: tuple[int, int]
     width: int = 1
-    calls: Calls = field(default_factory=Calls, init=False, repr=False)
+    calls: Calls = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "calls", Calls())  # not by a default factory, which dynamo cannot trace
         self.check()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -167,13 +167,6 @@ def test_packing_joins_the_three_and_hooks_still_see_their_parts() -> None:
     assert not torch.allclose(packed(x), net(x), atol=1e-2)
 
 
-def test_a_joined_block_compiles() -> None:
-    net, packed, x = packed_block()
-    with torch.no_grad():
-        compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), net(x), atol=1e-4, rtol=1e-4)
-
-
 def test_what_others_read_is_not_joined() -> None:
     class Read(Residual):
         def forward(self, x: Tensor) -> Tensor:

@@ -113,7 +113,42 @@ def without_a_test_of_their_own() -> None:
         torch.testing.assert_close(compiled(*example.inputs), example.run())
 
 
+class Block(nn.Module):
+    """A 1x1, a depthwise and a 1x1 convolution, which packing joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(8, 24, 1)
+        self.deepen = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.project = nn.Conv2d(24, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(nn.functional.relu6(self.deepen(nn.functional.relu6(self.expand(x)))))
+
+
+def packed_convolutions() -> None:
+    """A packed network that has not run before it is compiled."""
+    from zoo.shared.masks import MaskSet
+    from zoo.shared.ops import packing
+
+    net = Block().eval().requires_grad_(False)
+    masks = MaskSet(
+        {
+            f"{name}.weight": torch.rand(getattr(net, name).weight.shape) < 0.3
+            for name in ("expand", "project")
+        }
+    )
+    masks.apply_(net)
+    x = torch.randn(2, 8, 12, 12)
+    expected = net(x)
+    packed = packing.pack(net, masks)
+    assert packed.project.before is not None
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected, atol=1e-4, rtol=1e-4)
+
+
 CASES = {"spmm": spmm, "spgemm": spgemm, "sparse_conv": sparse_conv}
+CASES["convolutions"] = packed_convolutions
 CASES["others"] = without_a_test_of_their_own
 
 
