@@ -353,3 +353,21 @@ def test_a_former_name_of_several_bundles_is_refused(shelf: Path, save_tiny) -> 
 def test_a_card_that_had_its_own_name_before_is_refused(tiny_bundle, save_tiny) -> None:
     with pytest.raises(CardError, match="formerly has the name that the bundle has now"):
         save_tiny(tiny_bundle.parent / "again", formerly=["graph/tiny-test"])
+
+
+def test_a_folder_that_is_no_bundle_is_told_from_a_name(
+    shelf: Path, save_tiny, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "my-odd-net")
+    (tmp_path / "my-llm").mkdir()
+    with pytest.raises(BundleError, match=r"my-llm: no bundle here.*holds it\. "):
+        catalog.find("my-llm")
+    (tmp_path / "my-llm" / "config.json").write_text("{}")
+    for name in ("my-llm", "./my-llm", tmp_path / "my-llm"):
+        with pytest.raises(BundleError, match="another library's model, which `zoo sparsify .*my-llm` takes"):
+            catalog.find(name)
+    with pytest.raises(UnknownNameError, match="Did you mean 'my-odd-net'"):
+        catalog.find("my-od-net")
+    with pytest.raises(BundleError, match="Did you mean 'my-odd-net'"):
+        catalog.find("./my-od-net")

@@ -22,12 +22,21 @@ from pathlib import Path
 from zoo.bundles.bindings import may_use, repository_of
 from zoo.bundles.card import CARD_FILE, Card, level_label, read_card
 from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
-from zoo.names import DOMAINS, is_model_name, natural_key, split_version, suggestion, version_key
+from zoo.names import (
+    DOMAINS,
+    is_model_name,
+    natural_key,
+    near_misses,
+    split_version,
+    suggestion,
+    version_key,
+)
 from zoo.shared.store.io import sha256_file
 
 HUB_PREFIX = "hf://"
 BASE_FOLDER = "base"  # a bundle fetched from a hub keeps its base in this folder
 TWIN_FOLDER = "twin"  # and its dense twin in this one
+_LIBRARIES_FILES = ("config.json", "model_index.json")  # of transformers, timm and diffusers
 _LEVEL = re.compile(r"(.+)#(0?\.\d{1,6}|0)")
 _log = logging.getLogger("zoo")
 
@@ -151,11 +160,31 @@ def find(name: str | os.PathLike[str], version: str | None = None, offline: bool
     if path.name == CARD_FILE and path.exists():
         return _require_version(open_bundle(path.parent), version)
     if isinstance(name, os.PathLike) or path.is_absolute() or text.startswith(("./", "../", "~")):
-        raise BundleError(f"{path}: no bundle here (no {CARD_FILE}). Give the folder that holds it.")
+        raise BundleError(_no_bundle(path))
     wanted, pin = split_version(text)
     if pin is not None and version is not None and pin != version:
         raise ConfigError(f"{text!r} pins a version, received version={version!r}, too. Give one of them.")
-    return _find_by_name(wanted, pin if pin is not None else version)
+    try:
+        return _find_by_name(wanted, pin if pin is not None else version)
+    except UnknownNameError:
+        if path.is_dir():
+            raise BundleError(_no_bundle(path)) from None
+        raise
+
+
+def _no_bundle(path: Path) -> str:
+    """What is said of a place without a card."""
+    problem = f"{path}: no bundle here (no {CARD_FILE})."
+    if any((path / one).is_file() for one in _LIBRARIES_FILES):
+        return f"{problem} It looks like another library's model, which `zoo sparsify {path}` takes."
+    beside = (
+        suggestion(path.name, there) if (there := [one.parent.name for one in _cards_in(path.parent)]) else ""
+    )
+    return f"{problem} Give the folder that holds it. {beside}".rstrip()
+
+
+def _cards_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*/{CARD_FILE}"))
 
 
 def find_named(reference: str) -> Bundle:
@@ -219,7 +248,7 @@ def twin_of(bundle: Bundle) -> Bundle:
         base = base_of(bundle)
         if base is not None and name in (base.card.name, base.card.reference):
             return base
-    beside = sorted(path.parent for path in bundle.folder.parent.glob(f"*/{CARD_FILE}"))
+    beside = [path.parent for path in _cards_in(bundle.folder.parent)]
     for folder in (bundle.folder / TWIN_FOLDER, *beside):
         with contextlib.suppress(CardError, BundleError):
             found = open_bundle(folder)
@@ -229,7 +258,7 @@ def twin_of(bundle: Bundle) -> Bundle:
 
 
 def _base_nearby(bundle: Bundle) -> Bundle | None:
-    stated, beside = bundle.card.base, sorted(bundle.folder.parent.glob(f"*/{CARD_FILE}"))
+    stated, beside = bundle.card.base, _cards_in(bundle.folder.parent)
     for folder in (bundle.folder / BASE_FOLDER, *(path.parent for path in beside)):
         try:
             found = open_bundle(folder)
@@ -418,8 +447,9 @@ def _find_by_name(name: str, version: str | None) -> Bundle:
     everything = list(_installed())
     if (present := _present_name(name, everything)) is not None:
         return _find_by_name(present, version)
+    here = [one.parent.name for one in _cards_in(Path())]  # a folder of the user's may be meant
     names = {bundle.card.name for bundle in everything}
-    raise UnknownNameError(f"Unknown model {name!r}. {suggestion(name, names)}")
+    raise UnknownNameError(f"Unknown model {name!r}. {suggestion(name, [*near_misses(name, here), *names])}")
 
 
 def _present_name(former: str, everything: Iterable[Bundle]) -> str | None:
