@@ -141,7 +141,9 @@ def _dropped(card: Card, part: str) -> str:
     if known is None:
         return ""
     last = card.levels[-1].sparsity.parts.get(part) if card.levels else None
-    return numbers.percent(known.sparsity) + (f" to {numbers.percent(last.sparsity)}" if last else "")
+    if last is None:
+        return numbers.percent(known.sparsity)
+    return f"{100 * known.sparsity:.3g}–{100 * last.sparsity:.3g} %"
 
 
 def show_command(argv: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
     from rich.text import Text
 
+_LEAST = 8  # characters of a column beside long names
 GOOD, BAD = ("ok", "holds", "better"), ("failed", "does not hold", "invalid", "worse")
 
 
@@ -20,7 +21,8 @@ def show_table(console: Console, table: Table) -> None:
     """Print a table: numbers to the right, outcomes in colour, the note below.
 
     Where the screen is too narrow, the table's optional columns go first, and the note says which. Names of
-    rows are not broken, unless they would take more than half of it: what is said of them counts more.
+    rows are not broken, unless they would take more than half of it and leave less than `_LEAST` to each
+    other column: what is said of them counts more.
     """
     from rich.cells import cell_len
     from rich.measure import Measurement
@@ -40,7 +42,9 @@ def show_table(console: Console, table: Table) -> None:
         table, widest = table.without(column), widest.without(column)
     names = max((len(str(row[0])) for row in table.rows), default=0)
     if too_wide() or cell_len(table.title or "") > sum(_widths(widest)) or not table.rows:
-        console.print(_drawn(table, broken_names=names > console.width / 2))
+        rest = console.width - names - 2
+        broken = names > console.width / 2 and rest < (len(table.columns) - 1) * (_LEAST + 3)
+        console.print(_drawn(table, broken_names=broken))
     else:  # what fits need not be measured and folded cell by cell, which takes longer than all else
         console.print(_lines(table, _widths(widest)), no_wrap=True, overflow="ignore", crop=False)
     if table.note:

@@ -15,11 +15,13 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 from zoo import cli
 from zoo.bundles.card import read_card
 from zoo.bundles.cardfile import dump_yaml, load_yaml
+from zoo.bundles.catalog import select
 from zoo.bundles.store import load
 from zoo.cli import COMMANDS, main
 from zoo.errors import HubError
@@ -470,3 +472,14 @@ def test_a_folder_that_is_taken_is_refused_before_the_work(capsys, tmp_path, mon
         capsys, "sparsify", "vision/dense-convnet-digits", "--method", "prune", "--out", tmp_path
     )
     assert code == 2 and "--overwrite" in err
+
+
+def test_names_are_whole_at_80_columns(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "zoo.cli.browse.stdout", lambda: Console(width=80, file=sys.stdout, force_terminal=True)
+    )
+    _, out, _ = run(capsys, "list")
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out).splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = {line.split()[0] for line in lines if line.strip()}
+    assert {bundle.card.name for bundle in select("*")} <= shown
