@@ -61,7 +61,7 @@ demo: setup
 test: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/python -m pytest -n 2
 
-# Each in an environment of its own, from `make test-pythons PYTHONS="python3.10 /opt/python3.13/bin/python3"`.
+# Each in an environment of its own; interpreters elsewhere are named by their paths: make test-pythons PYTHONS="..."
 PYTHONS ?= python3.10 python3.12 python3.13
 test-pythons:
 	@for python in $(PYTHONS); do \
