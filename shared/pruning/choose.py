@@ -180,7 +180,9 @@ def goal_sparsity(sparsity: float | None, patterns: Mapping[str, Pattern]) -> fl
     densities = {pattern.fixed_density for pattern in patterns.values()}
     only = densities.pop() if len(densities) == 1 else None
     if only is None:
-        raise BudgetError("sparsity is needed: give a number in [0, 1), such as sparsity=0.9")
+        raise BudgetError(
+            "sparsity is needed: give a number in [0, 1), such as sparsity=0.9 (command line: --sparsity 0.9)"
+        )
     return float(1 - only)
 
 

@@ -306,6 +306,11 @@ def select(
         matching = _newest(bundle for bundle in everything if bundle.card.name == name)
     if not matching and glob != "*":
         names = {bundle.card.reference if "@" in glob else bundle.card.name for bundle in everything}
+        if glob.startswith((".", "/", "~")):
+            raise UnknownNameError(
+                f"Lists are of names, and {glob!r} looks like a folder: `zoo show {glob}` shows the model "
+                "in it."
+            )
         raise UnknownNameError(f"No model matches {glob!r}. {suggestion(glob, names)}")
     for kind, wanted, values in (
         ("domain", domain, lambda card: [card.domain]),

@@ -33,7 +33,7 @@ class Eval:
     """Tasks by name or glob; by default those on each model's card."""
 
     data: str | None = None
-    """Data set by name or file, instead of tasks; of the models' domain."""
+    """Data set by name, file or folder, instead of tasks; of the models' domain."""
 
     execution: tuple[Execution, ...] = ("masked",)
     """How to run: masked (dense tensors with zeros), packed (zeros skipped), or both."""
@@ -232,8 +232,9 @@ def verify_command(argv: Sequence[str]) -> int:
         if not (options.failed_only and one.ok):
             show_table(console, verification_table(one, failed_only=options.failed_only))
     hows = [check.how for one in verifications for check in one.checks if check.ok is not None]
+    models = "1 model" if len(verifications) == 1 else f"{len(verifications)} models"
     note(
-        f"{len(verifications)} models: {hows.count('measured')} figures measured again, "
+        f"{models}: {hows.count('measured')} figures measured again, "
         f"{hows.count('compared')} compared with other statements, {failed} failed, "
         f"{unknown} could not be checked"
     )

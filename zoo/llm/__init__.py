@@ -17,6 +17,7 @@ from zoo.registry import (
     GENERATORS,
     JOBS,
     MAKERS,
+    MEASURED,
     METHODS,
     RECIPE_CHECKS,
     STUDIES,
@@ -53,6 +54,7 @@ RECIPE_CHECKS.register("transformers", "zoo.llm.recipe_check:Transformers")
 JOBS.register("llm", "zoo.llm.domain:make_job")
 FOLDERS.register("llm/config.json", "zoo.llm.folders:sparsify_folder")
 BASE_READERS.register("llm", "zoo.llm.folders:base_contents")
+MEASURED.register("llm", "zoo.llm.domain:measured")
 TASKS.register("llm/text", "zoo.llm.tasks:TextFile")
 EXPORTERS.register("gguf", "zoo.llm.gguf:ExportGguf")
 GENERATORS.register("llm", "zoo.llm.generate:generate")

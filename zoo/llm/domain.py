@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.bundles.sources import Source
 from zoo.errors import ConfigError, DataError
 from zoo.harness.tasks import get_task
 from zoo.llm.data import corpus
@@ -16,6 +17,7 @@ from zoo.llm.data.tokenization import END, token_stream, tokenizer_of
 from zoo.llm.scoring import context_of
 from zoo.llm.tasks import TextTask
 from zoo.llm.train import Windows, held_out_loss, llm_recipe, window_loss
+from zoo.registry import TASKS
 from zoo.shared.train import Job, Recipe
 
 LONGEST = 256  # tokens of a window, where the model's context is longer
@@ -59,6 +61,13 @@ def make_job(
         return -held_out_loss(trained, held_out.to(next(trained.parameters()).device), size)
 
     return Job(windows, window_loss, score if len(held_out) > size else None, recipe, seed, device)
+
+
+def measured(text: str) -> tuple[str, Source]:
+    """The task that is measured on a text by name or file, and what a card says of it."""
+    found = corpus(text)
+    source = Source(found.title, found.origin, found.licence)
+    return (f"llm/{text}" if f"llm/{text}" in TASKS else f"llm/text:{text}"), source
 
 
 def text_of(model: nn.Module) -> str:

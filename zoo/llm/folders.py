@@ -28,12 +28,12 @@ from zoo.harness.making import Origin, make_bundle
 from zoo.harness.tasks import Progress
 from zoo.llm.bundling import CITATION, extras_of, save_dense
 from zoo.llm.data.calibration import default_text
+from zoo.llm.domain import measured
 from zoo.llm.large import Large
 from zoo.llm.models import architecture_of, load_pretrained
 from zoo.llm.models.quantised import GroupQuantLinear
 from zoo.llm.models.thresholds import thresholds_of
 from zoo.recipes import STREAMED
-from zoo.registry import TASKS
 from zoo.shared.masks import MaskSet
 from zoo.shared.store.formats import PackedContents, load_packed
 
@@ -112,7 +112,7 @@ def _save_twin(source: Path, method: Any, origin: Origin, dense: Path, base: Pub
     start = time.perf_counter()
     model = load_pretrained(source, dtype="auto")
     text = getattr(method, "text", None) or default_text(model)
-    task = f"llm/{text}" if f"llm/{text}" in TASKS else f"llm/text:{text}"
+    task, _ = measured(text)
     where = base.stated.reference if base is not None else str(source)
     data = {"name": "not stated", "source": where, "licence": "not stated"}
     about = About(

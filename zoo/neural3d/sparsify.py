@@ -134,6 +134,8 @@ class SparsifyScene:
             )
         if self.out.exists() and not self.overwrite:
             raise ConfigError(f"{self.out} is there already; give another place, or --overwrite")
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"--keep must be a share above 0, at most 1, such as 0.3; received {self.keep}")
         for name, least in (("rounds", 1), ("steps", 0), ("views", 4), ("size", 16)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name} must be at least {least}; received {getattr(self, name)}")

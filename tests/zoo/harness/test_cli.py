@@ -94,6 +94,7 @@ def test_every_command_explains_itself(capsys, command):
         (["pull", "owner/name"], ["owner/name", "hf://"]),
         (["push", "toy/half-mlp", "owner/name"], ["hf://"]),
         (["export", "toy/half-mlp", "--to", "x.bin"], ["x.bin", ".safetensors"]),
+        (["list", "./mine"], ["looks like a folder", "zoo show ./mine"]),
     ],
 )
 def test_bad_input_is_named_in_a_line_or_two(capsys, toy_zoo, tmp_path, monkeypatch, argv, words):

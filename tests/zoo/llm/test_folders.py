@@ -13,7 +13,9 @@ import zoo.llm.folders
 from zoo.bundles.catalog import find
 from zoo.bundles.store import load
 from zoo.cli import main
+from zoo.harness.runner import evaluate
 from zoo.llm.data.tokenization import packaged, tokenizer_of
+from zoo.llm.domain import measured
 from zoo.shared.masks import masks_of
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -70,6 +72,9 @@ def test_a_folder_becomes_one_that_transformers_loads_and_a_bundle(folder, tmp_p
     card, dense = find(out).card, find(tmp_path / "out-dense").card
     assert card.dense_twin == dense.name and card.metrics[0].task == f"llm/text:{tmp_path / 'mine.txt'}"
     assert card.metrics[0].dense.value == dense.metrics[0].value
+    [record] = evaluate([str(out)], [measured(str(tmp_path / "mine.txt"))[0]])
+    assert record.metrics["word_perplexity"].value == pytest.approx(card.metrics[0].value)
+    assert main(["eval", str(out), "--data", str(tmp_path / "mine.txt")]) == 0
 
 
 def test_what_transformers_has_no_form_for_is_said(folder, tmp_path, capsys):

@@ -185,6 +185,7 @@ def test_the_command_refuses(tmp_path: Path, capsys) -> None:
         (["--out", "a.obj"], "give a name that ends in"),
         (["--out", str(scene)], "is there already"),
         (["--out", str(tmp_path / "b.ply"), "--keep", "0"], "keep must be"),
+        (["--out", str(tmp_path / "b.ply"), "--keep", "30"], "--keep must be a share"),
         (["--out", str(tmp_path / "b.ply"), "--views", "1"], "views must be at least"),
     ):
         assert main(["sparsify", str(scene), *words]) == 2

@@ -130,7 +130,7 @@ class GraphLayer(nn.Module):
 
 
 class GraphTransformer(nn.Module):
-    """A graph's class from its padded nodes.
+    """A graph's class from its padded nodes, or the class of each node.
 
     Args:
         features: of a node.
@@ -138,7 +138,8 @@ class GraphTransformer(nn.Module):
         heads: of each layer; 0 for a layer without attention.
         width: of a head.
         share: of the nodes that take part in attention.
-        classes: of graphs.
+        classes: of graphs, or of nodes.
+        nodes: whether nodes are classified instead of graphs.
 
     Attributes:
         full_precision: that it computes in float32, also on weights stored in float16.
@@ -154,21 +155,26 @@ class GraphTransformer(nn.Module):
         width: int = 8,
         share: float = 1.0,
         classes: int = 2,
+        nodes: bool = False,
     ) -> None:
         super().__init__()
+        self.nodes = nodes
         self.arguments = {"features": features, "dim": dim, "width": width, "classes": classes}
+        if nodes:
+            self.arguments["nodes"] = True
         self.enter = nn.Linear(features, dim)
         self.layers = nn.ModuleList(GraphLayer(dim, count, width, share) for count in heads)
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, classes))
 
     def forward(
         self, features: Float[Tensor, "g n f"], edges: Float[Tensor, "g n n"], there: Bool[Tensor, "g n"]
-    ) -> Float[Tensor, "g classes"]:
+    ) -> Float[Tensor, "g *n classes"]:
         x = self.enter(features)
         for layer in self.layers:
             x = layer(x, edges, there)
-        mean = (x * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp(min=1)
-        out: Tensor = self.head(mean)
+        if not self.nodes:
+            x = (x * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp(min=1)
+        out: Tensor = self.head(x)
         return out
 
     def attentions(self) -> list[NodeAttention]:
