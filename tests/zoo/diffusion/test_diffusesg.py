@@ -36,6 +36,14 @@ def model() -> DiffuseSG:
     return DiffuseSG.fresh(0, width=16, depth=1).eval()
 
 
+def isolated(field: str) -> SceneGraphs:
+    """A graph of three nodes with a fourth that is not counted."""
+    three = next(graphs("test")[i : i + 1] for i in range(99) if graphs("test").counts[i] == 3)
+    values = getattr(three, field).clone()
+    values[:, 4] = 1
+    return dataclasses.replace(three, **{field: values})
+
+
 def test_binary_digits_by_hand() -> None:
     assert to_bits(torch.tensor([0, 1, 4, 5]), 6).tolist() == [
         [-1, -1, -1],
@@ -200,6 +208,8 @@ def test_training_and_sampling(model, monkeypatch) -> None:
             DataError,
             "itself",
         ),
+        (lambda m: isolated("classes"), DataError, "where no node is.*Sort them to the front"),
+        (lambda m: isolated("boxes"), DataError, "where no node is.*leave the other rows 0"),
     ],
 )
 def test_what_is_refused(model, call, error, message) -> None:

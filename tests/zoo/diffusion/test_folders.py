@@ -106,6 +106,16 @@ def test_a_pipeline_becomes_one_that_diffusers_loads(method: str, pipeline, tmp_
     assert image.shape[0] == 1
 
 
+def test_a_text_encoder_that_is_in_use_elsewhere_is_not_touched(pipeline, tmp_path) -> None:
+    """What is pruned is read from the folder anew, whoever else holds the same text encoder."""
+    held = StableDiffusionPipeline.from_pretrained(pipeline, use_safetensors=True, safety_checker=None)
+    before = {name: value.clone() for name, value in held.text_encoder.state_dict().items()}
+    files = {path: path.read_bytes() for path in pipeline.rglob("*") if path.is_file()}
+    assert sparsify(pipeline, tmp_path / "out", "prune-parts", "--text-sparsity", "0.9") == 0
+    assert all(torch.equal(value, before[name]) for name, value in held.text_encoder.state_dict().items())
+    assert files == {path: path.read_bytes() for path in pipeline.rglob("*") if path.is_file()}
+
+
 def test_what_is_refused(pipeline, tmp_path, capsys) -> None:
     def refused(source, *words: str, method: str = "prune-parts") -> str:
         capsys.readouterr()
@@ -113,6 +123,9 @@ def test_what_is_refused(pipeline, tmp_path, capsys) -> None:
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
+    assert "--vae-sparsity" in refused(pipeline, "--vae-sparsity", "0.5")  # a part that is not pruned
+    for share in ("-0.1", "1", "nan"):
+        assert "sparsity" in refused(pipeline, "--text-sparsity", share)
     assert "job" in refused(pipeline, "--score", "wanda")
     assert "job" in refused(pipeline, method="ecodiff")
     assert "job" in refused(pipeline, method="laptop")

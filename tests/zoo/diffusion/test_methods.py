@@ -93,6 +93,11 @@ def test_bad_models_and_missing_jobs_are_refused(model, job) -> None:
             method.sparsify(copy.deepcopy(model))
     with pytest.raises(BudgetError, match="all removable layers together have"):
         Laptop(remove=0.99).sparsify(copy.deepcopy(model), job)
+    for keep in (0.0, 1.5, float("nan")):
+        with pytest.raises(BudgetError, match="keep is a share"):
+            EcoDiff(keep=keep).sparsify(copy.deepcopy(model), job)
+    with pytest.raises(BudgetError, match="updates=1 or more; received 0"):
+        EcoDiff(updates=0).sparsify(copy.deepcopy(model), job)
     with pytest.raises(ConfigError, match="9 words|words"):
         model.tokenise(["one two three four five six seven eight nine"])
 

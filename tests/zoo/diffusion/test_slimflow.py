@@ -74,6 +74,12 @@ def test_annealing_keeps_the_variance_and_ends_at_the_pairs() -> None:
     assert all(torch.equal(mixed, images / 2) for images, mixed, _ in drawn[4:])
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential"])
+def test_the_share_of_fresh_noise_never_rises_and_stays_a_share(schedule: str) -> None:
+    shares = [annealed(step, 7, schedule) for step in range(12)]
+    assert shares[0] == 1.0 and all(a >= b >= 0 for a, b in zip(shares, shares[1:], strict=False))
+
+
 def test_the_two_guiding_steps_by_hand() -> None:
     guide, student = Straight(IMAGE), Straight(torch.zeros(1, 2, 2))
     noise, shares = torch.randn(2, 1, 2, 2), torch.tensor([0.25, 0.5])
@@ -128,8 +134,11 @@ def test_what_is_refused(teacher) -> None:
     job = make_job("digits", recipe=Recipe(batch=8), model=teacher)
     with pytest.raises(ConfigError, match="never reflowed"):
         SlimFlow(reflow_steps=0).sparsify(teacher, job)
-    with pytest.raises(ConfigError, match="annealing"):
-        SlimFlow(annealing=1.5).sparsify(teacher, job)
+    for share in (1.5, -0.1, float("nan")):
+        with pytest.raises(ConfigError, match="annealing is a share of the steps, 0 to 1"):
+            SlimFlow(annealing=share).sparsify(teacher, job)
+    with pytest.raises(ConfigError, match="linear, cosine, exponential; received 'rising'"):
+        SlimFlow(schedule="rising").sparsify(teacher, job)
     with pytest.raises(ConfigError, match="MLPFlow"):
         SlimFlow().sparsify(nn.Linear(1, 1), job)
     with pytest.raises(ConfigError, match="data"):
@@ -143,5 +152,9 @@ def test_what_is_refused(teacher) -> None:
         dataclasses.replace(pairs, noise=2 * pairs.noise).check(8)
     with pytest.raises(ConfigError, match="finite"):
         dataclasses.replace(pairs, images=pairs.images * torch.nan).check(8)
+    with pytest.raises(ConfigError, match="finite"):
+        dataclasses.replace(pairs, noise=pairs.noise * torch.nan).check(8)
+    with pytest.raises(ConfigError, match="of one shape"):
+        dataclasses.replace(pairs, images=pairs.images[:8]).check(8)
     with pytest.raises(TaskError, match="8x8"):
         FlowDigits().evaluate(UNetFlow(side=16, widths=(8, 8)))

@@ -75,12 +75,16 @@ class EcoDiff:
         """Cut `model` in place; it must offer `denoise`, `encode`, `scheduler` and `cut`.
 
         Raises:
-            BudgetError: a share outside (0, 1].
+            BudgetError: a share outside (0, 1], or masks to learn in no update.
             ConfigError: no job to learn from, a model without units, a scheduler without gradients, or
                 weights that are not finite.
         """
         if not 0 < self.keep <= 1:
             raise BudgetError(f"keep is a share of the units, above 0 and at most 1; received {self.keep}")
+        if self.score == "learned" and self.updates < 1:
+            raise BudgetError(
+                f"without an update all masks are alike: give updates=1 or more; received {self.updates}"
+            )
         require_plain(model)
         groups = unit_groups(denoiser_of(model))
         if not groups:

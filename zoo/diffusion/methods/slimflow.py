@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,8 @@ class Pairs:
         """
         if len(self.noise) < batch:
             raise ConfigError(f"{len(self.noise)} pairs are fewer than a batch of {batch}: make more pairs")
-        if self.noise.shape != self.images.shape or not bool(torch.isfinite(self.images).all()):
+        finite = all(bool(torch.isfinite(values).all()) for values in (self.noise, self.images))
+        if self.noise.shape != self.images.shape or not finite:
             raise ConfigError("noise and images of the pairs must be finite and of one shape: make them anew")
         mean, deviation = float(self.noise.mean()), float(self.noise.std())
         error = 5 / math.sqrt(self.noise.numel())
@@ -211,8 +212,8 @@ class SlimFlow:
         """Train the small network; the teacher is left as it is.
 
         Raises:
-            ConfigError: a model that is no flow of a perceptron, no job, shares out of range, or guidance by
-                a network that was never reflowed.
+            ConfigError: a model that is no flow of a perceptron, no job, shares out of range, an unknown
+                schedule, or guidance by a network that was never reflowed.
         """
         job = required(job, self)
         if not isinstance(model, MLPFlow):
@@ -239,6 +240,11 @@ class SlimFlow:
         """
         if not 0 <= self.annealing <= 1:
             raise ConfigError(f"annealing is a share of the steps, 0 to 1; received {self.annealing}")
+        if self.schedule not in get_args(Schedule):
+            raise ConfigError(
+                f"the share of fresh noise falls by one of {', '.join(get_args(Schedule))}; received "
+                f"{self.schedule!r}"
+            )
         if self.distil_steps and self.guide != "none" and not self.reflow_steps:
             raise ConfigError(
                 "the guide of the distillation was never reflowed, and its two steps are far from an image: "

@@ -78,7 +78,8 @@ class SceneGraphs:
         counts: [n], nodes of each graph.
 
     Raises:
-        DataError: boxes outside [0, 1], a count outside 1..N, relations of nodes that are not there.
+        DataError: boxes outside [0, 1], a count outside 1..N, or a class, box or relation of a node that is
+            not there.
     """
 
     classes: Tensor
@@ -96,6 +97,11 @@ class SceneGraphs:
         if not bool(torch.isfinite(self.boxes).all()) or self.boxes.min() < 0 or self.boxes.max() > 1:
             raise DataError(
                 f"boxes lie in [0, 1]; received {float(self.boxes.min()):g} to {float(self.boxes.max()):g}"
+            )
+        if bool((self.classes[~self.flags] != 0).any()) or bool((self.boxes[~self.flags] != 0).any()):
+            raise DataError(
+                "a class or a box stands where no node is: a graph's nodes are the first of its rows. Sort "
+                "them to the front, count them, and leave the other rows 0"
             )
         if bool((self.relations[~self.pairs] != 0).any()):
             raise DataError("a relation of a node that is not there, or of a node to itself; leave it 0")
