@@ -111,8 +111,8 @@ STUDY = Study(
             value=IOU,
         ),
         Claim(
-            "fences of patterns that were not trained on are found with a higher IoU than by calling everything "
-            "a fence",
+            "fences of patterns that were not trained on are found with a higher IoU than by calling "
+            "everything a fence",
             BAR,
             GAN,
             EVERYTHING,
