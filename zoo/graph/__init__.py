@@ -48,6 +48,7 @@ for _name in ("cora", "citeseer", "pubmed", "cs", "digits"):
     DATASETS.register(f"graph/{_name}", f"zoo.graph.data:{_name}")
 MEASURED.register("graph", "zoo.graph.tasks:measured_on_graph")
 STUDIES.register("gtsp", "zoo.graph.studies.gtsp:STUDY")
+STUDIES.register("gtsp-nodes", "zoo.graph.studies.gtsp_nodes:STUDY")
 STUDIES.register("low-rank-clicks", "zoo.graph.studies.low_rank:STUDY")
 STUDIES.register("matrix-completion", "zoo.graph.studies.matrix_completion:STUDY")
 STUDIES.register("sparse-dynamics", "zoo.graph.studies.sparse_dynamics:STUDY")

@@ -12,6 +12,7 @@ from zoo.graph.methods.gtsp import GTSP, GraphTransformer, NodeAttention, swappe
 from zoo.graph.molecule_tasks import Barrier
 from zoo.graph.molecules import Graphs, features_of, read_smiles
 from zoo.graph.studies.gtsp import GraphBatches, graph_loss
+from zoo.graph.studies.gtsp_nodes import Nodes, OneGraph, node_loss
 from zoo.methods.conformance import images_job, plain_network
 from zoo.shared.errors import BudgetError
 from zoo.shared.train import Job, Recipe
@@ -113,6 +114,26 @@ def test_weights_of_any_module_and_the_rest_refused() -> None:
         zoo.sparsify(model(), method="gtsp", job=job(), share=1.0)
     with pytest.raises(ConfigError, match="none were given"):
         GTSP().sparsify(model())
+
+
+def test_nodes_are_classified_each_for_itself() -> None:
+    torch.manual_seed(0)
+    one = graphs(1)
+    n = one.features.shape[1]
+    train = torch.tensor([True, True, False] + [False] * (n - 3))
+    graph = Nodes(
+        one.features, one.edges, torch.ones(1, n, dtype=torch.bool), torch.arange(n) % 3, train, ~train
+    )
+    net = GraphTransformer(5, 8, (2, 2), 4, classes=3, nodes=True)
+    logits = net(*graph[:3])
+    assert logits.shape == (1, n, 3)
+    by_hand = -logits[0].log_softmax(1)[[0, 1], [0, 1]].mean()
+    torch.testing.assert_close(node_loss(net, graph), by_hand)
+    job = Job(OneGraph(graph), node_loss, recipe=Recipe(epochs=2, lr=1e-3, optimizer="adam"))
+    made = zoo.sparsify(net, method="gtsp", job=job, axis="tokens")
+    again = GraphTransformer(**made.arguments)
+    again.load_state_dict(made.model.state_dict())
+    assert made.arguments["nodes"] and torch.equal(again.eval()(*graph[:3]), made.model(*graph[:3]))
 
 
 def test_smiles_by_hand() -> None:
