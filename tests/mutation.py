@@ -7,7 +7,8 @@ With --out a run goes on where another one ended: a row is not tried again while
 row itself are those of the outcome in the file.
 
 A row names a file, a text that stands there once, what replaces it, and the tests that know the step. It is
-caught if these tests fail with it, survives if they pass; before, they have to pass without it.
+caught if these tests fail with it, survives if they pass; before, they have to pass without it. Where the
+file is one of the kernels' sources, they are built anew in the copy.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -68,10 +70,22 @@ def caught(tree: Path, row: dict[str, str]) -> bool:
     if source.count(row["old"]) != 1:
         sys.exit(f"{row['file']} has {row['old']!r} {source.count(row['old'])} times, not once: mend the row")
     path.write_text(source.replace(row["old"], row["new"]))
+    native = row["file"].startswith("native/")
+    kernels = {kept: kept.read_bytes() for kept in (tree / "shared/ops").glob("_zoo_native_*") if native}
     try:
+        if native:
+            build(tree)
         return not passes(tree, row["tests"].split())
     finally:
         path.write_text(source)
+        for kept, content in kernels.items():
+            kept.write_bytes(content)
+
+
+def build(tree: Path) -> None:
+    """Build the kernels of a tree in place."""
+    command = [sys.executable, "-m", "zoo.shared.ops.build"]
+    subprocess.run(command, cwd=tree, check=True, stdout=subprocess.DEVNULL)
 
 
 def digest(row: dict[str, str]) -> str:

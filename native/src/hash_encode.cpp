@@ -18,6 +18,8 @@ using Vec = Lanes<float>::Vec;
 using Bits = Lanes<float>::Bits;
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef float Pair __attribute__((vector_size(8)));
+typedef float Quad __attribute__((vector_size(16)));
+typedef double Halves __attribute__((vector_size(16)));  // of a Quad
 constexpr int64_t kWidth = Lanes<float>::kCount;
 
 struct Grid {
@@ -151,37 +153,86 @@ void encode(const Grid& grid, const float* points, const float* table, const int
   }
 }
 
+// Derivatives for the coordinates of a point in its cell, of both features at once: along x, then y, then z, what is left
+// of the eight corners is halved. `slope[axis]` gets them.
+ZOO_INLINE void cell_slopes(const float* own, const Corners& corners, const float (*upper)[kWidth], int64_t lane,
+                            Pair* slope) {
+  Quad along_x[2], at_x[2];  // of the lower and the upper y; each the pair of the lower z, then that of the upper
+  const float x = upper[0][lane], y = upper[1][lane], z = upper[2][lane];
+  const auto load = [&](int corner) {  // as two numbers of 64 bits, or the parts would go through memory
+    double low, high;
+    std::memcpy(&low, own + corners.entries[corner][lane], sizeof low);
+    std::memcpy(&high, own + corners.entries[corner + 4][lane], sizeof high);
+    return reinterpret_cast<Quad>(Halves{low, high});
+  };
+  const auto halves = [](Quad both, Pair* low, Pair* high) {
+    const auto parts = reinterpret_cast<Halves>(both);
+    const double first = parts[0], second = parts[1];
+    std::memcpy(low, &first, sizeof first);
+    std::memcpy(high, &second, sizeof second);
+  };
+  for (int side = 0; side < 2; ++side) {
+    const Quad low = load(2 * side);
+    along_x[side] = load(2 * side + 1) - low;
+    at_x[side] = low + x * along_x[side];
+  }
+  const Quad along_y = at_x[1] - at_x[0];
+  Pair low, high;
+  halves(along_x[0] + y * (along_x[1] - along_x[0]), &low, &high);
+  slope[0] = low + z * (high - low);
+  halves(along_y, &low, &high);
+  slope[1] = low + z * (high - low);
+  halves(at_x[0] + y * along_y, &low, &high);
+  slope[2] = high - low;
+}
+
+template <int64_t kFeatures>
 void to_points(const Grid& grid, const float* points, const float* table, const int64_t* rows, int64_t begin,
                int64_t end, const float* flow, float* grad) {
-  const int64_t width = grid.levels * grid.features, features = grid.features;
+  const int64_t features = kFeatures > 0 ? kFeatures : grid.features, width = grid.levels * features;
   for (int64_t at = begin; at < end; at += kWidth) {
     Vec point[3], sum[3] = {};
+    Pair pairs[3][kWidth] = {};
     const int64_t count = load_points(points, rows, at, end, point);
     for (int64_t level = 0; level < grid.levels; ++level) {
       const Cells cells(grid, level, point);
       const float* own = table + features * grid.offset[level];
       const auto side = static_cast<float>(grid.resolution[level]);
-      float lanes[kMostFeatures][kWidth];
-      for (int64_t f = 0; f < features; ++f) store_vec(lanes[f], Vec{});
-      for (int64_t i = 0; i < count; ++i) {
-        const float* from = flow + width * rows[at + i] + features * level;
-        for (int64_t f = 0; f < features; ++f) lanes[f][i] = from[f];
-      }
-      for (int corner = 0; corner < 8; ++corner) {
-        const Words entry = cells.entry(corner) * static_cast<uint32_t>(features);
-        Vec value{};
-        for (int64_t f = 0; f < features; ++f) value += load_vec(lanes[f]) * gather_floats(own + f, entry);
-        value *= side;
-        for (int axis = 0; axis < 3; ++axis) {
-          const Vec across = cells.share((axis + 1) % 3, corner) * cells.share((axis + 2) % 3, corner) * value;
-          sum[axis] += corner >> axis & 1 ? across : -across;
+      if constexpr (kFeatures == 2) {  // point by point, as in `encode`
+        const Corners corners(cells, features);
+        float upper[3][kWidth];
+        for (int axis = 0; axis < 3; ++axis) store_vec(upper[axis], cells.upper[axis]);
+        for (int64_t i = 0; i < count; ++i) {
+          Pair from, slope[3];
+          std::memcpy(&from, flow + width * rows[at + i] + features * level, sizeof from);
+          cell_slopes(own, corners, upper, i, slope);
+          from *= side;
+          for (int axis = 0; axis < 3; ++axis) pairs[axis][i] += from * slope[axis];
+        }
+      } else {
+        float lanes[kMostFeatures][kWidth];
+        for (int64_t f = 0; f < features; ++f) store_vec(lanes[f], Vec{});
+        for (int64_t i = 0; i < count; ++i) {
+          const float* from = flow + width * rows[at + i] + features * level;
+          for (int64_t f = 0; f < features; ++f) lanes[f][i] = from[f];
+        }
+        for (int corner = 0; corner < 8; ++corner) {
+          const Words entry = cells.entry(corner) * static_cast<uint32_t>(features);
+          Vec value{};
+          for (int64_t f = 0; f < features; ++f) value += load_vec(lanes[f]) * gather_floats(own + f, entry);
+          value *= side;
+          for (int axis = 0; axis < 3; ++axis) {
+            const Vec across = cells.share((axis + 1) % 3, corner) * cells.share((axis + 2) % 3, corner) * value;
+            sum[axis] += corner >> axis & 1 ? across : -across;
+          }
         }
       }
     }
     for (int64_t i = 0; i < count; ++i)
       for (int axis = 0; axis < 3; ++axis) {  // what was held at the border does not move
         const float x = point[axis][i];
-        grad[3 * rows[at + i] + axis] = x >= 0.0f && x <= 1.0f ? sum[axis][i] : 0.0f;
+        const float found = kFeatures == 2 ? pairs[axis][i][0] + pairs[axis][i][1] : sum[axis][i];
+        grad[3 * rows[at + i] + axis] = x >= 0.0f && x <= 1.0f ? found : 0.0f;
       }
   }
 }
@@ -242,7 +293,8 @@ ZOO_EXPORT int64_t zoo_hash_encode_backward(const float* points, const float* ta
   const int64_t blocks = (count + kWidth - 1) / kWidth, team = worthwhile(threads, 16 * count * levels);
   if (grad_points != nullptr)
     parallel_for(blocks, team, [&](int64_t begin, int64_t end) {
-      to_points(grid, points, table, rows, begin * kWidth, std::min(end * kWidth, count), flow, grad_points);
+      const auto run = features == 2 ? to_points<2> : to_points<0>;
+      run(grid, points, table, rows, begin * kWidth, std::min(end * kWidth, count), flow, grad_points);
     });
   if (grad_table != nullptr)
     parallel_for(levels, team, [&](int64_t begin, int64_t end) {

@@ -301,22 +301,29 @@ void colour_backward(const Scene& scene, const View& view, int64_t i, const doub
                      double* point) {
   double unit[3];
   const double distance = direction(scene, view, i, unit);
+  const auto along = [&unit](int axis) {
+    Quad parts = {static_cast<float>(unit[axis]), 0.0f, 0.0f, 0.0f};
+    parts[axis + 1] = 1.0f;
+    return Slope{parts};
+  };
   Slope basis[kMostBases];
-  sh_bases(scene.bases, Slope{static_cast<float>(unit[0]), {1, 0, 0}}, Slope{static_cast<float>(unit[1]), {0, 1, 0}},
-           Slope{static_cast<float>(unit[2]), {0, 0, 1}}, basis);
+  sh_bases(scene.bases, along(0), along(1), along(2), basis);
   const float* sh = scene.sh + 3 * scene.bases * i;
-  double turn[3] = {};
+  Quad colour[3] = {};  // each with its derivatives
+  for (int64_t n = 0; n < scene.bases; ++n)
+    for (int k = 0; k < 3; ++k) colour[k] += sh[3 * n + k] * basis[n].parts;
+  Quad turn{};
+  float pull[3];
   for (int k = 0; k < 3; ++k) {
-    float colour = 0.5f;
-    for (int64_t n = 0; n < scene.bases; ++n) colour += basis[n].value * sh[3 * n + k];
-    const auto f = static_cast<float>(colour < 0 ? 0.0 : flow[k]);
-    for (int64_t n = 0; n < scene.bases; ++n) {
-      grad_sh[3 * n + k] = f * basis[n].value;
-      for (int axis = 0; axis < 3; ++axis) turn[axis] += static_cast<double>(f * sh[3 * n + k] * basis[n].slope[axis]);
-    }
+    pull[k] = colour[k][0] < -0.5f ? 0.0f : static_cast<float>(flow[k]);
+    turn += pull[k] * colour[k];
   }
-  const double along = turn[0] * unit[0] + turn[1] * unit[1] + turn[2] * unit[2];
-  for (int axis = 0; axis < 3; ++axis) point[axis] += (turn[axis] - along * unit[axis]) / distance;
+  for (int64_t n = 0; n < scene.bases; ++n)
+    for (int k = 0; k < 3; ++k) grad_sh[3 * n + k] = pull[k] * basis[n].parts[0];
+  double radial = 0;
+  for (int axis = 0; axis < 3; ++axis) radial += static_cast<double>(turn[axis + 1]) * unit[axis];
+  for (int axis = 0; axis < 3; ++axis)
+    point[axis] += (static_cast<double>(turn[axis + 1]) - radial * unit[axis]) / distance;
 }
 
 // From the sums over pixels of some Gaussians (see kMoments, then their channels) to the gradients of their rows; only of

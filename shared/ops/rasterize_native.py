@@ -118,10 +118,11 @@ def forward(scene: Scene, camera: Camera, view: View, most_pairs: int) -> tuple[
     status, row, pairs = result
     if pairs > most_pairs:
         status, row = TOO_MANY, pairs
-    image = torch.empty(channels + 1, camera.height, camera.width)
-    pointer = torch.empty(tile_count(camera.width, camera.height) + 1, dtype=torch.int64)
-    entries = torch.empty(0 if status != DONE else pairs, 2, dtype=torch.int32)
-    if status == DONE:
+    fine = status == DONE  # of what is refused no memory is asked for
+    image = torch.empty(channels + 1, camera.height if fine else 0, camera.width)
+    pointer = torch.empty(tile_count(camera.width, camera.height) + 1 if fine else 0, dtype=torch.int64)
+    entries = torch.empty(pairs if fine else 0, 2, dtype=torch.int32)
+    if fine:
         _native.function("zoo_rasterize_draw", "p" * 8 + "i")(
             records.data_ptr(),
             depths.data_ptr(),

@@ -14,7 +14,7 @@ from torch.nn import functional
 from zoo.errors import ConfigError
 from zoo.neural3d.cameras import Camera
 from zoo.neural3d.refine import mean_psnr
-from zoo.neural3d.views import View
+from zoo.neural3d.views import View, refuse_none
 from zoo.shared.ops.hash_encode import HashGrid, hash_encode
 from zoo.shared.ops.rasterize_reference import sh_bases
 from zoo.shared.train import Job, Recipe
@@ -284,6 +284,9 @@ class RayBatches:
 
     views: list[View] = field(default_factory=list)
     batch: int = 256
+
+    def __post_init__(self) -> None:
+        refuse_none(self.views)
 
     def __len__(self) -> int:
         return max(1, sum(view.image[..., 0].numel() for view in self.views) // self.batch)

@@ -32,14 +32,20 @@ def contributions(scene: GaussianScene, camera: Camera) -> Float[Tensor, " n"]:
     return weights
 
 
+def _some(cameras: Sequence[Camera]) -> Sequence[Camera]:
+    if not cameras:
+        raise ConfigError("this score looks at the scene and received no view; opacity-volume needs none")
+    return cameras
+
+
 def most_in_a_view(scene: GaussianScene, cameras: Sequence[Camera], seed: int) -> Float[Tensor, " n"]:
     """The contribution in the view where it is largest: nothing is lost that matters somewhere."""
-    return torch.stack([contributions(scene, camera) for camera in cameras]).amax(0)
+    return torch.stack([contributions(scene, camera) for camera in _some(cameras)]).amax(0)
 
 
 def over_views(scene: GaussianScene, cameras: Sequence[Camera], seed: int) -> Float[Tensor, " n"]:
     """The contribution summed over the views (LightGaussian's without its volume, Fan et al. 2024)."""
-    return torch.stack([contributions(scene, camera) for camera in cameras]).sum(0)
+    return torch.stack([contributions(scene, camera) for camera in _some(cameras)]).sum(0)
 
 
 def removal_error(scene: GaussianScene, cameras: Sequence[Camera], seed: int) -> Float[Tensor, " n"]:
@@ -51,7 +57,7 @@ def removal_error(scene: GaussianScene, cameras: Sequence[Camera], seed: int) ->
     """
     generator, total = torch.Generator().manual_seed(seed), torch.zeros(len(scene))
     left = (1 - scene.opacities.detach().sigmoid()).clamp_min(1e-6)  # alpha d/dalpha = d/dlogit / (1 - alpha)
-    for camera in cameras:
+    for camera in _some(cameras):
         with torch.enable_grad():
             colour = scene.render(camera).colour
             signs = torch.randint(0, 2, colour.shape, generator=generator).to(colour) * 2 - 1

@@ -120,11 +120,20 @@ def middle_of_views(views: Sequence[View]) -> tuple[Tensor, float]:
     return point.float(), float((eyes - point).norm(dim=1).mean())
 
 
+def refuse_none(views: Sequence[View]) -> None:
+    """Raise DataError where there is nothing to learn from."""
+    if not views:
+        raise DataError("no views to learn from: give one at least")
+
+
 @dataclass(frozen=True)
 class ViewBatches:
     """One view a step, in a new order each epoch: what `zoo.shared.train.Fit` draws."""
 
     views: list[View] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        refuse_none(self.views)
 
     def __len__(self) -> int:
         return len(self.views)
@@ -211,7 +220,7 @@ def load_transforms(path: Path, background: float = 1.0) -> list[tuple[View, str
     Frames whose picture is absent are left out; distortion is refused, as the cameras here have none.
 
     Raises:
-        DataError: no frames, no focal length, or distorted pictures.
+        DataError: no frames, no focal length, distorted pictures, or a camera that is none.
     """
     data = _json(path)
     if any(abs(data.get(name, 0)) > 1e-9 for name in ("k1", "k2", "k3", "p1", "p2")):
@@ -222,6 +231,8 @@ def load_transforms(path: Path, background: float = 1.0) -> list[tuple[View, str
     for number, frame in enumerate(data.get("frames", [])):
         try:
             file, pose = path.parent / frame["file_path"], torch.tensor(frame["transform_matrix"])
+            if pose.shape not in ((4, 4), (3, 4)):
+                raise ValueError(f"transform_matrix of {tuple(pose.shape)}")
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: frame {number} lacks a field or has it wrong: {error!r}") from error
         file = file if file.suffix else file.with_suffix(".png")
@@ -237,7 +248,10 @@ def load_transforms(path: Path, background: float = 1.0) -> list[tuple[View, str
             k = lens(width, height, data["camera_angle_x"])
         else:
             raise DataError(f"{path}: neither fl_x nor camera_angle_x")
-        camera = from_opengl(pose, k, width, height)
+        try:
+            camera = from_opengl(pose, k, width, height)
+        except DataError as error:
+            raise DataError(f"{path}: frame {number}: {error}") from error
         views.append((View(camera, image, mask, None, file.name), frame.get("split", "")))
     if not views:
         raise DataError(f"{path}: no frame whose picture is there")

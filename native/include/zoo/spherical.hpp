@@ -9,26 +9,21 @@ namespace zoo {
 
 constexpr int64_t kMostBases = 25;
 
-// A number and its derivatives for the three coordinates of the direction.
+// A number and its derivatives for the three coordinates of the direction, in one vector: {value, d/dx, d/dy, d/dz}.
+typedef float Quad __attribute__((vector_size(16)));
 struct Slope {
-  float value;
-  float slope[3];
+  Quad parts;
 };
-inline Slope operator+(Slope a, Slope b) {
-  return {a.value + b.value, {a.slope[0] + b.slope[0], a.slope[1] + b.slope[1], a.slope[2] + b.slope[2]}};
-}
-inline Slope operator-(Slope a, Slope b) {
-  return {a.value - b.value, {a.slope[0] - b.slope[0], a.slope[1] - b.slope[1], a.slope[2] - b.slope[2]}};
-}
+inline Slope operator+(Slope a, Slope b) { return {a.parts + b.parts}; }
+inline Slope operator-(Slope a, Slope b) { return {a.parts - b.parts}; }
 inline Slope operator*(Slope a, Slope b) {
-  return {a.value * b.value,
-          {a.value * b.slope[0] + b.value * a.slope[0], a.value * b.slope[1] + b.value * a.slope[1],
-           a.value * b.slope[2] + b.value * a.slope[2]}};
+  const Quad change = {0.0f, a.parts[1], a.parts[2], a.parts[3]};
+  return {a.parts[0] * b.parts + b.parts[0] * change};
 }
-inline Slope operator*(float a, Slope b) { return {a * b.value, {a * b.slope[0], a * b.slope[1], a * b.slope[2]}}; }
-inline Slope operator+(Slope a, float b) { return {a.value + b, {a.slope[0], a.slope[1], a.slope[2]}}; }
+inline Slope operator*(float a, Slope b) { return {a * b.parts}; }
+inline Slope operator+(Slope a, float b) { return {a.parts + Quad{b, 0.0f, 0.0f, 0.0f}}; }
 inline void constant(float value, float& out) { out = value; }
-inline void constant(float value, Slope& out) { out = {value, {0, 0, 0}}; }
+inline void constant(float value, Slope& out) { out = {Quad{value, 0.0f, 0.0f, 0.0f}}; }
 
 // The first `bases` (1, 4, 9, 16 or 25) of the harmonics at the unit vector (x, y, z).
 template <class S>

@@ -176,6 +176,22 @@ def test_of_two_at_one_depth_the_first_is_nearer(backend: str) -> None:
     torch.testing.assert_close(seen.colour[1, 1, 0], torch.tensor(0.9))
 
 
+@needs_native
+def test_depths_that_only_doubles_tell_apart() -> None:
+    """Depths are doubles: of two that are one float the nearer one, which comes second here, is in front."""
+    near, far = one(0.9, 2.0, 0.5, 1.0), one(0.9, 2.0, 0.5, 0.0)
+    near[0][0, 0], far[0][0, 0] = -0.25, 0.25
+    viewmat, k, *size = camera(3, 3, 300.0)
+    angle = torch.tensor(2e-7)  # turns the camera so that the left one is nearer by less than a float can say
+    viewmat[2, 0], viewmat[0, 2] = angle, -angle
+    rows = [torch.cat(pair) for pair in zip(far, near, strict=True)]
+    depths = rows[0].double() @ viewmat[2, :3].double()
+    assert depths[1] < depths[0] and depths[1].float() == depths[0].float()
+    with ops.backend("native"):
+        seen = rasterize(*rows, viewmat, k, *size)
+    assert float(seen.colour[1, 1, 0]) > 0.5
+
+
 @pytest.mark.parametrize("case", ["none", "behind", "beside", "clear", "beyond"])
 def test_nothing_to_see_is_an_empty_image(backend: str, case: str) -> None:
     gaussians = scene(0, 0) if case == "none" else one(0.003 if case == "clear" else 0.5)
@@ -313,6 +329,14 @@ def test_too_many_pairs_are_refused_before_memory_is_asked_for(backend: str, mon
     monkeypatch.setattr(module, "MOST_PAIRS", limit)
     with torch.no_grad():
         refused(f"make {limit + 1} pairs with (pixels|tiles), the most is .*strips", wide, camera(1024, 1024))
+
+
+def test_two_to_the_31_pairs_are_refused(backend: str) -> None:
+    """As many tiles or pixels under Gaussians as a list cannot have, without asking for their memory."""
+    side, count = (1024, 2**11) if backend == "reference" else (8192, 2**11)
+    wide = [torch.cat([t] * count) for t in one(0.9, 1.0, 50.0)]
+    with torch.no_grad():
+        refused(f"make {2**31} pairs with .*strips .*, at a lower resolution", wide, camera(side, side))
 
 
 @needs_native

@@ -233,7 +233,7 @@ def test_what_methods_of_few_views_refuse(views: list[View], start: GaussianScen
         CoherentGS().sparsify(start, job)
     with pytest.raises(ConfigError, match="motion is decoder"):
         CoherentGS(motion="up").sparsify(start, coherent)
-    with pytest.raises(ConfigError, match="two views or more of one size"):
+    with pytest.raises(ConfigError, match="two to four views of one size"):
         CoherentGS().sparsify(start, scene_job(views[:1]))
     with pytest.raises(DataError, match="cannot be taken"):
         few(views, 4)

@@ -152,7 +152,7 @@ class PixelScene(nn.Module):
         self.residual = None if width else nn.Parameter(torch.zeros_like(depth))
         colours = torch.stack([view.image for view in views])[self.known]
         self.sh0 = nn.Parameter((colours[:, None] - 0.5) / SH_C0)
-        opacity = OPACITY.get(len(views), 0.35)
+        opacity = OPACITY[len(views)]
         self.opacities = nn.Parameter(torch.full((count,), opacity).logit())
         self.stretch = nn.Parameter(torch.zeros(count, 3))
 
@@ -268,9 +268,9 @@ class CoherentGS:
         if self.motion not in ("decoder", "ray", "free") or self.layers < 1 or self.width < 1:
             raise ConfigError(f"CoherentGS: motion is decoder, ray or free; received {self}")
         sizes = {tuple(view.image.shape[:2]) for view in views}
-        if len(views) < 2 or len(sizes) != 1 or min(next(iter(sizes))) < 16:
+        if len(views) not in OPACITY or len(sizes) != 1 or min(next(iter(sizes))) < 16:
             raise ConfigError(
-                f"CoherentGS takes two views or more of one size, 16 pixels at least; received {len(views)} "
+                f"CoherentGS takes two to four views of one size, 16 pixels at least; received {len(views)} "
                 f"of {sorted(sizes)}"
             )
         flows = getattr(job.batches, "flows", {})

@@ -2,7 +2,8 @@
 
 Yang et al., "GaussianObject: High-Quality 3D Object Reconstruction from Four Views with Gaussian
 Splatting", SIGGRAPH Asia 2024: stages 1 (hull) and 2 (coarse fit). The repair of renderings by a diffusion
-model (stages 3 to 5) needs Stable Diffusion's weights, which are not here; no smaller model stands in for it.
+model (stages 3 to 5) is `zoo.neural3d.methods.repair`, with a small model: Stable Diffusion's weights are
+not here.
 
 Differs from the paper in: no monocular depth and no densification; the background is the views' own.
 """

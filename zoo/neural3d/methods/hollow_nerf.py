@@ -62,7 +62,8 @@ class HollowNeRF:
         """A field with empty cells; the one given stays as it is.
 
         Raises:
-            ConfigError: a model that is no field, a job without rays, an option out of range.
+            ConfigError: a model that is no field, a job without rays, an option out of range, a dual variable
+                that is no number.
         """
         if not isinstance(model, HashField):
             raise ConfigError(f"hollow-nerf takes a field on a hash grid; received {type(model).__name__}")
@@ -100,6 +101,11 @@ class HollowNeRF:
         def dual() -> None:
             if begun():
                 lagrangian.dual_step(field.salient.mean())
+                if not bool(lagrangian.dual.isfinite()):
+                    raise ConfigError(
+                        f"the dual variable is {float(lagrangian.dual)} after step {fit.step}: the saliency "
+                        "has diverged; lower saliency_rate or the learning rate"
+                    )
 
         fit = job.fit(field, parameters=groups, macs=lambda: 0.0, penalty=penalty)
         fit.run(dual, until_step=round(self.trained * fit.steps))
