@@ -66,3 +66,15 @@ def test_cases_are_of_known_arms_and_need_a_seed(module) -> None:
     assert named <= set(module.STUDY.arms)
     with pytest.raises(ConfigError, match="at least one seed"):
         module.STUDY.options(seeds=0)
+
+
+def test_arms_of_ecodiff_are_chosen_by_name() -> None:
+    cases = list(ecodiff.cases(ecodiff.EcoDiffOptions(seeds=2, arms=("norm", "random"))))
+    assert [(case["arm"], case["seed"]) for case in cases] == [
+        ("norm", 0),
+        ("norm", 1),
+        ("random", 0),
+        ("random", 1),
+    ]
+    with pytest.raises(ConfigError, match="nothing"):
+        ecodiff.EcoDiffOptions(arms=("nothing",))
