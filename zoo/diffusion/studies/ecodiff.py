@@ -18,9 +18,10 @@ from zoo.diffusion.plan import Plan
 from zoo.diffusion.studies import common
 from zoo.diffusion.units import unit_groups
 from zoo.errors import ConfigError
+from zoo.names import check_known
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Curves, Grid
-from zoo.studies.options import check_known
+
 from zoo.studies.study import BAR, Arm, Claim, Study, Tuned
 from zoo.studies.tables import Verdict
 from zoo.studies.view import Row, Value, View
@@ -209,7 +210,7 @@ STUDY = Study(
         "At a start of 3 the gates are saturated and pass hardly any gradient of the images, so that the "
         "first updates are the regulariser's. The tuned arm starts at 1.5, as the method does by itself, and "
         "learns for 60 updates, chosen on images of other noise and masks of another seed: every 15 updates "
-        "more brought the drift down there, though ever less; a regulariser 25 times as strong closed half of "
-        "the gates by 30 updates, and by 45 was behind.",
+        "more brought the drift down there, though ever less; a regulariser 25 times as strong closed half "
+        "of the gates by 30 updates, and by 45 was behind.",
     ],
 )
