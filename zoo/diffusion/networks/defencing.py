@@ -6,9 +6,8 @@ convolutions, densely connected and dilated, with self-attention, sees the maske
 discriminators, one of texture (the composite) and one of structure (its edges), see what it made. The result
 is mask * prediction + (1 - mask) * input.
 
-Differs from the paper in: grey images; the segmentation also sees statistics of the whole image; structure is
-the Sobel gradient, not a pretrained structure model; no perceptual loss; the completion net predicts what is
-to be added to a harmonic fill of the hole.
+Differs from the paper in: grey images; structure is the Sobel gradient, not a pretrained structure model; no
+perceptual loss; the completion net predicts what is to be added to a harmonic fill of the hole.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from zoo.shared.train import Drawn, Fit, Job, Recipe
 
 SEEN, UNSEEN = (0.35, 1.2), (0.0, 0.3)  # angles of the wires to the horizontal, in radians: lattices, grids
 TEXTURE, STRUCTURE, EDGES = 0.01, 0.01, 1.0  # weights beside the absolute error
-FIRST_STEPS, FIRST_RATE = 3, 2.0  # of the first stage, times the recipe's: it is the cheaper one
 
 
 def draw_fences(
@@ -128,25 +126,25 @@ class GatedConv(nn.Module):
 class Segmentation(nn.Module):
     """Logits of the fence, by convolutions of growing dilation.
 
-    A fence has one brightness wherever it runs: after the first two convolutions every place is told mean and
-    deviation of the whole image's features.
+    Args:
+        width: channels.
+        whole: whether every place is told mean and deviation of the whole image's features, after the first
+            two convolutions: a fence has one brightness wherever it runs.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, whole: bool = False) -> None:
         super().__init__()
-
-        def convolution(inputs: int, outputs: int, dilation: int) -> nn.Module:
-            return nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
-
-        self.first = nn.Sequential(convolution(1, width, 1), nn.ELU(), convolution(width, width, 1), nn.ELU())
-        self.whole = nn.Linear(2 * width, width)
-        later = [layer for dilation in (2, 4, 2) for layer in (convolution(width, width, dilation), nn.ELU())]
-        self.later = nn.Sequential(nn.ELU(), *later, convolution(width, 1, 1))
+        layers: list[nn.Module] = [nn.Conv2d(1, width, 3, padding=1), nn.ELU()]
+        for dilation in (1, 2, 4, 2):
+            layers += [nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation), nn.ELU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 3, padding=1))
+        self.whole = nn.Linear(2 * width, width) if whole else None
 
     def forward(self, images: Float[Tensor, "n 1 H W"]) -> Float[Tensor, "n 1 H W"]:
-        h = self.first(2 * images - 1)
-        whole = self.whole(torch.cat([h.mean((2, 3)), h.std((2, 3))], 1))
-        out: Tensor = self.later(h + whole[:, :, None, None])
+        h: Tensor = self.layers[:3](2 * images - 1)
+        if self.whole is not None:
+            h = h + self.whole(torch.cat([h.mean((2, 3)), h.std((2, 3))], 1))[:, :, None, None]
+        out: Tensor = self.layers[3:](h)
         return out
 
 
@@ -192,16 +190,19 @@ class Defencing(PaperNetwork):
         side: of the training crops, a multiple of 4.
         width, growth: channels of the nets.
         adversarial: whether the discriminators are used.
+        whole: whether the segmentation is told of the whole image, see `Segmentation`.
     """
 
     usual = dataclasses.replace(USUAL, steps=400, batch=8, weight_decay=0.0, ema=0.98)
 
-    def __init__(self, side: int = 32, width: int = 16, growth: int = 12, adversarial: bool = True) -> None:
+    def __init__(
+        self, side: int = 32, width: int = 16, growth: int = 12, adversarial: bool = True, whole: bool = False
+    ) -> None:
         super().__init__()
         if side % 4:
             raise ConfigError(f"side must be a multiple of 4; received {side}")
         self.side, self.width, self.adversarial = side, width, adversarial
-        self.segmentation = Segmentation(width)
+        self.segmentation = Segmentation(width, whole)
         self.completion = Completion(width, growth)
 
     def find(self, images: Float[Tensor, "n 1 H W"]) -> Float[Tensor, "n 1 H W"]:
@@ -252,11 +253,8 @@ class Defencing(PaperNetwork):
         return job
 
     def learn_to_find(self, job: Job) -> None:
-        """Train the segmentation, the first stage: for more steps and at a higher rate than the second."""
-        recipe = job.recipe
-        longer = dataclasses.replace(recipe, steps=FIRST_STEPS * recipe.steps, lr=FIRST_RATE * recipe.lr)
-        first = job.replace(loss=segmentation_loss, recipe=longer)
-        first.fit(self, parameters=self.segmentation.parameters()).run()
+        """Train the segmentation, the first stage."""
+        job.replace(loss=segmentation_loss).fit(self, parameters=self.segmentation.parameters()).run()
         self.eval()
 
     def learn_to_complete(self, job: Job) -> None:

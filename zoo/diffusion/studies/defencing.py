@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ from zoo.diffusion.studies.iter import details
 from zoo.diffusion.studies.quarters import ByQuarter, quarters
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Grid
-from zoo.studies.study import BAR, Arm, Claim, Study
+from zoo.studies.study import BAR, Arm, Claim, Study, Tuned
 from zoo.studies.view import Row, Value
 
 GAN, PLAIN, HARMONIC, MEAN = "with discriminators", "without discriminators", "harmonic fill", "mean fill"
-EVERYTHING = "everything called fence"
+FINDER, EVERYTHING = "whole image, longer", "everything called fence"
 TRUE, FOUND = "true mask", "found mask"
 PSNR = Value("psnr", 1.0, 2, "dB", 2)
 IOU = Value("iou", 1.0, 3, "of IoU", 3)
@@ -35,18 +36,24 @@ class DefencingOptions:
         seeds: how many, from 0.
         steps: of each stage's training.
         count: squares of Set5 and Set14.
+        arms: `whole image, longer` for that segmentation alone; by default all.
         device: where to train.
     """
 
     seeds: int = 3
     steps: int = 400
     count: int = 200
+    arms: tuple[str, ...] = ()
+    may_be_none: ClassVar[tuple[str, ...]] = ("arms",)
     device: str = "cpu"
 
 
 def cases(options: DefencingOptions) -> Iterator[Row]:
-    """All arms of a seed at once: both networks have one segmentation."""
-    return ({"seed": seed} for seed in range(options.seeds))
+    """The completions of a seed at once, as both have one segmentation; and the other segmentation."""
+    for seed in range(options.seeds):
+        if not options.arms:
+            yield {"seed": seed}
+        yield {"arm": FINDER, "seed": seed}
 
 
 @torch.no_grad()
@@ -60,6 +67,8 @@ def figures(made: Tensor, masks: Tensor, true: Tensor) -> Row:
 def measure(make: None, options: DefencingOptions, case: Row, cells: CellCache) -> list[Row]:
     """IoU of the found fences, and PSNR in the holes by true and by found masks."""
     seed = case["seed"]
+    if case.get("arm") == FINDER:
+        return found(seed, options)
     first = Defencing.fresh(seed)
     recipe = dataclasses.replace(first.usual, steps=options.steps)
     job = first.make_job("photos", recipe=recipe, seed=seed, device=options.device)
@@ -79,9 +88,20 @@ def measure(make: None, options: DefencingOptions, case: Row, cells: CellCache) 
         {"arm": arm, "level": level, **figures(completed, masks, true)}
         for (arm, level), completed in made.items()
     ]
-    everything = float(iou(torch.ones_like(masks), masks).mean())
-    rows = [{**row, "iou": seen} if row["arm"] == GAN else row for row in rows]
-    return [*rows, {"arm": EVERYTHING, "level": TRUE, "iou": everything}]
+    return [{**row, "iou": seen} if row["arm"] == GAN else row for row in rows]
+
+
+def found(seed: int, options: DefencingOptions) -> list[Row]:
+    """IoU by a segmentation that is told of the whole image and learns three times as long at twice the rate,
+    and by calling everything a fence."""
+    model = Defencing.fresh(seed, whole=True)
+    usual = model.usual
+    recipe = dataclasses.replace(usual, steps=3 * options.steps, lr=2 * usual.lr)
+    model.learn_to_find(model.make_job("photos", recipe=recipe, seed=seed, device=options.device))
+    images, masks, _ = fenced_tiles(model.side, options.count)
+    with torch.no_grad():
+        by = {FINDER: model.cpu().find(images), EVERYTHING: torch.ones_like(masks)}
+    return [{"arm": arm, "level": TRUE, "iou": float(iou(one, masks).mean())} for arm, one in by.items()]
 
 
 def texture(made: Tensor, true: Tensor) -> float:
@@ -90,7 +110,15 @@ def texture(made: Tensor, true: Tensor) -> float:
 
 
 COMPLETED = (GAN, PLAIN, HARMONIC, MEAN)
-ARMS = {name: Arm() for name in (*COMPLETED, EVERYTHING)}
+ARMS = {name: Arm() for name in (*COMPLETED, EVERYTHING)} | {
+    FINDER: Arm(
+        tuned=Tuned(
+            "whole image seen; rate; steps",
+            "training photographs, other angles",
+            ("no and yes", "0.002 and 0.004", "up to 2000"),
+        )
+    )
+}
 STUDY = Study(
     "defencing",
     "De-fencing GAN: fences found in one photograph and removed",
@@ -102,22 +130,21 @@ STUDY = Study(
     measure,
     papers=(13,),
     claims=[
-        Claim(
-            "fences of patterns that were not trained on are found with an IoU of 0.7",
-            BAR,
-            GAN,
-            bar=0.7,
-            at=(TRUE,),
-            value=IOU,
-        ),
-        Claim(
-            "fences of patterns that were not trained on are found with a higher IoU than by calling "
-            "everything a fence",
-            BAR,
-            GAN,
-            EVERYTHING,
-            at=(TRUE,),
-            value=IOU,
+        *(
+            Claim(
+                f"{words}fences of patterns that were not trained on are found with {how}",
+                BAR,
+                arm,
+                other,
+                bar,
+                (TRUE,),
+                value=IOU,
+            )
+            for arm, words in ((GAN, ""), (FINDER, "whole image, longer: "))
+            for how, other, bar in (
+                ("an IoU of 0.7", "", 0.7),
+                ("a higher IoU than by calling everything a fence", EVERYTHING, 0.0),
+            )
         ),
         Claim(
             "in the hole the completion is 1 dB above harmonic fill, with the {level}",
@@ -138,13 +165,13 @@ STUDY = Study(
         ),
     ],
     value=PSNR,
-    varies=("seeds", "device"),
+    varies=("seeds", "device", "arms"),
     tables=[
         Grid("PSNR in the hole (dB)", arms=COMPLETED),
         Grid(
-            "IoU of the found fences, one segmentation for both networks",
+            "IoU of the found fences",
             value=IOU,
-            arms=(GAN, EVERYTHING),
+            arms=(GAN, FINDER, EVERYTHING),
             levels=(TRUE,),
             columns=lambda v, level: "IoU",
         ),
@@ -172,6 +199,10 @@ STUDY = Study(
         "brightness each. Nothing was tuned on the test images.",
         "A quarter to more than a half of a square is hidden, and both stages are probably short of "
         "training: the completion adds little to the harmonic fill that it starts from.",
+        "Both networks have one segmentation. The other one, whole image and longer, is told mean and "
+        "deviation of the whole image and learns three times as long at twice the rate; that was chosen on "
+        "photographs of T91 and angles of wires that its training did not show, never on grids or test images. "
+        "It completes nothing here, and the shipped model does not have it.",
         "By the found mask the image outside the true fence is not the input either, so that its figures are "
         "of the whole chain, in the true hole.",
     ],

@@ -21,7 +21,6 @@ from zoo.errors import ConfigError
 from zoo.names import check_known
 from zoo.studies.cells import CellCache
 from zoo.studies.figures import Curves, Grid
-
 from zoo.studies.study import BAR, Arm, Claim, Study, Tuned
 from zoo.studies.tables import Verdict
 from zoo.studies.view import Row, Value, View
