@@ -97,8 +97,8 @@ def measure(make: None, options: DefencingOptions, case: Row, cells: CellCache) 
 
 
 def found(arm: str, seed: int, options: DefencingOptions) -> Row:
-    """IoU by calling everything a fence, or by a segmentation that is told of the whole image and learns three
-    times as long at twice the rate."""
+    """IoU by calling everything a fence, or by a segmentation that is told of the whole image and learns
+    three times as long at twice the rate."""
     model = Defencing.fresh(seed, whole=True)
     images, masks, _ = fenced_tiles(model.side, options.count)
     if arm == EVERYTHING:
