@@ -205,10 +205,6 @@ STUDY = Study(
         "brightness each. Nothing was tuned on the test images.",
         "A quarter to more than a half of a square is hidden, and both stages are probably short of "
         "training: the completion adds little to the harmonic fill that it starts from.",
-        "Both networks have one segmentation. The other one, whole image and longer, is told mean and "
-        "deviation of the whole image and learns three times as long at twice the rate; that was chosen on "
-        "photographs of T91 and angles of wires that its training did not show, never on grids or test "
-        "images. It completes nothing here, and the shipped model does not have it.",
         "By the found mask the image outside the true fence is not the input either, so that its figures are "
         "of the whole chain, in the true hole.",
     ],
