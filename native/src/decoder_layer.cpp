@@ -1,13 +1,13 @@
-// One token through a decoder layer whose weights are kept four-bit groups: what stands between the products takes as long
-// as they do when each step of it is a call of its own.
+// One token through a decoder layer whose weights are kept four-bit groups in panels: what stands between the products takes
+// as long as they do when each step of it is a call of its own.
 //
-// A weight is nine numbers: the addresses of codes, scales, zeros, columns and pointer, entries, rows, cols, group.
+// A weight is nine numbers: the addresses of codes, scales, zeros, masks and pointer, blocks, rows, cols, group.
 #include <cmath>
 #include <limits>
 
 #include "zoo/export.hpp"
-#include "zoo/groups.hpp"
 #include "zoo/packed.hpp"
+#include "zoo/panels.hpp"
 #include "zoo/parallel.hpp"
 #include "zoo/simd.hpp"
 
@@ -21,24 +21,22 @@ const T* at(int64_t address) {
   return reinterpret_cast<const T*>(static_cast<uintptr_t>(address));
 }
 
-// A row of x, rounded for the weights that it meets.
-struct Row {
-  const float* x;
-  int16_t* xs;
-  int64_t unit = 0;
-  float step = 0.0f;
-};
-
-// The product by one weight of a list.
-void multiply(const int64_t* list, int64_t which, Row& row, float* y, int64_t threads) {
-  const int64_t* n = list + which * kNumbers;
-  const Groups w = groups_of(at<void>(n[0]), at<void>(n[1]), at<void>(n[2]), at<void>(n[3]), at<int32_t>(n[4]), n[5], n[6],
-                             n[7], n[8]);
-  if (row.unit != unit_of(w)) {
-    row.unit = unit_of(w);
-    row.step = round_row(row.x, w.cols, row.xs, row.unit, row.unit);
+// The products of one row of x by some weights of a list, into places[i].
+void multiply(const int64_t* list, int64_t first, int64_t count, const float* x, float* const* places, int64_t threads) {
+  Product products[3];
+  Rounded rounded[2];  // by units of 16 and of 32
+  bool done[2] = {};
+  const int64_t cols = list[first * kNumbers + 7], bytes = rounded_bytes(cols);
+  auto* memory = static_cast<uint8_t*>(scratch(2 * bytes, 2));
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t* n = list + (first + i) * kNumbers;
+    const Panels w = panels_of(at<void>(n[0]), at<void>(n[1]), at<void>(n[2]), at<void>(n[3]), at<int32_t>(n[4]), n[5], n[6],
+                               n[7], n[8]);
+    const int64_t wide = w.unit() == 32;
+    if (!done[wide]) rounded[wide] = round_row(x, cols, w.unit(), memory + wide * bytes), done[wide] = true;
+    products[i] = {w, rounded[wide], places[i]};
   }
-  multiply_row(w, n[5], row.x, row.xs, row.step, y, threads);
+  multiply_rows(products, count, threads);
 }
 
 int64_t rows_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 6]; }
@@ -134,17 +132,12 @@ ZOO_EXPORT int64_t zoo_decoder_inputs(const float* x, const int64_t* weights, co
                                       const float* cosine, const float* sine, float* out, int64_t size,
                                       int64_t threads) try {
   using namespace zoo;
-  const int64_t cols = cols_of(weights, 0);
-  float* normed = scratch_of<float>(cols + cols / 2, 3);
-  auto* xs = reinterpret_cast<int16_t*>(normed + cols);
+  const int64_t cols = cols_of(weights, 0), queries = rows_of(weights, 0), keys = rows_of(weights, 1);
+  float* normed = scratch_of<float>(cols, 3);
   normalise(x, norm, epsilon[0], cols, normed);
-  Row row{normed, xs};
-  float* place = out;
-  for (int64_t which = 0; which < 3; ++which) {
-    multiply(weights, which, row, place, threads);
-    if (which < 2) rotate(place, rows_of(weights, which) / size, size, cosine, sine);
-    place += rows_of(weights, which);
-  }
+  float* const places[] = {out, out + queries, out + queries + keys};
+  multiply(weights, 0, 3, normed, places, threads);
+  rotate(out, (queries + keys) / size, size, cosine, sine);
   return kOk;
 } ZOO_CATCH
 
@@ -158,9 +151,8 @@ ZOO_EXPORT int64_t zoo_decoder_outputs(const float* x, const float* q, const voi
   const Cache cache{count, key_head, key_token, value_head, value_token};
   const int64_t inner = heads * size, cols = rows_of(weights, 0), wide = rows_of(weights, 1);
   const int64_t most = std::max({inner, cols, wide});
-  float* attended = scratch_of<float>(3 * most + most / 2 + kUnit, 3);  // also the gate
+  float* attended = scratch_of<float>(3 * most, 3);  // also the gate
   float *normed = attended + most, *up = normed + most;
-  auto* xs = reinterpret_cast<int16_t*>(up + most);
   parallel_for(heads, worthwhile(threads, heads * count * size / kLanes), [&](int64_t from, int64_t to) {
     float* scores = scratch_of<float>(count, 0);
     for (int64_t h = from; h < to; ++h) {
@@ -172,16 +164,13 @@ ZOO_EXPORT int64_t zoo_decoder_outputs(const float* x, const float* q, const voi
       });
     }
   });
-  Row row{attended, xs};
-  multiply(weights, 0, row, y, threads);
+  multiply(weights, 0, 1, attended, &y, threads);
   for (int64_t i = 0; i < cols; ++i) y[i] += x[i];
   normalise(y, norm, numbers[0], cols, normed);
-  row = {normed, xs};
-  multiply(weights, 1, row, attended, threads);
-  multiply(weights, 2, row, up, threads);
+  float* const places[] = {attended, up};
+  multiply(weights, 1, 2, normed, places, threads);
   for (int64_t i = 0; i < wide; ++i) up[i] *= attended[i] / (1.0f + exponential(-attended[i]));
-  row = {up, xs};
-  multiply(weights, 3, row, normed, threads);
+  multiply(weights, 3, 1, up, &normed, threads);
   for (int64_t i = 0; i < cols; ++i) y[i] += normed[i];
   return kOk;
 } ZOO_CATCH

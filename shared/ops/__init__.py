@@ -21,6 +21,7 @@ from .dispatch import backend, calibrate, explain
 from .gather_linear import gather_linear, gather_linear_rows
 from .modules import DepthwiseConv, SparseConv1x1, SparseConv2d, SparseLinear
 from .nm_linear import NMWeight, nm_linear, pack_nm
+from .quant_panel_linear import QuantPanels, quant_panel_linear
 from .quant_sparse_linear import QuantGroups, quant_sparse_linear, quantise_groups
 from .separable_conv import separable_conv
 from .sparse_conv1x1 import sparse_conv1x1
@@ -33,6 +34,7 @@ __all__ = [
     "DepthwiseConv",
     "NMWeight",
     "QuantGroups",
+    "QuantPanels",
     "SparseConv1x1",
     "SparseConv2d",
     "SparseLinear",
@@ -47,6 +49,7 @@ __all__ = [
     "nm_linear",
     "pack",
     "pack_nm",
+    "quant_panel_linear",
     "quant_sparse_linear",
     "quantise_groups",
     "separable_conv",

@@ -1,4 +1,4 @@
-"""One token through a decoder layer of four-bit groups: two calls, with the cache of keys and values between
+"""One token through a decoder layer of four-bit groups in panels: two calls, with the cache of keys and values between
 them.
 
     q, k, v = layer_inputs(x, weights, cosine, sine)  # norm, three products, rotation
@@ -6,7 +6,7 @@ them.
     y = layer_outputs(x, q, keys, values, weights)  # attention, W_o, norm, gated FFN, residuals
 
 The references, in plain PyTorch, are the definition. The native kernels do the same with the sums of
-`quant_sparse_linear`, rows rounded (see `round_rows`); what lies between two products, some thirty operations
+`quant_panel_linear`, which rounds x to eight bits; what lies between two products, some thirty operations
 of torch, takes no call of its own there.
 """
 
@@ -22,8 +22,8 @@ from torch import Tensor
 from ..errors import OpError
 from . import _native, dispatch
 from .layout import VALUE_TYPES
-from .quant_sparse_linear import QuantGroups
-from .quant_sparse_linear import reference as product
+from .quant_panel_linear import QuantPanels
+from .quant_panel_linear import reference as product
 
 __all__ = ["LayerWeights", "layer_inputs", "layer_outputs", "runs_natively"]
 
@@ -41,13 +41,13 @@ class LayerWeights:
         scale: of attention scores.
     """
 
-    q: QuantGroups
-    k: QuantGroups
-    v: QuantGroups
-    o: QuantGroups
-    gate: QuantGroups
-    up: QuantGroups
-    down: QuantGroups
+    q: QuantPanels
+    k: QuantPanels
+    v: QuantPanels
+    o: QuantPanels
+    gate: QuantPanels
+    up: QuantPanels
+    down: QuantPanels
     input_norm: Float[Tensor, " d"]
     output_norm: Float[Tensor, " d"]
     epsilon: float
@@ -103,7 +103,7 @@ class LayerWeights:
 class _Table:
     """Addresses and sizes of weights as native/src/decoder_layer.cpp reads them."""
 
-    def __init__(self, weights: tuple[QuantGroups, ...]) -> None:
+    def __init__(self, weights: tuple[QuantPanels, ...]) -> None:
         self._weights = weights
         self._tensors = [part for each in weights for part in each.parts]
         self._places: list[int] = []
@@ -121,7 +121,7 @@ class _Table:
             for each in self._weights:
                 each.check()
                 parts = map(_data_ptr, each.parts)
-                rows.append([*parts, each.columns.numel(), *each.shape, each.group])
+                rows.append([*parts, each.scales.shape[0], *each.shape, each.group])
             self._rows, self._places = torch.tensor(rows, dtype=torch.int64), places
         return self._rows.data_ptr()
 
@@ -160,7 +160,7 @@ def layer_inputs(
     sizes = [weights.q.shape[0], weights.k.shape[0], weights.v.shape[0]]
     if not runs_natively(x):
         normed, turn = _norm(x.float(), weights.input_norm, weights.epsilon), (cosine.float(), sine.float())
-        q, k, v = (product(normed, each, rounded=True) for each in (weights.q, weights.k, weights.v))
+        q, k, v = (product(normed, each) for each in (weights.q, weights.k, weights.v))
         return _rotate(q, *turn).to(x.dtype), _rotate(k, *turn).to(x.dtype), v.to(x.dtype)
     out = torch.empty(sum(sizes))
     wide, norm = _native.plain(x), _native.plain(weights.input_norm)
@@ -232,10 +232,10 @@ def layer_outputs(
 def _reference_outputs(x: Tensor, q: Tensor, keys: Tensor, values: Tensor, weights: LayerWeights) -> Tensor:
     groups = q.view(keys.shape[0], -1, weights.head)
     shares = (weights.scale * groups @ keys.transpose(1, 2)).softmax(-1)
-    h = x + product((shares @ values).flatten(), weights.o, rounded=True)
+    h = x + product((shares @ values).flatten(), weights.o)
     normed = _norm(h, weights.output_norm, weights.epsilon)
-    gate, up = (product(normed, each, rounded=True) for each in (weights.gate, weights.up))
-    return h + product(torch.nn.functional.silu(gate) * up, weights.down, rounded=True)
+    gate, up = (product(normed, each) for each in (weights.gate, weights.up))
+    return h + product(torch.nn.functional.silu(gate) * up, weights.down)
 
 
 def _norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:

@@ -7,8 +7,7 @@ Each row is cut into groups of G consecutive inputs. A kept group is stored as G
 scale and a zero point: w = scale * (q - zero). At G = 16 a kept weight takes 6.5 bits with its column
 number.
 
-With `rounded=True` the kernel may round each row of x to 16 bits (`round_rows`), which decoding takes two
-thirds of the time for: products and sums of a group are then exact in integers.
+This is the form that is stored; decoding takes less time by `quant_panel_linear`, with x in eight bits.
 """
 
 from __future__ import annotations
@@ -28,11 +27,10 @@ from . import _native, dispatch, triton
 from .cache import Calls, Derived, Run, dense_run, native_run
 from .dense_linear import fastest_product, prepack, prepacks
 
-__all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference", "round_rows"]
+__all__ = ["QuantGroups", "plan", "quant_sparse_linear", "quantise_groups", "reference"]
 
 _dense = Derived[Tensor](1024)
 _REFERENCE_PRODUCTS = 1 << 24  # that the reference holds at a time
-_MOST = 32767  # in 16 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,48 +185,30 @@ def quant_sparse_linear(
     x: Float[Tensor, "*batch in"],
     weight: QuantGroups,
     bias: Float[Tensor, " out"] | None = None,
-    rounded: bool = False,
 ) -> Float[Tensor, "*batch out"]:
     """y = x W^T + bias; the groups that are not kept are not read. Sums are in fp32.
 
     Gradients reach x and the bias (codes, scales and zero points are constants here).
 
-    Args:
-        rounded: let the kernel take `round_rows(x)` for x, and the gradient that of x itself. The dense
-            product, which is chosen for many rows, gains nothing by it and takes x.
-
     Raises:
         OpError: shapes, dtypes or devices that do not fit.
     """
     if dispatch.direct(x, weight.codes, bias):
-        run = weight.calls.find(x, bias, weight.shape[0], rounded)
+        run = weight.calls.find(x, bias, weight.shape[0])
         if run is not None:
             return run(x, bias)
         weight.check()
-        return _forward(x, weight, bias, rounded)
-    return _quant_sparse_linear(x, *weight.parts, bias, weight.shape[1], weight.group, rounded)
-
-
-def round_rows(x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
-    """x with each row rounded to multiples of its step, its greatest magnitude / 32767; in fp32 (fp64 for
-    fp64).
-
-    A row without a step stays as it is: one that holds an infinity or a NaN, or nothing above 1e-34.
-    """
-    wide = x if x.dtype == torch.float64 else x.float()
-    most = wide.abs().amax(-1, keepdim=True) if x.shape[-1] else wide.sum(-1, keepdim=True)
-    factor = torch.full_like(most, _MOST) / most  # a number / a tensor would multiply by a reciprocal
-    return torch.where(factor.isfinite() & (factor > 0), (wide * factor).round() * (most / _MOST), wide)
+        return _forward(x, weight, bias)
+    return _quant_sparse_linear(x, *weight.parts, bias, weight.shape[1], weight.group)
 
 
 def reference(
     x: Float[Tensor, "*batch in"],
     weight: QuantGroups,
     bias: Float[Tensor, " out"] | None = None,
-    rounded: bool = False,
 ) -> Float[Tensor, "*batch out"]:
     """The definition: each kept group, dequantised, times its x, in fp32 (fp64 for fp64)."""
-    dtype, x = x.dtype, round_rows(x) if rounded else x
+    dtype = x.dtype
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     values, rows = weight.dequantised().to(wide), weight.group_rows()
     flat = x.reshape(-1, weight.shape[1] // weight.group, weight.group).to(wide)
@@ -244,7 +224,6 @@ def plan(
     x: Float[Tensor, "*batch in"],
     weight: QuantGroups,
     bias: Float[Tensor, " out"] | None = None,
-    rounded: bool = False,
 ) -> dispatch.Plan:
     """The backend that `quant_sparse_linear` would run these arguments on."""
     rows, cols = weight.shape
@@ -256,29 +235,27 @@ def plan(
         raise OpError(f"x is on {x.device}, the weight on {weight.codes.device}: move one of them")
     if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
         raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
-    return dispatch.choose("quant_sparse_linear", x.device, *case(x, weight, rounded))
+    return dispatch.choose("quant_sparse_linear", x.device, *case(x, weight))
 
 
 def case(
-    x: Tensor, weight: QuantGroups, rounded: bool = False
+    x: Tensor, weight: QuantGroups
 ) -> tuple[tuple[str, ...], str, tuple[float, ...], int]:
     """Backends offered, the kind and sizes by which measured cases are looked up (weights, batch, density),
     and the bytes that a copy is looked up by."""
     rows, cols = weight.shape
     offered = ("dense", "reference") if x.dtype == torch.float64 else ("native", "dense", "reference")
     sizes = (float(max(1, rows * cols)), float(max(1, x.numel() // max(1, cols))), max(weight.density, 1e-4))
-    kind = f"int4 g{weight.group}" + (", x in 16 bits" if rounded else "")
-    return (*offered, *triton.offered(x)), kind, sizes, weight.nbytes
+    return (*offered, *triton.offered(x)), f"int4 g{weight.group}", sizes, weight.nbytes
 
 
-def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None, rounded: bool) -> Tensor:
-    backend = plan(x, weight, bias, rounded).backend
+def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None) -> Tensor:
+    backend = plan(x, weight, bias).backend
     if backend == "native" and x.numel() and weight.shape[0]:
         y_shape = (*x.shape[:-1], weight.shape[0])
         sizes = (math.prod(y_shape[:-1]), weight.columns.numel(), *weight.shape, weight.group)
-        name = "zoo_quant_rounded_linear" if rounded else "zoo_quant_sparse_linear"
-        run = native_run(name, weight.parts, y_shape, sizes)
-        weight.calls.keep(x, run, weight.parts, rounded)
+        run = native_run("zoo_quant_sparse_linear", weight.parts, y_shape, sizes)
+        weight.calls.keep(x, run, weight.parts)
         return run(x, bias)
     if backend == "dense":
         rows, dtype = x.numel() // max(1, x.shape[-1]), x.dtype
@@ -289,13 +266,13 @@ def _forward(x: Tensor, weight: QuantGroups, bias: Tensor | None, rounded: bool)
             return prepack(dense) if ahead else dense
 
         run = _dense.run(weight, weight.parts, dense_of, _dense_run, (weight.shape, dtype, ahead))
-        weight.calls.keep(x, run, weight.parts, rounded)
+        weight.calls.keep(x, run, weight.parts)
         return run(x, bias)
     if backend == "triton":
         from .triton import quant
 
         return quant.quant_sparse_linear(x, weight, bias)
-    return reference(x, weight, bias, rounded)
+    return reference(x, weight, bias)
 
 
 def _dense_run(weight: QuantGroups, dense: Tensor) -> Run:
@@ -307,7 +284,7 @@ def _dense_run(weight: QuantGroups, dense: Tensor) -> Run:
     "zoo::quant_sparse_linear",
     mutates_args=(),
     schema="(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor columns, Tensor pointer, "
-    "Tensor? bias, int cols, int group, bool rounded) -> Tensor",
+    "Tensor? bias, int cols, int group) -> Tensor",
 )
 def _quant_sparse_linear(
     x: Tensor,
@@ -319,10 +296,9 @@ def _quant_sparse_linear(
     bias: Tensor | None,
     cols: int,
     group: int,
-    rounded: bool,
 ) -> Tensor:
     weight = QuantGroups(codes, scales, zeros, columns, pointer, (pointer.numel() - 1, cols), group)
-    return _forward(x, weight, bias, rounded)
+    return _forward(x, weight, bias)
 
 
 @_quant_sparse_linear.register_fake
@@ -336,13 +312,12 @@ def _(
     bias: Tensor | None,
     cols: int,
     group: int,
-    rounded: bool,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], pointer.numel() - 1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *parts, bias, cols, group, _ = inputs
+    _, *parts, bias, cols, group = inputs
     ctx.save_for_backward(*parts)
     ctx.cols, ctx.group, ctx.bias_dtype = cols, group, None if bias is None else bias.dtype
 
@@ -357,7 +332,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad @ dense.to(grad.dtype)
     if ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, *[None] * 5, grad_bias, None, None, None
+    return grad_x, *[None] * 5, grad_bias, None, None
 
 
 _quant_sparse_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -376,12 +351,10 @@ def calibrate(quick: bool) -> list[dispatch.Entry]:
                 for batch in (1, 64) if quick else (1, 4, 8, 64, 512):
                     x = torch.randn(batch, side)
                     plain = fastest_product(x, dense)
-                    for rounded in (False, True):
-                        run = functools.partial(quant_sparse_linear, x, weight, rounded=rounded)
-                        args = case(x, weight, rounded)
-                        entries.append(
-                            dispatch.measure("quant_sparse_linear", run, *args, quick=quick, plain=plain)
-                        )
+                    run, args = functools.partial(quant_sparse_linear, x, weight), case(x, weight)
+                    entries.append(
+                        dispatch.measure("quant_sparse_linear", run, *args, quick=quick, plain=plain)
+                    )
     return entries
 
 
@@ -389,10 +362,8 @@ def _examples() -> Iterator[dispatch.Example]:
     for group in (16, 32):
         weight = quantise_groups(torch.randn(9, 96), torch.rand(9, 96 // group) < 0.5, group)
         for batch in (1, 3, 9, 0):
-            for rounded in (False, True):
-                call = functools.partial(quant_sparse_linear, weight=weight, rounded=rounded)
-                x = round_rows(torch.randn(batch, 96)) if rounded else torch.randn(batch, 96)
-                yield dispatch.Example(call, (x,))
+            call = functools.partial(quant_sparse_linear, weight=weight)
+            yield dispatch.Example(call, (torch.randn(batch, 96),))
 
 
 dispatch.register("quant_sparse_linear", plan=plan, calibrate=calibrate, examples=_examples)

@@ -20,6 +20,7 @@ from zoo.shared.ops.csr import csr_from_edges, transposed
 from zoo.shared.ops.dense_rows import store_rows
 from zoo.shared.ops.modules import SparseConv1x1, SparseLinear
 from zoo.shared.ops.nm_linear import nm_linear, pack_nm
+from zoo.shared.ops.quant_panel_linear import QuantPanels, quant_panel_linear, round_units
 from zoo.shared.ops.quant_sparse_linear import quant_sparse_linear, quantise_groups
 from zoo.shared.ops.rulebook import conv_rulebook, submanifold_rulebook
 from zoo.shared.ops.sparse_linear import reference
@@ -169,10 +170,12 @@ def test_grouped_and_patterned_and_stored_weights_are_seen(write: Write) -> None
     groups = quantise_groups(torch.randn(8, 64), torch.rand(8, 4) < 0.5)
     mask = (torch.rand(8, 16, 4).argsort(-1) < 2).reshape(8, 64)
     pattern, rows = pack_nm(torch.randn(8, 64), mask, 2, 4), store_rows(torch.randn(64, 8), "int8", group=16)
+    panels = QuantPanels.of(groups)
     for batch in (1, 9):
         x = torch.randn(batch, 64)
         calls: list[tuple[Callable[[], Tensor], Tensor]] = [
             (lambda x=x: quant_sparse_linear(x, groups), groups.scales),
+            (lambda x=round_units(x, 16): quant_panel_linear(x, panels), panels.scales),
             (lambda x=x: nm_linear(x, pattern), pattern.packed.values),
             (lambda x=x: ops.gather_linear(x, rows), rows.scales if rows.scales is not None else x),
         ]

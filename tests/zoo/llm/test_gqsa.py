@@ -27,8 +27,10 @@ from zoo.llm.methods.gqsa import (
 )
 from zoo.llm.models.quantised import GroupQuantLinear, PackedGroupLinear, group_arguments, with_empty_groups
 from zoo.shared.masks import MaskSet
-from zoo.shared.ops import quant_sparse_linear, quantise_groups
+from zoo.shared import ops
+from zoo.shared.ops import available, quant_sparse_linear, quantise_groups
 from zoo.shared.ops.packing import pack
+from zoo.shared.ops.quant_panel_linear import round_units
 from zoo.shared.store.formats import load_packed, save_packed
 from zoo.shared.store.io import sha256_file
 
@@ -162,8 +164,14 @@ def test_packed_models_agree_and_round_trip(compressed, batches):
     with torch.no_grad():
         expected = tuned(batches[0]).logits
         torch.testing.assert_close(packed(batches[0]).logits, expected)
-        # The packed product rounds its x to 16 bits.
-        torch.testing.assert_close(executed(batches[0]).logits, expected, rtol=1e-3, atol=1e-3)
+        # The packed product rounds its x to eight bits.
+        for module in packed.modules():
+            if isinstance(module, GroupQuantLinear):
+                module.register_forward_pre_hook(lambda module, args: round_units(args[0], 16))
+        with ops.backend("native" if available() else "reference"):
+            found = executed(batches[0]).logits
+        torch.testing.assert_close(found, packed(batches[0]).logits, rtol=1e-3, atol=1e-3)
+        assert float((found - expected).norm()) < 0.02 * float(expected.norm())
     bits, weights = (sum(column) for column in list(zip(*stored_bits(packed), strict=True))[1:])
     rows = sum(module.out_features for module in layers)
     # 16 codes, scale, zero point and column of half the groups; a pointer per row

@@ -106,7 +106,7 @@ def test_what_the_calls_cannot_do_goes_the_plain_way(case: str, calls: list[int]
     elif case == "part":
         for each in (model, plain):
             for layer in each.model.layers:
-                changed = layer.mlp.up_proj.groups
+                changed = layer.mlp.up_proj.panels
                 layer.mlp.up_proj = PackedGroupLinear(
                     quantise_groups(torch.ones(changed.shape), torch.ones(96, 4, dtype=torch.bool))
                 )

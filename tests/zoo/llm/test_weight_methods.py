@@ -117,7 +117,7 @@ def test_a_head_in_four_bits_leaves_the_embedding_alone_and_comes_back(save_made
     path = save_made(tmp_path / "made", made.model, made)
     masked, packed = load(path), load(path, execution="packed")
     assert torch.equal(masked.get_input_embeddings().weight, embedding)
-    assert isinstance(packed.lm_head, PackedGroupLinear) and packed.lm_head.groups.density == 1.0
+    assert isinstance(packed.lm_head, PackedGroupLinear) and packed.lm_head.panels.groups().density == 1.0
     head = masked.lm_head.weight
     span = (embedding.view(1024, 2, 16).amax(-1) - embedding.view(1024, 2, 16).amin(-1)).float()
     off = (head - embedding.float()).detach().view(1024, 2, 16).abs().amax(-1)

@@ -64,9 +64,9 @@ class OneTokenLayer(LlamaDecoderLayer):
         for part in (*projections, *norms, parts["self_attn"], parts["mlp"]):
             if part._forward_hooks or part._forward_pre_hooks:
                 return False
-        groups = (weights.q, weights.k, weights.v, weights.o, weights.gate, weights.up, weights.down)
+        panels = (weights.q, weights.k, weights.v, weights.o, weights.gate, weights.up, weights.down)
         return (
-            all(p.__dict__.get("groups") is each for p, each in zip(projections, groups, strict=True))
+            all(p.__dict__.get("panels") is each for p, each in zip(projections, panels, strict=True))
             and norms[0].weight.data_ptr() == weights.input_norm.data_ptr()
             and norms[1].weight.data_ptr() == weights.output_norm.data_ptr()
             and not nn.modules.module._has_any_global_hook()
@@ -90,12 +90,12 @@ def one_token_layer(module: nn.Module) -> nn.Module | None:
         return None
     layer: Any = copy.copy(module)
     layer.__class__ = OneTokenLayer
-    groups: dict[str, Any] = {
-        name.removesuffix("_proj"): each.groups
+    panels: dict[str, Any] = {
+        name.removesuffix("_proj"): each.panels
         for name, each in zip(_ATTENTION + _FFN, projections, strict=True)
     }
     layer.weights = LayerWeights(
-        **groups,
+        **panels,
         input_norm=norms[0].weight.detach(),
         output_norm=norms[1].weight.detach(),
         epsilon=norms[0].variance_epsilon,

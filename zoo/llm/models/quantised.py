@@ -15,7 +15,8 @@ from zoo.shared.blocks import find_chains
 from zoo.shared.masks import Mask
 from zoo.shared.measure.account import Counting, Macs, register_counter
 from zoo.shared.ops.packing import register_packer
-from zoo.shared.ops.quant_sparse_linear import QuantGroups, quant_sparse_linear, quantise_groups
+from zoo.shared.ops.quant_panel_linear import QuantPanels, quant_panel_linear
+from zoo.shared.ops.quant_sparse_linear import QuantGroups, quantise_groups
 
 
 class GroupQuantLinear(nn.Module):
@@ -111,8 +112,8 @@ class GroupQuantLinear(nn.Module):
 
 
 class PackedGroupLinear(nn.Module):
-    """The same product by `zoo.shared.ops.quant_sparse_linear`, which reads the kept groups only, and may
-    round each row of x to 16 bits (`round_rows`); for inference.
+    """The same product by `zoo.shared.ops.quant_panel_linear`, which reads the kept groups only and rounds x
+    to eight bits; for inference.
 
     Args:
         groups: the weight.
@@ -124,19 +125,15 @@ class PackedGroupLinear(nn.Module):
     def __init__(self, groups: QuantGroups, bias: Float[Tensor, " out"] | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = groups.shape
-        self.groups = groups
+        self.panels = QuantPanels.of(groups)
+        self.coded_weights = groups.columns.numel() * groups.group  # that are kept
         self.register_buffer("bias", bias)
 
-    @property
-    def coded_weights(self) -> int:
-        """Weights that are kept."""
-        return self.groups.columns.numel() * self.groups.group
-
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return quant_sparse_linear(x, self.groups, self.bias, rounded=True)
+        return quant_panel_linear(x, self.panels, self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, group={self.groups.group}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, group={self.panels.group}"
 
 
 def _macs(module: nn.Module, args: Any, kwargs: Any, output: Tensor, counting: Counting) -> Macs:
