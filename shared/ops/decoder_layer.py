@@ -1,5 +1,5 @@
-"""One token through a decoder layer of four-bit groups in panels: two calls, with the cache of keys and values between
-them.
+"""One token through a decoder layer of four-bit groups in panels: two calls, with the cache of keys and
+values between them.
 
     q, k, v = layer_inputs(x, weights, cosine, sine)  # norm, three products, rotation
     keys, values = cache.update(k, v)

@@ -1,12 +1,12 @@
-"""y = x W^T + b with W in four-bit groups of which only some are kept, in panels of rows, and x in eight bits.
+"""y = x W^T + b with W in four-bit groups of which only some are kept, in panels of rows, x in eight bits.
 
     weight = QuantPanels.of(quantise_groups(linear.weight, keep, group=16))
     y = quant_panel_linear(x, weight, linear.bias)
 
-The weight is that of `QuantGroups`, laid out for decoding: codes of eight rows that keep the same group of inputs
-stand side by side, and a mask says which rows those are. At G = 16 and half of the groups kept, a kept weight
-takes 5.5 bits. Each unit of x, 16 or 32 inputs, is rounded to eight bits with a step of its own (`round_units`);
-products and sums of a unit are then exact in integers.
+The weight is that of `QuantGroups`, laid out for decoding: codes of eight rows that keep the same group of
+inputs stand side by side, and a mask says which rows those are. At G = 16 and half of the groups kept, a kept
+weight takes 5.5 bits. Each unit of x, 16 or 32 inputs, is rounded to eight bits with a step of its own
+(`round_units`); products and sums of a unit are then exact in integers.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _dense = Derived[Tensor](1024)
 class QuantPanels:
     """A weight W [out, in] of kept four-bit groups, in panels of 256 rows.
 
-    In a panel, by groups of columns one after another, stand the groups that its rows keep, in blocks of eight;
-    the last block of a column of groups may be partly unused.
+    In a panel, by groups of columns one after another, stand the groups that its rows keep, in blocks of
+    eight; the last block of a column of groups may be partly unused.
 
     Attributes:
-        codes: uint8 [blocks, G / 8, 8, 4]; byte k of row r in piece i has code 8 i + k in its lower half and code
-            8 i + 4 + k in its upper one.
+        codes: uint8 [blocks, G / 8, 8, 4]; byte k of row r in piece i has code 8 i + k in its lower half and
+            code 8 i + 4 + k in its upper one.
         scales: fp16 [blocks, 8].
         zeros: uint8 [blocks, 4], two zero points in a byte, the first in its lower half.
         masks: uint8 [panels, in / G, 32], a bit for each row that keeps the group, the lowest first.
@@ -208,7 +208,9 @@ def _panels_of(weight: QuantGroups, first: int, end: int) -> tuple[Tensor, ...]:
 
     codes = weight.codes[some]
     q = placed(torch.stack([codes & 15, codes >> 4], -1).view(-1, weight.group // 8, 2, 4))
-    both = (q[:, :, 0] | (q[:, :, 1] << 4)).view(-1, _LANES, weight.group // 8, 4).transpose(1, 2).contiguous()
+    both = (
+        (q[:, :, 0] | (q[:, :, 1] << 4)).view(-1, _LANES, weight.group // 8, 4).transpose(1, 2).contiguous()
+    )
     scales, zeros = (placed(each[some]).view(-1, _LANES) for each in (weight.scales, weight.zeros))
     zeros = zeros[:, 0::2] | (zeros[:, 1::2] << 4)
     powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
@@ -222,8 +224,8 @@ def quant_panel_linear(
     """y = x W^T + bias with `round_units(x, weight.unit)` for x; groups that are not kept are not read. Sums
     of units are in fp32.
 
-    The dense product, which is chosen for many rows, gains nothing by rounding and takes x. Gradients reach x,
-    that of x itself, and the bias (codes, scales and zero points are constants here).
+    The dense product gains nothing by rounding and takes x. Gradients reach x, that of x itself, and the bias
+    (codes, scales and zero points are constants here).
 
     Raises:
         OpError: shapes, dtypes or devices that do not fit.
@@ -356,7 +358,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        dense = QuantPanels(*ctx.saved_tensors, ctx.shape, ctx.group).groups().to_dense()
+        codes, scales, zeros, masks, pointer = ctx.saved_tensors
+        panels = QuantPanels(codes, scales, zeros, masks, pointer, ctx.shape, ctx.group)
+        dense = panels.groups().to_dense()
         grad_x = grad @ dense.to(grad.dtype)
     if ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)

@@ -238,9 +238,7 @@ def plan(
     return dispatch.choose("quant_sparse_linear", x.device, *case(x, weight))
 
 
-def case(
-    x: Tensor, weight: QuantGroups
-) -> tuple[tuple[str, ...], str, tuple[float, ...], int]:
+def case(x: Tensor, weight: QuantGroups) -> tuple[tuple[str, ...], str, tuple[float, ...], int]:
     """Backends offered, the kind and sizes by which measured cases are looked up (weights, batch, density),
     and the bytes that a copy is looked up by."""
     rows, cols = weight.shape

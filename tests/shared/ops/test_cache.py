@@ -173,9 +173,10 @@ def test_grouped_and_patterned_and_stored_weights_are_seen(write: Write) -> None
     panels = QuantPanels.of(groups)
     for batch in (1, 9):
         x = torch.randn(batch, 64)
+        rounded = round_units(x, 16)
         calls: list[tuple[Callable[[], Tensor], Tensor]] = [
             (lambda x=x: quant_sparse_linear(x, groups), groups.scales),
-            (lambda x=round_units(x, 16): quant_panel_linear(x, panels), panels.scales),
+            (lambda x=rounded: quant_panel_linear(x, panels), panels.scales),
             (lambda x=x: nm_linear(x, pattern), pattern.packed.values),
             (lambda x=x: ops.gather_linear(x, rows), rows.scales if rows.scales is not None else x),
         ]

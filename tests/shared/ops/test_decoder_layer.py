@@ -85,8 +85,8 @@ def test_keys_and_values_may_have_another_precision_than_the_token() -> None:
 
 
 def test_by_hand() -> None:
-    """One head of two channels: the norm of (3, 4, 0 ...) is 5 / 4, a quarter turn swaps and negates. Of 127 steps
-    up to 3.2, 2.4 takes 95."""
+    """One head of two channels: the norm of (3, 4, 0 ...) is 5 / 4, a quarter turn swaps and negates. Of 127
+    steps up to 3.2, 2.4 takes 95."""
     torch.manual_seed(0)
     whole = torch.ones(16, 1, dtype=torch.bool)
     eye = QuantPanels.of(quantise_groups(torch.eye(16) * 15, whole))  # 15 and 0 are codes
@@ -97,9 +97,12 @@ def test_by_hand() -> None:
         with ops.backend(backend):
             q, k, v = layer_inputs(x, weights, torch.zeros(2), torch.ones(2))
             torch.testing.assert_close(v[:4], torch.tensor([48 * 95 / 127, 48, 0, 0]), rtol=1e-4, atol=1e-3)
-            torch.testing.assert_close(q[:4], torch.tensor([-48.0, 48 * 95 / 127, 0, 0]), rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(
+                q[:4], torch.tensor([-48.0, 48 * 95 / 127, 0, 0]), rtol=1e-4, atol=1e-3
+            )
             assert torch.equal(q, k)
-            # One key: attention is its value. h = x + 15 v; n = h / rms; y = h + 15 silu(15 n) 15 n, products rounded.
+            # One key: attention is its value. h = x + 15 v; n = h / rms; y = h + 15 silu(15 n) 15 n; both
+            # times that something is multiplied by a weight it is rounded.
             y = layer_outputs(x, q, k.view(8, 1, 2), v.view(8, 1, 2), weights)
         h = x + 15 * v
         n = 15 * round_units(h / h.square().mean().sqrt(), 16)

@@ -26,8 +26,8 @@ from zoo.llm.methods.gqsa import (
     tune_model,
 )
 from zoo.llm.models.quantised import GroupQuantLinear, PackedGroupLinear, group_arguments, with_empty_groups
-from zoo.shared.masks import MaskSet
 from zoo.shared import ops
+from zoo.shared.masks import MaskSet
 from zoo.shared.ops import available, quant_sparse_linear, quantise_groups
 from zoo.shared.ops.packing import pack
 from zoo.shared.ops.quant_panel_linear import round_units

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from zoo.bundles.store import load, save
 from zoo.cli import main
@@ -12,6 +13,7 @@ from zoo.llm.data.calibration import Calibrated, default_text, random_windows
 from zoo.llm.models import architecture_of, llama
 from zoo.llm.models.quantised import GroupQuantLinear, PackedGroupLinear
 from zoo.registry import METHODS
+from zoo.shared import ops
 from zoo.shared.masks import masks_of
 from zoo.shared.ops import SparseLinear
 from zoo.shared.train import Job
@@ -93,6 +95,14 @@ def test_a_cut_bundle_is_smaller_and_comes_back(save_made, tmp_path):
     assert torch.equal(logits(again), logits(made.model))
 
 
+def same_but_for_rounding(packed: nn.Module, masked: nn.Module) -> None:
+    """The same codes; kernels round what they meet to eight bits, the dense product does not."""
+    expected = logits(masked)
+    with ops.backend("dense"):
+        torch.testing.assert_close(logits(packed), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert float((logits(packed) - expected).norm()) < 0.02 * float(expected.norm())
+
+
 def test_a_quantised_bundle_holds_codes_and_comes_back(save_made, tmp_path):
     made = METHODS.get("gqsa")(block_epochs=1, model_epochs=1, **SMALL).sparsify(tiny())
     path = save_made(tmp_path / "made", made.model, made)
@@ -106,7 +116,7 @@ def test_a_quantised_bundle_holds_codes_and_comes_back(save_made, tmp_path):
     assert part.kept * 2 == part.total and part.pattern == "block1x16"
     assert cost.parameters.kept == 17 * part.kept + 1024 * 32 + 5 * 32
     torch.testing.assert_close(logits(masked), logits(made.model))
-    torch.testing.assert_close(logits(packed), logits(masked), rtol=TOLERANCE, atol=TOLERANCE)
+    same_but_for_rounding(packed, masked)
 
 
 def test_a_head_in_four_bits_leaves_the_embedding_alone_and_comes_back(save_made, tmp_path):
@@ -122,7 +132,7 @@ def test_a_head_in_four_bits_leaves_the_embedding_alone_and_comes_back(save_made
     span = (embedding.view(1024, 2, 16).amax(-1) - embedding.view(1024, 2, 16).amin(-1)).float()
     off = (head - embedding.float()).detach().view(1024, 2, 16).abs().amax(-1)
     assert bool((off <= 0.04 * span + 1e-3).all()) and not torch.equal(head, embedding.float())
-    torch.testing.assert_close(logits(packed), logits(masked), rtol=TOLERANCE, atol=TOLERANCE)
+    same_but_for_rounding(packed, masked)
 
 
 def test_the_command_line_makes_and_measures(save_made, tmp_path, monkeypatch):
