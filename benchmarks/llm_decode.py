@@ -130,16 +130,16 @@ class Variants:
             for name, linear in block.linears():
                 rows, cols = linear.weight.shape
                 keep = torch.rand(rows, cols // 16).argsort(1) < cols // 32
-                groups = quantise_groups(linear.weight, keep)
-                size += groups.nbytes * self.shape.layers / self.shape.distinct
-                replace_module(model, name, PackedGroupLinear(groups))
+                packed = PackedGroupLinear(quantise_groups(linear.weight, keep))
+                size += packed.panels.nbytes * self.shape.layers / self.shape.distinct
+                replace_module(model, name, packed)
         if not head:
             return pack_model(model), Bound(size + 4 * self.dense.lm_head.weight.numel(), 0)
         rows, cols = self.dense.lm_head.weight.shape
         keep = torch.ones(rows, cols // 32, dtype=torch.bool)
-        groups = quantise_groups(self.dense.lm_head.weight, keep, 32)
-        model.set_output_embeddings(PackedGroupLinear(groups))
-        return pack_model(model), Bound(size + groups.nbytes, 0)
+        packed = PackedGroupLinear(quantise_groups(self.dense.lm_head.weight, keep, 32))
+        model.set_output_embeddings(packed)
+        return pack_model(model), Bound(size + packed.panels.nbytes, 0)
 
     def stacked(self, model: nn.Module) -> nn.Module:
         """The model with all its layers, each with its own place in the cache."""

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kMaskBytes = kPanelRows / 8;
 constexpr int64_t kTogether = 4;  // rows of x for which codes are unpacked once
-constexpr int64_t kAhead = 2048;  // bytes of codes: the processor alone reads four streams at half to two thirds of this speed
+constexpr int64_t kAhead = 4096;  // bytes of codes: the processor alone reads four streams at half to two thirds of this speed
 constexpr float kMost = 127.0f;
 
 // The products of one column's groups: one for each row that keeps it. A permutation reads eight at any place.

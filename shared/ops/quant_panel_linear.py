@@ -315,8 +315,8 @@ def _dense_run(weight: QuantPanels, dense: Tensor) -> Run:
 @torch.library.custom_op(
     "zoo::quant_panel_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor masks, Tensor pointer, Tensor? bias, "
-    "int rows, int cols, int group) -> Tensor",
+    schema="(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor masks, Tensor pointer, "
+    "Tensor? bias, int rows, int cols, int group) -> Tensor",
 )
 def _quant_panel_linear(
     x: Tensor,
