@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from zoo.errors import ConfigError
 
@@ -26,6 +28,27 @@ _LIKELY, _SURE = 0.65, 0.9  # resemblance from which a name is suggested, and of
 def is_model_name(text: str) -> bool:
     """Whether `text` is a legal `domain/slug`."""
     return len(text) <= _MAX_LENGTH and _NAME.fullmatch(text) is not None
+
+
+def name_for(domain: str, folder: Path) -> str:
+    """The name of a model that is written to a folder: what is legal of the folder's own, `Mein Nétz` as
+    `mein-netz`; `model` if nothing is."""
+    plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"\.(?![a-z0-9])", "", re.sub(r"[^a-z0-9._-]+", "-", plain)).lstrip("-_.")
+    return f"{domain}/{slug[: _MAX_LENGTH // 2].rstrip('-_.') or 'model'}"
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that a card may not have.
+
+    Raises:
+        ConfigError: it is not legal.
+    """
+    if not is_model_name(name):
+        raise ConfigError(
+            f"--name {name}: expected domain/slug of a-z, 0-9, hyphens, dots and underscores, "
+            "e.g. graph/teddy-gcn-cora-g30-w80"
+        )
 
 
 def is_version(text: str) -> bool:

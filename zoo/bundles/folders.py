@@ -78,12 +78,24 @@ def put_folder(folder: Path, write: Callable[[Path], object]) -> Path:
     return folder
 
 
+def refuse_place(folder: Path) -> None:
+    """Refuse a folder that cannot come to be, because a file is where one above it should be.
+
+    Raises:
+        BundleError: there is such a file.
+    """
+    above = next((path for path in folder.absolute().parents if path.exists()), None)
+    if above is not None and not above.is_dir():
+        raise BundleError(f"{folder}: {above} is a file, no folder. Choose another place.")
+
+
 def refuse_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder for a bundle, before any work is done for it.
 
     Raises:
         BundleError: it has files that are no bundle's, or a bundle that may not be replaced.
     """
+    refuse_place(folder)
     if not os.path.lexists(folder):
         return
     if not folder.is_dir() or folder.is_symlink():

@@ -112,7 +112,7 @@ def fetch(text: str, offline: bool | None = None) -> Bundle:
         if cached is None:
             raise HubError(
                 f"{reference} is not in the cache {cache_folder()} and offline mode is on. "
-                "Pull it once with a connection, or unset ZOO_OFFLINE and HF_HUB_OFFLINE."
+                "Pull it once with a connection: without --offline, ZOO_OFFLINE and HF_HUB_OFFLINE."
             )
         return cached
     if _COMMIT.fullmatch(reference.revision) and (cached := _cached(reference)) is not None:

@@ -7,7 +7,6 @@ caller gives the class, or a model of it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from zoo.bundles.building import check_fits
 from zoo.bundles.card import OWN, Card
 from zoo.bundles.provenance import environment
 from zoo.errors import BundleError, ConfigError
+from zoo.names import name_for
 from zoo.shared.masks import MaskSet
 
 PYTHON = "python:"
@@ -45,8 +45,7 @@ def own_fields(
     Raises:
         ConfigError: another domain in the name.
     """
-    slug = re.sub(r"[^a-z0-9._-]+", "-", folder.name.lower()).strip("-._") or "model"
-    called = name or f"{OWN}/{slug}"
+    called = name or name_for(OWN, folder)
     if not called.startswith(f"{OWN}/"):
         raise ConfigError(
             f"a model without measured figures is called {OWN}/..., not {called!r}; give a card to save it "

@@ -42,6 +42,9 @@ COMMANDS = {
     "completion": ("completion", "complete commands, options and names in bash, zsh or fish"),
 }
 
+#: Commands that keep what they finished, so that the same command goes on after an interruption.
+GO_ON = ("eval", "compare", "make", "pretrain", "finetune", "reproduce")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -50,10 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     _show_warnings()
     try:
-        return _dispatch(arguments)
+        return dispatch(arguments)
     except KeyboardInterrupt:
-        print("zoo: interrupted; finished work is kept, run the same command to go on", file=sys.stderr)
-        return INTERRUPTED
+        text = "interrupted"
+        if arguments and arguments[0] in GO_ON:
+            text += "; finished work is kept, run the same command to go on"
+        return _tell("KeyboardInterrupt", text, INTERRUPTED, as_json="--json" in arguments)
     except BrokenPipeError:  # the reader, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -75,7 +80,8 @@ def _show_warnings() -> None:
         log.addHandler(handler)
 
 
-def _dispatch(arguments: list[str]) -> int:
+def dispatch(arguments: list[str]) -> int:
+    """Run one command and return its exit code; errors pass."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return OK
@@ -86,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(version_line())
         return OK
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.6)
         hint = f"did you mean `zoo {close[0]}`?" if close else "see `zoo --help`"
         from zoo.errors import ConfigError
 
@@ -118,11 +124,16 @@ def _overview() -> str:
 
 def _report(error: Exception, *, as_json: bool) -> int:
     """Print an error in one or two lines and return its exit code."""
+    code, text = _classify(error)
+    return _tell(type(error).__name__, text, code, as_json=as_json)
+
+
+def _tell(kind: str, text: str, code: int, *, as_json: bool) -> int:
+    """Say why a command ended, for machines on stdout too."""
     from zoo.cli.console import note
 
-    code, text = _classify(error)
     if as_json:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": text, "exit_code": code}}))
+        print(json.dumps({"error": {"type": kind, "message": text, "exit_code": code}}))
     note(f"zoo: {text}")
     return code
 

@@ -74,10 +74,14 @@ def _calibrate(options: Bench) -> int:
     from zoo.shared import ops
     from zoo.shared.bench import threads
 
+    tables = []
     for count in sorted({1, torch.get_num_threads()} if options.threads is None else {options.threads}):
         with threads(count):
             path = ops.calibrate(quick=options.quick)
         note(f"{count} thread(s): {path}")
+        tables.append({"threads": count, "file": str(path)})
+    if options.json:
+        print_json(tables)
     return OK
 
 

@@ -130,6 +130,8 @@ def sparsify_command(argv: Sequence[str]) -> int:
     suffix = Path(argv[0]).suffix if argv else ""
     if suffix and suffix in FILE_SPARSIFIERS:
         return _sparsify_file(argv, FILE_SPARSIFIERS.get(suffix))
+    from zoo.names import check_model_name, name_for
+
     method_name, rest = take_option(argv, "method", "prune")
     method_class: Any = METHODS.get(method_name)
     description = (
@@ -138,7 +140,9 @@ def sparsify_command(argv: Sequence[str]) -> int:
     )
     trains = needs_job(method_class) or bool(default_recipe(method_class))
     common = dataclasses.make_dataclass("Sparsify", [], bases=(JobOptions, Sparsify)) if trains else Sparsify
-    options, method = parse_with(common, method_class, rest, "sparsify", description)
+    options, method = parse_with(common, method_class, rest, "sparsify", description, ("--method",))
+    if options.name is not None:
+        check_model_name(options.name)
     from zoo.bundles.catalog import HUB_PREFIX, find
     from zoo.harness.making import Origin, make_bundle
 
@@ -165,7 +169,7 @@ def sparsify_command(argv: Sequence[str]) -> int:
         if share and "base" not in inspect.signature(sparsify_folder).parameters:
             raise ConfigError(f"--share: models of {domain} come out as whole folders; leave it out")
         origin = Origin(
-            options.name or f"{domain}/{options.out.name}", method_name, command_line("sparsify", argv)
+            options.name or name_for(domain, options.out), method_name, command_line("sparsify", argv)
         )
         with progress_bar() as progress:
             said = sparsify_folder(
@@ -178,9 +182,13 @@ def sparsify_command(argv: Sequence[str]) -> int:
                 **share,
             )
         note(said)
-        return _show_new(options.out, options.json) if (options.out / "card.yaml").is_file() else OK
+        if (options.out / "card.yaml").is_file():
+            return _show_new(options.out, options.json)
+        if options.json:
+            print_json({"name": origin.name, "folder": str(options.out)})
+        return OK
     source = find(options.model)
-    name = options.name or f"{source.card.domain}/{options.out.name}"
+    name = options.name or name_for(source.card.domain, options.out)
     origin = Origin(name, method_name, command_line("sparsify", argv))
     from zoo.bundles.folders import refuse_folder
     from zoo.harness.workers import workers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import re
 import typing
@@ -25,8 +26,14 @@ def metavar(name: str) -> Any:
     return tyro.conf.arg(metavar=name)
 
 
-def parse(options: type[T], argv: Sequence[str], command: str, description: str | None = None) -> T:
-    """Read the options of a command.
+def parse(
+    options: type[T],
+    argv: Sequence[str],
+    command: str,
+    description: str | None = None,
+    others: Sequence[str] = (),
+) -> T:
+    """Read the options of a command; those of `others` were taken before and are only suggested.
 
     Raises:
         ConfigError: wrong usage, in one line.
@@ -47,11 +54,16 @@ def parse(options: type[T], argv: Sequence[str], command: str, description: str 
         if not error.code:
             print(_readable(printed.text()), end="")
             raise
-        raise ConfigError(f"{_condense(errors.text())}; see `zoo {command} --help`") from None
+        raise ConfigError(f"{_condense(errors.text(), others)}; see `zoo {command} --help`") from None
 
 
 def parse_with(
-    common: type, part: type, argv: Sequence[str], command: str, description: str | None = None
+    common: type,
+    part: type,
+    argv: Sequence[str],
+    command: str,
+    description: str | None = None,
+    others: Sequence[str] = (),
 ) -> tuple[Any, Any]:
     """Read the options of a command together with those of a method or experiment, as one flat list.
 
@@ -61,6 +73,7 @@ def parse_with(
         argv: what was typed.
         command: for messages and usage.
         description: for the help.
+        others: options that were taken before, to be suggested.
 
     Raises:
         ConfigError: wrong usage, or a `part` whose fields hide those of `common`.
@@ -73,7 +86,7 @@ def parse_with(
     flat = tyro.conf.arg(name="")
     fields: list[Any] = [("common", Annotated[common, flat]), ("part", Annotated[part, flat])]
     both = dataclasses.make_dataclass("Options", fields)
-    read: Any = parse(both, argv, command, description)
+    read: Any = parse(both, argv, command, description, others)
     return read.common, read.part
 
 
@@ -155,7 +168,7 @@ class _Capture(io.TextIOWrapper):
         return self.read()
 
 
-def _condense(box: str) -> str:
+def _condense(box: str, others: Sequence[str]) -> str:
     """tyro's framed message as one line: the culprit, then the near misses."""
     lines = [re.sub(r"^[│╭╰][ ─]*|[ ─]*[│╮╯]$", "", line).strip() for line in box.splitlines()]
     parts: list[list[str]] = [[]]
@@ -173,8 +186,24 @@ def _condense(box: str) -> str:
     for part in filled[1:]:
         options = [line.split()[0] for line in part[1:] if line.startswith("--")]
         if part[0].startswith("Perhaps you meant") and options:
-            message += f"; did you mean {' or '.join(options[:2])}?"
-    return message
+            return f"{message}; did you mean {' or '.join(options[:2])}?"
+    for word in re.findall(r"--[\w-]+", message) if message.startswith("Unrecognized") else ():
+        if close := difflib.get_close_matches(word, others, n=1, cutoff=0.75):
+            return f"{message}; did you mean {close[0]}?"
+    return _number(message) or message
+
+
+def _number(message: str) -> str:
+    """What to type where a number was expected and something else was typed; nothing for other messages."""
+    found = re.match(
+        r"Error parsing (\S+): (?:no type matching (INT|FLOAT) could .*|invalid literal for (int)\(\).*|"
+        r"could not convert string to (float): )\W*('[^']*')",
+        message,
+    )
+    if found is None:
+        return ""
+    kind = "a whole number" if "int" in (found[2] or found[3] or "").lower().split() else "a number"
+    return f"{found[1]} takes {kind}; received {found[5]}"
 
 
 def _missing(part: Sequence[str], box: str) -> str:
@@ -194,8 +223,12 @@ def _missing(part: Sequence[str], box: str) -> str:
 
 
 def _readable(text: str) -> str:
-    """tyro's help without `{None}|` before the type of an option that may be left out, columns aligned."""
-    return re.sub(r"\{None\}\|(\S+)", lambda found: found[1] + " " * len("{None}|"), text)
+    """tyro's help without `{None}|` before the type of an option that may be left out and without defaults
+    that are empty, columns aligned."""
+    usage, corner, boxes = text.partition("╭")
+    boxes = re.sub(r"\{None\}\|(\S+)", lambda found: found[1] + " " * len("{None}|"), boxes)
+    boxes = boxes.replace(" (default: )", " " * len(" (default: )"))
+    return usage.replace("{None}|", "") + corner + boxes
 
 
 def is_help(argv: Sequence[str]) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -84,7 +86,7 @@ def make_command(argv: Sequence[str]) -> int:
 
 def _hub(options: Make) -> int:
     """Run recipes for models that people know (`zoo recipes list`), each into a folder of its name."""
-    from zoo.cli import main
+    from zoo.cli import dispatch
     from zoo.recipes import select
 
     if options.out is None:
@@ -95,8 +97,10 @@ def _hub(options: Make) -> int:
             shown.append(shlex.join(["zoo", *words]))
             if not options.dry_run:
                 note(shown[-1])
-                if code := main(words):
-                    return code
+                # With --json stdout is for one document, what the commands show goes beside it.
+                place = sys.stderr if options.json else sys.stdout
+                with contextlib.redirect_stdout(place):
+                    dispatch(words)
     if options.json:
         print_json(shown)
     elif options.dry_run:

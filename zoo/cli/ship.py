@@ -10,12 +10,10 @@ from typing import Annotated, Any
 from zoo.cli import OK
 from zoo.cli.console import note, print_json
 from zoo.cli.parsing import Positional, metavar, parse, take_option
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, HubError
 from zoo.progress import progress_bar
 from zoo.report import numbers
 from zoo.shared.store.io import atomic_write, write_json
-
-PREFIX = "hf://"
 
 
 @dataclass
@@ -185,7 +183,9 @@ def _not_in_tensors(model: Any, extras: Any) -> str:
 
 
 def _require_hub(reference: str) -> None:
-    if not reference.startswith(PREFIX):
-        raise ConfigError(
-            f"{reference!r} is no hub reference; write hf://owner/name or hf://owner/name@revision"
-        )
+    from zoo.bundles.hub import parse_reference
+
+    try:
+        parse_reference(reference)
+    except HubError as error:  # mistyped, which no other network mends
+        raise ConfigError(str(error)) from None

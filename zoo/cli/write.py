@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,11 @@ class Generate:
 def generate_command(argv: Sequence[str]) -> int:
     """`zoo generate MODEL --prompt TEXT ...`."""
     options = parse(Generate, argv, "generate")
+    for name, given in (("--max-new-tokens", options.max_new_tokens), ("--threads", options.threads)):
+        if given is not None and given < 1:
+            raise ConfigError(f"{name} must be at least 1, received {given}")
+    if not 0 <= options.temperature < math.inf:
+        raise ConfigError(f"--temperature must be finite and not negative, received {options.temperature}")
     from zoo.bundles.catalog import find
 
     bundle = find(options.model)
@@ -63,8 +69,6 @@ def generate_command(argv: Sequence[str]) -> int:
     generate = GENERATORS.get(bundle.card.domain)
 
     if options.threads is not None:
-        if options.threads < 1:
-            raise ConfigError(f"--threads must be at least 1, received {options.threads}")
         torch.set_num_threads(options.threads)
     model = load_bundle(bundle, options.execution)
     if not options.json:

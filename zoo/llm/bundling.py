@@ -28,6 +28,7 @@ from zoo.harness.tasks import get_task
 from zoo.llm.data.tokenization import to_extras, tokenizer_of
 from zoo.llm.generate import to_extras as generation_extras
 from zoo.llm.models import architecture_of, load_pretrained
+from zoo.names import name_for
 
 PROTOCOL = "test documents in disjoint windows of the model's context; float32 arithmetic on stored weights"
 _METRICS = {"word_perplexity": ("word_perplexity", "bits_per_byte")}  # by primary metric
@@ -112,7 +113,7 @@ class Adopt:
             model = load_pretrained(self.source)
         model.to(types[self.dtype])  # type: ignore[arg-type]
         about = About(
-            self.name or f"llm/{self.out.name}",
+            self.name or name_for("llm", self.out),
             f"{type(model).__name__} from {Path(self.source).name}.",
             shlex.join(["python", "-m", "zoo.llm.bundling", *sys.argv[1:]]),
             CITATION,

@@ -24,6 +24,7 @@ from zoo.bundles.publish import About, Figure, Trained, figures_of, publish
 from zoo.bundles.store import info, load_bundle
 from zoo.errors import ConfigError, UnknownNameError
 from zoo.harness.workers import workers
+from zoo.names import name_for
 from zoo.progress import progress_bar
 from zoo.registry import FINETUNERS
 from zoo.shared.masks import MaskSet, masks_of, set_masks
@@ -245,7 +246,7 @@ class FineTuner(ABC):
             parts=parts if plan.parts is None else plan.parts,
         )
         how = f" {plan.how}" if plan.how else ""
-        name = self.name or f"{self.domain}/{self.out.name}"
+        name = self.name or name_for(self.domain, self.out)
         summary = f"{card.name} fine-tuned on {plan.dataset}{how}."
         about = About.like(card, name, summary, command_of(self, self.domain))
         if plan.data is not None:

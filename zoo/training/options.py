@@ -6,7 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from zoo.bundles.folders import refuse_place
 from zoo.errors import ConfigError
+from zoo.names import check_model_name
 
 # Options that say where the work is done and where the result goes, not what it is.
 _PLACES = ("model", "out", "overwrite", "name", "device", "checkpoint_every", "pictures")
@@ -36,6 +38,9 @@ def check_target(config: Any) -> None:
     """
     if config.checkpoint_every < 1:
         raise ConfigError(f"checkpoint_every must be at least 1. Received: {config.checkpoint_every}.")
+    if getattr(config, "name", None) is not None:
+        check_model_name(config.name)
+    refuse_place(config.out)
     if config.out.exists() and not config.overwrite:
         raise ConfigError(f"{config.out} is there already. Add --overwrite, or choose another --out.")
 

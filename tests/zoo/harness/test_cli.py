@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -24,10 +26,11 @@ from zoo.bundles.cardfile import dump_yaml, load_yaml
 from zoo.bundles.catalog import select
 from zoo.bundles.store import load
 from zoo.cli import COMMANDS, main
-from zoo.errors import HubError
+from zoo.errors import BundleError, ConfigError, HubError
 from zoo.report import html
 from zoo.report.plain import plain
 from zoo.shared.masks import masks_of
+from zoo.training.options import check_target
 
 
 def run(capsys, *argv):
@@ -58,7 +61,9 @@ def test_every_command_explains_itself(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
     assert f"usage: zoo {command}" in out and "--json" in out
-    assert "{None}" not in out
+    assert "{None}" not in out and "(default: )" not in out
+    boxes = [line for line in out.splitlines() if line.startswith(("╭", "│", "╰"))]
+    assert len({len(line) for line in boxes}) <= 1, "the frames are straight"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,8 @@ def test_every_command_explains_itself(capsys, command):
     [
         (["lst"], ["unknown command 'lst'", "zoo list"]),
         (["list", "--mehod", "x"], ["--mehod", "did you mean --method?", "zoo list --help"]),
-        (["list", "--min-sparsity", "much"], ["--min-sparsity", "much"]),
+        (["list", "--min-sparsity", "much"], ["--min-sparsity takes a number; received 'much'"]),
+        (["list", "--max-bytes", "1.5"], ["--max-bytes takes a whole number; received '1.5'"]),
         (["list", "--min-sparsity", "1.5"], ["between 0 and 1", "1.5"]),
         (["list", "toy/hlf*"], ["toy/hlf*", "toy/half-mlp"]),
         (["list", "--kind", "moddels"], ["moddels"]),
@@ -80,6 +86,9 @@ def test_every_command_explains_itself(capsys, command):
         (["verify", "toy/half-mlp", "--tolerance", "-1"], ["--tolerance"]),
         (["sparsify", "toy/dense-mlp", "--method", "prunee", "--out", "x"], ["prunee", "prune"]),
         (["sparsify", "toy/dense-mlp", "--method"], ["--method needs a value"]),
+        (["sparsify", "toy/dense-mlp", "--methd", "prune", "--out", "x"], ["did you mean --method?"]),
+        (["generate", "toy/half-mlp", "--max-new-tokens", "0"], ["--max-new-tokens", "received 0"]),
+        (["generate", "toy/half-mlp", "--temperature", "nan"], ["--temperature", "received nan"]),
         (["sparsify", "toy/dense-mlp", "--out", "x", "--sparsity", "1.0"], ["sparsity", "1.0"]),
         (["sparsify", "toy/dense-mlp", "--out", "x", "--sparsity", "-0.1"], ["sparsity", "-0.1"]),
         (["sparsify", "toy/dense-mlp", "--out", "x", "--sparsity", "nan"], ["sparsity", "nan"]),
@@ -92,6 +101,7 @@ def test_every_command_explains_itself(capsys, command):
         (["reproduce", "toy", "--seed", "1"], ["--seed", "--seeds"]),
         (["bench", "nothing"], ["nothing"]),
         (["pull", "owner/name"], ["owner/name", "hf://"]),
+        (["pull", "hf://owner"], ["hf://owner", "hf://owner/name"]),
         (["push", "toy/half-mlp", "owner/name"], ["hf://"]),
         (["export", "toy/half-mlp", "--to", "x.bin"], ["x.bin", ".safetensors"]),
         (["list", "./mine"], ["looks like a folder", "zoo show ./mine"]),
@@ -132,7 +142,7 @@ def test_exit_codes(capsys, monkeypatch, error, code, words):
     def fail(arguments):
         raise error
 
-    monkeypatch.setattr(cli, "_dispatch", fail)
+    monkeypatch.setattr(cli, "dispatch", fail)
     got, _, err = run(capsys, "list")
     assert got == code
     assert words in err and "Traceback" not in err
@@ -368,6 +378,20 @@ def test_ctrl_c_leaves_nothing_half_written(toy_environment, tmp_path):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.parametrize(("command", "goes_on"), [("eval", True), ("sparsify", False)])
+def test_an_interruption_is_one_json_document_and_promises_no_more_than_is_kept(
+    capsys, monkeypatch, command, goes_on
+):
+    def stop(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "dispatch", stop)
+    code, out, err = run(capsys, command, "toy/half-mlp", "--json")
+    told = json.loads(out)["error"]
+    assert code == told["exit_code"] == 130 and told["message"].startswith("interrupted")
+    assert ("run the same command to go on" in told["message"]) is goes_on and told["message"] in err
+
+
 def test_two_processes_share_the_runs(toy_environment, tmp_path):
     """Each process measures its share, one prints, and the records are those of one process."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
@@ -462,6 +486,34 @@ def test_a_mistyped_format_of_export_is_named(capsys):
 def test_the_domains_that_have_pictures_are_named(capsys):
     code, _, err = run(capsys, "show", "vision/dense-convnet-digits", "--picture", "x.png")
     assert code == 2 and "those of diffusion and neural3d have" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--out", "taken/x"], "taken is a file"),
+        (["--out", "x", "--name", "toy/Mein Netz"], "--name toy/Mein"),
+    ],
+)
+def test_a_place_or_name_that_cannot_be_is_refused_before_the_work(
+    capsys, toy_zoo, tmp_path, monkeypatch, options, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    code, out, err = run(capsys, "sparsify", "toy/dense-mlp", "--sparsity", "0.5", *options)
+    assert code == 2 and words in err and out == "" and "[" not in err
+    name = options[-1] if "--name" in options else None
+    with pytest.raises((BundleError, ConfigError), match=words):  # fine-tuning asks the same first
+        check_target(SimpleNamespace(checkpoint_every=1, out=Path(options[1]), name=name, overwrite=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_any_folder_gives_a_legal_name(capsys, toy_zoo, tmp_path, monkeypatch):
+    (tmp_path / "Mein schönes Netz").mkdir()
+    monkeypatch.chdir(tmp_path / "Mein schönes Netz")
+    for folder, name in (("Größe 1", "toy/groe-1"), ("../x/ü..v1.", "toy/u.v1"), ("雪", "toy/model")):
+        code, _, err = run(capsys, "sparsify", "toy/dense-mlp", "--sparsity", "0.5", "--out", folder)
+        assert (code, read_card(folder).name) == (0, name), err
 
 
 def test_a_folder_that_is_taken_is_refused_before_the_work(capsys, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import zoo.cli.remake
 import zoo.recipes.check
 from zoo.cli import main
 from zoo.errors import ConfigError
@@ -85,6 +86,21 @@ def test_the_command_line_lists_shows_and_prints_what_make_would_run(tmp_path, c
     assert capsys.readouterr().out.startswith(expected)
     assert main(["make", "hub/prune-resnet50-s80"]) == 2 and "--out DIR" in capsys.readouterr().err
     assert main(["recipes", "list", "wonda-*"]) == 2 and "no recipe" in capsys.readouterr().err
+
+
+def test_making_by_a_recipe_prints_one_json_document(tmp_path, capsys, monkeypatch):
+    argv = ["make", "hub/wanda-llama-3.2-1b-2to4", "--out", str(tmp_path), "--json"]
+    monkeypatch.setattr(zoo.cli, "dispatch", lambda words: print("a table") or 0)
+    assert zoo.cli.remake.make_command(argv[1:]) == 0
+    captured = capsys.readouterr()
+    assert (
+        json.loads(captured.out)[0].startswith("zoo sparsify hf://meta-llama") and "a table" in captured.err
+    )
+    monkeypatch.undo()
+    monkeypatch.setenv("ZOO_OFFLINE", "1")
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
+    assert main(argv) == 3
+    assert json.loads(capsys.readouterr().out)["error"]["type"] == "HubError"
 
 
 def test_expectations_are_those_of_the_measured_size():

@@ -46,8 +46,9 @@ def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerFast:
         known = packaged(name)
     if known is None:
         raise ConfigError(
-            f"{type(model).__name__} has no tokenizer. Load it with zoo.load or zoo.llm.load_pretrained, or "
-            "give it one: zoo.llm.data.tokenization.remember(model, tokenizer)."
+            f"{type(model).__name__} has no tokenizer, which methods and data of language models "
+            "need. If it is one, load it with zoo.load or zoo.llm.load_pretrained, or give it one: "
+            "zoo.llm.data.tokenization.remember(model, tokenizer)."
         )
     return known
 

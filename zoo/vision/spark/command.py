@@ -13,6 +13,7 @@ from typing import Literal
 
 from zoo.bundles.catalog import find
 from zoo.bundles.publish import About, Figure, Trained, publish
+from zoo.names import name_for
 from zoo.progress import progress_bar
 from zoo.shared.train import Checkpoint, Fit, Recipe, device_named
 from zoo.training.options import check_target, checkpoint_folder, command_of, options_of
@@ -149,7 +150,7 @@ class Pretrain:
             seconds,
         )
         about = About(
-            self.name or f"vision/{self.out.name}",
+            self.name or name_for("vision", self.out),
             f"ResNet-{self.depth} pre-trained by SparK on {source.title} without labels, with a linear probe "
             "as its head.",
             command_of(self, "vision", verb="pretrain"),
