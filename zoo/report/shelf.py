@@ -12,13 +12,16 @@ from zoo.studies.tables import Plot, Series
 
 _log = logging.getLogger("zoo")
 
+# One bundle far above the others would press them all onto a line: it stands here, with its figure beside it.
+_HIGHEST = 1.25
+
 
 def shelf_plot(cards: Iterable[Card]) -> Plot:
     """Quality against size of all bundles that have a dense twin, both as shares of the twin's, from the
     cards alone.
 
     The quality is the card's first metric over the twin's value, or the twin's over its own where lower is
-    better; the size is that of the packed tensors.
+    better; above 1.25 a point stands at 1.25 and says its share. The size is that of the packed tensors.
 
     Raises:
         UnknownNameError: a card's task is not registered here.
@@ -38,7 +41,13 @@ def shelf_plot(cards: Iterable[Card]) -> Plot:
             quality = 1 / quality
         points.setdefault(card.domain, []).append((card.cost.bytes.sparse / card.cost.bytes.dense, quality))
     series = [
-        Series(f"{domain} ({len(found)})", [x for x, _ in found], [y for _, y in found], kind="points")
+        Series(
+            f"{domain} ({len(found)})",
+            [x for x, _ in found],
+            [min(y, _HIGHEST) for _, y in found],
+            kind="points",
+            marks=[f"\N{UPWARDS ARROW} {y:.1f}" if y > _HIGHEST else "" for _, y in found],
+        )
         for domain, found in sorted(points.items())
     ]
     series.append(Series("the dense twin", [], [1.0], kind="reference"))

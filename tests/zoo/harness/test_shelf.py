@@ -38,6 +38,16 @@ def test_lower_is_better_turns_the_share_round():
     assert points.y == [pytest.approx(metric.dense.value / metric.value)]
 
 
+def test_a_point_far_above_the_others_stands_at_the_edge_with_its_figure():
+    [card] = [bundle.card for bundle in select("graph/teddy-gcn-digits-g30-w80")]
+    metric = card.metrics[0]
+    twin = metric.dense.model_copy(update={"value": metric.value / 3})
+    far = card.model_copy(update={"metrics": [metric.model_copy(update={"dense": twin})]})
+    [points, _] = shelf_plot([card, far]).series
+    assert points.y == [metric.value / metric.dense.value, 1.25]
+    assert points.marks == ["", "\N{UPWARDS ARROW} 3.0"]
+
+
 def test_domains_that_are_not_installed_are_left_out_and_named(toy_zoo, monkeypatch, caplog):
     def missing(name):
         raise ConfigError(f"task {name!r} needs the package 'diffusers', which is not installed")
