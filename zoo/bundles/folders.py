@@ -86,7 +86,7 @@ def refuse_place(folder: Path) -> None:
     """
     above = next((path for path in folder.absolute().parents if path.exists()), None)
     if above is not None and not above.is_dir():
-        raise BundleError(f"{folder}: {above} is a file, no folder. Choose another place.")
+        raise BundleError(f"{folder} cannot be written: {above} is a file, no folder. Choose another place.")
 
 
 def refuse_folder(folder: Path, overwrite: bool) -> None:
