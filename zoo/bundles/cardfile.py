@@ -36,15 +36,15 @@ class _CardLoader(_Loader):
     yaml_implicit_resolvers: dict[Any, Any] = {}
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
+        found: dict[Any, Any] = {}  # built here, not by the base class, which would construct each key again
+        for key_node, value_node in node.value:
             key, where = self.construct_object(key_node, deep=True), key_node.start_mark
             if not isinstance(key, (str, int)) or isinstance(key, bool):
                 raise yaml.constructor.ConstructorError(None, None, "a key that is no name", where)
-            if key in seen:
+            if key in found:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", where)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+            found[key] = self.construct_object(value_node, deep=deep)
+        return found
 
 
 class _CardDumper(yaml.SafeDumper):
