@@ -264,15 +264,7 @@ def plan(
     x: Float[Tensor, "*batch in"], weight: QuantPanels, bias: Float[Tensor, " out"] | None = None
 ) -> dispatch.Plan:
     """The backend that `quant_panel_linear` would run these arguments on."""
-    rows, cols = weight.shape
-    if x.dim() == 0 or x.shape[-1] != cols:
-        raise OpError(f"x {tuple(x.shape)} does not end in the {cols} inputs of the weight {weight.shape}")
-    if not x.dtype.is_floating_point:
-        raise OpError(f"x must be floating point, received {x.dtype}")
-    if x.device != weight.codes.device:
-        raise OpError(f"x is on {x.device}, the weight on {weight.codes.device}: move one of them")
-    if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
-        raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
+    quant_sparse_linear.check_operands(x, weight.shape, weight.codes, bias)
     return dispatch.choose("quant_panel_linear", x.device, *case(x, weight))
 
 

@@ -226,16 +226,21 @@ def plan(
     bias: Float[Tensor, " out"] | None = None,
 ) -> dispatch.Plan:
     """The backend that `quant_sparse_linear` would run these arguments on."""
-    rows, cols = weight.shape
+    check_operands(x, weight.shape, weight.codes, bias)
+    return dispatch.choose("quant_sparse_linear", x.device, *case(x, weight))
+
+
+def check_operands(x: Tensor, shape: tuple[int, int], codes: Tensor, bias: Tensor | None) -> None:
+    """Raise OpError if x or the bias does not fit a weight of this shape whose codes are given."""
+    rows, cols = shape
     if x.dim() == 0 or x.shape[-1] != cols:
-        raise OpError(f"x {tuple(x.shape)} does not end in the {cols} inputs of the weight {weight.shape}")
+        raise OpError(f"x {tuple(x.shape)} does not end in the {cols} inputs of the weight {shape}")
     if not x.dtype.is_floating_point:
         raise OpError(f"x must be floating point, received {x.dtype}")
-    if x.device != weight.codes.device:
-        raise OpError(f"x is on {x.device}, the weight on {weight.codes.device}: move one of them")
+    if x.device != codes.device:
+        raise OpError(f"x is on {x.device}, the weight on {codes.device}: move one of them")
     if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
         raise OpError(f"bias must be [{rows}] on {x.device}, received {tuple(bias.shape)} on {bias.device}")
-    return dispatch.choose("quant_sparse_linear", x.device, *case(x, weight))
 
 
 def case(x: Tensor, weight: QuantGroups) -> tuple[tuple[str, ...], str, tuple[float, ...], int]:
