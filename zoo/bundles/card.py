@@ -504,7 +504,11 @@ def share_dropped(kept: int, total: int) -> float:
 def mean_and_spread(per_seed: Mapping[int, float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1) of values by seed; one seed has no deviation: None."""
     values = list(per_seed.values())
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    # in floats: `statistics.stdev` computes in fractions, for hundreds of figures a tenth of a listing's time
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def parse_card(fields: Mapping[str, Any], source: str = "card") -> Card:

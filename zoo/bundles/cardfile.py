@@ -18,12 +18,14 @@ from zoo.errors import CardError
 
 MAX_BYTES = 256 << 10  # the largest real cards have a few kB
 MAX_DEPTH = 16
+MAX_TAGS = 1 << 16  # texts whose tags are remembered
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+_STRING, _INTEGER = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
 _PLAIN = [
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", [*"~nN", ""]),
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    ("tag:yaml.org,2002:int", r"[-+]?[0-9]{1,40}", [*"-+0123456789"]),
+    (_INTEGER, r"[-+]?[0-9]{1,40}", [*"-+0123456789"]),
     (
         "tag:yaml.org,2002:float",
         r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
@@ -33,17 +35,18 @@ _PLAIN = [
 
 
 class _CardLoader(_Loader):
-    yaml_implicit_resolvers: dict[Any, Any] = {}
+    """Plain values only. Cards repeat their keys and numbers, so that each text is understood once."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found: dict[Any, Any] = {}  # built here, not by the base class, which would construct each key again
-        for key_node, value_node in node.value:
-            key, where = self.construct_object(key_node, deep=True), key_node.start_mark
-            if not isinstance(key, (str, int)) or isinstance(key, bool):
-                raise yaml.constructor.ConstructorError(None, None, "a key that is no name", where)
-            if key in found:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", where)
-            found[key] = self.construct_object(value_node, deep=deep)
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+    tags: dict[tuple[Any, ...], str] = {}
+
+    def resolve(self, *node: Any) -> str:
+        """The tag of a node's kind, text and style."""
+        found = self.tags.get(node)
+        if found is None:
+            if len(self.tags) > MAX_TAGS:
+                self.tags.clear()
+            found = self.tags[node] = str(super().resolve(*node))
         return found
 
 
@@ -62,21 +65,16 @@ _SIGNS = ("*", "&", "!", "\t", "\r", "\x85", "\u2028", "\u2029")
 _BEFORE = re.compile(r"^[ ?:-]*", re.MULTILINE)  # what may stand before the first word of a nested block
 
 
-def _decimal(loader: Any, node: Any) -> int:
-    return int(node.value)  # YAML 1.1 would read 010 as 8
-
-
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
     style = "|" if "\n" in value else None
     if not value.replace("\n", "").isprintable():
         style = '"'  # escaped: the other styles lose U+0085 and its like
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+    return dumper.represent_scalar(_STRING, value, style=style)
 
 
 for _tag, _pattern, _first in _PLAIN:
     for _class in (_CardLoader, _CardDumper):
         _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
-_CardLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
 _CardDumper.add_representer(str, _text)
 
 
@@ -131,9 +129,31 @@ def dump_yaml(value: dict[str, Any]) -> str:
 def _load(text: str) -> Any:
     loader = _CardLoader(text)
     try:
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        return None if node is None else _plain(loader, node)
     finally:
         loader.dispose()
+
+
+def _plain(loader: Any, node: Any) -> Any:
+    """The value of a node; PyYAML's own way there, which also serves aliases, takes three times as long."""
+    kind = type(node)
+    if kind is yaml.ScalarNode:
+        if node.tag == _STRING:
+            return node.value
+        # decimal: the library would read 010 as 8, as YAML 1.1 has it
+        return int(node.value) if node.tag == _INTEGER else loader.construct_object(node)
+    if kind is yaml.SequenceNode:
+        return [_plain(loader, item) for item in node.value]
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = _plain(loader, key_node)
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
+            raise yaml.constructor.ConstructorError(None, None, "a key that is no name", key_node.start_mark)
+        if key in found:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", key_node.start_mark)
+        found[key] = _plain(loader, value_node)
+    return found
 
 
 def _is_harmless(text: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from zoo.bundles.card import Card, DenseFigure, Level, Metric, level_label
+from zoo.cli import nothing_collected
 from zoo.cli.console import note, print_json, stdout
 from zoo.cli.parsing import Positional, metavar, parse
 from zoo.errors import ConfigError
@@ -74,15 +75,16 @@ def list_command(argv: Sequence[str]) -> int:
         return _list_names(options)
     from zoo.bundles.catalog import select
 
-    bundles = select(
-        options.glob,
-        domain=options.domain,
-        method=options.method,
-        task=options.task,
-        min_sparsity=options.min_sparsity,
-        max_bytes=options.max_bytes,
-    )
-    cards = [bundle.card for bundle in bundles]
+    with nothing_collected():
+        bundles = select(
+            options.glob,
+            domain=options.domain,
+            method=options.method,
+            task=options.task,
+            min_sparsity=options.min_sparsity,
+            max_bytes=options.max_bytes,
+        )
+        cards = [bundle.card for bundle in bundles]
     if options.picture is not None:
         _draw_shelf(cards, options.picture)
     cards = shelf_order(cards)
