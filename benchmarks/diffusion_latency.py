@@ -19,8 +19,9 @@ import torch
 
 from zoo.bundles.store import load
 from zoo.diffusion.domain import make_job
-from zoo.diffusion.methods.laptop import Laptop, noisy_images, output_loss, removable_layers
+from zoo.diffusion.methods.laptop import Laptop, output_loss, removable_layers
 from zoo.diffusion.plan import Plan
+from zoo.diffusion.prompting import noisy_images, outputs_on
 from zoo.shared.bench import machine
 from zoo.shared.store.io import write_json
 
@@ -57,7 +58,7 @@ def measure(name: str, images: int, rounds: int) -> list[dict[str, Any]]:
                 continue
             method.remove = share
             dropped = [layer.name for layer in method.choose(removable, costs, freed, total)]
-            drift = output_loss(model, dropped, inputs)
+            drift = output_loss(model.unet, dropped, lambda: outputs_on(model, inputs))
             rows.append({"budget": budget, "share": share, "dropped": dropped, "drift": drift})
             cut: Any = load(name)
             cut.cut(Plan(dropped=tuple(dropped)))

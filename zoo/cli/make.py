@@ -146,7 +146,7 @@ def sparsify_command(argv: Sequence[str]) -> int:
     from zoo.bundles.catalog import HUB_PREFIX, find
     from zoo.harness.making import Origin, make_bundle
 
-    share = {}
+    extra: dict[str, Any] = {}  # what the domain's function takes besides
     if options.model.startswith(HUB_PREFIX):
         from zoo.bundles.foreign import fetch_folder
         from zoo.bundles.public import public_model
@@ -157,17 +157,27 @@ def sparsify_command(argv: Sequence[str]) -> int:
             pinned = f"{options.model.partition('@')[0]}@{folder.name}"
             argv = [pinned if word == options.model else word for word in argv]
             options.model = str(folder)
-            share = {"base": public_model(pinned)} if options.share else {}
+            extra = {"base": public_model(pinned)} if options.share else {}
     if (handler := foreign_folder(options.model)) is not None:
         domain, sparsify_folder = handler
-        if options.share and not share:
+        if options.share and not extra:
             raise ConfigError(
                 f"--share leaves the weights to a model that everybody finds, and {options.model} is a "
                 f"folder of "
                 "yours: give its address, hf://OWNER/NAME, or make a bundle of it first"
             )
-        if share and "base" not in inspect.signature(sparsify_folder).parameters:
+        taken = inspect.signature(sparsify_folder).parameters
+        if extra and "base" not in taken:
             raise ConfigError(f"--share: models of {domain} come out as whole folders; leave it out")
+        if trains:
+            given = {f.name: getattr(options, f.name) for f in dataclasses.fields(JobOptions)}
+            typed = [f.name for f in dataclasses.fields(JobOptions) if given[f.name] != f.default]
+            if unused := [name for name in typed if name not in taken]:
+                raise ConfigError(
+                    f"--{unused[0].replace('_', '-')} is for models of the zoo: folders of {domain} are not "
+                    "trained on. Leave it out"
+                )
+            extra |= {name: given[name] for name in typed}
         origin = Origin(
             options.name or name_for(domain, options.out), method_name, command_line("sparsify", argv)
         )
@@ -179,7 +189,7 @@ def sparsify_command(argv: Sequence[str]) -> int:
                 options.out,
                 overwrite=options.overwrite,
                 progress=progress,
-                **share,
+                **extra,
             )
         note(said)
         if (options.out / "card.yaml").is_file():

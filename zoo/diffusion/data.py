@@ -20,7 +20,7 @@ from zoo.errors import DataError
 from zoo.mnist import read_mnist
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-ENCODED = {"latents": 6_000, "few-latents": 320}  # images: to train on, to calibrate on
+ENCODED = {"latents": 20_000, "few-latents": 320}  # images: to train on, to calibrate on
 TEMPLATES = ("a photo of a {}", "the digit {}", "a {}", "a drawing of the number {}", "{}")
 SOURCES = {
     "digits": Source(
@@ -30,7 +30,7 @@ SOURCES = {
     ),
     "mnist": Source("MNIST, 16x16 (padded to 32, 2x2 mean)", "LeCun, Cortes and Burges", "not stated"),
     "latents": Source(
-        "the first 6,000 images of MNIST, 32x32, in TAEF2's latent space",
+        "the first 20,000 images of MNIST, 32x32, in TAEF2's latent space",
         "LeCun, Cortes and Burges",
         "not stated",
     ),

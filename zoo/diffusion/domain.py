@@ -27,6 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "attention": (True,),
         "text_width": 32,
         "text_layers": 2,
+        "prediction": "v_prediction",  # of noise, this network learns nothing: its few channels lose it
     },
 }
 

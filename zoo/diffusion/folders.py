@@ -1,8 +1,9 @@
 """`zoo sparsify` of a folder of diffusers: a whole pipeline, or one network; out comes the same, sparse.
 
-Only the parts that are pruned are loaded, one after the other: text encoders and the denoiser. What a method
-needs prompts for is refused, since a foreign pipeline's text encoding is its own; scores that look at weights
-alone apply to every family. The new folder is read back and compared before it is called done.
+Only the parts that are pruned are loaded, one after the other: text encoders and the denoiser. Scores that
+look at weights alone need no more; for those that need prompts (`--captions`) the whole pipeline is loaded
+round these parts, and what is in half precision is measured in single. The new folder is read back and
+compared before it is called done.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
 from safetensors import safe_open
@@ -19,6 +21,7 @@ from torch import nn
 from zoo.bundles.folders import put_folder, refuse_taken
 from zoo.diffusion.parts import DENOISERS
 from zoo.diffusion.plan import Plan
+from zoo.diffusion.prompting import Pipeline, read_captions
 from zoo.diffusion.pruned import load_network, plan_of, prune
 from zoo.errors import ConfigError
 from zoo.harness.making import Origin
@@ -29,7 +32,15 @@ INDEX = "model_index.json"
 
 
 class Parts(nn.Module):
-    """The denoiser of a pipeline and its text encoders, as methods take a model."""
+    """The denoiser of a pipeline and its text encoders, as methods take a model.
+
+    Attributes:
+        source: the whole pipeline with prompts, where there are any.
+        seed: of random scores and of gates.
+    """
+
+    source: Pipeline | None = None
+    seed: int = 0
 
     def cut(self, plan: Plan) -> None:
         """Cut the denoiser in place."""
@@ -52,16 +63,18 @@ def sparsify_folder(
     out: Path,
     *,
     overwrite: bool = False,
+    seed: int = 0,
     progress: Progress | None,
 ) -> str:
     """Sparsify the denoiser and the text encoders of a folder that diffusers wrote.
 
     Args:
         source: of a pipeline (`model_index.json`) or of one network (`config.json`).
-        method: of the zoo; scores that need prompts are refused by it.
+        method: of the zoo; its option `captions` names a file with the prompts that some scores need.
         origin: for messages.
         out: the new folder.
         overwrite: whether a folder that is there may be replaced.
+        seed: of the noise that prompts start from, of gates and of random scores.
         progress: called as the steps finish.
 
     Returns:
@@ -78,9 +91,19 @@ def sparsify_folder(
     model = load_parts(source, index) if pipeline else _alone(load_network(source, _dtype(source)))
     name = model.denoiser_name
     before = sum(p.numel() for p in model.parameters())
+    dtypes = {part: next(network.parameters()).dtype for part, network in model.named_children()}
     if progress is not None:
         progress(0, 2, f"sparsifying by {origin.method}")
+    model.seed = seed
+    if method.captions is not None:
+        if not pipeline:
+            raise ConfigError(f"{source} is a network alone, which draws nothing: give its pipeline's folder")
+        model.float()
+        pipe = whole_pipeline(source, index, model)
+        model.source = Pipeline(pipe, read_captions(method.captions), seed, method.image_side)
     method.sparsify(model)
+    for part, network in model.named_children():
+        network.to(dtypes[part])  # back from single precision, where nothing that stayed was changed
     if progress is not None:
         progress(1, 2, "saving")
 
@@ -128,6 +151,33 @@ def load_parts(source: Path, index: dict[str, Any]) -> Parts:
         elif name.startswith("text_encoder") and _given(index, name):
             model.add_module(name, _load(source / name, index[name]))
     return model.eval()
+
+
+def whole_pipeline(source: Path, index: dict[str, Any], parts: Parts) -> Any:
+    """The pipeline of a folder round parts that are loaded already, in single precision.
+
+    Raises:
+        ConfigError: a class that diffusers and transformers have not.
+    """
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise ConfigError(f"{source / INDEX}: diffusers has no pipeline {index.get('_class_name')!r}")
+    for name, entry in index.items():
+        if _given(index, name) and not _is_known(str(entry[0])):
+            raise ConfigError(f"{source / INDEX}: {name} is of {entry[0]!r}, which is not read")
+    given: dict[str, Any] = dict(parts.named_children())
+    if "safety_checker" in index:  # it looks at images, and none are made
+        given |= {"safety_checker": None, "requires_safety_checker": False}
+    found: Any = kind
+    return found.from_pretrained(
+        source, **given, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+
+
+def _is_known(library: str) -> bool:
+    return library in ("diffusers", "transformers", "zoo.diffusion.pruned") or hasattr(
+        diffusers.pipelines, library
+    )
 
 
 def _given(index: dict[str, Any], name: str) -> bool:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ConfigError
+
+DIFFERENTIABLE = (DDIMScheduler, FlowMatchEulerDiscreteScheduler)
+REMEMBERING = (PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler)  # where the run stands
 
 
 @runtime_checkable
@@ -70,14 +79,18 @@ def sample(
     return x
 
 
-def require_differentiable(scheduler: Any) -> None:
+def require_differentiable(scheduler: Any, whole_runs: bool = False) -> None:
     """Refuse noise schedules through which gradients do not pass, or not the right ones.
+
+    Args:
+        scheduler: of diffusers.
+        whole_runs: whether steps are never repeated, so that a scheduler may remember earlier ones.
 
     Raises:
         ConfigError: samples are clipped, steps are stochastic, or the class is not known to be
         differentiable.
     """
-    if not isinstance(scheduler, (DDIMScheduler, FlowMatchEulerDiscreteScheduler)):
+    if not isinstance(scheduler, DIFFERENTIABLE + (REMEMBERING if whole_runs else ())):
         raise ConfigError(
             f"a {type(scheduler).__name__} is not known to be deterministic and differentiable. Use "
             "DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)."
@@ -86,3 +99,5 @@ def require_differentiable(scheduler: Any) -> None:
         raise ConfigError("the scheduler clips samples, which stops gradients. Set clip_sample=False.")
     if getattr(scheduler.config, "stochastic_sampling", False):
         raise ConfigError("the scheduler draws noise in its steps. Set stochastic_sampling=False.")
+    if "sde" in str(getattr(scheduler.config, "algorithm_type", "")):
+        raise ConfigError("the scheduler draws noise in its steps. Set algorithm_type='dpmsolver++'.")

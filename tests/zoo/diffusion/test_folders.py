@@ -143,7 +143,17 @@ def test_what_is_refused(pipeline, tmp_path, capsys) -> None:
     index["unet"], index["text_encoder"] = ["diffusers", "UNet2DConditionModel"], ["os", "system"]
     (pickled / "model_index.json").write_text(json.dumps(index))
     assert "no model of transformers" in refused(pickled)
+    assert "--lr" in refused(pipeline, "--lr", "0.1")  # nothing is trained
     (tmp_path / "there").mkdir()
     assert sparsify(pipeline, tmp_path / "there", "prune-parts") != 0
     assert sparsify(pipeline, pipeline, "prune-parts", "--overwrite") != 0
     assert (pipeline / "unet" / "config.json").is_file()
+
+
+def test_the_seed_of_random_scores_is_the_one_given(pipeline, tmp_path) -> None:
+    words = "--score", "random", "--overwrite", "--seed"
+    states = []
+    for seed in ("0", "0", "1"):
+        assert sparsify(pipeline, tmp_path / "out", "prune-parts", *words, seed) == 0
+        states.append(load_network(tmp_path / "out" / "unet").mid_block.resnets[0].conv1.weight.clone())
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])

@@ -15,11 +15,12 @@ pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed"
 from zoo.diffusion.domain import make_job  # noqa: E402
 from zoo.diffusion.gates import gated  # noqa: E402
 from zoo.diffusion.methods.ecodiff import EcoDiff, column_norms, gates, kept_units  # noqa: E402
-from zoo.diffusion.methods.laptop import Laptop, noisy_images, output_loss, removable_layers  # noqa: E402
+from zoo.diffusion.methods.laptop import Laptop, output_loss, removable_layers  # noqa: E402
 from zoo.diffusion.methods.stable_diffusion import PruneParts, mixed_sparsity  # noqa: E402
 from zoo.diffusion.models import TextToImage  # noqa: E402
 from zoo.diffusion.parts import prompts_of, run_sampler  # noqa: E402
 from zoo.diffusion.plan import Plan  # noqa: E402
+from zoo.diffusion.prompting import Jobs, noisy_images  # noqa: E402
 from zoo.diffusion.sampling import require_differentiable, sample  # noqa: E402
 from zoo.diffusion.units import layers, unit_groups  # noqa: E402
 from zoo.errors import ConfigError  # noqa: E402
@@ -142,7 +143,9 @@ def test_recomputation_gives_the_gradient_of_back_propagation(model, job) -> Non
         variables = {g.name: torch.full((g.count,), 0.5, requires_grad=True) for g in groups}
         torch.manual_seed(5)
         method = EcoDiff(sampling_steps=3, recompute=recompute)
-        method.descend(model, network, variables, noise, condition, target)
+        method.descend(
+            network, variables, lambda r: sample(model, noise, condition, steps=3, recompute=r), target
+        )
         found.append(torch.cat([v.grad for v in variables.values()]))
     assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-9) and float(found[0].abs().max()) > 0
 
@@ -185,7 +188,7 @@ def test_a_mask_variable_falls_only_where_its_unit_does_nothing(model, job) -> N
     condition = net.encode(ids).detach()
     torch.manual_seed(0)
     zeros = torch.zeros_like(noise)
-    EcoDiff(sampling_steps=2, beta=1.0).descend(net, net.unet, variables, noise, condition, zeros)
+    EcoDiff(beta=1.0).descend(net.unet, variables, lambda _: sample(net, noise, condition, steps=2), zeros)
     slope = torch.sigmoid(torch.tensor(1.0)) * (1 - torch.sigmoid(torch.tensor(1.0))) * 0.4
     expected = slope / (group.count * len(variables))
     assert float(variables[group.name].grad[0]) == pytest.approx(float(expected), rel=1e-4)
@@ -231,7 +234,7 @@ def test_the_cheapest_layers_go_and_the_output_loss_is_what_it_says(model, job) 
         with torch.no_grad():
             expected = (alone(*inputs) - net(*inputs)).square().mean()
         assert cost == pytest.approx(float(expected), rel=1e-4)
-    assert output_loss(net, [removable[0].name], inputs, guided=True) >= costs[0] * 0.999
+    assert output_loss(net.unet, [removable[0].name], Jobs(net, job).outputs(16, True)) >= costs[0] * 0.999
     before = sum(p.numel() for p in net.unet.parameters())
     made = Laptop(remove=0.2, images=16, distil=True).sparsify(net, job)
     after = sum(p.numel() for p in made.model.unet.parameters())
@@ -259,7 +262,7 @@ def test_a_budget_of_time_takes_the_slow_layer_where_costs_are_equal(model, job,
     assert seen and {*seen} == {5}
     with pytest.raises(BudgetError, match="at least one image; received 0"):
         Laptop(timed=0).sparsify(net, job)
-    with pytest.raises(ConfigError, match="an image of a job"):
+    with pytest.raises(ConfigError, match="measured on an image: give a job"):
         Laptop(score="magnitude", budget="latency").sparsify(net)
     with pytest.raises(BudgetError, match="latency cannot be removed"):
         Laptop(remove=0.99, budget="latency").sparsify(copy.deepcopy(model), job)

@@ -10,16 +10,16 @@ of its projection; the authors' returns its input.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from zoo.diffusion.gates import gated
-from zoo.diffusion.parts import denoiser_of, prompts_of, require_plain
+from zoo.diffusion.parts import denoiser_of, require_plain
 from zoo.diffusion.plan import Plan
-from zoo.diffusion.sampling import require_differentiable, sample
+from zoo.diffusion.prompting import Prompted, Source, seed_of, source_of
 from zoo.diffusion.units import UnitGroup, unit_groups
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, stated_options
@@ -33,7 +33,7 @@ TEMPERATURE = 0.83
 
 
 @dataclasses.dataclass
-class EcoDiff:
+class EcoDiff(Prompted):
     """Remove attention heads and feed-forward neurons by masks learned through the whole sampler."""
 
     needs_job: ClassVar[bool] = True
@@ -76,7 +76,7 @@ class EcoDiff:
 
         Raises:
             BudgetError: a share outside (0, 1], or masks to learn in no update.
-            ConfigError: no job to learn from, a model without units, a scheduler without gradients, or
+            ConfigError: no prompts to learn from, a model without units, a scheduler without gradients, or
                 weights that are not finite.
         """
         if not 0 < self.keep <= 1:
@@ -107,19 +107,20 @@ class EcoDiff:
         """A score per unit, by group; larger stays.
 
         Raises:
-            ConfigError: learning without a job, or through a scheduler without gradients.
+            ConfigError: learning without prompts, or through a scheduler without gradients.
         """
         if self.score == "norm":
             return {group.name: column_norms(denoiser_of(model), group) for group in groups}
         if self.score == "random":
-            generator = torch.Generator().manual_seed(0 if job is None else job.seed)
+            generator = torch.Generator().manual_seed(seed_of(model, job))
             return {group.name: torch.rand(group.count, generator=generator) for group in groups}
-        if job is None:
-            raise ConfigError("masks are learned on prompts: give a job whose batches have them")
-        require_differentiable(model.scheduler)
-        return self._learn(model, groups, job)
+        source = source_of(model, job, self, "masks are learned on prompts")
+        source.require_gradients()
+        return self._learn(model, groups, source, seed_of(model, job))
 
-    def _learn(self, model: Any, groups: list[UnitGroup], job: Job) -> dict[str, Tensor]:
+    def _learn(
+        self, model: nn.Module, groups: list[UnitGroup], source: Source, seed: int
+    ) -> dict[str, Tensor]:
         network = denoiser_of(model)
         variables = {g.name: torch.full((g.count,), float(self.start), requires_grad=True) for g in groups}
         optimizer = torch.optim.AdamW(variables.values(), lr=self.rate, weight_decay=0.0)
@@ -127,11 +128,13 @@ class EcoDiff:
         model.eval().requires_grad_(False)
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(job.seed)
-                for noise, condition in _conditions(model, job, self.updates, self.prompts):
-                    target = sample(model, noise, condition, steps=self.sampling_steps)
+                torch.manual_seed(seed)
+                for update in range(self.updates):
+                    make = source.drawn(update, self.prompts, self.sampling_steps)
+                    with torch.no_grad():
+                        target = make(False)
                     optimizer.zero_grad()
-                    self.descend(model, network, variables, noise, condition, target)
+                    self.descend(network, variables, make, target)
                     optimizer.step()
         finally:
             for parameter in trained:
@@ -140,11 +143,9 @@ class EcoDiff:
 
     def descend(
         self,
-        model: Any,
         network: nn.Module,
         variables: dict[str, Tensor],
-        noise: Tensor,
-        condition: Tensor,
+        make: Callable[[bool], Tensor],
         target: Tensor,
     ) -> float:
         """Add the gradient of ||F(z) - F_m(z)||^2 over the final images + beta R(lambda) to the variables.
@@ -153,7 +154,7 @@ class EcoDiff:
             The loss, a mean over images and values.
         """
         with gated(network, gates(variables, self.epsilon)):  # also while steps are recomputed
-            made = sample(model, noise, condition, steps=self.sampling_steps, recompute=self.recompute)
+            made = make(self.recompute)
             pull = torch.stack([torch.sigmoid(0.4 * value + 1).mean() for value in variables.values()]).mean()
             loss = (made - target).square().mean() + self.beta * pull
             loss.backward()
@@ -173,15 +174,6 @@ def gates(variables: dict[str, Tensor], epsilon: float) -> Callable[[UnitGroup],
         return hard_concrete(logits, tamed, TEMPERATURE)
 
     return draw
-
-
-def _conditions(model: Any, job: Job, updates: int, prompts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(noise, encoded prompts) of every update."""
-    for update in range(updates):
-        noise, ids = prompts_of(job.sample(1, seed_offset=1 + update), prompts)
-        with torch.no_grad():
-            condition = model.encode(ids)
-        yield noise, condition  # outside: what follows needs gradients
 
 
 def column_norms(network: nn.Module, group: UnitGroup) -> Tensor:

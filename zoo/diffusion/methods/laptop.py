@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from zoo.diffusion.parts import denoiser_of, prompts_of, require_plain
+from zoo.diffusion.parts import denoiser_of, require_plain
 from zoo.diffusion.plan import Plan, drop_layer, set_module
+from zoo.diffusion.prompting import Outputs, Prompted, seed_of, source_of
 from zoo.diffusion.units import Layer, layers
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, stated_options
@@ -29,7 +30,7 @@ from zoo.shared.train import Distillation, Job
 
 
 @dataclasses.dataclass
-class Laptop:
+class Laptop(Prompted):
     """Remove whole layers by a knapsack on their output loss, and distil the dense network into the rest."""
 
     needs_job: ClassVar[bool] = True
@@ -76,8 +77,8 @@ class Laptop:
             raise BudgetError(f"remove is between 0 and 1; received {self.remove}")
         if self.timed < 1:
             raise BudgetError(f"timed is at least one image; received {self.timed}")
-        if job is None and (self.distil or self.score in ("output", "guided")):
-            raise ConfigError("layers are scored on noisy images with prompts: give a job")
+        if job is None and self.distil:
+            raise ConfigError("what is left is trained on images: give a job, or leave distil out")
         require_plain(model)
         network, teacher = denoiser_of(model), copy.deepcopy(model) if self.distil else None
         removable = removable_layers(network)
@@ -106,13 +107,8 @@ class Laptop:
         """
         network = denoiser_of(model)
         if self.budget == "latency":
-            if job is None:
-                raise ConfigError("a latency is measured on an image of a job: give one")
-            inputs = noisy_images(model, job, max(2, self.timed))
-            x, times, ids = (values[: self.timed] for values in inputs)
-            freed, total = latencies(
-                network, [layer.name for layer in removable], lambda: model(x, times, ids)
-            )
+            source = source_of(model, job, self, "a latency is measured on an image")
+            freed, total = latencies(network, [layer.name for layer in removable], source.timed(self.timed))
         else:
             freed = [layer.parameters for layer in removable]
             total = sum(p.numel() for p in network.parameters())
@@ -140,16 +136,15 @@ class Laptop:
         network = denoiser_of(model)
         if self.score == "random":
             return torch.rand(
-                len(removable), generator=torch.Generator().manual_seed(0 if job is None else job.seed)
+                len(removable), generator=torch.Generator().manual_seed(seed_of(model, job))
             ).tolist()
         if self.score == "magnitude":
             sizes = [network.get_submodule(layer.name).parameters() for layer in removable]
             return [float(sum(p.detach().square().sum() for p in own)) for own in sizes]
-        assert job is not None  # for these scores sparsify asks for one
-        inputs = noisy_images(model, job, self.images)
-        return [
-            output_loss(model, [layer.name], inputs, guided=self.score == "guided") for layer in removable
-        ]
+        source = source_of(model, job, self, "layers are scored on noisy images with prompts")
+        outputs = source.outputs(self.images, self.score == "guided")
+        model.eval()
+        return [output_loss(network, [layer.name], outputs) for layer in removable]
 
     def train_on(self, model: Any, teacher: nn.Module, job: Job) -> None:
         """Distil the dense model into the cut one, in place."""
@@ -202,40 +197,17 @@ def latencies(
 
 
 @torch.no_grad()
-def noisy_images(model: Any, job: Job, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(noisy images, time steps spread over the schedule, token ids): common to all layers."""
-    batches = job.sample(-(-count // 16))
-    images = torch.cat([batch[0] for batch in batches])[:count]
-    noise, ids = prompts_of(batches, count)
-    times = torch.linspace(0, int(model.scheduler.config.num_train_timesteps) - 1, len(images)).long()
-    return model.scheduler.add_noise(images, noise, times), times, ids
-
-
-@torch.no_grad()
-def output_loss(
-    model: Any, dropped: list[str], inputs: tuple[Tensor, Tensor, Tensor], guided: bool = False
-) -> float:
-    """E||eps(without the layers) - eps||^2, a mean over images and values; the network is left as it was.
-
-    Guided, the same is added for eps(prompt) - eps(no prompt).
-    """
-    network = denoiser_of(model)
-    before = _outputs(model.eval(), inputs, guided)
+def output_loss(network: nn.Module, dropped: list[str], outputs: Outputs) -> float:
+    """E||eps(without the layers) - eps||^2, a mean over images and values, summed over the outputs; the
+    network is left as it was."""
+    before = outputs()
     held = [(name, drop_layer(network, name)) for name in dropped]
     try:
-        after = _outputs(model, inputs, guided)
+        after = outputs()
     finally:
         for name, layer in reversed(held):
             set_module(network, name, layer)
     return sum(float((a - b).square().mean()) for a, b in zip(after, before, strict=True))
-
-
-def _outputs(model: Any, inputs: tuple[Tensor, Tensor, Tensor], guided: bool) -> list[Tensor]:
-    x, times, ids = inputs
-    own = model(x, times, ids)
-    if not guided:
-        return [own]
-    return [own, own - model(x, times, model.tokenise([""] * len(ids)))]
 
 
 def stage_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:

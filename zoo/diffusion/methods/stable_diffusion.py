@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from zoo.diffusion.parts import denoiser_of, prompts_of, require_plain, run_sampler
+from zoo.diffusion.parts import denoiser_of, require_plain
+from zoo.diffusion.prompting import Prompted, seed_of, source_of
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified
 from zoo.shared.errors import BudgetError
@@ -30,7 +31,7 @@ ENDS = ("conv_in", "conv_out", "time_embedding", "proj_out", "pos_embed", "x_emb
 
 
 @dataclasses.dataclass
-class PruneParts:
+class PruneParts(Prompted):
     """Prune the text encoder and the denoiser of a pipeline each by its own share, without training."""
 
     needs_job: ClassVar[bool] = True
@@ -74,7 +75,7 @@ class PruneParts:
         shares |= {name: self.text_sparsity for name in text_weights(model)}
         context = ScoreContext(
             activations=self._norms(model, job) if self.score == "wanda" else {},
-            generator=torch.Generator().manual_seed(0 if job is None else job.seed),
+            generator=torch.Generator().manual_seed(seed_of(model, job)),
         )
         masks: dict[str, Mask] = {}
         for share in sorted({*shares.values()}):
@@ -102,15 +103,12 @@ class PruneParts:
         return dict(choose_masks(scores, share, dict.fromkeys(scores, pattern), budget))
 
     def _norms(self, model: Any, job: Job | None) -> dict[str, Tensor]:
-        if job is None:
-            raise ConfigError("the score wanda measures inputs while sampling: give a job with prompts")
-        noise, ids = prompts_of(job.sample(self.prompts), self.prompts)
-        parts = [(noise[i : i + 16], ids[i : i + 16]) for i in range(0, len(ids), 16)]
+        source = source_of(model, job, self, "the score wanda measures inputs while sampling")
         with torch.no_grad():
             return collect_activations(
                 model.eval(),
-                parts,
-                lambda m, batch: run_sampler(m, batch, self.sampling_steps, self.guidance),
+                source.batches(self.prompts),
+                lambda _, batch: source.run(batch, self.sampling_steps, self.guidance),
             )
 
 

@@ -12,9 +12,9 @@ import torch
 from zoo.diffusion.domain import make_job
 from zoo.diffusion.gates import gated
 from zoo.diffusion.methods.ecodiff import EcoDiff, keep_masks, kept_units
-from zoo.diffusion.methods.laptop import noisy_images
 from zoo.diffusion.models import TextToImage
 from zoo.diffusion.plan import Plan
+from zoo.diffusion.prompting import noisy_images
 from zoo.diffusion.studies import common
 from zoo.diffusion.units import unit_groups
 from zoo.errors import ConfigError

@@ -13,8 +13,9 @@ import torch
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from zoo.diffusion.domain import make_job
-from zoo.diffusion.methods.laptop import Laptop, noisy_images, output_loss, removable_layers
+from zoo.diffusion.methods.laptop import Laptop, output_loss, removable_layers
 from zoo.diffusion.plan import Plan
+from zoo.diffusion.prompting import Jobs
 from zoo.diffusion.studies import common
 from zoo.diffusion.units import Layer
 from zoo.errors import ConfigError
@@ -88,13 +89,13 @@ def additivity(seed: int) -> Row:
     model = common.victim()
     removable = removable_layers(model.unet)
     job = make_job("digits", seed=seed, model=model)
-    inputs = noisy_images(model, job, 128)
+    outputs = Jobs(model, job).outputs(128)
     generator = torch.Generator().manual_seed(seed)
     subsets = []
     for index in range(SUBSETS):
         chosen = torch.randperm(len(removable), generator=generator)[: 2 + index % 4]
         subsets.append(chosen.tolist())
-    true = [output_loss(model, [removable[i].name for i in subset], inputs) for subset in subsets]
+    true = [output_loss(model.unet, [removable[i].name for i in subset], outputs) for subset in subsets]
     row: Row = {}
     scores: tuple[Score, ...] = ("output", "magnitude")
     for score in scores:
