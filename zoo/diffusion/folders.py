@@ -100,7 +100,12 @@ def sparsify_folder(
             raise ConfigError(f"{source} is a network alone, which draws nothing: give its pipeline's folder")
         model.float()
         pipe = whole_pipeline(source, index, model)
-        model.source = Pipeline(pipe, read_captions(method.captions), seed, method.image_side)
+
+        def told(passes: int) -> None:
+            if progress is not None:
+                progress(0, 2, f"sparsifying by {origin.method}, pass {passes} of the denoiser")
+
+        model.source = Pipeline(pipe, read_captions(method.captions), seed, method.image_side, told)
     method.sparsify(model)
     for part, network in model.named_children():
         network.to(dtypes[part])  # back from single precision, where nothing that stayed was changed

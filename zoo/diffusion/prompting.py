@@ -162,14 +162,23 @@ class Pipeline:
         prompts: at least two; for a pipeline of classes their numbers. They are used in turn.
         seed: of the noise.
         side: height and width of the images in pixels; 0 for the pipeline's own.
+        told: called with their number before each sampling run and each replay.
 
     Raises:
         ConfigError: fewer than two prompts, no numbers where classes are asked for, or a size that is not
             positive or cannot be chosen.
     """
 
-    def __init__(self, pipe: Any, prompts: Sequence[str], seed: int = 0, side: int = 0) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        seed: int = 0,
+        side: int = 0,
+        told: Callable[[int], object] | None = None,
+    ) -> None:
         self.pipe, self.prompts, self.seed, self.side = pipe, list(prompts), seed, side
+        self.told, self.passes = told, 0
         self.known = inspect.signature(type(pipe).__call__).parameters
         if len(self.prompts) < 2:
             raise ConfigError(f"at least two prompts are needed; received {len(self.prompts)}")
@@ -217,7 +226,12 @@ class Pipeline:
         runs = [self._recorded(self._turn(run, 1), STEPS, run) for run in range(-(-count // STEPS))]
         calls = [call for run in runs for call in run]
         kept = [calls[i * len(calls) // count] for i in range(min(count, len(calls)))]
-        return lambda: [torch.cat([_first(self.network(*args, **named)) for args, named in kept])]
+
+        def replay() -> list[Tensor]:
+            self._tell()
+            return [torch.cat([_first(self.network(*args, **named)) for args, named in kept])]
+
+        return replay
 
     def timed(self, images: int) -> Callable[[], object]:
         """See `Source`; guided calls are of twice as many."""
@@ -247,11 +261,17 @@ class Pipeline:
         seed, texts = batch
         return self._call(texts, steps, guidance, seed)
 
+    def _tell(self) -> None:
+        self.passes += 1
+        if self.told is not None:
+            self.told(self.passes)
+
     def _turn(self, start: int, count: int) -> list[str]:
         return [self.prompts[i % len(self.prompts)] for i in range(start, start + count)]
 
     def _call(self, texts: list[str], steps: int, guidance: float | None, seed: int) -> Tensor:
         """What the pipeline's own call gives, outside the `no_grad` that it is wrapped in."""
+        self._tell()
         named: dict[str, Any] = {"num_inference_steps": steps, "return_dict": False}
         named["generator"] = torch.Generator().manual_seed(self.seed + seed)
         if "prompt" in self.known:
@@ -274,12 +294,15 @@ class Pipeline:
 @contextlib.contextmanager
 def recomputed(network: nn.Module) -> Iterator[None]:
     """Let every call of a network be recomputed in the backward pass, with the same random numbers."""
-    forward = network.forward
-    network.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+    before = vars(network).get("forward")  # what a library may have put over the class's own
+    network.forward = functools.partial(checkpoint, network.forward, use_reentrant=False)
     try:
         yield
     finally:
-        del network.forward  # the class's own again
+        if before is None:
+            del network.forward
+        else:
+            network.forward = before
 
 
 def read_captions(path: Path) -> list[str]:
