@@ -12,6 +12,7 @@ pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed"
 
 import diffusers  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from transformers import (  # noqa: E402
     CLIPTextConfig,
     CLIPTextModel,
@@ -29,7 +30,6 @@ from zoo.diffusion.methods.laptop import Laptop, output_loss, removable_layers  
 from zoo.diffusion.methods.stable_diffusion import PruneParts  # noqa: E402
 from zoo.diffusion.models import make_tokenizer, vocabulary  # noqa: E402
 from zoo.diffusion.prompting import STEPS, Pipeline, read_captions  # noqa: E402
-from zoo.diffusion.pruned import load_network  # noqa: E402
 from zoo.diffusion.units import unit_groups  # noqa: E402
 from zoo.errors import ConfigError  # noqa: E402
 from zoo.shared.store.io import read_json  # noqa: E402
@@ -248,7 +248,8 @@ def test_the_folder_of_a_pipeline_by_scores_that_need_prompts(
     denoiser = again.unet if hasattr(again, "unet") else again.transformer
     dense = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     part = "unet" if hasattr(again, "unet") else "transformer"
-    assert {p.dtype for p in load_network(tmp_path / "out" / part).parameters()} == {torch.float16}
+    (stored,) = (tmp_path / "out" / part).glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(stored).values()} == {torch.float16}
     left = [sum(int((p != 0).sum()) for p in net.parameters()) for net in (denoiser, dense)]
     assert left[0] < 0.98 * left[1]
     if method == "prune-parts":  # what stays was not rounded on the way
