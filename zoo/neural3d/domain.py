@@ -32,13 +32,17 @@ def make_job(
         recipe: by default the `RECIPE` of `zoo.neural3d.refine`, or that of `fields`.
         seed: of the order of views or rays.
         device: the rasteriser's kernels run on the CPU.
-        model: whose card names the views; what it is decides what is drawn.
+        model: whose card names the views; what it is decides what is drawn. One that has a `make_job` of its
+            own is asked for it.
         limit: use the first so many training views; 0 for all.
 
     Raises:
         ConfigError: no views are named, and the model has no card.
         DataError: an unknown name, or views that are not at hand.
     """
+    if callable(own := getattr(model, "make_job", None)):
+        job: Job = own(dataset, recipe=recipe, seed=seed, device=device)
+        return job
     if dataset is None:
         known: Any = getattr(model, "zoo_info", None)
         if known is None:
@@ -46,5 +50,4 @@ def make_job(
         dataset = known.card.metrics[0].task.partition("/")[2]
     views = load_views(dataset)
     make: Callable[..., Job] = field_job if isinstance(model, HashField) else scene_job
-    job = make(views.train[: limit or None], views.test, recipe=recipe, seed=seed)
-    return job.replace(device=device)
+    return make(views.train[: limit or None], views.test, recipe=recipe, seed=seed).replace(device=device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
 from zoo.bundles.catalog import Bundle, find
 from zoo.bundles.store import load, load_bundle
@@ -18,8 +19,10 @@ from zoo.neural3d.cameras import orbit
 from zoo.neural3d.fields import HashField
 from zoo.neural3d.formats import read_splats
 from zoo.neural3d.importance import middle_of
+from zoo.neural3d.methods.gvgen_text import GVGenText
 from zoo.neural3d.packed import read_packed
 from zoo.neural3d.scene import GaussianScene
+from zoo.neural3d.solids import COLOURS, SHAPES, SIZES
 from zoo.neural3d.sparsify import save_rows
 from zoo.neural3d.viewer import write_viewer
 from zoo.neural3d.views import load_views
@@ -143,7 +146,8 @@ def write_turntable(path: Path, scene: GaussianScene, frames: int = 36, size: in
 
 
 def picture(bundle: Bundle, path: Path) -> str:
-    """Draw a bundle's scene: .gif turning, or .png with photographs above, its dense twin, and it below.
+    """Draw a bundle's scene: .gif turning, or .png with photographs above, its dense twin, and it below; of
+    one that makes scenes from prompts one of each prompt, a colour in each column.
 
     Returns:
         what was drawn, in words.
@@ -158,13 +162,26 @@ def picture(bundle: Bundle, path: Path) -> str:
     if path.suffix == ".gif":
         write_turntable(path, _scene(load_bundle(bundle), bundle.card.name))
         return "a turn round the scene"
+    if isinstance(model := load_bundle(bundle), GVGenText):
+        save_rows(path, prompted(model))
+        return "small and large balls, boxes and cones, a colour in each column"
     test = load_views(bundle.card.metrics[0].task.partition("/")[2]).test
     test = test[:: math.ceil(len(test) / 4)]
-    shown = [_drawn(load_bundle(one), one.card.name) for one in ([find(twin)] if twin else []) + [bundle]]
+    shown = [_drawn(load_bundle(find(twin)), twin)] if twin else []
+    shown.append(_drawn(model, bundle.card.name))
     with torch.no_grad():
         rows = [[one(view.camera) for view in test] for one in shown]
     save_rows(path, [[view.image for view in test], *rows])
     return "held-out photographs" + (", the dense twin" if twin else "") + " and the scene, from above"
+
+
+def prompted(model: GVGenText) -> list[list[Tensor]]:
+    """Renderings of a scene of every prompt, rows of sizes and shapes, columns of colours."""
+    generator = torch.Generator().manual_seed(0)
+    camera = orbit(torch.zeros(3), 2.5, 1, (96, 96), field_of_view=0.45, elevations=(0.4,), start=0.5)[0]
+    rows = [[f"{size} {colour} {shape}" for colour in COLOURS] for size in SIZES for shape in SHAPES]
+    with torch.no_grad():
+        return [[model.generate(prompt, generator)(camera) for prompt in row] for row in rows]
 
 
 def _drawn(model: Any, name: str) -> GaussianScene | HashField:
