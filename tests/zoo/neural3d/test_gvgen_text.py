@@ -122,14 +122,7 @@ def test_built_volumes_are_seen_near_the_surface_only() -> None:
     assert 50 < int(seen.sum()) < 400 and float(away.std()) < 0.03 < 0.25 < float(away.mean()) < 0.4
     colours = scene.sh0.detach()[seen, 0].mean(0)
     assert int(colours.argmax()) == 0 and float(scene.quats.detach()[:, 0].min()) == 1
-    low, high = LIMITS["offsets"]
-    assert (
-        low
-        <= float(attributes(values)["offsets"].min())
-        < 0
-        < float(attributes(values)["offsets"].max())
-        <= high
-    )
+    assert float(attributes(values)["offsets"].abs().max()) == pytest.approx(LIMITS["offsets"][1])
 
 
 def test_prompts_are_words_in_any_order_one_of_each_kind() -> None:
@@ -184,7 +177,7 @@ def test_a_training_is_decided_by_its_seed_and_comes_back_from_a_file(little: No
     assert not torch.equal(volumes[0][0], volumes[0][1])
     save_packed(tmp_path / "weights.safetensors", one.state_dict(), {})
     loaded = GVGenText(4, 8)
-    loaded.load_state_dict(load_packed(tmp_path / "weights.safetensors").state_dict())
+    loaded.load_state_dict(load_packed(tmp_path / "weights.safetensors").tensors)
     first, second = (m.eval().generate("large blue cone", generator(3)) for m in (one, loaded))
     assert isinstance(first, GaussianScene) and torch.equal(first.means, second.means)
     with pytest.raises(ConfigError, match="the word 'huge'"):
@@ -220,11 +213,13 @@ def test_the_judge_knows_what_was_built_and_sees_when_nothing_is_there() -> None
     prompts = ["small red ball", "large green box", "small blue cone", "large yellow cone", "large blue ball"]
     volumes = [built(prompt, 8, generator(n)).unflatten(1, (8, 8, 8)) for n, prompt in enumerate(prompts)]
     assert agreement(volumes, prompts)["all"] == [1.0] * 5
+    assert min(agreement(volumes, prompts)["overlap"]) > 0.7
     wrong = agreement(volumes[:2], ["small red cone", "large red box"])
     assert (wrong["shape"], wrong["colour"], wrong["all"]) == ([0.0, 1.0], [1.0, 0.0], [0.0, 0.0])
     empty = volumes[0].clone()
     empty[13] = -1
-    assert judged(scene_of(empty)) == {"size": "", "colour": "", "shape": ""}
+    look = judged(scene_of(empty))
+    assert look.words == {"size": "", "colour": "", "shape": ""} and set(look.overlap.values()) == {0.0}
     mask = torch.zeros(5, 7, dtype=torch.bool)
     assert torch.equal(centred(mask), mask)
     mask[0, 0] = True
@@ -244,14 +239,14 @@ def test_the_tasks_take_this_network_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_study_by_two_steps(little: None, tmp_path: Path) -> None:
-    options = study.PromptOptions(seeds=1, steps=1, batch=2, samples=1)
+    options = study.PromptOptions(seeds=1, steps=(1,), batch=2, samples=1)
     result = study.STUDY.run(options, CellCache(tmp_path))
     arms = {(row["arm"], row["level"]): row for row in result.rows}
     assert len(arms) == 8 and len(arms[study.TWO, study.SEEN]["all"]) == 18 == len(
         arms[study.RANDOM, study.UNSEEN]["all"]
     )
     assert sum(arms[study.TRUE, study.SEEN]["all"]) >= 16
-    assert len(result.verdicts) == 6
+    assert len(result.verdicts) == 8
     with pytest.raises(ConfigError, match="at least one seed"):
         study.PromptOptions(samples=0)
     assert OneStage(4, 8).volumes(["small red ball"], generator()).shape == (1, TOTAL, 4, 4, 4)

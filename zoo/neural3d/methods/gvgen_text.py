@@ -249,9 +249,7 @@ class GVGenText(nn.Module):
             ConfigError: other data.
         """
         if dataset not in (None, "toys"):
-            raise ConfigError(
-                f"prompts are learned from the data set toys; received {dataset!r}"
-            )
+            raise ConfigError(f"prompts are learned from the data set toys; received {dataset!r}")
         return text_job(self, recipe or RECIPE, seed).replace(device=device)
 
     def forward(
