@@ -256,8 +256,10 @@ STUDY = Study(
         f"{options.batch} constructed volumes; {options.samples} are judged of each prompt, of the others "
         f"{3 * options.samples}.",
         "The judge looks at renderings alone: the opaque pixels against silhouettes of the solids, and the "
-        "mean colour. Volumes are constructed, not fitted to views. One stage has more weights, as many steps, and steps as long.",
-        "Of the rates 0.003 and 0.01 one stage had the first at 200 steps (74 % of seed 100's volumes agreed, "
-        "50 % with the other), the rest the second. At 500 steps 0.01 alone was tried: every volume agreed.",
+        "mean colour. Volumes are constructed, not fitted to views. "
+        "One stage has more weights, as many steps, and steps as long.",
+        "Of the rates 0.003 and 0.01 one stage had the first at 200 steps (74 % of seed 100's volumes "
+        "agreed, 50 % with the other), the rest the second. At 500 steps 0.01 alone was tried, with which "
+        "every volume agreed.",
     ],
 )
