@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -242,10 +243,8 @@ def test_the_study_by_two_steps(little: None, tmp_path: Path) -> None:
     options = study.PromptOptions(seeds=1, steps=(1,), batch=2, samples=1)
     result = study.STUDY.run(options, CellCache(tmp_path))
     arms = {(row["arm"], row["level"]): row for row in result.rows}
-    assert len(arms) == 8 and len(arms[study.TWO, study.SEEN]["all"]) == 18 == len(
-        arms[study.RANDOM, study.UNSEEN]["all"]
-    )
-    assert sum(arms[study.TRUE, study.SEEN]["all"]) >= 16
+    assert set(arms) == set(product(study.ARMS, (study.SEEN, study.UNSEEN)))
+    assert arms[study.TRUE, study.SEEN]["all"] > 0.8 > arms[study.RANDOM, study.UNSEEN]["all"]
     assert len(result.verdicts) == 8
     with pytest.raises(ConfigError, match="at least one seed"):
         study.PromptOptions(samples=0)

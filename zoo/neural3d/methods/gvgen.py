@@ -7,7 +7,7 @@ made. At three quarters of the training all pooled nodes come back, so that the 
 dynamic sparse training of points. The loss of 3DGS has 20 mean ReLU(|offset| - 1.5 nodes).
 
 Differs from the released code: rotation stays a quaternion; the schedule is in shares of the training; what
-is "too large" is a scale above 0.1 of the volume. The text-to-volume diffusion is not here.
+is "too large" is a scale above 0.1 of the volume. Volumes from text: `zoo.neural3d.methods.gvgen_text`.
 """
 
 from __future__ import annotations

@@ -163,13 +163,13 @@ def diffused(
 
 
 class Batch(NamedTuple):
-    """Attributes [b, 14, s, s, s] and fields [b, 1, s, s, s] of volumes, their words [b, 9], a time [b] and
-    noise [b, 14, s, s, s] for each, and the camera that looks at the first."""
+    """Fields [b, 1, s, s, s] of volumes, a time from 0 to 1 [b] for each, words [b, 9], attributes
+    [b, 14, s, s, s], noise of their shape, and the camera that looks at the first."""
 
-    values: Tensor
     fields: Tensor
-    words: Tensor
     times: Tensor
+    words: Tensor
+    values: Tensor
     noise: Tensor
     camera: int
 
@@ -204,15 +204,16 @@ def draws(side: int, batch: int, seed: int) -> Drawn:
         times = torch.randint(TIMES, (count,), generator=generator)
         noise = torch.randn(count, TOTAL, side, side, side, generator=generator)
         camera = int(torch.randint(len(CAMERAS), (), generator=generator))
-        return Batch(values[rows], fields[rows], words[rows], times, noise, camera)
+        return Batch(fields[rows], times / TIMES, words[rows], values[rows], noise, camera)
 
-    return Drawn(make, batch, EPOCH)
+    return Drawn(make, batch, EPOCH, inputs=3)
 
 
 def denoised(net: VolumeNet, clean: Tensor, batch: Batch) -> Tensor:
     """Mean squared distance of what the net says of noisy volumes from the clean ones."""
-    noisy = scheduler().add_noise(clean, batch.noise[:, : clean.shape[1]], batch.times)
-    return functional.mse_loss(net(noisy, batch.times / TIMES, batch.words), clean)
+    steps = (batch.times * TIMES).round().long()
+    noisy = scheduler().add_noise(clean, batch.noise[:, : clean.shape[1]], steps)
+    return functional.mse_loss(net(noisy, batch.times, batch.words), clean)
 
 
 class GVGenText(nn.Module):
@@ -297,8 +298,12 @@ N = TypeVar("N", bound=nn.Module)
 
 def text_job(model: Any, recipe: Recipe, seed: int) -> Job:
     """What a network with a `loss` of batches is trained on: constructed volumes of the known prompts."""
-    batches = draws(model.side, recipe.batch, seed)
-    return Job(batches, loss=lambda net, batch: net.loss(batch), recipe=recipe, seed=seed)
+
+    def loss(net: Any, batch: Batch) -> Tensor:
+        found: Tensor = net.loss(batch)
+        return found
+
+    return Job(draws(model.side, recipe.batch, seed), loss=loss, recipe=recipe, seed=seed)
 
 
 def trained(kind: Callable[..., N], seed: int, steps: int, batch: int, lr: float, **arguments: int) -> N:

@@ -108,6 +108,6 @@ STUDY = Study(
     ],
     notes=lambda options: [
         f"{options.views}, {options.side}^3 nodes, {options.steps} steps (the released code: 32^3, 20,000). "
-        "The fitting is what is studied; the diffusion of volumes from text is not built.",
+        "The fitting is what is studied; volumes from text are in the study gvgen-text.",
     ],
 )
