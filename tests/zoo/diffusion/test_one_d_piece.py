@@ -48,6 +48,16 @@ def test_the_quantiser_by_hand() -> None:
     )
 
 
+def test_the_first_tokens_stand_at_the_first_places(model) -> None:
+    codes = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model.paint(codes)
+        model.latent_places[2:] += 1.0
+        assert torch.equal(model.paint(codes), before)
+        model.latent_places[:2] += torch.linspace(-1, 1, 16)
+        assert not torch.equal(model.paint(codes), before)
+
+
 def test_codes_that_nobody_uses_start_again_where_images_are() -> None:
     quantiser = Quantiser(4, 2).train()
     quantiser.usage[2:] = 0.0
