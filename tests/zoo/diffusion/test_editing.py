@@ -45,6 +45,15 @@ def test_a_step_moves_between_levels_by_hand() -> None:
     assert float(step(noise, step(noise, x, near, far), far, near)) == pytest.approx(1.0)
 
 
+def test_guidance_goes_from_no_prompt_past_the_prompt_by_hand(model, monkeypatch) -> None:
+    """Without a prompt 1, with it 3: three times as far is 7."""
+    monkeypatch.setattr(model, "denoise", lambda x, times, condition: condition.mean().expand_as(x))
+    x, own, empty = torch.zeros(1, 1, 8, 8), torch.full((1, 2, 16), 3.0), torch.ones(1, 2, 16)
+    now = Level(10, 0.8, 0.6)
+    assert torch.equal(Edit(guidance=3.0).guided(model, x, own, empty, now), torch.full_like(x, 7.0))
+    assert torch.equal(Edit(guidance=1.0).guided(model, x, own, empty, now), torch.full_like(x, 3.0))
+
+
 def test_the_levels_are_those_of_the_scheduler(model) -> None:
     levels = schedule(model.scheduler, 4)
     noise = torch.randn(1, 1, 8, 16)
