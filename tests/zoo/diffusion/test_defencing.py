@@ -12,6 +12,8 @@ import torch
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
 
 from zoo.diffusion.networks.defencing import (  # noqa: E402
+    STRUCTURE,
+    TEXTURE,
     UNSEEN,
     Critics,
     Defencing,
@@ -33,6 +35,27 @@ PHOTOS = (Path(os.environ.get("ZOO_DATA", "/nowhere")) / "superres").is_dir()
 @pytest.fixture
 def model() -> Defencing:
     return Defencing.fresh(0, side=16, width=4, growth=4).eval()
+
+
+def test_discriminators_raise_what_is_true_and_the_completion_what_it_made() -> None:
+    """True images score 0.25, made ones -0.5: (1 - 0.25) + (1 - 0.5) for each of two discriminators."""
+
+    def score(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.mean((1, 2, 3)), images.mean((1, 2, 3))
+
+    true, made, masks = (torch.full((2, 1, 4, 4), value) for value in (0.25, -0.5, 1.0))
+    assert float(hinge(score, (made, masks, true))) == pytest.approx(2 * (0.75 + 0.5))
+
+
+def test_the_completions_loss_falls_as_discriminators_believe_it(model, monkeypatch) -> None:
+    critics, masks = Critics(width=4), torch.zeros(1, 1, 16, 16)
+    masks[..., 4:8] = 1
+    batch = torch.full((1, 1, 16, 16), 0.5), masks, torch.full((1, 1, 16, 16), 0.25)
+    losses = []
+    for believed in (torch.zeros(1), torch.ones(1)):
+        monkeypatch.setattr(critics, "forward", lambda *_, score=believed: (score, 2 * score))
+        losses.append(float(critics.against(model, batch).detach()))
+    assert losses[1] - losses[0] == pytest.approx(-TEXTURE - 2 * STRUCTURE, rel=1e-4)
 
 
 def test_harmonic_fill_by_hand() -> None:

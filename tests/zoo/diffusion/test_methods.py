@@ -132,6 +132,20 @@ class Adapted(torch.nn.Module):
         return self.base_layer(x)
 
 
+def test_guidance_goes_past_what_the_prompt_says_by_hand(model) -> None:
+    """Noise 3 with the prompt and 1 without it, three times as far: a step by noise 7."""
+
+    class Constant:
+        scheduler = model.scheduler
+
+        def denoise(self, x: torch.Tensor, times: torch.Tensor, condition: float) -> torch.Tensor:
+            return torch.full_like(x, condition)
+
+    noise = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    guided = sample(Constant(), noise, 3.0, steps=2, guidance=3.0, unconditional=1.0)
+    assert torch.allclose(guided, sample(Constant(), noise, 7.0, steps=2))
+
+
 def test_recomputation_gives_the_gradient_of_back_propagation(model, job) -> None:
     network = model.unet
     groups = unit_groups(network)
