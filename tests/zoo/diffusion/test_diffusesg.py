@@ -167,6 +167,21 @@ def test_the_loss_by_hand(monkeypatch) -> None:
     assert float(graph_loss(Fixed(), batch)) == pytest.approx(8 * 1.5 + more, rel=1e-5)
 
 
+def test_heuns_second_look_is_at_the_next_level_by_hand(model, monkeypatch) -> None:
+    """The clean graph is zero, so the slope x / sigma: a step takes x to x times the ratio of levels."""
+    seen: list[tuple[torch.Tensor, float]] = []
+
+    def nothing(nodes: torch.Tensor, edges: torch.Tensor, sigmas: torch.Tensor, flags: torch.Tensor) -> list:
+        seen.append((nodes, float(sigmas[0])))
+        return [torch.zeros_like(nodes), torch.zeros_like(edges)]
+
+    monkeypatch.setattr(model, "forward", nothing)
+    model.generate(torch.tensor([3]), steps=3, generator=torch.Generator().manual_seed(0))
+    assert len(seen) == 5, "two looks a step, one in the last"
+    for (x, now), (after, then) in zip(seen, seen[1:], strict=False):
+        assert torch.allclose(after, x * (then / now), rtol=1e-4, atol=1e-3)
+
+
 def test_training_and_sampling(model, monkeypatch) -> None:
     monkeypatch.setattr(Agreement, "count", 20)
     job = model.learn("scene-graphs", recipe=Recipe(steps=3, lr=3e-3, optimizer="adamw", weight_decay=0.0))

@@ -120,10 +120,10 @@ def test_losses_by_hand(model, monkeypatch) -> None:
     right[0, near[0]] = math.log(math.e - 1) * -1  # a loss of 1 at each vertex, 0 elsewhere
     monkeypatch.setattr(VisDiff, "forward", lambda self, *_: (field + 0.5, right, points))
     monkeypatch.setattr(visdiff, "sight_loss", lambda *_: torch.tensor([3.0]))
-    sigma = torch.tensor([0.5])
+    sigma = torch.tensor([0.25])
     loss = polygon_loss(model, (field, sigma, graphs, contour, field, true))
     share = len(set(near[0].tolist())) / contour.shape[1]
-    assert float(loss) == pytest.approx(0.25 + 0.25 * (4 * 0.04 + 0.1 * share + 0.1 * 3), rel=1e-5)
+    assert float(loss) == pytest.approx(0.25 + 0.75**2 * (4 * 0.04 + 0.1 * share + 0.1 * 3), rel=1e-5)
 
 
 def test_the_sampler_follows_the_estimate(model, monkeypatch) -> None:
