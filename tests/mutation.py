@@ -29,6 +29,8 @@ import pytest
 import torch
 import yaml
 
+from zoo.shared.store.io import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = Path(__file__).with_name("mutations.yaml")
 _LEAST = 0.95  # share that must be caught
@@ -108,7 +110,7 @@ def write(path: Path | None, rows: list[dict[str, str]]) -> None:
     """Keep the outcomes so far."""
     if path is not None:
         found = sum(row["outcome"] == "caught" for row in rows)
-        path.write_text(json.dumps({"caught": found, "mutations": len(rows), "rows": rows}, indent=1) + "\n")
+        write_json(path, {"caught": found, "mutations": len(rows), "rows": rows})
 
 
 def main() -> int:

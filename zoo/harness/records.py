@@ -150,7 +150,7 @@ class Record(Frozen):
         """Write as JSON, atomically; the folder is made if need be."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return atomic_write(path, (self.model_dump_json(indent=1) + "\n").encode())
+        return atomic_write(path, (self.model_dump_json() + "\n").encode())
 
     def keep(self, path: Path) -> Path:
         """Write as a checked container (`zoo.shared.store.checked`) that belongs to the key."""
