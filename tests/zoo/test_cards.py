@@ -432,3 +432,12 @@ def test_a_text_that_is_read_without_a_first_walk_has_nothing_to_find_there() ->
             cardfile._refuse_dangerous(text, "x")
     cards = [bundle.card.to_yaml() for bundle in select("vision/*digits*")]
     assert sum(map(cardfile._is_harmless, cards)) > 0.9 * len(cards), "else nothing is gained"
+
+
+def test_spreads_of_far_apart_values_do_not_overflow() -> None:
+    mean, spread = mean_and_spread({0: 1e200, 1: -1e200})
+    assert mean == 0 and spread == pytest.approx(2**0.5 * 1e200)
+    assert mean_and_spread({0: 1.7e308, 1: 1.7e308}) == (1.7e308, 0)
+    assert mean_and_spread({0: 1.0, 1: 3.0}) == (2.0, pytest.approx(2**0.5)) and mean_and_spread(
+        {0: 4.0}
+    ) == (4, None)

@@ -504,11 +504,14 @@ def share_dropped(kept: int, total: int) -> float:
 def mean_and_spread(per_seed: Mapping[int, float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1) of values by seed; one seed has no deviation: None."""
     values = list(per_seed.values())
-    mean = statistics.fmean(values)
+    try:
+        mean = statistics.fmean(values)
+    except OverflowError:  # of the sum, not of the mean
+        mean = math.fsum(value / len(values) for value in values)
     if len(values) < 2:
         return mean, None
     # in floats: `statistics.stdev` computes in fractions, for hundreds of figures a tenth of a listing's time
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return mean, math.hypot(*(value - mean for value in values)) / math.sqrt(len(values) - 1)
 
 
 def parse_card(fields: Mapping[str, Any], source: str = "card") -> Card:

@@ -21,7 +21,7 @@ from torch import nn
 from zoo.bundles.folders import put_folder, refuse_taken
 from zoo.diffusion.parts import DENOISERS
 from zoo.diffusion.plan import Plan
-from zoo.diffusion.prompting import Pipeline, read_captions
+from zoo.diffusion.prompting import Pipeline, in_single, read_captions
 from zoo.diffusion.pruned import load_network, plan_of, prune
 from zoo.errors import ConfigError
 from zoo.harness.making import Origin
@@ -91,24 +91,23 @@ def sparsify_folder(
     model = load_parts(source, index) if pipeline else _alone(load_network(source, _dtype(source)))
     name = model.denoiser_name
     before = sum(p.numel() for p in model.parameters())
-    dtypes = {part: next(network.parameters()).dtype for part, network in model.named_children()}
     if progress is not None:
         progress(0, 2, f"sparsifying by {origin.method}")
     model.seed = seed
-    if method.captions is not None:
+    if method.captions is None:
+        method.sparsify(model)
+    else:
         if not pipeline:
             raise ConfigError(f"{source} is a network alone, which draws nothing: give its pipeline's folder")
-        model.float()
-        pipe = whole_pipeline(source, index, model)
 
         def told(passes: int) -> None:
             if progress is not None:
                 progress(0, 2, f"sparsifying by {origin.method}, pass {passes} of the denoiser")
 
-        model.source = Pipeline(pipe, read_captions(method.captions), seed, method.image_side, told)
-    method.sparsify(model)
-    for part, network in model.named_children():
-        network.to(dtypes[part])  # back from single precision, where nothing that stayed was changed
+        with in_single(model):
+            pipe = whole_pipeline(source, index, model)
+            model.source = Pipeline(pipe, read_captions(method.captions), seed, method.image_side, told)
+            method.sparsify(model)
     if progress is not None:
         progress(1, 2, "saving")
 

@@ -66,25 +66,34 @@ class Source(Protocol):
         """Sample one of `batches`."""
 
 
-def source_of(model: nn.Module, job: Job | None, method: Prompted, need: str) -> Source:
+def check_prompted(model: nn.Module, method: Prompted) -> None:
+    """Refuse options of pipelines where there is none.
+
+    Raises:
+        ConfigError: captions for a model without a pipeline, or a size of images without captions.
+    """
+    if method.image_side and method.captions is None:
+        raise ConfigError("image_side is the size of the images of captions: give captions, too")
+    if method.captions is not None and getattr(model, "source", None) is None:
+        raise ConfigError(
+            "captions are for the folder of a pipeline; this model brings its own. Leave them out"
+        )
+
+
+def source_of(model: nn.Module, job: Job | None, need: str) -> Source:
     """What a model is measured on.
 
     Args:
         model: of the zoo, or with a pipeline as its attribute `source`.
         job: of a model of the zoo.
-        method: whose options are for pipelines only.
         need: what needs it, for the message.
 
     Raises:
-        ConfigError: nothing to measure on, or captions for a model that brings its own.
+        ConfigError: nothing to measure on.
     """
     own: Source | None = getattr(model, "source", None)
     if own is not None:
         return own
-    if method.captions is not None or method.image_side:
-        raise ConfigError(
-            "captions are for the folder of a pipeline; this model brings its own. Leave them out"
-        )
     if job is None:
         raise ConfigError(
             f"{need}: give a job, or for the folder of a pipeline captions=FILE (--captions FILE) with a "
@@ -303,6 +312,28 @@ def recomputed(network: nn.Module) -> Iterator[None]:
             del network.forward
         else:
             network.forward = before
+
+
+@contextlib.contextmanager
+def in_single(model: nn.Module) -> Iterator[None]:
+    """Let a model compute in float32, and give every tensor its own precision back.
+
+    What is not changed meanwhile comes back bit by bit, also where layers differ in precision. Tensors that
+    are new, such as the bias that stands for an emptied attention, get the first one's of their part.
+    """
+    before = {name: tensor.dtype for name, tensor in _floating(model)}
+    parts = {name.partition(".")[0]: dtype for name, dtype in reversed(before.items())}
+    model.float()
+    try:
+        yield
+    finally:
+        for name, tensor in _floating(model):
+            tensor.data = tensor.data.to(before.get(name, parts[name.partition(".")[0]]))
+
+
+def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
+    state = model.state_dict(keep_vars=True)
+    return [(name, tensor) for name, tensor in state.items() if tensor.is_floating_point()]
 
 
 def read_captions(path: Path) -> list[str]:

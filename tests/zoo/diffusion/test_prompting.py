@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from zoo.diffusion.methods.ecodiff import EcoDiff, gates  # noqa: E402
 from zoo.diffusion.methods.laptop import Laptop, output_loss, removable_layers  # noqa: E402
 from zoo.diffusion.methods.stable_diffusion import PruneParts  # noqa: E402
 from zoo.diffusion.models import make_tokenizer, vocabulary  # noqa: E402
-from zoo.diffusion.prompting import STEPS, Pipeline, read_captions  # noqa: E402
+from zoo.diffusion.prompting import STEPS, Pipeline, in_single, read_captions  # noqa: E402
 from zoo.diffusion.units import unit_groups  # noqa: E402
 from zoo.errors import ConfigError  # noqa: E402
 from zoo.shared.store.io import read_json  # noqa: E402
@@ -270,6 +271,19 @@ def test_the_seed_decides_the_masks_that_are_learned(tmp_path) -> None:
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
+def test_every_tensor_gets_its_own_precision_back() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    model[0].to(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with in_single(model):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        model[1].weight.data[0] = 0
+    after = model.state_dict()
+    assert {name: value.dtype for name, value in after.items()} == {n: v.dtype for n, v in before.items()}
+    assert float(after["1.weight"][0].abs().sum()) == 0
+    assert all(torch.equal(after[name], before[name]) for name in before if name != "1.weight")
+
+
 def test_what_is_refused(tmp_path, capsys) -> None:
     with pytest.raises(ConfigError, match="at least two prompts are needed; received 1"):
         Pipeline(pipeline_of("sd15"), ["one"])
@@ -295,8 +309,11 @@ def test_what_is_refused(tmp_path, capsys) -> None:
         EcoDiff().sparsify(own)
     with pytest.raises(ConfigError, match="trained on images"):
         Laptop(distil=True).sparsify(own)
-    with pytest.raises(ConfigError, match="brings its own"):
-        EcoDiff(captions=tmp_path / "prompts.txt").sparsify(own)
+    for method in (EcoDiff(score="norm"), Laptop(score="magnitude"), PruneParts()):  # which need no prompts
+        with pytest.raises(ConfigError, match="brings its own"):
+            dataclasses.replace(method, captions=tmp_path / "prompts.txt").sparsify(own)
+        with pytest.raises(ConfigError, match="give captions, too"):
+            dataclasses.replace(method, image_side=64).sparsify(own)
 
     def refused(*words: str, folder: str = "dense") -> str:
         capsys.readouterr()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo.diffusion.gates import gated
 from zoo.diffusion.parts import denoiser_of, require_plain
 from zoo.diffusion.plan import Plan
-from zoo.diffusion.prompting import Prompted, Source, seed_of, source_of
+from zoo.diffusion.prompting import Prompted, Source, check_prompted, seed_of, source_of
 from zoo.diffusion.units import UnitGroup, unit_groups
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, stated_options
@@ -85,6 +85,7 @@ class EcoDiff(Prompted):
             raise BudgetError(
                 f"without an update all masks are alike: give updates=1 or more; received {self.updates}"
             )
+        check_prompted(model, self)
         require_plain(model)
         groups = unit_groups(denoiser_of(model))
         if not groups:
@@ -114,7 +115,7 @@ class EcoDiff(Prompted):
         if self.score == "random":
             generator = torch.Generator().manual_seed(seed_of(model, job))
             return {group.name: torch.rand(group.count, generator=generator) for group in groups}
-        source = source_of(model, job, self, "masks are learned on prompts")
+        source = source_of(model, job, "masks are learned on prompts")
         source.require_gradients()
         return self._learn(model, groups, source, seed_of(model, job))
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from zoo.diffusion.parts import denoiser_of, require_plain
 from zoo.diffusion.plan import Plan, drop_layer, set_module
-from zoo.diffusion.prompting import Outputs, Prompted, seed_of, source_of
+from zoo.diffusion.prompting import Outputs, Prompted, check_prompted, seed_of, source_of
 from zoo.diffusion.units import Layer, layers
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified, stated_options
@@ -79,6 +79,7 @@ class Laptop(Prompted):
             raise BudgetError(f"timed is at least one image; received {self.timed}")
         if job is None and self.distil:
             raise ConfigError("what is left is trained on images: give a job, or leave distil out")
+        check_prompted(model, self)
         require_plain(model)
         network, teacher = denoiser_of(model), copy.deepcopy(model) if self.distil else None
         removable = removable_layers(network)
@@ -107,7 +108,7 @@ class Laptop(Prompted):
         """
         network = denoiser_of(model)
         if self.budget == "latency":
-            source = source_of(model, job, self, "a latency is measured on an image")
+            source = source_of(model, job, "a latency is measured on an image")
             freed, total = latencies(network, [layer.name for layer in removable], source.timed(self.timed))
         else:
             freed = [layer.parameters for layer in removable]
@@ -141,7 +142,7 @@ class Laptop(Prompted):
         if self.score == "magnitude":
             sizes = [network.get_submodule(layer.name).parameters() for layer in removable]
             return [float(sum(p.detach().square().sum() for p in own)) for own in sizes]
-        source = source_of(model, job, self, "layers are scored on noisy images with prompts")
+        source = source_of(model, job, "layers are scored on noisy images with prompts")
         outputs = source.outputs(self.images, self.score == "guided")
         model.eval()
         return [output_loss(network, [layer.name], outputs) for layer in removable]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.diffusion.parts import denoiser_of, require_plain
-from zoo.diffusion.prompting import Prompted, seed_of, source_of
+from zoo.diffusion.prompting import Prompted, check_prompted, seed_of, source_of
 from zoo.errors import ConfigError
 from zoo.methods.contract import Sparsified
 from zoo.shared.errors import BudgetError
@@ -70,6 +70,7 @@ class PruneParts(Prompted):
         """
         for share in (self.text_sparsity, self.sparsity):
             check_sparsity(share)
+        check_prompted(model, self)
         require_plain(model)
         shares = {name: self.sparsity for name in denoiser_weights(model)}
         shares |= {name: self.text_sparsity for name in text_weights(model)}
@@ -103,7 +104,7 @@ class PruneParts(Prompted):
         return dict(choose_masks(scores, share, dict.fromkeys(scores, pattern), budget))
 
     def _norms(self, model: Any, job: Job | None) -> dict[str, Tensor]:
-        source = source_of(model, job, self, "the score wanda measures inputs while sampling")
+        source = source_of(model, job, "the score wanda measures inputs while sampling")
         with torch.no_grad():
             return collect_activations(
                 model.eval(),

@@ -265,6 +265,8 @@ STUDY = Study(
         "One stage has more weights, as many steps, and steps as long.",
         "Of the rates 0.003 and 0.01 one stage had the first at 200 steps (74 % of seed 100's volumes "
         "agreed, 50 % with the other), the rest the second. At 500 steps 0.01 alone was tried, with which "
-        "every volume agreed.",
+        "every volume agreed. The weight of the view and the proportions of the solids were chosen with "
+        "other seeds, but with an eye on the held prompts, too: training has not seen them, whoever built "
+        "this has.",
     ],
 )
