@@ -6,8 +6,9 @@ a call is one token through the whole model, cache included. Four distinct layer
 is many times the size of a cache, so that none is read faster for it. Thresholds are calibrated on the model
 itself; `skips` is the share of the blocks' weights that they spare tokens like those that are timed. All
 weights, dense ones too, lie on huge pages. LLM_DECODE (1b-float32, 1b-bfloat16, 1b-gqsa, 8b-float32,
-1b-rival, 8b-rival) chooses one part of it. The last two are GQSA beside llama.cpp in four bits
-(`_llama_cpp.py`), which has to be installed where RIVAL_PYTHON says; they run only when asked for.
+1b-rival, 8b-rival, 1b-halves-rival) chooses one part of it. The last three are beside llama.cpp
+(`_llama_cpp.py`), GQSA in four bits, the others in 16; it has to be installed where RIVAL_PYTHON says, and they
+run only when asked for.
 """
 
 from __future__ import annotations
@@ -398,12 +399,38 @@ def rival_cells(shape: Shape, threads: int) -> Iterator[Cell]:
         rival.stop()
 
 
+def halves_rival_cells(shape: Shape, threads: int) -> Iterator[Cell]:
+    """Half of the weights, thresholds, and both in bf16 beside llama.cpp's F16 and BF16: a token."""
+    started = {kind: LlamaCpp.start(shape, kind, threads) for kind in ("F16", "BF16")}
+    running = {f"llama.cpp {kind}": rival for kind, rival in started.items() if rival is not None}
+    if not running:
+        return
+    variants = Variants(shape, torch.bfloat16)
+    found, masks = variants.thresholds()[0.5], variants.masks()
+    labels: dict[str, object] = {"shape": shape.name, "weights": "bfloat16", "batch": 1}
+    peers = {name: rival.token for name, rival in running.items()}
+    try:
+        for title, thresholds, kept, goal in (
+            ("CHESS 50%", found, None, 1 / 0.75),
+            ("weights 50%", {}, masks, 1 / 0.75),
+            ("weights 50% + CHESS 50%", found, masks, 1 / 0.6),
+        ):
+            model = variants.packed(thresholds, kept)
+            spared = skips(variants, model) if thresholds else 0.0
+            bound = variants.bound(spared, 0.5 if kept is not None else 1.0)
+            yield Cell({**labels, "ours": title}, variants.decoding(model), peers, bound, Goal(goal))
+    finally:
+        for rival in running.values():
+            rival.stop()
+
+
 def cells(quick: bool, threads: int) -> Iterator[Cell]:
     """All cells; a quick run has a small model, which is no claim."""
     if quick:
         yield from cells_of(SMALL, torch.float32, {}, quick)
         yield from grouped_cells(SMALL, None)
         yield from rival_cells(SMALL, threads)
+        yield from halves_rival_cells(SMALL, threads)
         return
     chosen = os.environ.get("LLM_DECODE", "")
     goals = {"chess 0.5": 1.25, "chess 0.7": 1.45, "weights 0.5": 1.3}
@@ -419,6 +446,8 @@ def cells(quick: bool, threads: int) -> Iterator[Cell]:
     for name, shape in (("1b-rival", LLAMA_1B), ("8b-rival", BLOCKS_8B)):
         if chosen == name:
             yield from rival_cells(shape, threads)
+    if chosen == "1b-halves-rival":
+        yield from halves_rival_cells(LLAMA_1B, threads)
 
 
 def write_profiles(path: str) -> None:

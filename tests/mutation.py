@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -44,6 +45,10 @@ def passes(tree: Path, tests: list[str]) -> bool:
         os.setsid()
         os.chdir(tree)
         sys.path[0] = str(tree)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "zoo"]:
+            del sys.modules[name]  # what this script imported is that of its own tree
+        if not importlib.import_module("zoo").__file__.startswith(str(tree)):
+            os._exit(1)  # a mutation that is not imported would survive
         sys.dont_write_bytecode = True
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1), os.dup2(quiet, 2)

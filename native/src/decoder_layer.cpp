@@ -1,7 +1,9 @@
-// One token through a decoder layer whose weights are kept four-bit groups in panels: what stands between the products takes
-// as long as they do when each step of it is a call of its own.
+// One token through a decoder layer: what stands between the products takes as long as they do when each step of it is a call
+// of its own. Norm, rotation and attention alone, for weights of any kind; and all of a layer whose weights are kept four-bit
+// groups in panels.
 //
 // A weight is nine numbers: the addresses of codes, scales, zeros, masks and pointer, blocks, rows, cols, group.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -124,8 +126,50 @@ void attend(const float* q, const T* keys, const T* values, const Cache& cache, 
   for (int64_t i = 0; i < size; ++i) out[i] /= total;
 }
 
+// out[h] = the attention of head h of q, for keys and values of a value type; heads of q share those of the cache in turn.
+void attend_heads(const float* q, const void* keys, const void* values, int64_t type, const Cache& cache, int64_t heads,
+                  int64_t kv_heads, int64_t size, float scale, float* out, int64_t threads) {
+  parallel_for(heads, worthwhile(threads, heads * cache.count * size / kLanes), [&](int64_t from, int64_t to) {
+    float* scores = scratch_of<float>(cache.count, 0);
+    for (int64_t h = from; h < to; ++h) {
+      const int64_t kv = h * kv_heads / heads;
+      with_type(type, [&](auto kind) {
+        using T = decltype(kind);
+        const T* key = static_cast<const T*>(keys) + kv * cache.key_head;
+        const T* value = static_cast<const T*>(values) + kv * cache.value_head;
+        attend(q + h * size, key, value, cache, size, scale, scores, out + h * size);
+      });
+    }
+  });
+}
+
 }  // namespace
 }  // namespace zoo
+
+// out = norm * x / sqrt(mean(x^2) + epsilon), all [count].
+ZOO_EXPORT int64_t zoo_token_norm(const float* x, const float* norm, float* out, int64_t count, double epsilon) try {
+  zoo::normalise(x, norm, static_cast<float>(epsilon), count, out);
+  return zoo::kOk;
+} ZOO_CATCH
+
+// out = [q, k] with pairs of each head turned; q [queries], k [keys], both multiples of size; cosine, sine [size].
+ZOO_EXPORT int64_t zoo_token_rotate(const float* q, const float* k, const float* cosine, const float* sine, float* out,
+                                    int64_t queries, int64_t keys, int64_t size) try {
+  std::copy_n(q, queries, out);
+  std::copy_n(k, keys, out + queries);
+  zoo::rotate(out, (queries + keys) / size, size, cosine, sine);
+  return zoo::kOk;
+} ZOO_CATCH
+
+// out = softmax(scale q K^T) V, q and out [heads * size]; keys and values of a value type, as for zoo_decoder_outputs.
+ZOO_EXPORT int64_t zoo_token_attend(const float* q, const void* keys, const void* values, int64_t type, float* out,
+                                    int64_t heads, int64_t kv_heads, int64_t size, int64_t count, int64_t key_head,
+                                    int64_t key_token, int64_t value_head, int64_t value_token, double scale,
+                                    int64_t threads) try {
+  const zoo::Cache cache{count, key_head, key_token, value_head, value_token};
+  zoo::attend_heads(q, keys, values, type, cache, heads, kv_heads, size, static_cast<float>(scale), out, threads);
+  return zoo::kOk;
+} ZOO_CATCH
 
 // out = [q, k, v] of the normalised x, q and k rotated. weights: W_q, W_k, W_v; norm [cols]; cosine, sine [size].
 ZOO_EXPORT int64_t zoo_decoder_inputs(const float* x, const int64_t* weights, const float* norm, const float* epsilon,
@@ -153,17 +197,7 @@ ZOO_EXPORT int64_t zoo_decoder_outputs(const float* x, const float* q, const voi
   const int64_t most = std::max({inner, cols, wide});
   float* attended = scratch_of<float>(3 * most, 3);  // also the gate
   float *normed = attended + most, *up = normed + most;
-  parallel_for(heads, worthwhile(threads, heads * count * size / kLanes), [&](int64_t from, int64_t to) {
-    float* scores = scratch_of<float>(count, 0);
-    for (int64_t h = from; h < to; ++h) {
-      const int64_t kv = h * kv_heads / heads;
-      with_type(type, [&](auto kind) {
-        using T = decltype(kind);
-        const T *key = static_cast<const T*>(keys) + kv * key_head, *value = static_cast<const T*>(values) + kv * value_head;
-        attend(q + h * size, key, value, cache, size, numbers[1], scores, attended + h * size);
-      });
-    }
-  });
+  attend_heads(q, keys, values, type, cache, heads, kv_heads, size, numbers[1], attended, threads);
   multiply(weights, 0, 1, attended, &y, threads);
   for (int64_t i = 0; i < cols; ++i) y[i] += x[i];
   normalise(y, norm, numbers[0], cols, normed);

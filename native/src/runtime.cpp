@@ -190,7 +190,7 @@ void expect_large(void* memory, int64_t bytes) {
 }  // namespace zoo
 
 // Number of the interface between the libraries and shared/ops/_native.py; both must agree.
-ZOO_EXPORT int64_t zoo_abi_version() { return 10; }
+ZOO_EXPORT int64_t zoo_abi_version() { return 11; }
 
 // Hands over GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch uses.
 ZOO_EXPORT void zoo_set_openmp(void* parallel, void* thread_number, void* team_size) {

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import OpError
 
-ABI_VERSION = 10  # zoo_abi_version() in native/src/runtime.cpp
+ABI_VERSION = 11  # zoo_abi_version() in native/src/runtime.cpp
 LEVELS = ("portable", "avx2", "avx512")
 FOLDER = Path(__file__).parent
 

@@ -20,12 +20,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import OpError
-from . import _native, dispatch
+from . import _native
 from .layout import VALUE_TYPES
+from .one_token import (
+    check_cache,
+    reference_attention,
+    reference_norm,
+    reference_rotation,
+    runs_natively,
+)
 from .quant_panel_linear import QuantPanels
 from .quant_panel_linear import reference as product
 
-__all__ = ["LayerWeights", "layer_inputs", "layer_outputs", "runs_natively"]
+__all__ = ["LayerWeights", "layer_inputs", "layer_outputs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,20 +133,7 @@ class _Table:
         return self._rows.data_ptr()
 
 
-_data_ptr, _autocast = torch.Tensor.data_ptr, torch._C._is_any_autocast_enabled
-
-
-def runs_natively(x: Tensor) -> bool:
-    """Whether a token like x runs in the native kernels: fp32, bf16 or fp16 on a CPU, outside of tracing,
-    autocast and gradients, and no other backend asked for."""
-    return (
-        x.dtype in VALUE_TYPES
-        and x.device.type == "cpu"
-        and dispatch.direct(x)
-        and not _autocast()
-        and dispatch.requested() in ("auto", "native")
-        and _native.available()
-    )
+_data_ptr = torch.Tensor.data_ptr
 
 
 def layer_inputs(
@@ -159,9 +153,10 @@ def layer_inputs(
         raise OpError(f"cosine and sine must be [{weights.head}], received {tuple(cosine.shape)}")
     sizes = [weights.q.shape[0], weights.k.shape[0], weights.v.shape[0]]
     if not runs_natively(x):
-        normed, turn = _norm(x.float(), weights.input_norm, weights.epsilon), (cosine.float(), sine.float())
+        normed = reference_norm(x.float(), weights.input_norm, weights.epsilon)
         q, k, v = (product(normed, each) for each in (weights.q, weights.k, weights.v))
-        return _rotate(q, *turn).to(x.dtype), _rotate(k, *turn).to(x.dtype), v.to(x.dtype)
+        q, k = (reference_rotation(each, cosine.float(), sine.float()) for each in (q, k))
+        return q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)
     out = torch.empty(sum(sizes))
     wide, norm = _native.plain(x), _native.plain(weights.input_norm)
     cosine, sine = _native.plain(cosine), _native.plain(sine)
@@ -200,8 +195,7 @@ def layer_outputs(
             f"keys and values must be [{kv_heads}, count, {head}] and q [{weights.q.shape[0]}], received "
             f"{tuple(keys.shape)}, {tuple(values.shape)} and {tuple(q.shape)}"
         )
-    if keys.dtype != values.dtype or keys.dtype not in VALUE_TYPES:
-        raise OpError(f"keys and values must be both fp32, bf16 or fp16, not {keys.dtype} and {values.dtype}")
+    check_cache(keys, values)
     if not runs_natively(x):
         wide, q, keys, values = (each.float() for each in (x, q, keys, values))
         return _reference_outputs(wide, q, keys, values, weights).to(x.dtype)
@@ -230,22 +224,10 @@ def layer_outputs(
 
 
 def _reference_outputs(x: Tensor, q: Tensor, keys: Tensor, values: Tensor, weights: LayerWeights) -> Tensor:
-    groups = q.view(keys.shape[0], -1, weights.head)
-    shares = (weights.scale * groups @ keys.transpose(1, 2)).softmax(-1)
-    h = x + product((shares @ values).flatten(), weights.o)
-    normed = _norm(h, weights.output_norm, weights.epsilon)
+    h = x + product(reference_attention(q, keys, values, weights.scale), weights.o)
+    normed = reference_norm(h, weights.output_norm, weights.epsilon)
     gate, up = (product(normed, each) for each in (weights.gate, weights.up))
     return h + product(torch.nn.functional.silu(gate) * up, weights.down)
-
-
-def _norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
-    return scale * (x * torch.rsqrt(x.square().mean() + epsilon))
-
-
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    one, other = x.view(-1, 2, len(cosine) // 2).unbind(1)
-    turned = torch.cat([-other, one], 1)
-    return (torch.cat([one, other], 1) * cosine + turned * sine).flatten()
 
 
 def _check(x: Tensor, weights: LayerWeights) -> None:
