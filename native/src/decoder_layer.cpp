@@ -2,47 +2,62 @@
 // of its own. Norm, rotation and attention alone, for weights of any kind; and all of a layer whose weights are kept four-bit
 // groups in panels.
 //
-// A weight is nine numbers: the addresses of codes, scales, zeros, masks and pointer, blocks, rows, cols, group.
+// A weight is eleven numbers: its kind, rows, cols, and
+//   of panels: the addresses of codes, scales, zeros, masks and pointer, blocks, group;
+//   of a dense weight: the address of its values, their type;
+//   of a packed one: the addresses of values, index and pointer, entries, panel, layout, width, type.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "zoo/export.hpp"
-#include "zoo/packed.hpp"
 #include "zoo/panels.hpp"
 #include "zoo/parallel.hpp"
-#include "zoo/simd.hpp"
+#include "zoo/rows.hpp"
 
 namespace zoo {
 namespace {
 
-constexpr int64_t kNumbers = 9;
+constexpr int64_t kNumbers = 11;
+constexpr int64_t kMostProducts = 3;  // that share a row of x
+enum Kind : int64_t { kPanels = 0, kDense = 1, kPacked = 2 };
 
 template <class T>
 const T* at(int64_t address) {
   return reinterpret_cast<const T*>(static_cast<uintptr_t>(address));
 }
 
+int64_t rows_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 1]; }
+int64_t cols_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 2]; }
+
 // The products of one row of x by some weights of a list, into places[i].
 void multiply(const int64_t* list, int64_t first, int64_t count, const float* x, float* const* places, int64_t threads) {
-  Product products[3];
+  Product products[kMostProducts];
+  DenseRows dense[kMostProducts];
+  int64_t of_panels = 0, of_rows = 0;
   Rounded rounded[2];  // by units of 16 and of 32
   bool done[2] = {};
-  const int64_t cols = list[first * kNumbers + 7], bytes = rounded_bytes(cols);
+  const int64_t bytes = rounded_bytes(cols_of(list, first));
   auto* memory = static_cast<uint8_t*>(scratch(2 * bytes, 2));
   for (int64_t i = 0; i < count; ++i) {
     const int64_t* n = list + (first + i) * kNumbers;
-    const Panels w = panels_of(at<void>(n[0]), at<void>(n[1]), at<void>(n[2]), at<void>(n[3]), at<int32_t>(n[4]), n[5], n[6],
-                               n[7], n[8]);
-    const int64_t wide = w.unit() == 32;
-    if (!done[wide]) rounded[wide] = round_row(x, cols, w.unit(), memory + wide * bytes), done[wide] = true;
-    products[i] = {w, rounded[wide], places[i]};
+    const int64_t rows = n[1], cols = n[2];
+    if (n[0] == kDense) {
+      dense[of_rows++] = {at<void>(n[3]), nullptr, places[i], rows, cols, n[4]};
+    } else if (n[0] == kPacked) {
+      multiply_sparse(x, at<void>(n[3]), at<void>(n[4]), at<int32_t>(n[5]), nullptr, places[i], 1, n[6], rows, cols, n[7], n[8],
+                      n[9], n[10], threads);
+    } else {
+      const Panels w = panels_of(at<void>(n[3]), at<void>(n[4]), at<void>(n[5]), at<void>(n[6]), at<int32_t>(n[7]), n[8], rows,
+                                 cols, n[9]);
+      const int64_t wide = w.unit() == 32;
+      if (!done[wide]) rounded[wide] = round_row(x, cols, w.unit(), memory + wide * bytes), done[wide] = true;
+      products[of_panels++] = {w, rounded[wide], places[i]};
+    }
   }
-  multiply_rows(products, count, threads);
+  if (of_panels > 0) multiply_rows(products, of_panels, threads);
+  if (of_rows > 0) multiply_dense(dense, of_rows, x, threads);
 }
-
-int64_t rows_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 6]; }
-int64_t cols_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 7]; }
 
 template <class T>
 float dot(const float* a, const T* b, int64_t count) {

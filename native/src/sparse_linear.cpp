@@ -7,8 +7,8 @@
 
 #include "zoo/check.hpp"
 #include "zoo/export.hpp"
-#include "zoo/packed.hpp"
 #include "zoo/parallel.hpp"
+#include "zoo/rows.hpp"
 
 namespace zoo {
 namespace {
@@ -296,6 +296,20 @@ void run(const Packed<T>& w, int64_t layout, int64_t entries, const float* x, co
 }
 
 }  // namespace
+
+void multiply_sparse(const float* x, const void* values, const void* index, const int32_t* pointer, const float* bias, float* y,
+                     int64_t batch, int64_t entries, int64_t rows, int64_t cols, int64_t panel, int64_t layout, int64_t width,
+                     int64_t type, int64_t threads) {
+  if (batch == 0 || rows == 0) return;
+  with_type(type, [&](auto tag) {
+    using T = decltype(tag);
+    const Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, width};
+    check_whole(w, layout, entries);
+    const int64_t steps = entries * ((batch + kLanes - 1) / kLanes);
+    run(w, layout, entries, x, bias, y, batch, worthwhile(threads, steps));
+  });
+}
+
 }  // namespace zoo
 
 // x [batch, cols] and y [batch, rows] float, contiguous; bias [rows] or null; values of `type` and csr columns padded by
@@ -305,14 +319,7 @@ ZOO_EXPORT int64_t zoo_sparse_linear(const float* x, const void* values, const v
                                   const float* bias, float* y, int64_t batch, int64_t entries, int64_t rows,
                                      int64_t cols, int64_t panel, int64_t layout, int64_t width, int64_t type,
                                      int64_t threads) try {
-  if (batch == 0 || rows == 0) return zoo::kOk;
-  zoo::with_type(type, [&](auto tag) {
-    using T = decltype(tag);
-    const zoo::Packed<T> w{static_cast<const T*>(values), index, pointer, rows, cols, panel, width};
-    zoo::check_whole(w, layout, entries);
-    const int64_t steps = entries * ((batch + zoo::kLanes - 1) / zoo::kLanes);
-    zoo::run(w, layout, entries, x, bias, y, batch, zoo::worthwhile(threads, steps));
-  });
+  zoo::multiply_sparse(x, values, index, pointer, bias, y, batch, entries, rows, cols, panel, layout, width, type, threads);
   return zoo::kOk;
 } ZOO_CATCH
 

@@ -1,13 +1,13 @@
-"""One token through a decoder layer of four-bit groups in panels: two calls, with the cache of keys and
-values between them.
+"""One token through a decoder layer: two calls, with the cache of keys and values between them.
 
     q, k, v = layer_inputs(x, weights, cosine, sine)  # norm, three products, rotation
     keys, values = cache.update(k, v)
     y = layer_outputs(x, q, keys, values, weights)  # attention, W_o, norm, gated FFN, residuals
 
-The references, in plain PyTorch, are the definition. The native kernels do the same with the sums of
-`quant_panel_linear`, which rounds x to eight bits; what lies between two products, some thirty operations
-of torch, takes no call of its own there.
+A weight is dense, packed (`sparse_linear`) or four-bit groups in panels (`quant_panel_linear`, which rounds x
+to eight bits). The references, in plain PyTorch, are the definition. The native kernels do the same with the
+sums of those ops; what lies between two products, some thirty operations of torch, takes no call of its own
+there.
 """
 
 from __future__ import annotations
@@ -21,18 +21,25 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import _native
-from .layout import VALUE_TYPES
+from .dispatch import runs_natively
+from .layout import LAYOUTS, PANEL, VALUE_TYPES
 from .one_token import (
     check_cache,
     reference_attention,
     reference_norm,
     reference_rotation,
-    runs_natively,
 )
 from .quant_panel_linear import QuantPanels
-from .quant_panel_linear import reference as product
+from .quant_panel_linear import reference as panels_reference
+from .sparse_linear import entries_of
+from .sparse_linear import reference as packed_reference
+from .weights import SparseWeight
 
 __all__ = ["LayerWeights", "layer_inputs", "layer_outputs"]
+
+
+Weight = QuantPanels | SparseWeight | Tensor
+_KINDS = (QuantPanels, Tensor, SparseWeight)  # in the order of `enum Kind` in native/src/decoder_layer.cpp
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,20 +48,21 @@ class LayerWeights:
     n = norm(h).
 
     Attributes:
-        q, k, v, o, gate, up, down: the seven weights.
+        q, k, v, o, gate, up, down: the seven weights, each in panels, packed, or dense [out, in]; dense and
+            packed ones in fp32, bf16 or fp16.
         input_norm, output_norm: scales of the two RMS norms, [d], fp32, bf16 or fp16.
         epsilon: added to the mean square in both.
         head: inputs per head, even.
         scale: of attention scores.
     """
 
-    q: QuantPanels
-    k: QuantPanels
-    v: QuantPanels
-    o: QuantPanels
-    gate: QuantPanels
-    up: QuantPanels
-    down: QuantPanels
+    q: Weight
+    k: Weight
+    v: Weight
+    o: Weight
+    gate: Weight
+    up: Weight
+    down: Weight
     input_norm: Float[Tensor, " d"]
     output_norm: Float[Tensor, " d"]
     epsilon: float
@@ -72,9 +80,9 @@ class LayerWeights:
             "down": (width, wide),
         }
         for name, shape in expected.items():
-            if getattr(self, name).shape != shape:
+            if tuple(getattr(self, name).shape) != shape:
                 raise OpError(
-                    f"{name} must be {shape} beside the others, received {getattr(self, name).shape}"
+                    f"{name} must be {shape} beside the others, received {tuple(getattr(self, name).shape)}"
                 )
         if self.head % 2 or any(rows % self.head for rows in (inner, self.k.shape[0])):
             raise OpError(
@@ -110,30 +118,65 @@ class LayerWeights:
 class _Table:
     """Addresses and sizes of weights as native/src/decoder_layer.cpp reads them."""
 
-    def __init__(self, weights: tuple[QuantPanels, ...]) -> None:
+    def __init__(self, weights: tuple[Weight, ...]) -> None:
         self._weights = weights
-        self._tensors = [part for each in weights for part in each.parts]
-        self._places: list[int] = []
+        self._tensors = [part for each in weights for part in _parts(each)]
+        self._dense = [each for each in weights if isinstance(each, Tensor)]
+        self._places: list[object] = []
         self._rows = torch.empty(0, dtype=torch.int64)
 
     def address(self) -> int:
-        """Where the numbers are; made again when a tensor of the weights lies elsewhere.
+        """Where the numbers are; made again when a tensor of the weights lies elsewhere or is another kind.
 
         Raises:
             OpError: parts of a weight do not fit (any more).
         """
-        places = list(map(_data_ptr, self._tensors))
+        places: list[object] = [*map(_data_ptr, self._tensors), *((t.dtype, t.stride()) for t in self._dense)]
         if places != self._places:
-            rows = []
-            for each in self._weights:
-                each.check()
-                parts = map(_data_ptr, each.parts)
-                rows.append([*parts, each.scales.shape[0], *each.shape, each.group])
-            self._rows, self._places = torch.tensor(rows, dtype=torch.int64), places
+            self._rows = torch.tensor([_numbers(each) for each in self._weights], dtype=torch.int64)
+            self._places = places
         return self._rows.data_ptr()
 
 
+def _parts(weight: Weight) -> tuple[Tensor, ...]:
+    """The tensors that a weight consists of."""
+    return (weight,) if isinstance(weight, Tensor) else weight.parts
+
+
+def _numbers(weight: Weight) -> list[int]:
+    """What the kernels are told of a weight, `kNumbers` of native/src/decoder_layer.cpp."""
+    numbers = [next(i for i, kind in enumerate(_KINDS) if isinstance(weight, kind)), *weight.shape]
+    if isinstance(weight, Tensor):
+        if weight.dtype not in VALUE_TYPES or not weight.is_contiguous() or weight.device.type != "cpu":
+            raise OpError(
+                f"a dense weight must be contiguous fp32, bf16 or fp16 on a CPU, not {weight.dtype} "
+                f"{tuple(weight.shape)} with strides {weight.stride()} on {weight.device}"
+            )
+        numbers += [weight.data_ptr(), VALUE_TYPES.index(weight.dtype)]
+    else:
+        weight.check()
+        numbers += map(_data_ptr, weight.parts)
+        if isinstance(weight, SparseWeight):
+            if weight.values.dtype not in VALUE_TYPES:
+                raise OpError(f"a packed weight must be in fp32, bf16 or fp16, not {weight.values.dtype}")
+            kind = LAYOUTS.index(weight.layout), weight.width, VALUE_TYPES.index(weight.values.dtype)
+            numbers += [entries_of(weight), PANEL, *kind]
+        else:
+            numbers += [weight.scales.shape[0], weight.group]
+    return numbers + [0] * (_NUMBERS - len(numbers))
+
+
+_NUMBERS = 11
 _data_ptr = torch.Tensor.data_ptr
+
+
+def product(x: Float[Tensor, " in"], weight: Weight) -> Float[Tensor, " out"]:
+    """The definition of a product in fp32."""
+    if isinstance(weight, Tensor):
+        return weight.float() @ x
+    if isinstance(weight, SparseWeight):
+        return packed_reference(x, weight)
+    return panels_reference(x, weight)
 
 
 def layer_inputs(

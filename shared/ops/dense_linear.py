@@ -9,6 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import OpError
+from . import _native
+from .dispatch import runs_natively
+from .layout import VALUE_TYPES
+
 Size = tuple[int, int] | torch.Size
 _MANY = 128  # rows of x from which the transposed product is the faster one (Zen 3, two threads)
 # Rows of x from which widening a weight costs less than it saves: 2048 x 2048 on two threads takes 1.3 times
@@ -26,10 +31,61 @@ def multiplies(dtype: torch.dtype) -> bool:
     return dtype != torch.float16 or bool(supported._is_mkldnn_fp16_supported())
 
 
+def row_linear(
+    x: Float[Tensor, " in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, " out"]:
+    """weight x + bias for one x in the weight's dtype (fp32, bf16, fp16) by a native kernel, sums in fp32;
+    bit by bit the same for any number of threads.
+
+    Raises:
+        OpError: shapes or dtypes that do not fit, or a weight whose rows do not lie one after another.
+    """
+    rows, cols = weight.shape
+    if x.shape != (cols,) or (bias is not None and bias.shape != (rows,)):
+        raise OpError(
+            f"x must be [{cols}] and a bias [{rows}] for a weight {tuple(weight.shape)}, received "
+            f"{tuple(x.shape)} and {None if bias is None else tuple(bias.shape)}"
+        )
+    if x.dtype is not weight.dtype or x.dtype not in VALUE_TYPES or not weight.is_contiguous():
+        raise OpError(
+            f"x and a contiguous weight must be both fp32, bf16 or fp16, not {x.dtype}, {weight.dtype}"
+        )
+    wide, y = _native.plain(x), torch.empty(rows)
+    added = None if bias is None else _native.plain(bias)
+    _native.function("zoo_dense_row", "ppppiiii")(
+        wide.data_ptr(),
+        weight.data_ptr(),
+        None if added is None else added.data_ptr(),
+        y.data_ptr(),
+        rows,
+        cols,
+        VALUE_TYPES.index(weight.dtype),
+        _native.threads(),
+    )
+    return y.to(x.dtype)
+
+
+def _is_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `row_linear` is the better way for x: one row of halves, which torch multiplies slowly, and by
+    all threads even where that is microseconds of work."""
+    return (
+        x.numel() == weight.shape[1] == x.shape[-1]
+        and x.dtype is weight.dtype
+        and x.dtype != torch.float32
+        and not multiplies(x.dtype)
+        and weight.is_contiguous()
+        and (bias is None or bias.shape == weight.shape[:1])
+        and runs_natively(x, weight, bias, asked=("auto", "native", "dense"))
+    )
+
+
 def widened_linear(
     x: Float[Tensor, "*batch in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """x weight^T + bias; many rows of halves by way of fp32 on a processor that does not multiply halves."""
+    """x weight^T + bias; of halves on a processor that does not multiply halves one row by `row_linear`, many
+    by way of fp32."""
+    if _is_row(x, weight, bias):
+        return row_linear(x.reshape(-1), weight, bias).view(*x.shape[:-1], weight.shape[0])
     if (
         multiplies(x.dtype)
         or x.numel() < WIDENED * x.shape[-1]

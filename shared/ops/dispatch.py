@@ -35,6 +35,7 @@ from ..bench.timing import compare
 from ..errors import OpError
 from ..store.io import atomic_write, read_json
 from . import _native
+from .layout import VALUE_TYPES
 
 BACKENDS = ("auto", "reference", "native", "vendor", "dense", "triton")
 # A call is only near a measured case: what is faster there by less than this may be slower here.
@@ -123,6 +124,21 @@ def direct(*tensors: torch.Tensor | None) -> bool:
         if tensor.is_neg():
             return False
     return True
+
+
+def runs_natively(
+    x: torch.Tensor, *others: torch.Tensor | None, asked: tuple[str, ...] = ("auto", "native")
+) -> bool:
+    """Whether a call on x and others may go straight to a native kernel: x in fp32, bf16 or fp16 on a CPU,
+    outside of tracing, autocast and gradients, and no backend asked for but these."""
+    return (
+        x.dtype in VALUE_TYPES
+        and x.device.type == "cpu"
+        and direct(x, *others)
+        and not _autocast()
+        and requested() in asked
+        and _native.available()
+    )
 
 
 def eager() -> bool:

@@ -104,8 +104,8 @@ _linear = nn.functional.linear
 
 
 class WideningLinear(nn.Linear):
-    """A linear layer that multiplies many rows of halves by way of fp32 on a processor that does not multiply
-    halves (`dense_linear.widened_linear`); the state dict is that of `nn.Linear`."""
+    """A linear layer that multiplies halves by way of fp32 on a processor that does not multiply halves
+    (`dense_linear.widened_linear`); the state dict is that of `nn.Linear`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         """Share the parameters of a plain layer.
@@ -128,7 +128,9 @@ class WideningLinear(nn.Linear):
             return self._forward_many(x)
         # Not through nn.Module's look-up of attributes, see `SparseLinear.weight`.
         parameters = self._parameters
-        return _linear(x, cast(Tensor, parameters["weight"]), parameters["bias"])
+        row = x.numel() == self.in_features == x.shape[-1] and x.dtype is not torch.float32
+        product = widened_linear if row else _linear
+        return product(x, cast(Tensor, parameters["weight"]), parameters["bias"])
 
     def _forward_many(self, x: Tensor) -> Tensor:
         return widened_linear(x, self.weight, self.bias)

@@ -16,25 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import OpError
-from . import _native, dispatch
+from . import _native
+from .dispatch import runs_natively
 from .layout import VALUE_TYPES
 
-__all__ = ["attend", "normalise", "rotate", "runs_natively"]
-
-_autocast = torch._C._is_any_autocast_enabled
-
-
-def runs_natively(x: Tensor) -> bool:
-    """Whether a token like x runs in the native kernels: fp32, bf16 or fp16 on a CPU, outside of tracing,
-    autocast and gradients, and no other backend asked for."""
-    return (
-        x.dtype in VALUE_TYPES
-        and x.device.type == "cpu"
-        and dispatch.direct(x)
-        and not _autocast()
-        and dispatch.requested() in ("auto", "native")
-        and _native.available()
-    )
+__all__ = ["attend", "normalise", "rotate"]
 
 
 def normalise(x: Float[Tensor, " d"], scale: Float[Tensor, " d"], epsilon: float) -> Float[Tensor, " d"]:

@@ -4,6 +4,7 @@ refusals."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,26 @@ def layer(width: int = 64, wide: int = 96, heads: int = 4, kv_heads: int = 2, he
     )
 
 
+def dense(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(rows, cols) / math.sqrt(cols)).to(dtype)
+
+
+def packed(
+    rows: int, cols: int, dtype: torch.dtype = torch.float32, layout: str = "bitmask"
+) -> ops.SparseWeight:
+    keep = torch.rand(-(-rows // 4), cols).repeat_interleave(4, 0)[:rows] < 0.4
+    return ops.pack(dense(rows, cols, dtype), keep, layout)
+
+
+def mixed(width: int, wide: int, heads: int = 4, kv_heads: int = 2, head: int = 12) -> LayerWeights:
+    """Dense weights and packed ones by turns."""
+    inner, kept = heads * head, kv_heads * head
+    sizes = [(inner, width), (kept, width), (kept, width), (width, inner), (wide, width), (wide, width)]
+    weights = [(dense, packed)[i % 2](*size) for i, size in enumerate((*sizes, (width, wide)))]
+    norms = torch.rand(2, width) + 0.5
+    return LayerWeights(*weights, *norms, epsilon=1e-5, head=head, scale=0.3)
+
+
 def token(weights: LayerWeights, count: int = 5) -> tuple[Tensor, ...]:
     kv_heads = weights.k.shape[0] // weights.head
     angle = torch.rand(weights.head // 2).repeat(2) * 3
@@ -59,6 +80,12 @@ def test_the_kernels_are_the_definition(count: int, dtype: torch.dtype) -> None:
         layer(width=160, wide=320, heads=6, kv_heads=3, head=16),
         layer(heads=4, kv_heads=4),
         replace(layer(), k=groups(24, 64, 32), up=groups(96, 64, 32)),
+        replace(layer(), q=dense(48, 64), v=dense(24, 64, torch.float16), down=dense(64, 96, torch.bfloat16)),
+        replace(
+            layer(), k=packed(24, 64), o=packed(64, 48, torch.float16), gate=packed(96, 64, layout="csr")
+        ),
+        replace(layer(), q=packed(48, 64), k=dense(24, 64), up=packed(96, 64, layout="rows4")),
+        mixed(70, 37),
     ):
         weights = replace(weights, input_norm=weights.input_norm.to(dtype))
         inputs = [each.to(dtype) for each in token(weights, count)]
@@ -111,9 +138,10 @@ def test_by_hand() -> None:
 
 
 @needs_native
-def test_threads_do_not_change_a_bit() -> None:
+@pytest.mark.parametrize("kind", [layer, mixed])
+def test_threads_do_not_change_a_bit(kind: Callable[..., LayerWeights]) -> None:
     torch.manual_seed(0)
-    weights = layer(width=512, wide=1024, heads=8, kv_heads=4, head=64)
+    weights = kind(width=512, wide=1024, heads=8, kv_heads=4, head=64)
     inputs = token(weights, 300)
     one = run(weights, *inputs)
     torch.set_num_threads(2)
@@ -160,6 +188,30 @@ def test_a_weight_that_moves_is_found_again() -> None:
     assert not torch.equal(run(weights, *inputs), first)
 
 
+def test_a_dense_weight_that_changes_its_precision_is_found_again() -> None:
+    torch.manual_seed(0)
+    weights = mixed(64, 64)
+    inputs = token(weights)
+    first, gate = run(weights, *inputs), weights.gate
+    held = gate.clone()
+    place = gate.data_ptr()
+    gate.data = gate.view(torch.float16).flatten()[: gate.numel()].view(gate.shape).copy_(held)
+    assert gate.data_ptr() == place and gate.dtype == torch.float16
+    torch.testing.assert_close(run(weights, *inputs), first, rtol=1e-2, atol=1e-2)
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["k", "o"])
+def test_a_damaged_packed_index_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    weights = mixed(64, 96)
+    inputs = token(weights)
+    run(weights, *inputs)
+    getattr(weights, name).pointer[-1] += 1
+    with pytest.raises(OpError, match="pointer"):
+        run(weights, *inputs)
+
+
 def test_refusals() -> None:
     weights = layer()
     x, cosine, sine, keys, values = token(weights)
@@ -179,3 +231,7 @@ def test_refusals() -> None:
         layer_inputs(x.double(), weights, cosine, sine)
     with pytest.raises(OpError, match="keys and values must be both"):
         layer_outputs(x, torch.randn(48), keys.half(), values, weights)
+    if _native.available():
+        for wrong in (dense(48, 64, torch.float64), dense(64, 48).t()):
+            with pytest.raises(OpError, match="dense weight must be contiguous fp32"):
+                layer_inputs(x, replace(weights, q=wrong), cosine, sine)

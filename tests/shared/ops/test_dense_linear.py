@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from torch import nn
 
 from zoo.shared.errors import OpError
 from zoo.shared.masks import MaskSet
-from zoo.shared.ops import dense_linear, packing
-from zoo.shared.ops.dense_linear import WIDENED, linear, multiplies, product, widened_linear
+from zoo.shared.ops import _native, dense_linear, packing
+from zoo.shared.ops.dense_linear import WIDENED, linear, multiplies, product, row_linear, widened_linear
 from zoo.shared.ops.dispatch import backend
 from zoo.shared.ops.modules import WideningLinear
 from zoo.shared.ops.sparse_linear import pack, reference, sparse_linear
 
 HALVES = (torch.float16, torch.bfloat16)
+needs_native = pytest.mark.skipif(not _native.available(), reason=f"no native library: {_native.missing()}")
 
 
 @pytest.fixture(params=[True, False], ids=["halves", "no halves"])
@@ -140,3 +142,64 @@ def test_a_widening_layer_leaves_autocast_and_errors_to_torch() -> None:
     with pytest.raises(OpError, match="not a plain nn.Linear"):
         WideningLinear(layer)
     assert multiplies(torch.float32)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_row_by_the_native_kernel(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for rows, cols in ((1, 1), (3, 7), (4, 16), (9, 33), (130, 200), (64, 0), (0, 5), (700, 512)):
+        weight, x, bias = (torch.randn(*size).to(dtype) for size in ((rows, cols), (cols,), (rows,)))
+        for added in (None, bias):
+            expected = torch.nn.functional.linear(x.double(), weight.double())
+            expected = expected if added is None else expected + added.double()
+            results = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                results.append(row_linear(x, weight, added))
+            torch.set_num_threads(1)
+            assert torch.equal(*results) and results[0].dtype == dtype
+            torch.testing.assert_close(results[0], expected.to(dtype), rtol=1e-2, atol=1e-2)
+    weight, x = torch.ones(5, 20, dtype=dtype), torch.ones(20, dtype=dtype)
+    weight[1, 3], weight[2, 17], x[0] = math.inf, math.nan, -0.0
+    found = row_linear(x, weight)
+    assert found[1] == math.inf and found[2].isnan() and found[0] == found[4] == 19
+
+
+@needs_native
+def test_one_row_of_halves_takes_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no other: more rows, gradients, autocast, fp32, rows that do not lie one after another."""
+    calls: list[int] = []
+    monkeypatch.setattr(dense_linear, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(
+        dense_linear, "row_linear", lambda x, weight, bias: calls.append(1) or weight @ x + (bias or 0)
+    )
+    weight, x = torch.randn(6, 8).half(), torch.randn(1, 1, 8).half()
+    layer = WideningLinear(torch.nn.Linear(8, 6, bias=False).half().requires_grad_(False))
+    torch.testing.assert_close(widened_linear(x, weight), torch.nn.functional.linear(x, weight))
+    layer(x)
+    assert len(calls) == 2 and layer(x).shape == (1, 1, 6)
+    calls.clear()
+    widened_linear(torch.cat([x, x]), weight)
+    widened_linear(x.float(), weight.float())
+    widened_linear(x, torch.randn(8, 6).half().t())
+    widened_linear(x, weight.clone().requires_grad_(True))
+    with torch.autocast("cpu", torch.bfloat16):
+        widened_linear(x, weight)
+    with backend("reference"):
+        widened_linear(x, weight)
+    assert not calls
+
+
+@pytest.mark.traced
+def test_what_does_not_fit_one_row_is_refused() -> None:
+    weight, x = torch.randn(4, 3), torch.randn(3)
+    for wrong, text in (
+        ((torch.randn(4), weight), r"x must be \[3\]"),
+        ((x, weight, torch.randn(3)), r"a bias \[4\]"),
+        ((x.half(), weight), "float16"),
+        ((x.double(), weight.double()), "float64"),
+        ((torch.randn(4), torch.randn(3, 4).t().contiguous().t()), "contiguous"),
+    ):
+        with pytest.raises(OpError, match=text):
+            row_linear(*wrong)

@@ -1,34 +1,40 @@
 """LLaMA layers that decode one token without torch's operations between the products.
 
-In a packed model a LLaMA layer becomes a `PartsLayer`, whose norms, rotation and attention are calls of
-`zoo.shared.ops.one_token`, its projections and its FFN being whatever modules they are; or, where all seven
-projections are `PackedGroupLinear`, a `PanelLayer`, two calls of `zoo.shared.ops.decoder_layer`. They take
-one token of one sequence, with a cache and without a mask; all else (prompts, batches, padding, gradients,
-hooks on a part that is not called) goes through transformers' own code, which is the definition.
+In a packed model every LLaMA layer becomes an `OneTokenLayer`. One token of one sequence, with a cache and
+without a mask, is two calls of `zoo.shared.ops.decoder_layer` where all seven projections are weights that it
+knows (dense, packed, four-bit groups); where one is not, as with thresholds, or someone waits for one to be
+called, the projections and the FFN are called and what lies between is `zoo.shared.ops.one_token`. All else
+(prompts, batches, padding, gradients, hooks on norms) goes through transformers' own code, which is the
+definition.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from zoo.llm.models.quantised import PackedGroupLinear
 from zoo.shared.masks import Mask
 from zoo.shared.ops import packing
 from zoo.shared.ops.decoder_layer import LayerWeights, layer_inputs, layer_outputs
+from zoo.shared.ops.dispatch import runs_natively
 from zoo.shared.ops.layout import VALUE_TYPES
-from zoo.shared.ops.one_token import attend, normalise, rotate, runs_natively
+from zoo.shared.ops.modules import LinearByRows, SparseLinear, WideningLinear
+from zoo.shared.ops.one_token import attend, normalise, rotate
+from zoo.shared.ops.sparse_linear import plan
+from zoo.shared.ops.weights import SparseWeight
 
 _ATTENTION, _FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
 class OneTokenLayer(LlamaDecoderLayer):
-    """A decoder layer with the parts of another one, which takes a token alone in a way of its own."""
+    """A decoder layer with the parts of another one, made by `one_token_layer`."""
 
     def forward(  # type: ignore[override]  # transformers' signature, of which it uses these
         self,
@@ -50,76 +56,88 @@ class OneTokenLayer(LlamaDecoderLayer):
             )
             return y
         cosine, sine = cast(tuple[Tensor, Tensor], position_embeddings)
-        return self._token(hidden_states, past_key_values, cosine.view(-1), sine.view(-1))
+        weights = self._weights()
+        token = self._called if weights is None else functools.partial(self._fused, weights)
+        return token(hidden_states, past_key_values, cosine.view(-1), sine.view(-1))
 
-    def _token(self, hidden_states: Tensor, cache: Any, cosine: Tensor, sine: Tensor) -> Tensor:
-        raise NotImplementedError
+    def _fused(self, weights: LayerWeights, x: Tensor, cache: Any, cosine: Tensor, sine: Tensor) -> Tensor:
+        row, heads = x.view(-1), (1, -1, 1, weights.head)
+        q, k, v = layer_inputs(row, weights, cosine, sine)
+        keys, values = cache.update(k.view(heads), v.view(heads), self.self_attn.layer_idx)
+        return layer_outputs(row, q, keys[0], values[0], weights).view(x.shape)
 
-    def _undisturbed(self) -> bool:
-        raise NotImplementedError
-
-
-class PartsLayer(OneTokenLayer):
-    """A layer whose norms, rotation and attention are native calls, its other parts being called."""
-
-    def _token(self, hidden_states: Tensor, cache: Any, cosine: Tensor, sine: Tensor) -> Tensor:
-        shape, attention = hidden_states.shape, self.self_attn
-        before, after = self.input_layernorm, self.post_attention_layernorm
-        n = normalise(hidden_states.view(-1), before.weight, before.variance_epsilon).view(shape)
+    def _called(self, x: Tensor, cache: Any, cosine: Tensor, sine: Tensor) -> Tensor:
+        attention, before, after = self.self_attn, self.input_layernorm, self.post_attention_layernorm
+        n = normalise(x.view(-1), before.weight, before.variance_epsilon).view(x.shape)
         q, k, v = attention.q_proj(n), attention.k_proj(n), attention.v_proj(n)
         q, k = rotate(q.view(-1), k.view(-1), cosine, sine)
         heads = (1, -1, 1, len(cosine))
         keys, values = cache.update(k.view(heads), v.view(heads), attention.layer_idx)
         attended = attend(q, keys[0], values[0], attention.scaling).view(1, 1, -1)
-        h = hidden_states + attention.o_proj(attended)
-        y: Tensor = h + self.mlp(normalise(h.view(-1), after.weight, after.variance_epsilon).view(shape))
+        h = x + attention.o_proj(attended)
+        y: Tensor = h + self.mlp(normalise(h.view(-1), after.weight, after.variance_epsilon).view(x.shape))
         return y
 
     def _undisturbed(self) -> bool:
-        """Whether nobody waits for a part to be called that is not."""
-        return not nn.modules.module._has_any_global_hook() and not any(map(_hooked, self._passed_over()))
-
-    def _passed_over(self) -> tuple[nn.Module, ...]:
+        """Whether nobody waits for a part to be called that never is, or for gradients of a part."""
         parts: Any = self._modules
-        return parts["self_attn"], parts["input_layernorm"], parts["post_attention_layernorm"]
+        passed_over = parts["self_attn"], parts["input_layernorm"], parts["post_attention_layernorm"]
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        return not (trains or nn.modules.module._has_any_global_hook() or any(map(_hooked, passed_over)))
 
-
-class PanelLayer(OneTokenLayer):
-    """A layer of packed four-bit groups, made by `panel_layer`: a token is two native calls."""
-
-    weights: LayerWeights
-
-    def _token(self, hidden_states: Tensor, cache: Any, cosine: Tensor, sine: Tensor) -> Tensor:
-        weights, x = self.weights, hidden_states.view(-1)
-        q, k, v = layer_inputs(x, weights, cosine, sine)
-        shape = (1, -1, 1, weights.head)
-        keys, values = cache.update(k.view(shape), v.view(shape), self.self_attn.layer_idx)
-        return layer_outputs(x, q, keys[0], values[0], weights).view(hidden_states.shape)
-
-    def _undisturbed(self) -> bool:
-        """Whether the parts are those that `weights` was made of, and nobody waits for one to be called."""
-        weights: LayerWeights = self.weights
+    def _weights(self) -> LayerWeights | None:
+        """The weights that the parts have now; None where they must be called."""
         parts: dict[str, Any] = self._modules
         own, ffn = parts["self_attn"]._modules, parts["mlp"]._modules
-        projections = [own[name] for name in _ATTENTION] + [ffn[name] for name in _FFN]
-        norms = [parts["input_layernorm"], parts["post_attention_layernorm"]]
-        if any(map(_hooked, (*projections, *norms, parts["self_attn"], parts["mlp"]))):
-            return False
-        panels = (weights.q, weights.k, weights.v, weights.o, weights.gate, weights.up, weights.down)
-        return (
-            all(p.__dict__.get("panels") is each for p, each in zip(projections, panels, strict=True))
-            and norms[0].weight.data_ptr() == weights.input_norm.data_ptr()
-            and norms[1].weight.data_ptr() == weights.output_norm.data_ptr()
-            and not nn.modules.module._has_any_global_hook()
-        )
+        if type(parts["mlp"]) is not LlamaMLP or _hooked(parts["mlp"]):
+            return None
+        found = [_weight(own[name]) for name in _ATTENTION] + [_weight(ffn[name]) for name in _FFN]
+        norms = parts["input_layernorm"], parts["post_attention_layernorm"]
+        found += [norm._parameters["weight"] for norm in norms]
+        if any(each is None for each in found):
+            return None
+        kept: tuple[list[Any], LayerWeights | None] | None = self.__dict__.get("_kept")
+        if kept is None or any(one is not other for one, other in zip(kept[0], found, strict=True)):
+            kept = self._kept = found, self._join(found)
+        return kept[1]
+
+    def _join(self, found: list[Any]) -> LayerWeights | None:
+        attention, norms = self.self_attn, (self.input_layernorm, self.post_attention_layernorm)
+        epsilon = norms[0].variance_epsilon
+        silu = torch.equal(self.mlp.act_fn(_PROBE), nn.functional.silu(_PROBE))
+        if not silu or norms[1].variance_epsilon != epsilon or not all(map(_skips_for_one_row, found)):
+            return None
+        names = [name.removesuffix("_proj") for name in (*_ATTENTION, *_FFN)] + ["input_norm", "output_norm"]
+        weights: dict[str, Any] = dict(zip(names, found, strict=True))
+        return LayerWeights(**weights, epsilon=epsilon, head=attention.head_dim, scale=attention.scaling)
 
 
 def _hooked(part: nn.Module) -> bool:
     return bool(part._forward_hooks or part._forward_pre_hooks)
 
 
+def _weight(part: Any) -> Any:
+    """The weight of a projection as `LayerWeights` takes it; None for one that must be called."""
+    kind, parameters = type(part), part._parameters
+    if parameters.get("bias") is not None or part._buffers.get("bias") is not None or _hooked(part):
+        return None
+    if kind in _DENSE:
+        return parameters["weight"]
+    return part.panels if kind is PackedGroupLinear else part.weight if kind is SparseLinear else None
+
+
+def _skips_for_one_row(weight: Any) -> bool:
+    """Whether a packed weight multiplies one row by what it keeps, and not by a dense copy."""
+    if not isinstance(weight, SparseWeight):
+        return True
+    return plan(weight.values.new_empty(1, weight.shape[1]), weight).backend == "native"
+
+
+_DENSE = (nn.Linear, LinearByRows, WideningLinear)  # each multiplies one row by the dense weight
+
+
 @packing.register_packer(LlamaDecoderLayer, masked=False)
-def parts_layer(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
+def one_token_layer(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
     """The layer for decoding, which shares the parts of `module`; None for attention of another kind."""
     if type(module) is not LlamaDecoderLayer or module.self_attn.config._attn_implementation != "sdpa":
         return None
@@ -127,39 +145,7 @@ def parts_layer(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | Non
     if not all(type(norm) is LlamaRMSNorm and norm.weight.dtype in VALUE_TYPES for norm in norms):
         return None
     layer: Any = copy.copy(module)
-    layer.__class__ = PartsLayer
-    packed: nn.Module = layer
-    return packed
-
-
-@packing.register_composite_packer
-def panel_layer(module: nn.Module) -> nn.Module | None:
-    """The layer for decoding, which shares the parts of `module`; None for one that is another kind of layer
-    or has other parts."""
-    if type(module) is not PartsLayer:
-        return None
-    projections: list[Any] = [getattr(module.self_attn, name) for name in _ATTENTION]
-    projections += [getattr(module.mlp, name) for name in _FFN]
-    if not all(isinstance(each, PackedGroupLinear) and each.bias is None for each in projections):
-        return None
-    norms: list[Any] = [module.input_layernorm, module.post_attention_layernorm]
-    silu = torch.equal(module.mlp.act_fn(_PROBE), nn.functional.silu(_PROBE))
-    if not silu or norms[0].variance_epsilon != norms[1].variance_epsilon:
-        return None
-    layer: Any = copy.copy(module)
-    layer.__class__ = PanelLayer
-    panels: dict[str, Any] = {
-        name.removesuffix("_proj"): each.panels
-        for name, each in zip(_ATTENTION + _FFN, projections, strict=True)
-    }
-    layer.weights = LayerWeights(
-        **panels,
-        input_norm=norms[0].weight.detach(),
-        output_norm=norms[1].weight.detach(),
-        epsilon=norms[0].variance_epsilon,
-        head=module.self_attn.head_dim,
-        scale=module.self_attn.scaling,
-    )
+    layer.__class__ = OneTokenLayer
     packed: nn.Module = layer
     return packed
 
