@@ -7,8 +7,8 @@ is many times the size of a cache, so that none is read faster for it. Threshold
 itself; `skips` is the share of the blocks' weights that they spare tokens like those that are timed. All
 weights, dense ones too, lie on huge pages. LLM_DECODE (1b-float32, 1b-bfloat16, 1b-gqsa, 8b-float32,
 1b-rival, 8b-rival, 1b-halves-rival) chooses one part of it. The last three are beside llama.cpp
-(`_llama_cpp.py`), GQSA in four bits, the others in 16; it has to be installed where RIVAL_PYTHON says, and they
-run only when asked for.
+(`_llama_cpp.py`), GQSA in four bits, the others in 16; it has to be installed where RIVAL_PYTHON says, and
+they run only when asked for.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 // of its own. Norm, rotation and attention alone, for weights of any kind; and all of a layer whose weights are kept four-bit
 // groups in panels.
 //
-// A weight is eleven numbers: its kind, rows, cols, and
+// A weight is seventeen numbers: its kind, rows, cols, eight of its kind, and the thresholds of its inputs and (of W_gate) of
+// the activation behind it: address or 0, type, and 1 if there is one for each, 0 if one for all. Of its kind:
 //   of panels: the addresses of codes, scales, zeros, masks and pointer, blocks, group;
 //   of a dense weight: the address of its values, their type;
 //   of a packed one: the addresses of values, index and pointer, entries, panel, layout, width, type.
@@ -18,7 +19,8 @@
 namespace zoo {
 namespace {
 
-constexpr int64_t kNumbers = 11;
+constexpr int64_t kNumbers = 17;
+constexpr int64_t kInputs = 11, kActivation = 14;  // where its thresholds are
 constexpr int64_t kMostProducts = 3;  // that share a row of x
 enum Kind : int64_t { kPanels = 0, kDense = 1, kPacked = 2 };
 
@@ -30,6 +32,21 @@ const T* at(int64_t address) {
 int64_t rows_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 1]; }
 int64_t cols_of(const int64_t* list, int64_t which) { return list[which * kNumbers + 2]; }
 
+// x where |x| is above a threshold, else zero; a NaN stays.
+struct Threshold {
+  const void* values;
+  int64_t type, each;
+
+  explicit Threshold(const int64_t* numbers) : values(at<void>(numbers[0])), type(numbers[1]), each(numbers[2]) {}
+  void apply(const float* x, int64_t count, float* out) const {
+    with_type(type, [&](auto kind) {
+      const auto* t = static_cast<const decltype(kind)*>(values);
+      for (int64_t i = 0; i < count; ++i) out[i] = std::fabs(x[i]) <= to_float(t[i * each]) ? 0.0f : x[i];
+    });
+  }
+};
+
+
 // The products of one row of x by some weights of a list, into places[i].
 void multiply(const int64_t* list, int64_t first, int64_t count, const float* x, float* const* places, int64_t threads) {
   Product products[kMostProducts];
@@ -39,24 +56,36 @@ void multiply(const int64_t* list, int64_t first, int64_t count, const float* x,
   bool done[2] = {};
   const int64_t bytes = rounded_bytes(cols_of(list, first));
   auto* memory = static_cast<uint8_t*>(scratch(2 * bytes, 2));
+  float* kept = scratch_of<float>(kMostProducts * cols_of(list, first), 4);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t* n = list + (first + i) * kNumbers;
     const int64_t rows = n[1], cols = n[2];
+    const float* own = x;
+    const Threshold threshold{n + kInputs};
+    if (threshold.values != nullptr) {
+      threshold.apply(x, cols, kept + i * cols);
+      own = kept + i * cols;
+    }
     if (n[0] == kDense) {
-      dense[of_rows++] = {at<void>(n[3]), nullptr, places[i], rows, cols, n[4]};
+      dense[of_rows++] = {own, at<void>(n[3]), nullptr, places[i], rows, cols, n[4]};
     } else if (n[0] == kPacked) {
-      multiply_sparse(x, at<void>(n[3]), at<void>(n[4]), at<int32_t>(n[5]), nullptr, places[i], 1, n[6], rows, cols, n[7], n[8],
+      multiply_sparse(own, at<void>(n[3]), at<void>(n[4]), at<int32_t>(n[5]), nullptr, places[i], 1, n[6], rows, cols, n[7], n[8],
                       n[9], n[10], threads);
     } else {
       const Panels w = panels_of(at<void>(n[3]), at<void>(n[4]), at<void>(n[5]), at<void>(n[6]), at<int32_t>(n[7]), n[8], rows,
                                  cols, n[9]);
       const int64_t wide = w.unit() == 32;
+      if (own != x) {
+        auto* apart = static_cast<uint8_t*>(scratch(kMostProducts * bytes, 5)) + i * bytes;
+        products[of_panels++] = {w, round_row(own, cols, w.unit(), apart), places[i]};
+        continue;
+      }
       if (!done[wide]) rounded[wide] = round_row(x, cols, w.unit(), memory + wide * bytes), done[wide] = true;
       products[of_panels++] = {w, rounded[wide], places[i]};
     }
   }
   if (of_panels > 0) multiply_rows(products, of_panels, threads);
-  if (of_rows > 0) multiply_dense(dense, of_rows, x, threads);
+  if (of_rows > 0) multiply_dense(dense, of_rows, threads);
 }
 
 template <class T>
@@ -218,7 +247,12 @@ ZOO_EXPORT int64_t zoo_decoder_outputs(const float* x, const float* q, const voi
   normalise(y, norm, numbers[0], cols, normed);
   float* const places[] = {attended, up};
   multiply(weights, 1, 2, normed, places, threads);
-  for (int64_t i = 0; i < wide; ++i) up[i] *= attended[i] / (1.0f + exponential(-attended[i]));
+  for (int64_t i = 0; i < wide; ++i) attended[i] /= 1.0f + exponential(-attended[i]);
+  if (const Threshold closed{weights + kNumbers + kActivation}; closed.values != nullptr) {
+    closed.apply(attended, wide, attended);
+    for (int64_t i = 0; i < wide; ++i) up[i] = attended[i] == 0.0f ? 0.0f : up[i];  // whatever it is
+  }
+  for (int64_t i = 0; i < wide; ++i) up[i] *= attended[i];
   multiply(weights, 3, 1, up, &normed, threads);
   for (int64_t i = 0; i < cols; ++i) y[i] += normed[i];
   return kOk;

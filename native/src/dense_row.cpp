@@ -39,7 +39,7 @@ void multiply_some(const T* w, int64_t cols, const float* x, const float* bias, 
 
 }  // namespace
 
-void multiply_dense(const DenseRows* products, int64_t count, const float* x, int64_t threads) {
+void multiply_dense(const DenseRows* products, int64_t count, int64_t threads) {
   int64_t rows = 0, steps = 0;
   for (int64_t i = 0; i < count; ++i) rows += products[i].rows, steps += products[i].rows * products[i].cols / kLanes;
   parallel_for(rows, worthwhile(threads, steps), [&](int64_t from, int64_t to) {
@@ -47,7 +47,7 @@ void multiply_dense(const DenseRows* products, int64_t count, const float* x, in
       const int64_t first = std::max<int64_t>(from, 0), last = std::min(to, p->rows);
       if (first < last)
         with_type(p->type, [&](auto kind) {
-          multiply_some(static_cast<const decltype(kind)*>(p->values), p->cols, x, p->bias, p->y, first, last);
+          multiply_some(static_cast<const decltype(kind)*>(p->values), p->cols, p->x, p->bias, p->y, first, last);
         });
     }
   });
@@ -58,7 +58,7 @@ void multiply_dense(const DenseRows* products, int64_t count, const float* x, in
 // x [cols], y [rows] and bias [rows] (or null) float; weight [rows, cols] of a value type.
 ZOO_EXPORT int64_t zoo_dense_row(const float* x, const void* weight, const float* bias, float* y, int64_t rows, int64_t cols,
                                  int64_t type, int64_t threads) try {
-  const zoo::DenseRows product{weight, bias, y, rows, cols, type};
-  zoo::multiply_dense(&product, 1, x, threads);
+  const zoo::DenseRows product{x, weight, bias, y, rows, cols, type};
+  zoo::multiply_dense(&product, 1, threads);
   return zoo::kOk;
 } ZOO_CATCH

@@ -158,7 +158,7 @@ void run_team(int64_t threads, TeamTask task, void* context) {
 }
 
 void* scratch(int64_t bytes, int slot) {
-  thread_local Buffer buffers[5];
+  thread_local Buffer buffers[6];
   Buffer& buffer = buffers[slot];
   if (bytes < 0) throw std::bad_alloc();
   if (buffer.bytes < bytes) {

@@ -13,7 +13,8 @@ there.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -54,6 +55,9 @@ class LayerWeights:
         epsilon: added to the mean square in both.
         head: inputs per head, even.
         scale: of attention scores.
+        thresholds: of the inputs of weights, by name: what is not above it in magnitude is zero (a NaN
+            stays); one number or one for each input, fp32, bf16 or fp16.
+        gate_threshold: the same of silu(W_gate n); a closed gate makes zero of any product.
     """
 
     q: Weight
@@ -68,6 +72,8 @@ class LayerWeights:
     epsilon: float
     head: int
     scale: float
+    thresholds: Mapping[str, Tensor] = field(default_factory=dict)
+    gate_threshold: Tensor | None = None
 
     def __post_init__(self) -> None:
         width, inner, wide = self.q.shape[1], self.q.shape[0], self.gate.shape[0]
@@ -99,15 +105,32 @@ class LayerWeights:
                     f"{tuple(norm.shape)}"
                 )
 
+        if not set(self.thresholds) <= set(_NAMES):
+            raise OpError(f"thresholds are of {', '.join(_NAMES)}, not of {', '.join(self.thresholds)}")
+        found = [(name, each, getattr(self, name).shape[1]) for name, each in self.thresholds.items()]
+        if self.gate_threshold is not None:
+            found.append(("the gate", self.gate_threshold, wide))
+        for name, each, count in found:
+            if each.dtype not in VALUE_TYPES or each.shape not in ((), (count,)):
+                raise OpError(
+                    f"the threshold of {name} must be one number or {count}, fp32, bf16 or fp16, not "
+                    f"{each.dtype} {tuple(each.shape)}"
+                )
+
     @functools.cached_property
     def inputs(self) -> _Table:
         """What the kernel of `layer_inputs` is told."""
-        return _Table((self.q, self.k, self.v))
+        return self._table("q", "k", "v")
 
     @functools.cached_property
     def outputs(self) -> _Table:
         """What the kernel of `layer_outputs` is told."""
-        return _Table((self.o, self.gate, self.up, self.down))
+        return self._table("o", "gate", "up", "down")
+
+    def _table(self, *names: str) -> _Table:
+        gates = [self.gate_threshold if name == "gate" else None for name in names]
+        kept = [(self.thresholds.get(name), gate) for name, gate in zip(names, gates, strict=True)]
+        return _Table([getattr(self, name) for name in names], kept)
 
     @functools.cached_property
     def numbers(self) -> Float[Tensor, 2]:
@@ -118,10 +141,14 @@ class LayerWeights:
 class _Table:
     """Addresses and sizes of weights as native/src/decoder_layer.cpp reads them."""
 
-    def __init__(self, weights: tuple[Weight, ...]) -> None:
-        self._weights = weights
+    def __init__(
+        self, weights: Sequence[Weight], thresholds: Sequence[tuple[Tensor | None, Tensor | None]]
+    ) -> None:
+        self._weights, self._thresholds = weights, thresholds
         self._tensors = [part for each in weights for part in _parts(each)]
-        self._dense = [each for each in weights if isinstance(each, Tensor)]
+        self._tensors += [each for pair in thresholds for each in pair if each is not None]
+        kept = [each for pair in thresholds for each in pair]
+        self._dense = [each for each in (*weights, *kept) if isinstance(each, Tensor)]
         self._places: list[object] = []
         self._rows = torch.empty(0, dtype=torch.int64)
 
@@ -133,7 +160,11 @@ class _Table:
         """
         places: list[object] = [*map(_data_ptr, self._tensors), *((t.dtype, t.stride()) for t in self._dense)]
         if places != self._places:
-            self._rows = torch.tensor([_numbers(each) for each in self._weights], dtype=torch.int64)
+            rows = [
+                [*_numbers(weight), *(number for each in pair for number in _threshold_numbers(each))]
+                for weight, pair in zip(self._weights, self._thresholds, strict=True)
+            ]
+            self._rows = torch.tensor(rows, dtype=torch.int64)
             self._places = places
         return self._rows.data_ptr()
 
@@ -166,12 +197,27 @@ def _numbers(weight: Weight) -> list[int]:
     return numbers + [0] * (_NUMBERS - len(numbers))
 
 
-_NUMBERS = 11
+def _threshold_numbers(threshold: Tensor | None) -> tuple[int, int, int]:
+    if threshold is None:
+        return 0, 0, 0
+    if threshold.device.type != "cpu" or not threshold.is_contiguous():
+        raise OpError(f"a threshold must be contiguous and on a CPU, not {threshold.device}")
+    return threshold.data_ptr(), VALUE_TYPES.index(threshold.dtype), threshold.dim()
+
+
+_NUMBERS = 11  # of a weight, and three for each of two thresholds
+_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 _data_ptr = torch.Tensor.data_ptr
 
 
-def product(x: Float[Tensor, " in"], weight: Weight) -> Float[Tensor, " out"]:
-    """The definition of a product in fp32."""
+def above(x: Float[Tensor, " d"], threshold: Tensor | None) -> Float[Tensor, " d"]:
+    """x where its magnitude is above a threshold, else zero; a NaN stays."""
+    return x if threshold is None else x.masked_fill(x.abs() <= threshold.float(), 0)
+
+
+def product(x: Float[Tensor, " in"], weights: LayerWeights, name: str) -> Float[Tensor, " out"]:
+    """The definition of a product in fp32, by the name of the weight."""
+    x, weight = above(x, weights.thresholds.get(name)), getattr(weights, name)
     if isinstance(weight, Tensor):
         return weight.float() @ x
     if isinstance(weight, SparseWeight):
@@ -197,7 +243,7 @@ def layer_inputs(
     sizes = [weights.q.shape[0], weights.k.shape[0], weights.v.shape[0]]
     if not runs_natively(x):
         normed = reference_norm(x.float(), weights.input_norm, weights.epsilon)
-        q, k, v = (product(normed, each) for each in (weights.q, weights.k, weights.v))
+        q, k, v = (product(normed, weights, name) for name in ("q", "k", "v"))
         q, k = (reference_rotation(each, cosine.float(), sine.float()) for each in (q, k))
         return q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)
     out = torch.empty(sum(sizes))
@@ -267,10 +313,13 @@ def layer_outputs(
 
 
 def _reference_outputs(x: Tensor, q: Tensor, keys: Tensor, values: Tensor, weights: LayerWeights) -> Tensor:
-    h = x + product(reference_attention(q, keys, values, weights.scale), weights.o)
+    h = x + product(reference_attention(q, keys, values, weights.scale), weights, "o")
     normed = reference_norm(h, weights.output_norm, weights.epsilon)
-    gate, up = (product(normed, each) for each in (weights.gate, weights.up))
-    return h + product(torch.nn.functional.silu(gate) * up, weights.down)
+    gate, up = (product(normed, weights, name) for name in ("gate", "up"))
+    gate = above(torch.nn.functional.silu(gate), weights.gate_threshold)
+    if weights.gate_threshold is not None:
+        up = up.masked_fill(gate == 0, 0)
+    return h + product(gate * up, weights, "down")
 
 
 def _check(x: Tensor, weights: LayerWeights) -> None:

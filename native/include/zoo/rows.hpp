@@ -7,14 +7,15 @@ namespace zoo {
 
 // y = W x + bias, W [rows, cols] of a value type, row by row; bias [rows] or null.
 struct DenseRows {
+  const float* x;
   const void* values;
   const float* bias;
   float* y;
   int64_t rows, cols, type;
 };
 
-// All of them, which share x, in one parallel region; a result does not depend on the threads or on the other products.
-void multiply_dense(const DenseRows* products, int64_t count, const float* x, int64_t threads);
+// All of them in one parallel region; a result does not depend on the threads or on the other products.
+void multiply_dense(const DenseRows* products, int64_t count, int64_t threads);
 
 // y = x W^T + bias as zoo_sparse_linear says.
 void multiply_sparse(const float* x, const void* values, const void* index, const int32_t* pointer, const float* bias, float* y,

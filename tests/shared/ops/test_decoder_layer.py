@@ -54,6 +54,14 @@ def mixed(width: int, wide: int, heads: int = 4, kv_heads: int = 2, head: int = 
     return LayerWeights(*weights, *norms, epsilon=1e-5, head=head, scale=0.3)
 
 
+def thresholded(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    """Thresholds that drop about half, one for all inputs or one for each."""
+    width, wide = weights.q.shape[1], weights.gate.shape[0]
+    each = {"q": torch.tensor(0.6), "v": torch.rand(width) * 1.4, "down": torch.rand(wide) / 4}
+    each = {name: value.to(dtype) for name, value in each.items()}
+    return replace(weights, thresholds=each, gate_threshold=torch.rand(wide).to(dtype) / 2)
+
+
 def token(weights: LayerWeights, count: int = 5) -> tuple[Tensor, ...]:
     kv_heads = weights.k.shape[0] // weights.head
     angle = torch.rand(weights.head // 2).repeat(2) * 3
@@ -86,6 +94,8 @@ def test_the_kernels_are_the_definition(count: int, dtype: torch.dtype) -> None:
         ),
         replace(layer(), q=packed(48, 64), k=dense(24, 64), up=packed(96, 64, layout="rows4")),
         mixed(70, 37),
+        thresholded(layer(), dtype),
+        thresholded(mixed(70, 37), dtype),
     ):
         weights = replace(weights, input_norm=weights.input_norm.to(dtype))
         inputs = [each.to(dtype) for each in token(weights, count)]
@@ -135,6 +145,30 @@ def test_by_hand() -> None:
         n = 15 * round_units(h / h.square().mean().sqrt(), 16)
         gated = round_units(torch.nn.functional.silu(n) * n, 16)
         torch.testing.assert_close(y, h + 15 * gated, rtol=1e-3, atol=1e-2)
+
+
+def test_thresholds_by_hand() -> None:
+    """x and the gates are zero where they are not above; a NaN stays, a closed gate makes zero of all."""
+    one = torch.eye(2)
+    weights = LayerWeights(*[one] * 7, torch.ones(2), torch.ones(2), epsilon=0.0, head=2, scale=1.0)
+    weights = replace(weights, thresholds={"q": torch.tensor([1.0, 0.5]), "down": torch.tensor(0.3)})
+    x = torch.tensor([1.0, 1.0])  # is its own norm
+    for backend in ("reference", "native") if _native.available() else ("reference",):
+        with ops.backend(backend):
+            q, k, _ = layer_inputs(x, weights, torch.ones(2), torch.zeros(2))
+            assert q.tolist() == [0.0, 1.0] and k.tolist() == [1.0, 1.0]
+            none = torch.zeros(1, 1, 2)
+            silu = 1 / (1 + math.exp(-1))
+            y = layer_outputs(x, q, none, none, weights)
+            torch.testing.assert_close(y, torch.full((2,), 1 + silu))
+            closed = replace(weights, gate_threshold=torch.tensor([silu + 1e-3, silu - 1e-3]))
+            y = layer_outputs(
+                x, q, none, none, replace(closed, up=torch.tensor([[math.inf, 0.0], [0.0, 1.0]]))
+            )
+            torch.testing.assert_close(y, torch.tensor([1.0, 1 + silu]))
+            smaller = replace(weights, thresholds={"down": torch.tensor(silu + 1e-3)})
+            assert layer_outputs(x, q, none, none, smaller).tolist() == [1.0, 1.0]
+            assert layer_inputs(x * math.nan, weights, torch.ones(2), torch.zeros(2))[0].isnan().all()
 
 
 @needs_native
@@ -231,6 +265,13 @@ def test_refusals() -> None:
         layer_inputs(x.double(), weights, cosine, sine)
     with pytest.raises(OpError, match="keys and values must be both"):
         layer_outputs(x, torch.randn(48), keys.half(), values, weights)
+    with pytest.raises(OpError, match="thresholds are of q"):
+        replace(weights, thresholds={"w": torch.tensor(1.0)})
+    for wrong in (torch.ones(5), torch.tensor(1.0, dtype=torch.float64)):
+        with pytest.raises(OpError, match="threshold of q must be one number or 64"):
+            replace(weights, thresholds={"q": wrong})
+        with pytest.raises(OpError, match="threshold of the gate must be one number or 96"):
+            replace(weights, gate_threshold=wrong)
     if _native.available():
         for wrong in (dense(48, 64, torch.float64), dense(64, 48).t()):
             with pytest.raises(OpError, match="dense weight must be contiguous fp32"):

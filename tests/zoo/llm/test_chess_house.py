@@ -12,6 +12,7 @@ from zoo.bundles.store import info, load, save
 from zoo.errors import BundleError, ConfigError
 from zoo.harness.tasks import get_task
 from zoo.llm.methods.chess import Chess
+from zoo.llm.models import serving
 from zoo.llm.models.serving import PackedGatedMLP
 from zoo.llm.models.thresholds import thresholds_of
 from zoo.shared.store.io import write_json
@@ -20,6 +21,11 @@ from zoo.studies.runner import get_study
 
 TWIN = "llm/dense-shakespeare"
 METHOD = Chess(sparsity=0.5, windows=4, length=64)
+
+
+@pytest.fixture(autouse=True)
+def _small_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "SMALL", 0)
 
 
 @pytest.fixture(scope="module")

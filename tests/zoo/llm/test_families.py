@@ -12,6 +12,7 @@ import torch
 from zoo.errors import ConfigError
 from zoo.llm.families import FAMILIES, GATED, MIXTURES, OTHERS, family, token_ids
 from zoo.llm.matrix import said
+from zoo.llm.models import serving
 from zoo.llm.models.serving import pack_model
 from zoo.llm.models.thresholds import thresholds_of
 from zoo.registry import METHODS
@@ -35,6 +36,11 @@ GATED_METHODS = {
     "cfsp": {"ratio": 0.5, "coarse": "uniform"},
 }
 IDS = token_ids(1, seed=7)[0]
+
+
+@pytest.fixture(autouse=True)
+def _small_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "SMALL", 0)
 
 
 def run(kind, method, options):

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from zoo.llm.models import serving
 from zoo.llm.models.one_token import OneTokenLayer
 from zoo.llm.models.quantised import PackedGroupLinear, replace_module
 from zoo.llm.models.serving import pack_model
 from zoo.llm.models.thresholds import attach
 from zoo.shared import ops
 from zoo.shared.masks import MaskSet
+from zoo.shared.measure.activations import counting_sparsity, realised_sparsity
 from zoo.shared.ops import _native, decoder_layer, packing, quantise_groups
 from zoo.shared.ops import one_token as one_token_ops
 from zoo.shared.ops.modules import SparseLinear
@@ -228,16 +230,34 @@ def test_layers_of_any_weights_decode_like_the_plain_ones(
         assert float(error) <= 1.5 * float(allowed) < 0.2 * float(exact.norm())
 
 
-def test_thresholds_and_hooks_of_called_parts_stay(attended: list[int]) -> None:
+@pytest.mark.parametrize("way", ["fused", "called"])
+def test_thresholds_stay(
+    way: str, calls: list[int], attended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "called":
+        monkeypatch.setattr(serving, "SMALL", 0)
     plain = plain_llama()
-    thresholds = {f"model.layers.{i}.mlp.act_fn": torch.full((96,), 0.05) for i in (0, 1)}
-    thresholds |= {f"model.layers.{i}.self_attn.q_proj": torch.tensor(0.3) for i in (0, 1)}
+    thresholds = {f"model.layers.{i}.mlp.act_fn": torch.rand(96) / 5 for i in (0, 1)}
+    thresholds |= {f"model.layers.{i}.self_attn.q_proj": torch.tensor(0.5) for i in (0, 1)}
     plain = attach(plain, thresholds)
     model = pack_model(copy.deepcopy(plain))
-    seen: list[int] = []
+    expected = logits(plain)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    assert len(calls if way == "fused" else attended) == 8 and not (attended if way == "fused" else calls)
+    if way == "fused":
+        attach(model, {name: value * 1e9 for name, value in thresholds.items()})
+        assert not torch.allclose(logits(model), expected, rtol=1e-2)
+    with counting_sparsity(model):
+        logits(model)
+    assert realised_sparsity(model)["model.layers.0.self_attn.q_proj.threshold"] > 0.1
+
+
+def test_hooks_of_parts_are_called(calls: list[int], attended: list[int]) -> None:
+    plain, seen = plain_llama(), []
+    model = packing.pack(copy.deepcopy(plain), MaskSet({}))
     model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-3, atol=1e-3)
-    assert len(attended) == 8 and len(seen) == 5
+    assert len(seen) == 5 and len(attended) == len(calls) == 4
 
 
 @pytest.mark.parametrize("part", ["self_attn", "input_layernorm", "post_attention_layernorm"])

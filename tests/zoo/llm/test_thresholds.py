@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from zoo.errors import ConfigError, DataError
+from zoo.llm.models import serving
 from zoo.llm.models.blocks import find_blocks
 from zoo.llm.models.serving import PackedGatedMLP, PackedInput, PackedSparseInput, pack_model
 from zoo.llm.models.thresholds import (
@@ -21,6 +22,11 @@ from zoo.llm.models.thresholds import (
 )
 from zoo.shared.errors import BudgetError
 from zoo.shared.masks import MaskSet, set_masks
+
+
+@pytest.fixture(autouse=True)
+def _small_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "SMALL", 0)
 
 
 def token_batches(count: int, size: int, length: int, seed: int = 1):

@@ -2,10 +2,10 @@
 
 In a packed model every LLaMA layer becomes an `OneTokenLayer`. One token of one sequence, with a cache and
 without a mask, is two calls of `zoo.shared.ops.decoder_layer` where all seven projections are weights that it
-knows (dense, packed, four-bit groups); where one is not, as with thresholds, or someone waits for one to be
-called, the projections and the FFN are called and what lies between is `zoo.shared.ops.one_token`. All else
-(prompts, batches, padding, gradients, hooks on norms) goes through transformers' own code, which is the
-definition.
+knows (dense, with thresholds or without, packed, four-bit groups); where one is not, or someone waits for one
+to be called, the projections and the FFN are called, and what lies between is `zoo.shared.ops.one_token`.
+All else (prompts, batches, padding, gradients, hooks on norms) goes through transformers' own code, which is
+the definition.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from zoo.llm.models.quantised import PackedGroupLinear
+from zoo.llm.models.thresholds import ThresholdedActivation, ThresholdedLinear
 from zoo.shared.masks import Mask
 from zoo.shared.ops import packing
 from zoo.shared.ops.decoder_layer import LayerWeights, layer_inputs, layer_outputs
@@ -91,11 +92,13 @@ class OneTokenLayer(LlamaDecoderLayer):
         own, ffn = parts["self_attn"]._modules, parts["mlp"]._modules
         if type(parts["mlp"]) is not LlamaMLP or _hooked(parts["mlp"]):
             return None
-        found = [_weight(own[name]) for name in _ATTENTION] + [_weight(ffn[name]) for name in _FFN]
+        projections = [own[name] for name in _ATTENTION] + [ffn[name] for name in _FFN]
         norms = parts["input_layernorm"], parts["post_attention_layernorm"]
-        found += [norm._parameters["weight"] for norm in norms]
-        if any(each is None for each in found):
+        found = [_weight(each) for each in projections] + [norm._parameters["weight"] for norm in norms]
+        gates = ffn["act_fn"]
+        if any(each is None for each in found) or _counts(gates):
             return None
+        found += [_threshold(each) for each in (*projections, gates)]
         kept: tuple[list[Any], LayerWeights | None] | None = self.__dict__.get("_kept")
         if kept is None or any(one is not other for one, other in zip(kept[0], found, strict=True)):
             kept = self._kept = found, self._join(found)
@@ -103,13 +106,23 @@ class OneTokenLayer(LlamaDecoderLayer):
 
     def _join(self, found: list[Any]) -> LayerWeights | None:
         attention, norms = self.self_attn, (self.input_layernorm, self.post_attention_layernorm)
-        epsilon = norms[0].variance_epsilon
-        silu = torch.equal(self.mlp.act_fn(_PROBE), nn.functional.silu(_PROBE))
+        epsilon, activation = norms[0].variance_epsilon, self.mlp.act_fn
+        if isinstance(activation, ThresholdedActivation):
+            activation = activation.activation
+        silu = torch.equal(activation(_PROBE), nn.functional.silu(_PROBE))
         if not silu or norms[1].variance_epsilon != epsilon or not all(map(_skips_for_one_row, found)):
             return None
-        names = [name.removesuffix("_proj") for name in (*_ATTENTION, *_FFN)] + ["input_norm", "output_norm"]
-        weights: dict[str, Any] = dict(zip(names, found, strict=True))
-        return LayerWeights(**weights, epsilon=epsilon, head=attention.head_dim, scale=attention.scaling)
+        names = [name.removesuffix("_proj") for name in (*_ATTENTION, *_FFN)]
+        tensors: dict[str, Any] = dict(zip([*names, "input_norm", "output_norm"], found, strict=False))
+        *thresholds, gates = found[len(tensors) :]
+        return LayerWeights(
+            **tensors,
+            epsilon=epsilon,
+            head=attention.head_dim,
+            scale=attention.scaling,
+            thresholds={name: t for name, t in zip(names, thresholds, strict=True) if t is not None},
+            gate_threshold=gates,
+        )
 
 
 def _hooked(part: nn.Module) -> bool:
@@ -119,11 +132,23 @@ def _hooked(part: nn.Module) -> bool:
 def _weight(part: Any) -> Any:
     """The weight of a projection as `LayerWeights` takes it; None for one that must be called."""
     kind, parameters = type(part), part._parameters
-    if parameters.get("bias") is not None or part._buffers.get("bias") is not None or _hooked(part):
+    if parameters.get("bias") is not None or part._buffers.get("bias") is not None or _counts(part):
         return None
     if kind in _DENSE:
         return parameters["weight"]
     return part.panels if kind is PackedGroupLinear else part.weight if kind is SparseLinear else None
+
+
+def _threshold(part: Any) -> Tensor | None:
+    """The threshold of a projection or an activation, if it has one."""
+    kept = part._modules.get("threshold")
+    return None if kept is None else kept._buffers["threshold"]
+
+
+def _counts(part: Any) -> bool:
+    """Whether someone waits for a part to be called, or counts what its threshold drops."""
+    kept = part._modules.get("threshold")
+    return _hooked(part) or (kept is not None and (kept.counting or _hooked(kept)))
 
 
 def _skips_for_one_row(weight: Any) -> bool:
@@ -133,7 +158,8 @@ def _skips_for_one_row(weight: Any) -> bool:
     return plan(weight.values.new_empty(1, weight.shape[1]), weight).backend == "native"
 
 
-_DENSE = (nn.Linear, LinearByRows, WideningLinear)  # each multiplies one row by the dense weight
+# Each multiplies one row by the dense weight.
+_DENSE = (nn.Linear, LinearByRows, WideningLinear, ThresholdedLinear)
 
 
 @packing.register_packer(LlamaDecoderLayer, masked=False)

@@ -7,6 +7,8 @@
 - A projection with a threshold on its input is stored by its inputs and reads those that are not zero
   (`zoo.shared.ops.gather_linear`).
 - Where the weights are sparse, too, the gate is a packed product and the other two are packed by mask bits.
+- Weights of fewer than `SMALL` entries stay as they are: a token has been through them before what is open
+  has been found.
 
 Up to 8 tokens at a time (a decoding batch) use the union of their active sets; more, as in a prompt, take the
 dense products.
@@ -30,6 +32,7 @@ from zoo.shared.ops.gated_product import gated_product
 from zoo.shared.ops.gather_linear import MOST_BATCH
 from zoo.shared.ops.modules import LinearByRows
 
+SMALL = 1 << 20
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -136,6 +139,8 @@ class PackedGatedMLP(nn.Module):
 def _pack_linear(module: nn.Module, masks: Mapping[str, Mask]) -> nn.Module | None:
     if not isinstance(module, ThresholdedLinear) or module.weight.dtype not in _STORED:
         return None
+    if module.weight.numel() < SMALL:
+        return None
     mask = masks.get("weight")
     if mask is not None and mask.sparsity >= packing.MIN_SPARSITY:
         return PackedSparseInput(module, mask)
@@ -153,7 +158,7 @@ def _pack_mlp(module: nn.Module) -> nn.Module | None:
     plain = (nn.Linear, LinearByRows, SparseLinear)
     if gate is None or up is None or down is None or type(up) not in plain or type(down) not in plain:
         return None
-    if _weight(up).dtype not in _STORED:
+    if _weight(up).dtype not in _STORED or up.in_features * up.out_features < SMALL:
         return None
     stores: tuple[DenseStore | SparseLinear, DenseStore | SparseLinear]
     if isinstance(up, SparseLinear) and isinstance(down, SparseLinear):
