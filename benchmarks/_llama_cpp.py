@@ -18,15 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from _process import Rival
+
 _CONTEXT = 1024
 
 
-class LlamaCpp:
+class LlamaCpp(Rival):
     """The running process, as seen from the zoo's."""
-
-    def __init__(self, process: subprocess.Popen[str], ready: dict[str, Any]) -> None:
-        self._process = process
-        self.ready = ready
 
     @classmethod
     def start(cls, shape: Any, kind: str, threads: int) -> LlamaCpp | None:
@@ -35,55 +33,9 @@ class LlamaCpp:
         python = os.environ.get("RIVAL_PYTHON", sys.executable)
         names = ("hidden", "ffn", "heads", "kv_heads", "layers", "vocab")
         sizes = {name: getattr(shape, name) for name in names}
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-        process = subprocess.Popen(
-            [python, __file__, json.dumps({**sizes, "kind": kind, "threads": threads})],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+        return cls.launch(
+            [python, __file__, json.dumps({**sizes, "kind": kind, "threads": threads})], "xllamacpp gguf"
         )
-        found = cls(process, {})
-        found.ready = found._answer()
-        if "missing" in found.ready:
-            print(
-                f"no rows against llama.cpp: {python} has no module {found.ready['missing']} "
-                "(pip install xllamacpp gguf, or RIVAL_PYTHON=...)",
-                file=sys.stderr,
-            )
-            return None
-        return found
-
-    def token(self) -> float:
-        """One token after a context of 32; returns llama.cpp's own seconds for it."""
-        return self._ask(length=32, cached=True)["seconds"]
-
-    def prompt(self, length: int) -> float:
-        """A prompt of that many tokens, read anew; returns llama.cpp's own seconds for it."""
-        return self._ask(length=length, cached=False)["seconds"]
-
-    def peak(self) -> float:
-        """The most bytes that the process held."""
-        return self._ask(length=0)["peak"]
-
-    def stop(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:  # llama.cpp itself may print, too
-            if line.startswith("{"):
-                answer: dict[str, Any] = json.loads(line)
-                return answer
-        raise RuntimeError(f"llama.cpp ended with exit code {self._process.wait()}")
 
 
 def write_model(path: Path, shape: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ is many times the size of a cache, so that none is read faster for it. Threshold
 itself; `skips` is the share of the blocks' weights that they spare tokens like those that are timed. All
 weights, dense ones too, lie on huge pages. LLM_DECODE (1b-float32, 1b-bfloat16, 1b-gqsa, 8b-float32,
 1b-rival, 8b-rival, 1b-halves-rival) chooses one part of it. The last three are beside llama.cpp
-(`_llama_cpp.py`), GQSA in four bits, the others in 16; it has to be installed where RIVAL_PYTHON says, and
-they run only when asked for.
+(`_llama_cpp.py`), GQSA in four bits, where OpenVINO (`_openvino_int4.py`) is a rival, too, the others in 16;
+these have to be installed where RIVAL_PYTHON and RIVAL_OPENVINO_PYTHON say, and run only when asked for.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 from _llama_cpp import LlamaCpp  # noqa: E402
+from _openvino_int4 import OpenVinoInt4  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
@@ -375,9 +376,12 @@ def grouped_cells(shape: Shape, goal: float | None) -> Iterator[Cell]:
 
 
 def rival_cells(shape: Shape, threads: int) -> Iterator[Cell]:
-    """GQSA with a head in four bits, too, beside llama.cpp's Q4_0: a token, and prompts."""
-    rival = LlamaCpp.start(shape, "Q4_0", threads)
-    if rival is None:
+    """GQSA with a head in four bits, too, beside llama.cpp's Q4_0 and OpenVINO's four bits: a token, and
+    prompts."""
+    started = {"llama.cpp Q4_0": LlamaCpp.start(shape, "Q4_0", threads)}
+    started["OpenVINO int4"] = OpenVinoInt4.start(shape, threads)
+    running = {name: rival for name, rival in started.items() if rival is not None}
+    if not running:
         return
     variants = Variants(shape, torch.float32)
     model, bound = variants.grouped(head=True)
@@ -386,17 +390,20 @@ def rival_cells(shape: Shape, threads: int) -> Iterator[Cell]:
     token()
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    RIVALS[shape.name] = {**rival.ready, "peak": rival.peak(), "ours": pages * os.sysconf("SC_PAGE_SIZE")}
+    for name, rival in running.items():
+        RIVALS[f"{shape.name} {name}"] = {**rival.ready, "peak": rival.peak()}
+    RIVALS[f"{shape.name} ours"] = {"held": pages * os.sysconf("SC_PAGE_SIZE")}
     labels: dict[str, object] = {"shape": shape.name, "weights": "four bits", "ours": "GQSA W4S50, W4 head"}
     try:
-        peers = {"llama.cpp Q4_0": rival.token}
+        peers = {name: rival.token for name, rival in running.items()}
         yield Cell({**labels, "batch": 1}, token, peers, bound, Goal(1 / 0.6))
         for length, prompt in prompts.items():
-            peers = {"llama.cpp Q4_0": functools.partial(rival.prompt, length)}
+            peers = {name: functools.partial(rival.prompt, length) for name, rival in running.items()}
             yield Cell({**labels, "batch": f"prompt of {length}"}, prompt, peers, None, Goal(1 / 1.1))
         PROFILES[f"{shape.name} GQSA W4S50, W4 head, {threads} threads"] = profile(variants, model)
     finally:
-        rival.stop()
+        for rival in running.values():
+            rival.stop()
 
 
 def halves_rival_cells(shape: Shape, threads: int) -> Iterator[Cell]:
