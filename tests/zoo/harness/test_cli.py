@@ -338,6 +338,21 @@ def test_bench_runs_scripts_of_a_checkout(capsys, tmp_path, monkeypatch):
     assert code == 2 and "source checkout" in err
 
 
+def test_results_of_several_benchmarks_are_one_json_document(tmp_path, toy_environment):
+    script = "import sys\nfrom pathlib import Path\nprint('a table')\n"
+    writes = f"{script}Path(sys.argv[sys.argv.index('--json') + 1]).write_text('{{\"n\": 1}}')"
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "pyproject.toml").write_text("")
+    for name, text in {"first": writes, "missed": f"{writes}\nsys.exit(1)", "silent": script}.items():
+        (tmp_path / "benchmarks" / f"{name}.py").write_text(text)
+    run_it = "import sys; from zoo.cli import bench, main; bench.__file__ = sys.argv.pop(1); sys.exit(main())"
+    command = [sys.executable, "-c", run_it, tmp_path / "zoo" / "cli" / "bench.py", "bench", "--json"]
+    names = ["first", "missed", "silent"]
+    done = subprocess.run([*command, *names], env=toy_environment, capture_output=True, text=True)
+    assert json.loads(done.stdout) == {"first": {"n": 1}, "missed": {"n": 1}, "silent": None}
+    assert done.returncode == 1 and done.stderr.count("a table") == 3 and "broken: missed" in done.stderr
+
+
 def test_listing_is_quick_and_imports_no_torch(toy_environment):
     script = (
         "import sys; from zoo.cli import main; code = main(['list'])\n"
