@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import FormatError, IdentityError, StorageError
 from .formats.container import DTYPE_NAMES, DTYPES, Array, Container, read_container, write_container
 from .io import unwritable
+from .kept import keep_in_mind
 
 _KEYS = {"checksums", "facts", "identity", "seal"}
 
@@ -65,6 +66,7 @@ def write_checked(
         write_container(path, arrays, {**metadata, "seal": _seal(metadata, shapes)})
     except OSError as error:
         raise error if isinstance(error, StorageError) else unwritable(path, error) from error
+    keep_in_mind()
     return path
 
 
@@ -97,7 +99,9 @@ def read_checked(
             "start anew, or give the options it was written with"
         )
     container.checksums.update(checksums)
-    return {key: _tensor(container, key) for key in container.arrays}, facts
+    tensors = {key: _tensor(container, key) for key in container.arrays}
+    keep_in_mind()
+    return tensors, facts
 
 
 def _seal(metadata: Mapping[str, str], shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:

@@ -30,6 +30,7 @@ from zoo.registry import ARCHITECTURES, JOBS, MAKERS, METHODS
 from zoo.shared.masks import set_masks
 from zoo.shared.store.formats import load_packed, save_packed
 from zoo.shared.store.identity import code_digest, data_digest
+from zoo.shared.store.kept import keep_in_mind
 from zoo.shared.train import Recipe
 
 Note = Callable[[str], None]
@@ -164,6 +165,7 @@ def train(row: Row, seed: int, target: Target) -> Kept:
         clock = time.process_time()
         made = maker(row, seed, start, Work(file.with_suffix(".state"), target.device))
         _keep(file, made, time.process_time() - clock)
+    keep_in_mind()
     return _kept(file, row, target)
 
 

@@ -20,6 +20,8 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 
+from zoo.shared.store.kept import forget, goes_on
+
 OK, CHECK_FAILED, USAGE, ENVIRONMENT, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 70, 130
 
 #: command -> (module under zoo.cli with a function of the command's name, summary)
@@ -44,9 +46,6 @@ COMMANDS = {
     "completion": ("completion", "complete commands, options and names in bash, zsh or fish"),
 }
 
-#: Commands that keep what they finished, so that the same command goes on after an interruption.
-GO_ON = ("eval", "compare", "make", "pretrain", "finetune", "reproduce")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -54,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     _show_warnings()
+    forget()
     try:
         return dispatch(arguments)
     except KeyboardInterrupt:
         text = "interrupted"
-        if arguments and arguments[0] in GO_ON:
+        if goes_on():
             text += "; finished work is kept, run the same command to go on"
         return _tell("KeyboardInterrupt", text, INTERRUPTED, as_json="--json" in arguments)
     except BrokenPipeError:  # the reader, say `head`, has seen enough
