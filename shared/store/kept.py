@@ -1,22 +1,22 @@
-"""Whether this process has stored or found finished work, from which the same command goes on after a stop."""
+"""Whether finished work was stored or found here, from which the same command goes on after a stop."""
 
 from __future__ import annotations
 
-_seen = False
+import threading
+
+_seen = threading.Event()  # not a plain value, which would count as changed code in digests
 
 
 def keep_in_mind() -> None:
     """Say that a piece of finished work was stored or found."""
-    global _seen
-    _seen = True
+    _seen.set()
 
 
 def goes_on() -> bool:
     """Whether one was, since the process began or `forget` was called."""
-    return _seen
+    return _seen.is_set()
 
 
 def forget() -> None:
     """Begin a command of which nothing is stored yet."""
-    global _seen
-    _seen = False
+    _seen.clear()

@@ -373,7 +373,7 @@ def test_a_disk_that_is_really_full(tiny_bundle: Path) -> None:
         0,
         "2.0.0",
     )
-    assert done.stdout.startswith("BundleError") and "File too large" in done.stdout, done.stderr
+    assert done.stdout.startswith("UnwritableBundleError") and "File too large" in done.stdout, done.stderr
     assert "intact" in done.stdout and done.stdout.count("\n") == 1
     assert snapshot(tiny_bundle) == before and os.listdir(tiny_bundle.parent) == [tiny_bundle.name]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

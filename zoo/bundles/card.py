@@ -20,8 +20,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -276,11 +278,17 @@ class Training(_Part):
 
 
 class Data(_Part):
-    """What it was trained on."""
+    """What it was trained on, and the digest of its content, where that has a name by which it is loaded
+    (cards of earlier versions do not say)."""
 
     name: Text
     source: Text
     licence: Text
+    sha256: Annotated[str, AfterValidator(_sha256)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, str]:
+        return {key: value for key, value in serialize(self).items() if value is not None}
 
 
 class Weights(_Part):

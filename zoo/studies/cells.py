@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zoo.shared.errors import FormatError, IdentityError, StorageError
 from zoo.shared.store.checked import identity_of, read_checked, write_checked
+from zoo.shared.store.io import require_writable
 from zoo.studies.digests import commit
 
 try:
@@ -91,6 +92,8 @@ class CellCache:
         if (found := self._read(key)) is not None:
             self.hits += 1
             return found
+        if not self.misses:
+            require_writable(self.folder, "set ZOO_CACHE or --cells to a folder that can be written")
         with self._claim(key):
             if self.sharing and (found := self._read(key)) is not None:  # finished a moment ago
                 self.hits += 1
