@@ -20,7 +20,6 @@ from torch import Tensor
 from ..errors import FormatError, IdentityError, StorageError
 from .formats.container import DTYPE_NAMES, DTYPES, Array, Container, read_container, write_container
 from .io import unwritable
-from .kept import keep_in_mind
 
 _KEYS = {"checksums", "facts", "identity", "seal"}
 
@@ -66,7 +65,6 @@ def write_checked(
         write_container(path, arrays, {**metadata, "seal": _seal(metadata, shapes)})
     except OSError as error:
         raise error if isinstance(error, StorageError) else unwritable(path, error) from error
-    keep_in_mind()
     return path
 
 
@@ -99,9 +97,7 @@ def read_checked(
             "start anew, or give the options it was written with"
         )
     container.checksums.update(checksums)
-    tensors = {key: _tensor(container, key) for key in container.arrays}
-    keep_in_mind()
-    return tensors, facts
+    return {key: _tensor(container, key) for key in container.arrays}, facts
 
 
 def _seal(metadata: Mapping[str, str], shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:

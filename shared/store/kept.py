@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 _seen = threading.Event()  # not a plain value, which would count as changed code in digests
 
@@ -10,6 +13,17 @@ _seen = threading.Event()  # not a plain value, which would count as changed cod
 def keep_in_mind() -> None:
     """Say that a piece of finished work was stored or found."""
     _seen.set()
+
+
+@contextlib.contextmanager
+def going_on_from(place: Path) -> Iterator[None]:
+    """Keep in mind what lies in a place when the work inside is stopped: a checkpoint, say."""
+    try:
+        yield
+    except BaseException:
+        if place.exists():
+            keep_in_mind()
+        raise
 
 
 def goes_on() -> bool:

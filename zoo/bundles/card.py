@@ -20,7 +20,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
     model_serializer,
@@ -287,7 +286,7 @@ class Data(_Part):
     sha256: Annotated[str, AfterValidator(_sha256)] | None = None
 
     @model_serializer(mode="wrap")
-    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, str]:
+    def _without_none(self, serialize: Callable[[Any], dict[str, str]]) -> dict[str, str]:
         return {key: value for key, value in serialize(self).items() if value is not None}
 
 

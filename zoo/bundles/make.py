@@ -32,7 +32,7 @@ from zoo.shared.masks import set_masks
 from zoo.shared.store.formats import load_packed, save_packed
 from zoo.shared.store.identity import code_digest, data_digest
 from zoo.shared.store.io import require_writable
-from zoo.shared.store.kept import keep_in_mind
+from zoo.shared.store.kept import going_on_from, keep_in_mind
 from zoo.shared.train import Recipe
 
 Note = Callable[[str], None]
@@ -167,7 +167,9 @@ def train(row: Row, seed: int, target: Target) -> Kept:
         require_writable(file.parent, CACHE_REMEDY)
         start = _start(row, seed, target)
         clock = time.process_time()
-        made = maker(row, seed, start, Work(file.with_suffix(".state"), target.device))
+        work = Work(file.with_suffix(".state"), target.device)
+        with going_on_from(work.folder):
+            made = maker(row, seed, start, work)
         _keep(file, made, time.process_time() - clock)
     keep_in_mind()
     return _kept(file, row, target)

@@ -38,6 +38,7 @@ from zoo.registry import TASKS
 from zoo.shared.errors import SparseError, StorageError
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.store.identity import code_digest, data_digest, state_digest
+from zoo.shared.store.kept import keep_in_mind
 
 _log = logging.getLogger("zoo")
 Tasks = str | Task | Iterable[str | Task]
@@ -237,6 +238,7 @@ def _keep(record: Record, path: Path) -> bool:
     except StorageError as error:
         _log.warning("Results are shown, but not kept: %s %s", error, CACHE_REMEDY)
         return False
+    keep_in_mind()
     return True
 
 

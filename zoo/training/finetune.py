@@ -29,6 +29,7 @@ from zoo.names import name_for
 from zoo.progress import progress_bar
 from zoo.registry import FINETUNERS
 from zoo.shared.masks import MaskSet, masks_of, set_masks
+from zoo.shared.store.kept import going_on_from
 from zoo.shared.train import Checkpoint, Distillation, Fit, Job, device_named, resume
 from zoo.shared.train.recipe import Parameters
 from zoo.training.options import check_target, checkpoint_folder, command_of, options_of
@@ -163,9 +164,10 @@ class FineTuner(ABC):
             raise ConfigError("Distillation needs a dense twin, and a dense model has none.")
         plan = self.plan(source, loaded, twin, device)
         require_data(figures_of(source.card) if plan.figures is None else plan.figures)
-        fit = self._train(source, plan, twin, accelerator)
-        _store_as(plan.model, stored)
-        path = self._publish(source, plan, twin, fit, extras if plan.extras is None else plan.extras)
+        with going_on_from(checkpoint_folder(self.out)):
+            fit = self._train(source, plan, twin, accelerator)
+            _store_as(plan.model, stored)
+            path = self._publish(source, plan, twin, fit, extras if plan.extras is None else plan.extras)
         if zeros:
             kept = zero_count(plan.model)
             print(f"zoo: {kept:,} pruned weights that are zero, {zeros:,} before", file=sys.stderr)
