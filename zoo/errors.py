@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.shared.errors import SparseError
+from zoo.shared.errors import SparseError, StorageError
 
 
 class ZooError(SparseError):
@@ -19,6 +19,10 @@ class CardError(ZooError, ValueError):
 
 class BundleError(ZooError):
     """A bundle that is incomplete, corrupt, or not what its card says."""
+
+
+class UnwritableBundleError(BundleError, StorageError):
+    """A bundle whose folder cannot be written: the disk is full, or the folder refuses."""
 
 
 class HubError(ZooError):

@@ -123,7 +123,9 @@ def suggestion(wanted: str, names: Iterable[str]) -> str:
     close = near_misses(wanted, pool)
     if close:
         return "Did you mean " + " or ".join(repr(name) for name in close) + "?"
-    some = sorted(pool, key=natural_key)
+    domain, slash, _ = wanted.partition("/")
+    own = [name for name in pool if slash and name.startswith(f"{domain}/")]
+    some = sorted(own or pool, key=natural_key)
     shown = ", ".join(repr(name) for name in some[:5])
     return f"There are {len(some)}: {shown}, ..." if len(some) > 5 else f"Known: {shown}."
 

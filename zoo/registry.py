@@ -224,6 +224,9 @@ DATASETS: Registry[Callable[[], Any]] = Registry("data set", "zoo.datasets")
 #: domain -> function of a data set's name or file: the task that is measured on it, None if models only train
 #: on it, and its `Source`
 MEASURED: Registry[Callable[[str], Any]] = Registry("measure of data", "zoo.measured")
+#: domain -> function of a data set's name or file: the content whose digest goes on cards of models that were
+#: trained on it, None if the name is none of a data set of the domain
+CONTENTS: Registry[Callable[[str], Any]] = Registry("content of data", "zoo.contents")
 FINETUNERS: Registry[Any] = Registry("fine-tuner", "zoo.finetuners", needs=("run",))
 #: domain -> `make_job(dataset, *, recipe, seed, device, model) -> zoo.Job`, behind `zoo sparsify`
 JOBS: Registry[Callable[..., Any]] = Registry("maker of jobs", "zoo.jobs")

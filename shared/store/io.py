@@ -44,6 +44,20 @@ def unwritable(path: Path, error: OSError) -> StorageError:
     return found
 
 
+def require_writable(folder: str | os.PathLike[str], remedy: str) -> None:
+    """Make a folder and try to write in it, before work is done whose result is to lie there.
+
+    Raises:
+        StorageError: it cannot be written; the message ends with the remedy.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}; {remedy}.") from error
+
+
 def _write(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> Path:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

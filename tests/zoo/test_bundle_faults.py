@@ -24,8 +24,8 @@ from zoo.bundles import folders
 from zoo.bundles import store as bundles
 from zoo.bundles.folders import put_folder, refuse_taken
 from zoo.bundles.store import load, save
-from zoo.errors import BundleError, CardError, ConfigError, ZooError
-from zoo.shared.errors import MaskError
+from zoo.errors import BundleError, CardError, ConfigError, UnwritableBundleError, ZooError
+from zoo.shared.errors import MaskError, StorageError
 from zoo.shared.masks import MaskSet
 from zoo.shared.store.formats import load_packed, save_packed
 
@@ -373,7 +373,7 @@ def test_a_disk_that_is_really_full(tiny_bundle: Path) -> None:
         0,
         "2.0.0",
     )
-    assert done.stdout.startswith("BundleError") and "File too large" in done.stdout, done.stderr
+    assert done.stdout.startswith("UnwritableBundleError") and "File too large" in done.stdout, done.stderr
     assert "intact" in done.stdout and done.stdout.count("\n") == 1
     assert snapshot(tiny_bundle) == before and os.listdir(tiny_bundle.parent) == [tiny_bundle.name]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
@@ -428,6 +428,15 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(tiny_bundle: Path, tmp_pat
     assert outcomes == sorted(outcomes, reverse=True), "old until some step, new from then on"
     assert outcomes[0] == "old" and outcomes[-1] == "new"
     assert snapshot(tiny_bundle) != before
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work() -> None:
+    with pytest.raises(StorageError, match="/proc: cannot be written: .*choose another folder"):
+        folders.refuse_place(Path("/proc/bundle"))
+
+
+def test_a_full_disk_is_the_environments_fault() -> None:
+    assert issubclass(UnwritableBundleError, StorageError) and issubclass(UnwritableBundleError, BundleError)
 
 
 def test_a_folder_that_cannot_be_made(save_tiny, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -276,11 +277,17 @@ class Training(_Part):
 
 
 class Data(_Part):
-    """What it was trained on."""
+    """What it was trained on, and the digest of its content, where that has a name by which it is loaded
+    (cards of earlier versions do not say)."""
 
     name: Text
     source: Text
     licence: Text
+    sha256: Annotated[str, AfterValidator(_sha256)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialize: Callable[[Any], dict[str, str]]) -> dict[str, str]:
+        return {key: value for key, value in serialize(self).items() if value is not None}
 
 
 class Weights(_Part):

@@ -24,6 +24,7 @@ from zoo.bundles.card import CARD_FILE, Card, level_label, read_card
 from zoo.errors import BundleError, CardError, ConfigError, UnknownNameError
 from zoo.names import (
     DOMAINS,
+    is_glob,
     is_model_name,
     natural_key,
     near_misses,
@@ -127,6 +128,9 @@ def _read_cached(path: Path, changed: int, size: int, inode: int) -> Card:
     return read_card(path)
 
 
+CACHE_REMEDY = "Set ZOO_CACHE to a folder that can be written"
+
+
 def cache_folder() -> Path:
     """`$ZOO_CACHE`, or `~/.cache/sparse-model-zoo`."""
     chosen = os.environ.get("ZOO_CACHE")
@@ -148,28 +152,40 @@ def find(name: str | os.PathLike[str], version: str | None = None, offline: bool
         HubError: it cannot be fetched.
     """
     text = os.fspath(name)
-    if (found := _LEVEL.fullmatch(text)) and not Path(text).exists():
+    if not text:
+        raise UnknownNameError("A model has no empty name. `zoo list` shows the names.")
+    if (found := _LEVEL.fullmatch(text)) and not _is_there(Path(text)):
         return find(found[1], version, offline).at(float(found[2]))
     if text.startswith(HUB_PREFIX):
         from zoo.bundles.hub import fetch
 
         return _require_version(fetch(text, offline=offline), version)
     path = Path(text).expanduser()
-    if (path / CARD_FILE).exists():
+    if _is_there(path / CARD_FILE):
         return _require_version(open_bundle(path), version)
-    if path.name == CARD_FILE and path.exists():
+    if path.name == CARD_FILE and _is_there(path):
         return _require_version(open_bundle(path.parent), version)
     if isinstance(name, os.PathLike) or path.is_absolute() or text.startswith(("./", "../", "~")):
         raise BundleError(_no_bundle(path))
+    if is_glob(text):
+        raise UnknownNameError(f"{text!r} is a pattern, one name is wanted. See `zoo list {text!r}`.")
     wanted, pin = split_version(text)
     if pin is not None and version is not None and pin != version:
         raise ConfigError(f"{text!r} pins a version, received version={version!r}, too. Give one of them.")
     try:
         return _find_by_name(wanted, pin if pin is not None else version)
     except UnknownNameError:
-        if path.is_dir():
+        if _is_there(path) and path.is_dir():
             raise BundleError(_no_bundle(path)) from None
         raise
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a path exists; what is too long or too odd for the system to be one, does not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _no_bundle(path: Path) -> str:

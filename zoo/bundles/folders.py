@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from zoo.bundles.card import CARD_FILE
-from zoo.errors import BundleError, ConfigError
+from zoo.errors import BundleError, ConfigError, UnwritableBundleError
+from zoo.shared.store.io import require_writable
 
 
 def publish_folder(folder: Path, write: Callable[[Path], object], overwrite: bool = False) -> Path:
@@ -22,8 +23,9 @@ def publish_folder(folder: Path, write: Callable[[Path], object], overwrite: boo
     the system can do that (Linux), and is moved aside and deleted last elsewhere.
 
     Raises:
-        BundleError: the folder exists and may not be replaced, holds files that are no bundle's, or
-            cannot be written. What `write` raises is passed on. In each case the old folder is intact.
+        BundleError: the folder exists and may not be replaced, or holds files that are no bundle's.
+        UnwritableBundleError: it cannot be written. What `write` raises is passed on. In each case the old
+            folder is intact.
     """
     folder = Path(os.path.abspath(folder))
     refuse_folder(folder, overwrite)
@@ -56,7 +58,7 @@ def put_folder(folder: Path, write: Callable[[Path], object]) -> Path:
     """Fill a folder as `publish_folder` does, in the place of whatever is there: see `refuse_taken`.
 
     Raises:
-        BundleError: it cannot be written; the old folder is intact.
+        UnwritableBundleError: it cannot be written; the old folder is intact.
     """
     folder = Path(os.path.abspath(folder))
     try:
@@ -79,14 +81,17 @@ def put_folder(folder: Path, write: Callable[[Path], object]) -> Path:
 
 
 def refuse_place(folder: Path) -> None:
-    """Refuse a folder that cannot come to be, because a file is where one above it should be.
+    """Refuse a folder that cannot come to be.
 
     Raises:
-        BundleError: there is such a file.
+        BundleError: a file is where a folder above it should be.
+        StorageError: the folder above it cannot be written, or its disk is full.
     """
     above = next((path for path in folder.absolute().parents if path.exists()), None)
     if above is not None and not above.is_dir():
         raise BundleError(f"{folder} cannot be written: {above} is a file, no folder. Choose another place.")
+    if above is not None:
+        require_writable(above, "free some space, or choose another folder")
 
 
 def refuse_folder(folder: Path, overwrite: bool) -> None:
@@ -144,8 +149,8 @@ def _exchange(first: Path, second: Path) -> bool:
     return renameat2 is not None and not renameat2(here, bytes(first), here, bytes(second), exchange)
 
 
-def _unwritable(folder: Path, error: OSError) -> BundleError:
-    return BundleError(
+def _unwritable(folder: Path, error: OSError) -> UnwritableBundleError:
+    return UnwritableBundleError(
         f"{folder}: cannot be written: {error.strerror or error}. What was there before is intact; "
         "free the disk or choose another folder."
     )

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from zoo.bundles.building import fill_model
-from zoo.bundles.catalog import Bundle, cache_folder, find, open_bundle
+from zoo.bundles.catalog import CACHE_REMEDY, Bundle, cache_folder, find, open_bundle
 from zoo.bundles.publish import About, Evidence, Figure, Trained, figures_of, publish
 from zoo.bundles.recipes import Row, find_row
+from zoo.bundles.sources import with_digest
 from zoo.bundles.store import load_bundle
 from zoo.errors import ConfigError, UnknownNameError
 from zoo.methods.contract import Sparsified, default_recipe, needs_job
@@ -30,6 +31,8 @@ from zoo.registry import ARCHITECTURES, JOBS, MAKERS, METHODS
 from zoo.shared.masks import set_masks
 from zoo.shared.store.formats import load_packed, save_packed
 from zoo.shared.store.identity import code_digest, data_digest
+from zoo.shared.store.io import require_writable
+from zoo.shared.store.kept import going_on_from, keep_in_mind
 from zoo.shared.train import Recipe
 
 Note = Callable[[str], None]
@@ -93,6 +96,7 @@ def make(row: Row, target: Target, note: Note | None = None) -> Path:
     if not figures:
         raise ConfigError(f"the recipe of {row.name} names no figures, and it has no twin that has some")
     data = row.data or (twin.card.data.model_dump() if twin is not None else {})
+    data = with_digest(row.name.partition("/")[0], row.dataset, data)
     command = f"zoo make {row.name}"
     about = About(
         row.name,
@@ -160,10 +164,14 @@ def train(row: Row, seed: int, target: Target) -> Kept:
     digest = data_digest(json.dumps(_identity(row, target), sort_keys=True))
     file = cache_folder() / "cells" / "make" / f"{row.slug}-{seed}-{digest[:16]}.safetensors"
     if not file.exists():
+        require_writable(file.parent, CACHE_REMEDY)
         start = _start(row, seed, target)
         clock = time.process_time()
-        made = maker(row, seed, start, Work(file.with_suffix(".state"), target.device))
+        work = Work(file.with_suffix(".state"), target.device)
+        with going_on_from(work.folder):
+            made = maker(row, seed, start, work)
         _keep(file, made, time.process_time() - clock)
+    keep_in_mind()
     return _kept(file, row, target)
 
 
@@ -255,7 +263,6 @@ def _keep(file: Path, made: Sparsified, seconds: float) -> None:
         "arguments": made.arguments,
         "seconds": seconds,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu() for name, value in made.model.state_dict().items()}
     # Plain values only: what a tuple was comes back as a list, as on a card.
     save_packed(file, state, made.masks, made.extras, {"made": json.loads(json.dumps(facts))})

@@ -176,6 +176,16 @@ def figures_of(card: Card) -> list[Figure]:
     return [Figure(task, tuple(names), protocol, split) for (task, protocol, split), names in found.items()]
 
 
+def require_data(figures: Sequence[Figure]) -> None:
+    """Refuse figures whose data are not at hand, before any work is done for them.
+
+    Raises:
+        MissingDataError, DataError: of the first task whose data cannot be had.
+    """
+    for task in dict.fromkeys(figure.task for figure in figures):
+        get_task(task).measured_on()
+
+
 def publish(
     trained: Trained,
     about: About,

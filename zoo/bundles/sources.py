@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zoo.errors import ConfigError, DataError, MissingDataError
+from zoo.registry import CONTENTS
+from zoo.shared.store.identity import data_digest
 from zoo.shared.store.io import sha256_file
 
 
@@ -18,6 +20,23 @@ class Source:
     title: str
     origin: str
     licence: str
+
+
+def with_digest(domain: str, dataset: str | None, fields: Mapping[str, str]) -> dict[str, str]:
+    """What a card says of its data, with the digest of a data set's content, the same that cells of studies
+    are kept by; as it is where the domain knows no content by that name.
+
+    Args:
+        domain: of the model.
+        dataset: name or file of what it was trained on.
+        fields: name, source and licence.
+    """
+    if dataset is None or domain not in CONTENTS:
+        return dict(fields)
+    content = CONTENTS.get(domain)(dataset)
+    digest = data_digest(content) if content is not None else ""
+    rest = {key: value for key, value in fields.items() if key != "sha256"}
+    return {**rest, "sha256": digest} if digest else rest
 
 
 def published_file(imported: Mapping[str, str] | None) -> Path:

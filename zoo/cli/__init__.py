@@ -9,16 +9,21 @@ This module is light: each command's module is imported when the command is type
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import gc
 import importlib
+import io
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+
+from zoo.shared.store.kept import forget, goes_on
 
 OK, CHECK_FAILED, USAGE, ENVIRONMENT, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 70, 130
 
@@ -44,25 +49,26 @@ COMMANDS = {
     "completion": ("completion", "complete commands, options and names in bash, zsh or fish"),
 }
 
-#: Commands that keep what they finished, so that the same command goes on after an interruption.
-GO_ON = ("eval", "compare", "make", "pretrain", "finetune", "reproduce")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _mend_streams()
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     _show_warnings()
+    forget()
     try:
-        return dispatch(arguments)
+        code = dispatch(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         text = "interrupted"
-        if arguments and arguments[0] in GO_ON:
+        if goes_on():
             text += "; finished work is kept, run the same command to go on"
         return _tell("KeyboardInterrupt", text, INTERRUPTED, as_json="--json" in arguments)
     except BrokenPipeError:  # the reader, say `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return OK
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else OK if error.code is None else USAGE
@@ -70,6 +76,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _report(error, as_json="--json" in arguments)
+
+
+def _mend_streams() -> None:
+    """Let closed streams swallow what they are given, and streams of few characters show others as ASCII."""
+    from zoo.report.plain import as_ascii
+
+    codecs.register_error("zoo", as_ascii)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="zoo")
+
+
+def _close_stdout() -> None:
+    """Send what is still to be written nowhere, as nobody can take it."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_warnings() -> None:
@@ -84,17 +109,23 @@ def _show_warnings() -> None:
 
 def dispatch(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors pass."""
+    if arguments[:1] == ["help"] and arguments[1:]:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return OK
     name, *rest = arguments
     if name == "--version":
-        from zoo.cli.console import version_line
+        from zoo.cli.console import print_json, versions
 
-        print(version_line())
+        found = versions()
+        if "--json" in rest:
+            print_json(found)
+        else:
+            print("zoo {zoo} (torch {torch}, Python {python})".format(**found))
         return OK
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.6)
+        close = difflib.get_close_matches(name, [*COMMANDS, "help", "--version"], n=1, cutoff=0.6)
         hint = f"did you mean `zoo {close[0]}`?" if close else "see `zoo --help`"
         from zoo.errors import ConfigError
 
@@ -148,9 +179,14 @@ def _tell(kind: str, text: str, code: int, *, as_json: bool) -> int:
     """Say why a command ended, for machines on stdout too."""
     from zoo.cli.console import note
 
+    text = re.sub(r"\S{500,}", lambda long: f"{long[0][:100]}... ({len(long[0])} characters)", text)
     if as_json:
-        print(json.dumps({"error": {"type": kind, "message": text, "exit_code": code}}))
-    note(f"zoo: {text}")
+        try:
+            print(json.dumps({"error": {"type": kind, "message": text, "exit_code": code}}), flush=True)
+        except OSError:  # said on stderr, then
+            _close_stdout()
+    with contextlib.suppress(OSError):  # nobody can be told; the exit code says it
+        note(f"zoo: {text}")
     return code
 
 
@@ -165,7 +201,7 @@ def _classify(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError):
         return ENVIRONMENT, "out of memory; close other programs or take a smaller model"
     if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
+        place = f"{error.filename or 'a file or the output'}: "
         return (
             ENVIRONMENT,
             f"{place}{error.strerror or error}; check the path, its permissions and the free space",

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from zoo.cli import CHECK_FAILED, OK
 from zoo.cli.console import note, print_json
 from zoo.cli.parsing import Positional, metavar, parse
 from zoo.errors import ConfigError, UnknownNameError
 from zoo.names import suggestion
+from zoo.shared.store.io import read_json
 
 
 @dataclass
@@ -32,7 +34,8 @@ class Bench:
     """Threads to use; by default what the script chooses."""
 
     json: bool = False
-    """Let the benchmarks print JSON (or list the names as JSON)."""
+    """Print one JSON object of what each benchmark found, by name, the tables on stderr (or list the names as
+    JSON)."""
 
     calibrate: bool = False
     """Measure on this machine what the sparse operations choose their back-ends by, and keep it; takes some
@@ -52,17 +55,33 @@ def bench_command(argv: Sequence[str]) -> int:
     for name in names:
         if name not in scripts:
             raise UnknownNameError(f"Unknown benchmark {name!r}. {suggestion(name, scripts)}")
-    flags = ["--quick"] * options.quick + ["--json"] * options.json
+    flags = ["--quick"] * options.quick
     if options.threads is not None:
         flags += ["--threads", str(options.threads)]
-    failed = []
+    failed, results = [], {}
     for name in names:
         note(f"== {name}")
-        if subprocess.run([sys.executable, str(scripts[name]), *flags], check=False).returncode:
+        command = [sys.executable, str(scripts[name]), *flags]
+        if options.json:
+            code, results[name] = _run_for_results(command)
+        else:
+            code = subprocess.run(command, check=False).returncode
+        if code:
             failed.append(name)
+    if options.json:
+        print_json(results)
     if failed:
         note(f"missed or broken: {', '.join(failed)}")
     return CHECK_FAILED if failed else OK
+
+
+def _run_for_results(command: Sequence[str]) -> tuple[int, Any]:
+    """Run a script, what it prints on stderr: its exit code and the results that it wrote, None if it wrote
+    none."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.json"
+        done = subprocess.run([*command, "--json", str(file)], stdout=sys.stderr, check=False)
+        return done.returncode, read_json(file) if file.is_file() else None
 
 
 def _calibrate(options: Bench) -> int:

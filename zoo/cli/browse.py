@@ -174,7 +174,8 @@ def show_command(argv: Sequence[str]) -> int:
         "Dense twin": card.dense_twin or ("it is dense itself" if card.method.name == "dense" else "none"),
         "Made by": card.training.command + ("" if took is None else f"  ({numbers.seconds(took)})"),
         "With": " ".join(f"{name} {value}" for name, value in (card.training.environment or {}).items()),
-        "Data": f"{card.data.name}, {card.data.source}, {card.data.licence}",
+        "Data": f"{card.data.name}, {card.data.source}, {card.data.licence}"
+        + (f", sha256 {card.data.sha256}" if card.data.sha256 else ""),
         "Licence": card.license,
         "Imported": f"{card.imported.file} of {card.imported.address}, {card.imported.licence}, sha256 "
         f"{card.imported.sha256}"

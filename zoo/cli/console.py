@@ -32,6 +32,9 @@ def stdout() -> Console:
             for segment in super().render(*args, **options):
                 yield segment if segment.control else Segment(plain(segment.text), segment.style)
 
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # which is no failure: see `zoo.cli.main`
+
     return PlainConsole(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
@@ -52,7 +55,7 @@ class Notes(logging.Handler):
         note(f"zoo: {record.getMessage()}")
 
 
-def version_line() -> str:
+def versions() -> dict[str, str]:
     """Versions of what decides results, without importing any of it."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -62,4 +65,8 @@ def version_line() -> str:
         except PackageNotFoundError:
             return "not installed"
 
-    return f"zoo {find('sparse-model-zoo')} (torch {find('torch')}, Python {platform.python_version()})"
+    return {
+        "zoo": find("sparse-model-zoo"),
+        "torch": find("torch"),
+        "python": platform.python_version(),
+    }

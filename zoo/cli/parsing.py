@@ -54,7 +54,8 @@ def parse(
         if not error.code:
             print(_readable(printed.text()), end="")
             raise
-        raise ConfigError(f"{_condense(errors.text(), others)}; see `zoo {command} --help`") from None
+        said = _misspelt(options, argv, others) or _condense(errors.text(), others)
+        raise ConfigError(f"{said}; see `zoo {command} --help`") from None
 
 
 def parse_with(
@@ -129,6 +130,31 @@ def _options_of_several_values(options: type) -> set[str]:
             found.add(name.replace("_", "-"))
         elif dataclasses.is_dataclass(hint):
             found |= _options_of_several_values(typing.cast(type, hint))
+    return found
+
+
+def _misspelt(options: type, argv: Sequence[str], others: Sequence[str]) -> str:
+    """Which option that was typed is none, and what was probably meant; nothing if all are known. tyro takes
+    the next word for its value, and then misses that one."""
+    known = [*_option_names(options), *others]
+    for word in argv[: argv.index("--")] if "--" in argv else argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if name.startswith("--") and "." not in name and name not in known:
+            close = difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+            if close:
+                return f"Unrecognized option {name}; did you mean {' or '.join(close)}?"
+    return ""
+
+
+def _option_names(options: type) -> list[str]:
+    """The options of a dataclass and of those in it, as they are typed."""
+    found = ["--help"]
+    for field in dataclasses.fields(options):
+        hint = typing.get_type_hints(options)[field.name]
+        if dataclasses.is_dataclass(hint):
+            found += _option_names(typing.cast(type, hint))
+        else:
+            found.append(f"--{'no-' if field.default is True else ''}{field.name.replace('_', '-')}")
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from zoo.registry import (
     ARCHITECTURES,
+    CONTENTS,
     DATASETS,
     FINETUNERS,
     JOBS,
@@ -47,6 +48,7 @@ TASKS.register("nodes", "zoo.graph.tasks:Nodes")
 for _name in ("cora", "citeseer", "pubmed", "cs", "digits"):
     DATASETS.register(f"graph/{_name}", f"zoo.graph.data:{_name}")
 MEASURED.register("graph", "zoo.graph.tasks:measured_on_graph")
+CONTENTS.register("graph", "zoo.graph.domain:content")
 STUDIES.register("gtsp", "zoo.graph.studies.gtsp:STUDY")
 STUDIES.register("gtsp-nodes", "zoo.graph.studies.gtsp_nodes:STUDY")
 STUDIES.register("low-rank-clicks", "zoo.graph.studies.low_rank:STUDY")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from zoo.errors import ConfigError
 from zoo.graph.clicks import DeepFM, click_job
-from zoo.graph.data import load_graph
+from zoo.graph.data import SOURCES, load_graph
+from zoo.graph.files import is_file
 from zoo.graph.method import dataset_of
 from zoo.graph.methods.gtsp import GraphTransformer
 from zoo.graph.models import GraphModel
 from zoo.graph.molecule_tasks import molecule_job
 from zoo.graph.train import graph_job
+from zoo.registry import DATASETS
 from zoo.shared.train import Job, Recipe, device_named
 from zoo.tables import adult
 
@@ -55,3 +59,13 @@ def make_job(
     return graph_job(
         model.to(device_named(device)), load_graph(dataset or dataset_of(model)), recipe, seed=seed
     )
+
+
+def content(dataset: str) -> list[Any] | None:
+    """What the digest of a graph on a card is taken of, of Adult its rows; None for other data."""
+    if dataset == "adult":
+        return list(adult())
+    if not is_file(dataset) and dataset not in SOURCES and f"graph/{dataset}" not in DATASETS:
+        return None
+    graph = load_graph(dataset)
+    return [graph.x, graph.edge_index, graph.y, graph.train_mask, graph.val_mask, graph.test_mask]

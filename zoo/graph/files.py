@@ -74,6 +74,8 @@ def read_graph(path: str | os.PathLike[str]) -> Data:
     _check_suffix(path)
     try:
         arrays = _read_npz(path) if path.suffix == ".npz" else load_file(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file.") from error
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, *_FORMAT) as error:
         raise DataError(f"{path}: cannot be read as a {path.suffix} of plain arrays: {error}.") from error
     return _checked(arrays, str(path))

@@ -11,7 +11,8 @@ from torch import nn
 
 from zoo.bundles.catalog import Bundle, base_of, twin_of
 from zoo.bundles.public import public_base_of
-from zoo.bundles.publish import About, Figure, Trained, figures_of, publish
+from zoo.bundles.publish import About, Figure, Trained, figures_of, publish, require_data
+from zoo.bundles.sources import with_digest
 from zoo.bundles.store import load_bundle
 from zoo.errors import ConfigError
 from zoo.harness.tasks import Progress
@@ -66,6 +67,11 @@ def make_bundle(
     if origin.name.partition("/")[0] != domain:
         raise ConfigError(f"the name {origin.name!r} must begin with {domain + '/'!r}, the source's domain")
     twin = source if source.card.dense_twin is None else twin_of(source)
+    figures: Sequence[Figure] = figures_of(source.card)
+    data = None
+    if dataset is not None and domain in MEASURED:
+        figures, data = figures_on(domain, dataset, figures)
+    require_data(figures)
     steps = _Steps(progress, 2)
     steps.next(f"sparsifying {source.card.name}")
     start = time.perf_counter()
@@ -78,10 +84,8 @@ def make_bundle(
     about = About.like(
         source.card, origin.name, f"{source.card.name} sparsified by {origin.method}.", origin.command
     )
-    figures: Sequence[Figure] = figures_of(source.card)
-    if dataset is not None and domain in MEASURED:
-        figures, data = figures_on(domain, dataset, figures)
-        about = dataclasses.replace(about, data=data)
+    if data is not None:
+        about = dataclasses.replace(about, data=with_digest(domain, dataset, data))
     path = publish(
         Trained.by_method({seed: made}, origin.method, architecture, seconds),
         about,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zoo.bundles.catalog import cache_folder
+from zoo.bundles.catalog import CACHE_REMEDY, cache_folder
 from zoo.bundles.store import Execution
 from zoo.errors import TaskError, UnknownNameError
 from zoo.harness.records import (
@@ -35,9 +35,10 @@ from zoo.harness.tasks import Progress, Task, TaskResult, get_task
 from zoo.harness.workers import workers
 from zoo.names import is_glob
 from zoo.registry import TASKS
-from zoo.shared.errors import SparseError
+from zoo.shared.errors import SparseError, StorageError
 from zoo.shared.masks import MaskSet, masks_of
 from zoo.shared.store.identity import code_digest, data_digest, state_digest
+from zoo.shared.store.kept import keep_in_mind
 
 _log = logging.getLogger("zoo")
 Tasks = str | Task | Iterable[str | Task]
@@ -126,6 +127,7 @@ def evaluate(
     folder = cache_folder() / "records"
     team = workers()
     records: list[tuple[int, Record]] = []
+    keeps = True
     loaded: tuple[Subject, str, nn.Module] | None = None
     for index, cell in enumerate(cells):
         if not team.owns(index):
@@ -142,7 +144,7 @@ def evaluate(
                 loaded = (cell.subject, cell.execution, cell.subject.load(cell.execution))
             record = run_cell(cell, loaded[2], _inner(progress, index, len(cells), label), key)
             if key:
-                record.keep(path)
+                keeps = keeps and _keep(record, path)
         if out is not None:
             record.write(Path(out) / f"{_file_name(cell)}.json")
         records.append((index, record))
@@ -229,12 +231,23 @@ def _task_names(glob: str) -> list[str]:
     return names
 
 
+def _keep(record: Record, path: Path) -> bool:
+    """Keep a record; False, with a warning, where the cache cannot be written: what was measured stands."""
+    try:
+        record.keep(path)
+    except StorageError as error:
+        _log.warning("Results are shown, but not kept: %s %s", error, CACHE_REMEDY)
+        return False
+    keep_in_mind()
+    return True
+
+
 def _cached(path: Path, key: str, cell: Cell) -> Record | None:
     """The kept record of a cell; one that is damaged or of another cell counts as missing, with a warning.
     Names are the caller's, not the content's."""
     try:
         record = Record.kept(path, key)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, SparseError) as error:
         _log.warning("Measured again: %s", error)

@@ -11,6 +11,7 @@ from typing import Any
 from zoo.registry import (
     ARCHITECTURES,
     BASE_READERS,
+    CONTENTS,
     EXPORTERS,
     FINETUNERS,
     FOLDERS,
@@ -55,6 +56,7 @@ JOBS.register("llm", "zoo.llm.domain:make_job")
 FOLDERS.register("llm/config.json", "zoo.llm.folders:sparsify_folder")
 BASE_READERS.register("llm", "zoo.llm.folders:base_contents")
 MEASURED.register("llm", "zoo.llm.domain:measured")
+CONTENTS.register("llm", "zoo.llm.domain:content")
 TASKS.register("llm/text", "zoo.llm.tasks:TextFile")
 EXPORTERS.register("gguf", "zoo.llm.gguf:ExportGguf")
 GENERATORS.register("llm", "zoo.llm.generate:generate")

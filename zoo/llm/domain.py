@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zoo.bundles.sources import Source
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, DataError, UnknownNameError
 from zoo.harness.tasks import get_task
 from zoo.llm.data import corpus
 from zoo.llm.data.tokenization import END, token_stream, tokenizer_of
@@ -94,6 +94,16 @@ def documents(name: str) -> tuple[Sequence[str], Sequence[str]]:
         return found.train, found.validation
     try:
         content = Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: there is no such file.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name} cannot be read as UTF-8 text: {error}.") from error
     return tuple(part.strip() for part in content.split(END) if part.strip()), ()
+
+
+def content(text: str) -> list[str] | None:
+    """What the digest of a text on a card is taken of: its training documents; None for an unknown name."""
+    try:
+        return list(documents(text)[0])
+    except UnknownNameError:
+        return None

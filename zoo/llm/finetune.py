@@ -11,7 +11,7 @@ from torch import nn
 
 from zoo.bundles.catalog import Bundle
 from zoo.errors import ConfigError
-from zoo.llm.domain import make_job, text_of
+from zoo.llm.domain import make_job, measured, text_of
 from zoo.llm.lora import attach_lora, detach_lora
 from zoo.llm.train import llm_recipe
 from zoo.training.finetune import FineTuner, Plan
@@ -66,11 +66,13 @@ class Finetune(FineTuner):
         job = make_job(text, recipe=recipe, seed=self.seed, device=device, model=model, window=self.window)
         tokens = job.batches.tokens
         identity = {"tokens": [len(tokens), int(tokens.sum())]}
+        origin = measured(text)[1]
+        data = {"name": origin.title, "source": origin.origin, "licence": origin.licence}
         if not self.lora_rank:
-            return Plan(model, job, text, identity=identity)
+            return Plan(model, job, text, data=data, identity=identity)
         attach_lora(model, self.lora_rank, self.lora_alpha, seed=self.seed)
         merge = functools.partial(_merge, model)
-        return Plan(model, job, text, "by low-rank updates", identity=identity, finish=merge)
+        return Plan(model, job, text, "by low-rank updates", data=data, identity=identity, finish=merge)
 
 
 def _merge(model: nn.Module) -> None:

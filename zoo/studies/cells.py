@@ -19,6 +19,8 @@ from torch import Tensor
 
 from zoo.shared.errors import FormatError, IdentityError, StorageError
 from zoo.shared.store.checked import identity_of, read_checked, write_checked
+from zoo.shared.store.io import require_writable
+from zoo.shared.store.kept import keep_in_mind
 from zoo.studies.digests import commit
 
 try:
@@ -73,6 +75,7 @@ class CellCache:
         facts = {"key": dict(key), "value": value, "made": made}
         write_checked(self.path(key), tensors or {}, facts, identity=identity_of(key))
         self.used[self.path(key).stem] = {"key": dict(key), **made}
+        keep_in_mind()
 
     def cell(self, key: Key, compute: Callable[[], Any]) -> Any:
         """The value of a key: from the disk, or computed, stored and returned.
@@ -91,6 +94,8 @@ class CellCache:
         if (found := self._read(key)) is not None:
             self.hits += 1
             return found
+        if not self.misses:
+            require_writable(self.folder, "set ZOO_CACHE or --cells to a folder that can be written")
         with self._claim(key):
             if self.sharing and (found := self._read(key)) is not None:  # finished a moment ago
                 self.hits += 1
@@ -115,6 +120,7 @@ class CellCache:
             log.warning("%s is damaged and is computed again: %s", path, error)
             return None
         self.used[path.stem] = {"key": dict(key), **made}
+        keep_in_mind()
         return value, tensors
 
     @contextmanager

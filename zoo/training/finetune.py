@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.bundles.catalog import Bundle, find, twin_of
-from zoo.bundles.publish import About, Figure, Trained, figures_of, publish
+from zoo.bundles.publish import About, Figure, Trained, figures_of, publish, require_data
+from zoo.bundles.sources import with_digest
 from zoo.bundles.store import info, load_bundle
 from zoo.errors import ConfigError, UnknownNameError
 from zoo.harness.workers import workers
@@ -28,6 +29,7 @@ from zoo.names import name_for
 from zoo.progress import progress_bar
 from zoo.registry import FINETUNERS
 from zoo.shared.masks import MaskSet, masks_of, set_masks
+from zoo.shared.store.kept import going_on_from
 from zoo.shared.train import Checkpoint, Distillation, Fit, Job, device_named, resume
 from zoo.shared.train.recipe import Parameters
 from zoo.training.options import check_target, checkpoint_folder, command_of, options_of
@@ -161,9 +163,11 @@ class FineTuner(ABC):
         if self.distillation and twin is None:
             raise ConfigError("Distillation needs a dense twin, and a dense model has none.")
         plan = self.plan(source, loaded, twin, device)
-        fit = self._train(source, plan, twin, accelerator)
-        _store_as(plan.model, stored)
-        path = self._publish(source, plan, twin, fit, extras if plan.extras is None else plan.extras)
+        require_data(figures_of(source.card) if plan.figures is None else plan.figures)
+        with going_on_from(checkpoint_folder(self.out)):
+            fit = self._train(source, plan, twin, accelerator)
+            _store_as(plan.model, stored)
+            path = self._publish(source, plan, twin, fit, extras if plan.extras is None else plan.extras)
         if zeros:
             kept = zero_count(plan.model)
             print(f"zoo: {kept:,} pruned weights that are zero, {zeros:,} before", file=sys.stderr)
@@ -221,6 +225,7 @@ class FineTuner(ABC):
                 every_steps=every,
                 note=note if first else None,
                 after_step=after,
+                last=True,  # where the result cannot be measured or written, the training is not lost
                 writes=first,
             )
         if plan.finish is not None:
@@ -249,8 +254,8 @@ class FineTuner(ABC):
         name = self.name or name_for(self.domain, self.out)
         summary = f"{card.name} fine-tuned on {plan.dataset}{how}."
         about = About.like(card, name, summary, command_of(self, self.domain))
-        if plan.data is not None:
-            about = dataclasses.replace(about, data=plan.data)
+        data = about.data if plan.data is None else plan.data
+        about = dataclasses.replace(about, data=with_digest(self.domain, plan.dataset, data))
         chosen = "best validation score" if fit.best is not None else "last step"
         protocol = f"fine-tuned from {card.name}, {chosen}"
         figures = [

@@ -10,6 +10,7 @@ from typing import Any
 
 from zoo.registry import (
     ARCHITECTURES,
+    CONTENTS,
     DATASETS,
     EXAMPLES,
     FINETUNERS,
@@ -57,6 +58,7 @@ DATASETS.register("vision/mnist", "zoo.vision.studies.small:mnist")
 TASKS.register("vision/kitti", "zoo.vision.lidar.real_tasks:Kitti")
 TASKS.register("frames", "zoo.vision.lidar.real_tasks:OwnFrames")
 MEASURED.register("vision", "zoo.vision.domain:measured")
+CONTENTS.register("vision", "zoo.vision.domain:content")
 MAKERS.register("vision/classifier", "zoo.vision.makers:classifier")
 MAKERS.register("vision/published-resnet", "zoo.vision.makers:published_resnet")
 MAKERS.register("vision/published-squeezenet", "zoo.vision.makers:published_squeezenet")

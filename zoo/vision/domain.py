@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from zoo.bundles.sources import Source
 from zoo.errors import ConfigError
+from zoo.registry import DATASETS
 from zoo.shared.train import Job, Recipe, device_named
 from zoo.vision import data, slots, superres
 from zoo.vision.data import ImageBatches, Images, accuracy, load_images
+from zoo.vision.folders import is_folder
 from zoo.vision.lidar.data import KITTI, KITTI_TRAIN, SOURCE, real_frame, scene_frames
 from zoo.vision.lidar.detector import Detector
 from zoo.vision.lidar.frames import frames_source, is_frames, own_frames
@@ -135,3 +137,11 @@ def image_job(
         return accuracy(model, there, there.val)
 
     return Job(ImageBatches(there, recipe.batch), score=score, recipe=recipe, seed=seed, device=device)
+
+
+def content(dataset: str) -> list[Any] | None:
+    """What the digest of images on a card is taken of; None for patches, sprites and point clouds."""
+    if dataset not in data.SOURCES and not is_folder(dataset) and f"vision/{dataset}" not in DATASETS:
+        return None
+    images = load_images(dataset)
+    return [[part.images, part.labels] for part in (images.train, images.val, images.test)]

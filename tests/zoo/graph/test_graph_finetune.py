@@ -14,13 +14,17 @@ import torch
 
 from zoo.bundles.catalog import find
 from zoo.bundles.store import load
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, MissingDataError
 from zoo.graph.data import load_graph
+from zoo.graph.domain import content
 from zoo.graph.finetune import Finetune
 from zoo.graph.models import GAT, GCN, GIN
+from zoo.graph.tasks import Digits
 from zoo.graph.transfer import transferred
-from zoo.shared.errors import FormatError, IdentityError, SparseError
+from zoo.shared.errors import FormatError, IdentityError, SparseError, StorageError
 from zoo.shared.masks import masks_of
+from zoo.shared.store.identity import data_digest
+from zoo.training import finetune as training
 
 TICKET = "graph/teddy-gcn-digits-g60-w95"
 
@@ -91,6 +95,31 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, capsys):
     cards = [find(tmp_path / name).card for name in ("whole", "killed")]
     assert cards[0].metrics == cards[1].metrics
     assert cards[0].weights.bytes == cards[1].weights.bytes
+
+
+def test_a_training_whose_result_cannot_be_written_is_not_lost(tmp_path, monkeypatch, capsys):
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "publish", full)
+        with pytest.raises(StorageError):
+            Finetune(TICKET, tmp_path / "tuned", epochs=3, checkpoint_every=10).run()
+    capsys.readouterr()
+    card = find(Finetune(TICKET, tmp_path / "tuned", epochs=3, checkpoint_every=10).run()).card
+    assert "1/3" not in capsys.readouterr().err
+    assert card.data.sha256 == data_digest(content("digits"))  # that of the cells of studies
+    assert content("digits")[0].shape == (1797, 64) and content("pusher") is None
+
+
+def test_missing_data_are_named_before_the_training(tmp_path, monkeypatch, capsys):
+    def missing(task: object) -> None:
+        raise MissingDataError("not there")
+
+    monkeypatch.setattr(Digits, "measured_on", missing)
+    with pytest.raises(MissingDataError):
+        Finetune(TICKET, tmp_path / "tuned", epochs=3).run()
+    assert "1/3" not in capsys.readouterr().err
 
 
 @pytest.fixture

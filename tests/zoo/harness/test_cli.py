@@ -30,6 +30,7 @@ from zoo.errors import BundleError, ConfigError, HubError
 from zoo.report import html
 from zoo.report.plain import plain
 from zoo.shared.masks import masks_of
+from zoo.shared.store.kept import going_on_from
 from zoo.training.options import check_target
 
 
@@ -338,6 +339,21 @@ def test_bench_runs_scripts_of_a_checkout(capsys, tmp_path, monkeypatch):
     assert code == 2 and "source checkout" in err
 
 
+def test_results_of_several_benchmarks_are_one_json_document(tmp_path, toy_environment):
+    script = "import sys\nfrom pathlib import Path\nprint('a table')\n"
+    writes = f"{script}Path(sys.argv[sys.argv.index('--json') + 1]).write_text('{{\"n\": 1}}')"
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "pyproject.toml").write_text("")
+    for name, text in {"first": writes, "missed": f"{writes}\nsys.exit(1)", "silent": script}.items():
+        (tmp_path / "benchmarks" / f"{name}.py").write_text(text)
+    run_it = "import sys; from zoo.cli import bench, main; bench.__file__ = sys.argv.pop(1); sys.exit(main())"
+    command = [sys.executable, "-c", run_it, tmp_path / "zoo" / "cli" / "bench.py", "bench", "--json"]
+    names = ["first", "missed", "silent"]
+    done = subprocess.run([*command, *names], env=toy_environment, capture_output=True, text=True)
+    assert json.loads(done.stdout) == {"first": {"n": 1}, "missed": {"n": 1}, "silent": None}
+    assert done.returncode == 1 and done.stderr.count("a table") == 3 and "broken: missed" in done.stderr
+
+
 def test_listing_is_quick_and_imports_no_torch(toy_environment):
     script = (
         "import sys; from zoo.cli import main; code = main(['list'])\n"
@@ -361,6 +377,54 @@ def test_version_entry_module_and_a_closed_pipe(toy_environment):
     assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
+def test_the_reader_of_a_table_may_leave(toy_environment):
+    command = f"{sys.executable} -m zoo list | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env=toy_environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("argv", [["list", "--json"], ["list"], ["--version"], ["show", "x", "--json"]])
+def test_an_output_that_takes_nothing_is_named_once(toy_environment, argv):
+    with open("/dev/full", "w") as full:
+        pipes = {"stdout": full, "stderr": subprocess.PIPE, "text": True, "timeout": 120}
+        done = subprocess.run([sys.executable, "-m", "zoo", *argv], env=toy_environment, **pipes)
+    assert done.returncode == (2 if "show" in argv else 3), done.stderr
+    assert done.stderr.startswith("zoo: ") and done.stderr.count("\n") == 1
+
+
+def test_a_closed_output_is_no_error(toy_environment):
+    command = f"{sys.executable} -m zoo list >&-"
+    done = subprocess.run(command, shell=True, env=toy_environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_terminal_of_ascii_alone(toy_environment):
+    done = process(toy_environment | {"PYTHONIOENCODING": "ascii"}, "show", "graph/teddy-gcn-digits-g30-w80")
+    assert done.returncode == 0 and "0.9800 +- 0.0039" in done.stdout and done.stdout.isascii()
+
+
+def test_help_and_version_in_other_words(capsys):
+    assert run(capsys, "help", "list")[1] == run(capsys, "list", "--help")[1]
+    assert set(json.loads(run(capsys, "--version", "--json")[1])) == {"zoo", "torch", "python"}
+    assert "`zoo --version`" in run(capsys, "version")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("graph/*", "zoo list 'graph/*'"), ("", "zoo list"), ("a" * 9000, "(9003 characters)")]
+)
+def test_what_is_no_name_is_refused_in_a_line(capsys, name, said):
+    code, _, err = run(capsys, "show", name)
+    assert code == 2 and said in err and len(err) < 500
+
+
+def test_what_was_measured_is_shown_where_it_cannot_be_kept(toy_environment, tmp_path):
+    (tmp_path / "file").write_text("")
+    there = toy_environment | {"ZOO_CACHE": str(tmp_path / "file" / "cache")}
+    done = process(there, "eval", "toy/half-mlp", "toy/dense-mlp", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)
+    assert done.stderr.count("Set ZOO_CACHE to a folder that can be written") == 1
+
+
 def test_ctrl_c_leaves_nothing_half_written(toy_environment, tmp_path):
     environment = toy_environment | {"TOY_SLEEP": "30"}
     page = tmp_path / "page.html"
@@ -378,18 +442,19 @@ def test_ctrl_c_leaves_nothing_half_written(toy_environment, tmp_path):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize(("command", "goes_on"), [("eval", True), ("sparsify", False)])
+@pytest.mark.parametrize("kept", [True, False])
 def test_an_interruption_is_one_json_document_and_promises_no_more_than_is_kept(
-    capsys, monkeypatch, command, goes_on
+    capsys, monkeypatch, tmp_path, kept
 ):
     def stop(arguments):
-        raise KeyboardInterrupt
+        with going_on_from(tmp_path if kept else tmp_path / "nothing"):
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "dispatch", stop)
-    code, out, err = run(capsys, command, "toy/half-mlp", "--json")
+    code, out, err = run(capsys, "eval", "toy/half-mlp", "--json")
     told = json.loads(out)["error"]
     assert code == told["exit_code"] == 130 and told["message"].startswith("interrupted")
-    assert ("run the same command to go on" in told["message"]) is goes_on and told["message"] in err
+    assert ("run the same command to go on" in told["message"]) is kept and told["message"] in err
 
 
 def test_two_processes_share_the_runs(toy_environment, tmp_path):

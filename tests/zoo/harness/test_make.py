@@ -43,7 +43,7 @@ def test_every_bundle_has_a_row_that_says_what_its_card_says(bundle):
         assert figure["task"] in TASKS and figure["protocol"] in {metric.protocol for metric in card.metrics}
     assert (card.imported.model_dump() if card.imported else None) == row.imported
     if row.data:
-        assert card.data.model_dump() == row.data
+        assert card.data.model_dump(exclude={"sha256"}) == row.data
     if row.method != "dense":
         assert card.dense_twin == (row.twin or row.source)
     if row.architecture is not None:

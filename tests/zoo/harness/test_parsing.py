@@ -79,7 +79,13 @@ def test_what_is_missing_is_named_with_its_help():
         "folded into two lines of the message of the parser); see `zoo try --help`"
     )
     with pytest.raises(ConfigError, match=r"zoo try needs --out PATH \(A folder .*\); see"):
-        parse(Needy, ["x", "--oat", "y"], "try")
+        parse(Needy, ["x"], "try")
+
+
+@pytest.mark.parametrize("typed", [["x", "--oat", "y"], ["--oat", "x"], ["--oat=y", "x"]])
+def test_a_misspelt_option_is_named_before_what_is_missing(typed):
+    with pytest.raises(ConfigError, match="Unrecognized option --oat; did you mean --out?"):
+        parse(Needy, typed, "try")
 
 
 def test_names_stay_whole_on_a_narrow_screen():

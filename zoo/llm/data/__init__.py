@@ -114,10 +114,12 @@ def read_documents(path: str | os.PathLike[str]) -> list[str]:
             texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
         else:
             texts = content.split("<|endoftext|>") if "<|endoftext|>" in content else _passages(content)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} cannot be read as UTF-8 text: {error or type(error).__name__}. Give a .txt file, or a "
-            '.jsonl file whose lines are objects with "text".'
+            f"{path} cannot be read as UTF-8 text: {error or type(error).__name__}. Give a .txt file in "
+            'UTF-8, or a .jsonl file whose lines are objects with "text".'
         ) from error
     if not (found := [text.strip() for text in texts if str(text).strip()]):
         raise DataError(f"{path} holds no text.")

@@ -15,6 +15,7 @@ from zoo.bundles.catalog import find
 from zoo.bundles.publish import About, Figure, Trained, publish
 from zoo.names import name_for
 from zoo.progress import progress_bar
+from zoo.shared.store.kept import going_on_from
 from zoo.shared.train import Checkpoint, Fit, Recipe, device_named
 from zoo.training.options import check_target, checkpoint_folder, command_of, options_of
 from zoo.vision.data import SOURCES, load_images
@@ -105,8 +106,9 @@ class Pretrain:
         """
         check_target(self)
         start = time.perf_counter()
-        model, loss = self.pretrained()
-        path = self._publish(model, time.perf_counter() - start, loss)
+        with going_on_from(checkpoint_folder(self.out)):
+            model, loss = self.pretrained()
+            path = self._publish(model, time.perf_counter() - start, loss)
         self._checkpoint().remove()
         return path
 
