@@ -170,6 +170,14 @@ def test_nearer_hides_farther_and_alpha_is_cut(backend: str) -> None:
         torch.testing.assert_close(seen.colour[3, 3, 0], torch.tensor(0.999 + 0.001 * 0.999 * 10))
 
 
+def test_no_gradient_passes_where_alpha_is_cut(backend: str) -> None:
+    for opacity in (1.0, 0.9):
+        leaves = [each.requires_grad_() for each in one(opacity, 1.0, 0.5)]
+        seen = rasterize(*leaves, *camera(7, 7, 500.0))
+        grads = torch.autograd.grad(seen.alpha[3, 2], (leaves[0], leaves[2], leaves[3]))
+        assert all(bool(each.any()) == (opacity < 0.999) for each in grads)
+
+
 def test_of_two_at_one_depth_the_first_is_nearer(backend: str) -> None:
     first, second = one(0.9, 2.0, 0.5, 1.0), one(0.9, 2.0, 0.5, 0.0)
     seen = rasterize(*(torch.cat(rows) for rows in zip(first, second, strict=True)), *camera(3, 3, 300.0))
