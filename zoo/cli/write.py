@@ -71,20 +71,23 @@ def generate_command(argv: Sequence[str]) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model = load_bundle(bundle, options.execution)
-    if not options.json:
-        _show(options.prompt)
+    pending = [options.prompt]  # shown when the model has taken it
+
+    def show(text: str) -> None:
+        _show(pending.pop() + text if pending else text)
+
     done = generate(
         model,
         options.prompt,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
-        on_text=None if options.json else _show,
+        on_text=None if options.json else show,
     )
     if options.json:
         print_json({"model": bundle.card.reference, "prompt": options.prompt, **done.to_dict()})
         return OK
-    print()
+    print("".join(pending))
     speed = done.decode_tokens_per_second
     note(
         f"{bundle.card.reference}, {options.execution}, {torch.get_num_threads()} threads: "

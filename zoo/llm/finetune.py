@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+import tyro
 from torch import nn
 
 from zoo.bundles.catalog import Bundle
@@ -28,7 +29,7 @@ class Finetune(FineTuner):
     domain: ClassVar[str] = "llm"
     counts: ClassVar[str] = "steps"
 
-    text: str | None = None
+    text: Annotated[str | None, tyro.conf.arg(aliases=["--dataset"])] = None
     """What to train on: embedded, shakespeare, tinystories, wikitext2, or a .txt file whose documents are
     separated by lines of <|endoftext|>; by default the training part of the text on the model's card."""
 

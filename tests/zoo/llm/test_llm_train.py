@@ -344,3 +344,6 @@ def test_the_command_line_writes(capsys):
     assert "KATE:\n" + found["text"] == shown.out.rstrip("\n") and found["new_tokens"] == 8
     assert main(["generate", "graph/dense-gcn-digits"]) == 2
     assert "only language models write" in capsys.readouterr().err
+    assert main(["generate", DENSE, "--prompt", "word " * 3000]) == 2
+    seen = capsys.readouterr()
+    assert not seen.out and "Shorten the prompt" in seen.err
