@@ -32,7 +32,7 @@ def png(plot: Plot, *, dpi: int = 150) -> bytes:
 
 
 def in_palette(picture: bytes) -> bytes:
-    """A PNG in 256 colours, a third of the size for a plot, with the text entry `Plot` and the resolution of
+    """A PNG in 64 colours, a quarter of the size for a plot, with the text entry `Plot` and the resolution of
     the given one; or the given one where that is smaller."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -41,7 +41,7 @@ def in_palette(picture: bytes) -> bytes:
     kept = {"dpi": given.info["dpi"]} if "dpi" in given.info else {}
     if "Plot" in given.info:
         text.add_text("Plot", given.info["Plot"])
-    colours = given.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    colours = given.convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     colours.save(stream, "PNG", optimize=True, pnginfo=text, **kept)
     return min(picture, stream.getvalue(), key=len)
 
