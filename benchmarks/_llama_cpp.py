@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _process import Rival
+from _process import Rival, answer
 
 _CONTEXT = 1024
 
@@ -95,8 +95,6 @@ def write_model(path: Path, shape: dict[str, Any]) -> None:
 
 def serve(shape: dict[str, Any]) -> None:
     """Load the model and answer requests until there are no more."""
-    import resource
-
     try:
         import gguf  # noqa: F401
         import xllamacpp
@@ -116,23 +114,18 @@ def serve(shape: dict[str, Any]) -> None:
             each.n_threads = shape["threads"]
         parameters.warmup = True
         server = xllamacpp.Server(parameters)
-    version = xllamacpp.__version__
-    print(json.dumps({"bytes": size, "version": version}), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if not asked["length"]:
-            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            print(json.dumps({"peak": peak}), flush=True)
-            continue
+
+    def seconds_of(length: int, cached: bool) -> float:
         request = {
-            "prompt": [3 + 7 * i % 1000 for i in range(asked["length"])],
+            "prompt": [3 + 7 * i % 1000 for i in range(length)],
             "n_predict": 1,
-            "cache_prompt": asked["cached"],
+            "cache_prompt": cached,
             "temperature": 0.0,
             "ignore_eos": True,
         }
-        timings = server.handle_completions(request)["timings"]
-        print(json.dumps({"seconds": timings["prompt_ms"] / 1e3, "read": timings["prompt_n"]}), flush=True)
+        return float(server.handle_completions(request)["timings"]["prompt_ms"]) / 1e3
+
+    answer({"bytes": size, "version": xllamacpp.__version__}, seconds_of)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _process import Rival
+from _process import Rival, answer
 
 _MOST = 128  # tokens in the cache, from which it begins anew: a token in about a hundred waits for that
 
@@ -71,8 +71,6 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
 
 def serve(shape: dict[str, Any]) -> None:
     """Load the model and answer requests until there are no more."""
-    import resource
-
     try:
         import nncf  # noqa: F401
         import numpy as np
@@ -107,23 +105,18 @@ def serve(shape: dict[str, Any]) -> None:
         return time.perf_counter() - start
 
     context = _MOST
-    print(json.dumps({"bytes": size, "version": openvino.__version__}), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if not asked["length"]:
-            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            print(json.dumps({"peak": peak}), flush=True)
-            continue
-        if not asked["cached"]:
+
+    def seconds_of(length: int, cached: bool) -> float:
+        nonlocal context
+        if not cached or context >= _MOST:
             request.reset_state()
-            seconds, context = run(0, asked["length"]), _MOST
-        else:
-            if context >= _MOST:
-                request.reset_state()
-                run(0, asked["length"])
-                context = asked["length"]
+            seconds = run(0, length)
+            context = length if cached else _MOST
+        if cached:
             seconds, context = run(context, 1), context + 1
-        print(json.dumps({"seconds": seconds}), flush=True)
+        return seconds
+
+    answer({"bytes": size, "version": openvino.__version__}, seconds_of)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 Kind = TypeVar("Kind", bound="Rival")
@@ -73,3 +74,22 @@ class Rival:
                 answer: dict[str, Any] = json.loads(line)
                 return answer
         raise RuntimeError(f"{type(self).__name__} ended with exit code {self._process.wait()}")
+
+
+def answer(ready: dict[str, Any], seconds_of: Callable[[int, bool], float]) -> None:
+    """Say in the process that it is ready, then answer requests until there are no more.
+
+    Args:
+        ready: what there is to say.
+        seconds_of: (tokens, whether they are in the cache, and one more is asked for) -> seconds.
+    """
+    import resource
+
+    print(json.dumps(ready), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if asked["length"]:
+            reply = {"seconds": seconds_of(asked["length"], asked["cached"])}
+        else:
+            reply = {"peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        print(json.dumps(reply), flush=True)
