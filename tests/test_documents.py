@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -81,23 +82,46 @@ def test_names_in_a_page_lead_somewhere(page: str) -> None:
 
 
 def test_the_times_of_tokens_are_the_measured_ones() -> None:
-    """The table of docs/performance.md, and the rows of the README's."""
+    """The tables of docs/performance.md, and the rows of the README's."""
     text, shown = pages()["docs/performance.md"], {}
     for threads in (1, 2):
-        path = ROOT / f"benchmarks/results/llm_decode-rival-{threads}.json"
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            ratio, batch = row["ratio"], row["labels"]["batch"]
+        for row in rows_of(f"llm_decode-rival-{threads}.json"):
+            batch, seconds = row["labels"]["batch"], row["seconds"]
             label = "a token" if batch == 1 else f"a {batch}"
-            ours, rival = (1e3 * row["seconds"][name]["median"] for name in ("ours", "llama.cpp Q4_0"))
-            digits = 1 if rival < 100 else 0
-            said = f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-            assert f"| {label} | {threads} | {ours:.{digits}f} | {rival:.{digits}f} | {said} |" in text
-            shown[label] = [*shown.get(label, []), said]
-    for label in ("a token", "a prompt of 64"):
-        one, two = shown.pop(label)
-        assert f"| {label}, one and two threads | {one}, {two} |" in pages()["README.md"]
-    for label, [one] in shown.items():
-        assert f"| {label}, one thread | {one} |" in pages()["README.md"]
+            times = [1e3 * seconds[name]["median"] for name in ("ours", "llama.cpp Q4_0", "OpenVINO int4")]
+            digits = 1 if times[1] < 100 else 0
+            said = " | ".join(f"{time:.{digits}f}" for time in times)
+            assert f"| {label} | {threads} | {said} | {ranged(row)} |" in text
+            shown.setdefault(label, []).append((ranged(row), f"{times[2] / times[0]:.2f}"))
+    for label, both in shown.items():
+        cells = " | ".join(", ".join(column) for column in zip(*both, strict=True))
+        assert f"| {label}, one and two threads | {cells} |" in pages()["README.md"]
+
+
+def test_the_times_of_tokens_in_sixteen_bits_are_the_measured_ones() -> None:
+    """The table of docs/performance.md, and the ranges in the README."""
+    text, ratios = pages()["docs/performance.md"], []
+    one, two = (rows_of(f"llm_decode-halves-rival-{threads}.json") for threads in (1, 2))
+    for rows in zip(one, two, strict=True):
+        said = (f"{1e3 * row['seconds']['ours']['median']:.0f} | {ranged(row)}" for row in rows)
+        assert f"| {' | '.join(said)} |" in text
+        ratios.append([row["ratio"]["value"] for row in rows])
+    first, second = zip(*ratios, strict=True)
+    said = (
+        f"{min(second):.2f} to {max(second):.2f} times on two threads, {min(first):.2f} to {max(first):.2f}"
+    )
+    assert said in pages()["README.md"]
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The rows of a file of results."""
+    found: list[dict[str, Any]] = json.loads((ROOT / "benchmarks/results" / name).read_text("utf-8"))["rows"]
+    return found
+
+
+def ranged(row: dict[str, Any]) -> str:
+    """A ratio and its range over the rounds."""
+    return "{value:.2f} ({low:.2f} to {high:.2f})".format(**row["ratio"])
 
 
 def test_the_accuracies_of_published_networks_are_those_of_the_cards() -> None:

@@ -33,7 +33,13 @@ def with_digest(domain: str, dataset: str | None, fields: Mapping[str, str]) -> 
     """
     if dataset is None or domain not in CONTENTS:
         return dict(fields)
-    content = CONTENTS.get(domain)(dataset)
+    try:
+        content = CONTENTS.get(domain)(dataset)
+    except (
+        ConfigError,
+        DataError,
+    ):  # of another kind than the domain's own: what was trained is not lost for that
+        content = None
     digest = data_digest(content) if content is not None else ""
     rest = {key: value for key, value in fields.items() if key != "sha256"}
     return {**rest, "sha256": digest} if digest else rest

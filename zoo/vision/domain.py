@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,8 +140,11 @@ def image_job(
     return Job(ImageBatches(there, recipe.batch), score=score, recipe=recipe, seed=seed, device=device)
 
 
-def content(dataset: str) -> list[Any] | None:
-    """What the digest of images on a card is taken of; None for patches, sprites and point clouds."""
+def content(dataset: str) -> Any:
+    """What the digest of images or own point clouds on a card is taken of; None for patches, sprites and
+    scenes."""
+    if is_frames(dataset):
+        return Path(dataset)
     if dataset not in data.SOURCES and not is_folder(dataset) and f"vision/{dataset}" not in DATASETS:
         return None
     images = load_images(dataset)
