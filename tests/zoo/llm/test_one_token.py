@@ -250,6 +250,7 @@ def test_thresholds_stay(
     with counting_sparsity(model):
         logits(model)
     assert realised_sparsity(model)["model.layers.0.self_attn.q_proj.threshold"] > 0.1
+    assert model.model.layers[0].self_attn.q_proj.threshold.seen == TOKENS.numel() * 64
 
 
 def test_hooks_of_parts_are_called(calls: list[int], attended: list[int]) -> None:
